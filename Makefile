@@ -1,0 +1,38 @@
+# Everything here builds on `make install`. STACK=3.11 chooses the fallback stack in an environment of its own.
+STACK ?=
+VENV := .venv$(if $(STACK),-$(STACK))
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+
+.PHONY: install quickstart test test-core check format bench
+
+install: $(STAMP)
+
+$(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
+	@python=$$(tools/find_python.sh $(STACK)) && echo "== environment $(VENV) with $$python" && $$python -m venv --clear $(VENV)
+	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== installing the $$stack stack (constraints/$$stack.txt)" && \
+	$(PYTHON) -m pip install -q uv==0.11.0 && \
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: install
+	$(PYTHON) tools/quickstart.py
+
+test: install
+	$(PYTHON) -m pytest
+
+# What the fallback stack must pass too: everything but the whole-run tests.
+test-core: install
+	$(PYTHON) -m pytest -m "not system"
+
+check: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: install
+	$(PYTHON) tools/bench/run_all.py

@@ -1,0 +1,88 @@
+"""AdamW with its learning-rate schedule: Megatron's distributed optimizer, fresh for every phase."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from rloop_mcore.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> float:
+    """The rate of update `update` (from 0): linear warm-up to `lr`, then constant or cosine to 0 at `total_updates`."""
+    if update < config.warmup_updates:
+        return config.lr * (update + 1) / config.warmup_updates
+    if config.schedule == "constant":
+        return config.lr
+    progress = (update - config.warmup_updates) / max(1, total_updates - config.warmup_updates)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: before clipping, over the whole model. skipped: the weights were left as they are."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class PolicyOptimizer:
+    """Optimizer state and schedule position of one phase over the DDP-wrapped chunks."""
+
+    def __init__(
+        self, chunks: list[DistributedDataParallel], config: OptimizerConfig, total_updates: int, dtype: torch.dtype
+    ) -> None:
+        self._config = config
+        self._total_updates = total_updates
+        self.update = 0
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            chunks,
+        )
+        allocate_state(self.megatron)
+
+    def step(self, loss: float) -> StepResult:
+        """Update the weights from the finished gradients; a non-finite loss or gradient norm leaves them alone.
+
+        Every rank decides alike: `loss` is the global one and the norm is reduced over all ranks.
+        """
+        rate = learning_rate(self._config, self.update, self._total_updates)
+        self.update += 1
+        for group in self.megatron.param_groups:
+            group["lr"] = rate
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return StepResult(norm, rate, skipped=True)
+        if self._config.clip_grad > 0:
+            parameters = [p for optimizer in self.megatron.chained_optimizers for p in optimizer.get_parameters()]
+            clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, norm)
+        self.megatron.step_with_ready_grads()
+        return StepResult(norm, rate, skipped=False)
+
+
+def allocate_state(megatron: MegatronOptimizer) -> None:
+    """Give every parameter its (zero) Adam state now: Megatron can neither save nor load one that isn't there."""
+    for optimizer in megatron.chained_optimizers:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):  # other Adams keep the step in the group
+            for state in optimizer.optimizer.state.values():
+                state["step"] = torch.zeros((), dtype=torch.float32)

@@ -1,0 +1,23 @@
+"""Which problems an exploration phase found hard (RLoop, arXiv 2511.04285, section 4)."""
+
+from __future__ import annotations
+
+
+def is_hard(successes: int, samples: int, threshold: float) -> bool:
+    """Whether the success rate over all samples of the phase is below `threshold` (0.1 in the paper).
+
+    The quotient is compared, not `threshold * samples`: division rounds 3 / 30 to the very double that 0.1 is, whereas
+    0.1 * 30 rounds to more than 3 and would call that problem hard.
+    """
+    return successes / samples < threshold
+
+
+def samples_needed(threshold: float) -> int:
+    """The least number of samples at which one success still leaves a problem hard: 11 for 0.1.
+
+    With fewer samples a phase, no hard problem has a success and the expert set is empty. `threshold` > 0.
+    """
+    samples = max(int(1.0 / threshold), 1)
+    while not is_hard(1, samples, threshold):
+        samples += 1
+    return samples

@@ -1,0 +1,164 @@
+"""The series behind the report's figures: pure functions of what a run has written.
+
+The common x axis is the RL step counted over all iterations, so that three iterations of 200 steps lie over a
+vanilla run of 600.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rloop_mcore.analysis.read_run import Evaluation, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of a curve; `None` in `y` breaks the line. `low` and `high` are empty or as long as `y`."""
+
+    x: list[int] = field(default_factory=list)
+    y: list[float | None] = field(default_factory=list)
+    low: list[float | None] = field(default_factory=list)
+    high: list[float | None] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in self.y)
+
+
+def training(run: Run, key: str) -> Series:
+    """A metric of the exploration steps over RL steps, e.g. `success_rate`, `entropy`, `grad_norm`."""
+    series = Series()
+    for line in _explore_lines(run):
+        if key in line:
+            series.x.append(line["global_step"])
+            series.y.append(line[key])
+    return series
+
+
+def validation(run: Run, metric: str) -> Series:
+    """A validation metric over RL steps with its interval; each iteration's line starts at its own theta_i.
+
+    Iteration i's line is theta_i followed by the RL checkpoints of i; the jump to theta_{i+1} between two lines is
+    the reset. theta_I, from which nothing starts, stands alone at the end.
+    """
+    series = Series()
+    for evaluation in run.evaluations:
+        if metric not in evaluation.metrics:
+            continue
+        x = _rl_step(run, evaluation)
+        if evaluation.phase == "exploit":
+            _append(series, x, None, "")
+        _append(series, x, evaluation.metrics[metric], checkpoint_label(evaluation))
+    return series
+
+
+def thetas(run: Run, metric: str) -> Series:
+    """A validation metric of theta_0, theta_1, ... theta_I over the iteration."""
+    series = Series()
+    for evaluation in run.evaluations:
+        if evaluation.phase in ("base", "exploit") and metric in evaluation.metrics:
+            x = 0 if evaluation.phase == "base" else evaluation.iteration + 1
+            _append(series, x, evaluation.metrics[metric], checkpoint_label(evaluation))
+    return series
+
+
+def rl_endpoints(run: Run, metric: str) -> Series:
+    """A validation metric of the last RL checkpoint of each iteration; x is the number of iterations explored."""
+    last = {evaluation.iteration: evaluation for evaluation in run.evaluations if evaluation.phase == "explore"}
+    series = Series()
+    for iteration, evaluation in last.items():
+        if metric in evaluation.metrics:
+            _append(series, iteration + 1, evaluation.metrics[metric], checkpoint_label(evaluation))
+    return series
+
+
+def experts(run: Run, key: str) -> Series:
+    """`experts` (trajectories selected) or `problems` (that they solve) of each iteration; x counts from 1."""
+    series = Series()
+    for record in run.journal:
+        if record.get("event") == "done" and record.get("phase") == "select" and key in record:
+            series.x.append(record["iteration"] + 1)
+            series.y.append(record[key])
+    return series
+
+
+def seconds_by_stage(run: Run) -> dict[str, float]:
+    """Seconds spent in each stage ("generate", "grade", "update", ...) over all logged steps."""
+    totals: dict[str, float] = {}
+    for line in run.metrics:
+        for key, value in line.items():
+            if key.startswith("seconds_") and value is not None:
+                stage = key.removeprefix("seconds_")
+                totals[stage] = totals.get(stage, 0.0) + value
+    return totals
+
+
+def fine_tuning_share(run: Run) -> dict[str, float]:
+    """RFT's share of the tokens trained on and of the seconds spent, each in [0, 1]; a key is left out if unknown."""
+    shares = {}
+    for name, prefix in {"tokens": "tokens", "seconds": "seconds_"}.items():
+        by_phase = {
+            phase: sum(
+                value
+                for line in run.metrics
+                if line["phase"] == phase
+                for key, value in line.items()
+                if value is not None and (key == prefix or (prefix.endswith("_") and key.startswith(prefix)))
+            )
+            for phase in ("explore", "exploit")
+        }
+        if all(by_phase.values()):
+            shares[name] = by_phase["exploit"] / sum(by_phase.values())
+    return shares
+
+
+def rl_steps(run: Run) -> int:
+    """RL steps logged so far, over all iterations."""
+    return sum(_steps_by_iteration(run).values())
+
+
+def iteration_starts(run: Run) -> list[int]:
+    """The RL steps after which an iteration later than the first begins: where policies are reset to theta_i."""
+    return [_steps_before(run, iteration) for iteration in sorted(_steps_by_iteration(run)) if iteration > 0]
+
+
+def checkpoint_label(evaluation: Evaluation) -> str:
+    """How a checkpoint is called in tables and on hover."""
+    match evaluation.phase:
+        case "base":
+            return "θ0"
+        case "explore":
+            return f"RL, iteration {evaluation.iteration + 1}, step {evaluation.step}"
+        case "exploit":
+            return f"θ{evaluation.iteration + 1}"
+    return f"{evaluation.phase}, step {evaluation.step}"
+
+
+def _rl_step(run: Run, evaluation: Evaluation) -> int:
+    if evaluation.phase == "explore":
+        return _steps_before(run, evaluation.iteration) + evaluation.step
+    return 0 if evaluation.phase == "base" else _steps_before(run, evaluation.iteration + 1)
+
+
+def _steps_before(run: Run, iteration: int) -> int:
+    return sum(steps for earlier, steps in _steps_by_iteration(run).items() if earlier < iteration)
+
+
+def _steps_by_iteration(run: Run) -> dict[int, int]:
+    steps: dict[int, int] = {}
+    for line in _explore_lines(run):
+        steps[line["iteration"]] = max(line["step"], steps.get(line["iteration"], 0))
+    return steps
+
+
+def _explore_lines(run: Run) -> list[dict[str, Any]]:
+    return [line for line in run.metrics if line["phase"] == "explore"]
+
+
+def _append(series: Series, x: int, metric: dict[str, float] | None, label: str) -> None:
+    series.x.append(x)
+    series.labels.append(label)
+    series.y.append(metric["mean"] if metric else None)
+    series.low.append(metric["low"] if metric else None)
+    series.high.append(metric["high"] if metric else None)

@@ -1,0 +1,107 @@
+"""Read what a run has written so far; a run that is still going on may be read at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.errors import UserError
+
+_CHECKPOINT_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One checkpoint on the validation problems.
+
+    `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"}. `phase` is "base" for theta_0, "explore" for
+    an RL checkpoint after `step` steps of iteration `iteration`, "exploit" for theta_{iteration+1}.
+    """
+
+    name: str
+    iteration: int
+    phase: str
+    step: int
+    policy: str | None
+    metrics: dict[str, dict[str, float]]
+
+    @property
+    def average(self) -> float:
+        """Avg@n, whatever n is."""
+        return self.metrics[average_key(self.metrics)]["mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The files of a run directory. `metrics` and `journal` are JSON objects in the order they were written."""
+
+    name: str
+    path: Path
+    config: str
+    metrics: list[dict[str, Any]]
+    evaluations: list[Evaluation]  # in the order of training
+    journal: list[dict[str, Any]]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory. Raises UserError if it isn't one, or if a file of it is damaged."""
+    if not any((path / name).exists() for name in ("metrics.jsonl", "journal.jsonl", "evaluation")):
+        raise UserError(f"{path} is not a run directory: it holds no metrics.jsonl, journal.jsonl or evaluation/")
+    config = path / "config.yaml"
+    return Run(
+        name=path.resolve().name,
+        path=path,
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        metrics=_read_lines(path / "metrics.jsonl"),
+        evaluations=_read_evaluations(path / "evaluation"),
+        journal=_read_lines(path / "journal.jsonl"),
+    )
+
+
+def average_key(metrics: dict[str, Any]) -> str:
+    """The name under which an evaluation holds its Avg@n, e.g. "avg@32"."""
+    return next(key for key in metrics if key.startswith("avg@"))
+
+
+def pass_keys(metrics: dict[str, Any]) -> list[str]:
+    """The names of the pass@k of an evaluation for k > 1, by k (pass@1 is Avg@n once more)."""
+    keys = [key for key in metrics if key.startswith("pass@") and key != "pass@1"]
+    return sorted(keys, key=lambda key: int(key.removeprefix("pass@")))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    *whole, _being_written = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}): the file is damaged") from error
+    return records
+
+
+def _read_evaluations(directory: Path) -> list[Evaluation]:
+    evaluations = [_read_evaluation(path) for path in directory.glob("*.json") if not path.name.startswith(".")]
+    order = {"base": 0, "sft": 1, "explore": 2, "exploit": 3}
+    known = [evaluation for evaluation in evaluations if evaluation is not None]
+    return sorted(known, key=lambda each: (each.iteration, order.get(each.phase, 4), each.step))
+
+
+def _read_evaluation(path: Path) -> Evaluation | None:
+    place = _CHECKPOINT_NAME.fullmatch(path.stem)
+    if path.stem != "base" and place is None:
+        return None  # written by `rloop evaluate` under a name of the user's
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        metrics, policy = record["metrics"], record.get("policy")
+        average_key(metrics)
+    except (ValueError, KeyError, StopIteration) as error:
+        raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r})") from error
+    if place is None:
+        return Evaluation(path.stem, 0, "base", 0, policy, metrics)
+    return Evaluation(path.stem, int(place["iteration"]), place["phase"], int(place["step"]), policy, metrics)

@@ -1,0 +1,106 @@
+"""From Hydra overrides to a checked `Config`; every mistake is one sentence that names the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import rloop_mcore
+from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config_folder() -> Path:
+    """The shipped `configs/`: inside an installed package, or at the top of a checkout."""
+    package = Path(rloop_mcore.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose the shipped YAML with `overrides` (`key=value`, `group=choice`).
+
+    Raises UserError for an unknown key, an unknown choice, a value of the wrong type or a key that has no value.
+    """
+    folder = config_folder()
+    _check_keys(overrides, folder)
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            tree = compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from error
+    return _typed(tree)
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration that a run directory holds (`config.yaml`)."""
+    try:
+        return _typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_sentence(error)}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The YAML text that `read_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every key by its dotted name, with its value."""
+    return dict(_leaves(OmegaConf.structured(config)))
+
+
+def _typed(tree: Any) -> Config:
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=VALUE on the command line.")
+    return cast(Config, OmegaConf.to_object(tree))
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in node:
+        name = f"{prefix}{key}"
+        value = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+
+
+def _check_keys(overrides: Sequence[str], folder: Path) -> None:
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    keys = {name for name, _ in _leaves(OmegaConf.structured(Config))}
+    sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise UserError(f"{text!r} is not an override: write key=value, e.g. run.seed=1.") from error
+        key = override.key_or_group
+        if key.startswith("hydra.") or key in keys | groups | sections:
+            continue
+        near = difflib.get_close_matches(key, keys | groups, n=1, cutoff=0.0)[0]
+        raise UserError(f"{key} is not a key of the configuration (in {text!r}): did you mean {near}?")
+
+
+def _sentence(error: Exception) -> str:
+    """The cause of a Hydra or OmegaConf error, its key first, without their hints on Hydra's own options."""
+    cause: BaseException = error
+    while isinstance(cause.__cause__, (HydraException, OmegaConfBaseException)):
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = getattr(cause, "full_key", None)
+    if key:
+        return f"{key}: {lines[0]}."
+    return " ".join(line for line in lines if not line.startswith(("Config search path", "provider=", "Set the env")))

@@ -1,0 +1,177 @@
+"""The typed schema of every key, and the cross-checks that run before anything starts. Imports no torch.
+
+Defaults are the paper's (RLoop, section 5.1) and DAPO's (section 4.1 and its released scripts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    dir: str = MISSING  # everything the run writes; the same command on the same dir resumes it
+    seed: int = 0
+    deterministic: bool | None = None  # null: on where there is no GPU
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # HF folder: config.json, safetensors, tokenizer files
+    family: str = "auto"  # auto: from config.json; otherwise qwen2 or llama
+
+
+@dataclass
+class LayoutConfig:
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    dp: int = 1
+    sp: bool = False
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; the learning rate warms up linearly, then follows `schedule`."""
+
+    lr: float = 1e-6
+    schedule: str = "constant"  # constant, or cosine down to 0 over the phase
+    warmup_updates: int = 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class AlgorithmConfig:
+    iterations: int = 3  # I
+    rl_steps: int = 200  # N_RL: DAPO steps an exploration phase
+    group_size: int = 16  # G: responses a problem
+    prompts_per_step: int = 512  # informative groups an update batch gets
+    sampled_per_step: int = 1024  # problems asked of the engines in one sampling round
+    sampling_rounds: int = 3  # rounds at most to fill the batch; then on with what there is
+    updates_per_step: int = 16  # mini-batches, one optimizer update each
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 10.0
+    overlong_buffer: int = 512  # tokens before max_tokens over which the penalty grows to -1; 0 = none
+    hard_threshold: float = 0.1  # hard: success rate over the phase below this
+    reset: bool = True  # exploit from theta_i; false: from the RL endpoint (ablation)
+
+
+@dataclass
+class FineTuneConfig:
+    """One supervised phase over a fixed set of examples."""
+
+    epochs: int = 1
+    batch_size: int = 128
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="cosine"))
+
+
+@dataclass
+class RftConfig(FineTuneConfig):
+    enabled: bool = True  # false: theta_{i+1} is the RL endpoint (vanilla DAPO)
+    deduplicate: bool = True  # drop exact copies of a response to the same problem
+
+
+@dataclass
+class SftConfig(FineTuneConfig):
+    demonstrations: str | None = None  # data file whose rows have meta.solution; null: no SFT before iteration 0
+    limit: int | None = None  # first N demonstrations only
+
+
+@dataclass
+class ActorConfig:
+    micro_batch_tokens: int = 16384  # padded tokens of a micro-batch at most (one sequence at least)
+    recompute: str = "none"  # none, selective or full
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "embedded"  # embedded (transformers, any machine) or sglang
+    endpoints: list[str] = field(default_factory=list)  # servers already running; empty: started by the run
+    max_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_running: int = 256  # responses the embedded engine decodes at once
+    bucket_mib: int = 64  # weights broadcast at a time
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 3600.0
+    mismatch_gate: float = 0.5  # stop when max |trainer - engine logprob| passes this on the first update of a step
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # JSONL or Parquet file of the project's schema, or hf:NAME[:SPLIT]
+    validation: str | None = None
+    template: str = "r1_zero"  # a file of rloop_mcore/data/templates, or a path to a .jinja file
+    max_prompt_tokens: int = 1024  # longer prompts are counted and left out
+    limit: int | None = None  # first N problems only
+
+
+@dataclass
+class RewardConfig:
+    verifier: str = "math"  # math, countdown, or a dotted path package.module:function
+    answer_format: str = "boxed"  # boxed or answer_line
+    workers: int = 0  # 0: one a core, at most 16
+    deadline_s: float = 10.0  # hard limit an answer
+    memory_mib: int = 2048  # address space of a worker above what it starts with
+    max_failure_share: float = 0.5  # stop when more answers of a step than this time out or crash
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 20  # RL steps between evaluations; 0: only at the ends of phases
+    samples: int = 32  # responses a problem
+    k: list[int] = field(default_factory=lambda: [1, 8, 16, 32])
+    temperature: float = 1.0
+    top_p: float = 0.7
+    limit: int | None = None  # first N validation problems only
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1  # RL steps (or fine-tuning updates) between commits
+    keep: int = 1  # resumable checkpoints kept; the policies that were evaluated are all kept
+
+
+@dataclass
+class TrackingConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    progress: bool = True
+
+
+@dataclass
+class ClusterConfig:
+    device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # CPU threads a process; 0: cores / processes
+    start_timeout_s: float = 600.0
+    collective_timeout_s: float = 3600.0  # a rank waits this long for the others
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    precision: str = "bf16"  # bf16 (fp32 main weights) or fp32
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rft: RftConfig = field(default_factory=RftConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    experiment: str | None = None  # name of the experiment file the run was made from

@@ -1,0 +1,178 @@
+"""Problems from JSONL, Parquet, a Hugging Face data set or the generated task, all of one schema: {id, problem, answer, source, meta}."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.data.countdown import standard_splits
+from rloop_mcore.errors import UserError
+from rloop_mcore.types import Problem
+
+HF_PREFIX = "hf:"
+GENERATED = ("countdown", "countdown3")
+BAD_ROWS_SHOWN = 10
+COLUMNS = ("id", "problem", "answer", "source", "meta")
+
+Row = tuple[str, Any]  # where it stands ("FILE:LINE"), its content
+
+
+class BadRow(Exception):
+    """What is wrong with one row."""
+
+
+def load_problems(source: str, limit: int | None = None) -> list[Problem]:
+    """Load the first `limit` problems (None: all) of a file, of `hf:NAME[:SPLIT]` or of `countdown:SPLIT`.
+
+    A row without an id gets a hash of its content. Raises UserError that lists the bad rows with file and line,
+    for duplicate ids, and for an empty source.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"data limit is {limit}; it must be at least 1, or null for all of {source}")
+    problems: list[Problem] = []
+    seen: dict[str, str] = {}
+    bad: list[str] = []
+    for where, row in islice(_rows(source), limit):
+        try:
+            problem = parse_row(row)
+            if problem.id in seen:
+                raise BadRow(f"id {problem.id!r} stands already at {seen[problem.id]}")
+        except BadRow as error:
+            bad.append(f"{where}: {error}")
+            continue
+        seen[problem.id] = where
+        problems.append(problem)
+    if bad:
+        more = [f"... and {len(bad) - BAD_ROWS_SHOWN} more"] if len(bad) > BAD_ROWS_SHOWN else []
+        raise UserError("\n".join([f"{source} has {len(bad)} bad rows:", *bad[:BAD_ROWS_SHOWN], *more]))
+    if not problems:
+        raise UserError(f"{source} is empty: it must hold at least one problem")
+    return problems
+
+
+def parse_row(row: Any) -> Problem:
+    """One row as a Problem; raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f"must be an object with problem and answer, not {type(row).__name__}")
+    meta = row.get("meta")
+    if isinstance(meta, str):  # Parquet has no free-form objects: there meta may be a JSON string
+        try:
+            meta = json.loads(meta)
+        except ValueError:
+            raise BadRow("meta is a string that is not JSON") from None
+    if meta is not None and not isinstance(meta, dict):
+        raise BadRow(f"meta must be an object, not {type(meta).__name__}")
+    problem = Problem(
+        id=_text(row, "id", required=False),
+        problem=_text(row, "problem"),
+        answer=_text(row, "answer"),
+        source=_text(row, "source", required=False),
+        meta=meta or {},
+    )
+    return problem if problem.id else replace(problem, id=content_id(problem))
+
+
+def content_id(problem: Problem) -> str:
+    """The id of a problem that came without one: a hash of its text and answer."""
+    content = json.dumps([problem.problem, problem.answer])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _text(row: dict[str, Any], column: str, required: bool = True) -> str:
+    value = row.get(column)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        found = "is missing" if value is None else f"is {type(value).__name__} {value!r:.40}"
+        raise BadRow(f"{column} {found}; it must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{column} holds a lone surrogate, which is not a character") from None
+    if required and not value.strip():
+        raise BadRow(f"{column} is blank")
+    return value
+
+
+def _rows(source: str) -> Iterator[Row]:
+    if source.startswith(HF_PREFIX):
+        return _hf_rows(source)
+    if source.partition(":")[0] in GENERATED:
+        return _generated_rows(source)
+    path = Path(source)
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(
+            f"data source {source!r} must be a .jsonl or .parquet file, hf:NAME[:SPLIT] or "
+            "countdown:SPLIT"
+        )
+    if not path.is_file():
+        raise UserError(f"data file {source} does not exist")
+    return readers[path.suffix](path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row: Any
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                row = BadRow(f"not UTF-8 (byte {error.start} of the line)")
+            except (ValueError, RecursionError) as error:
+                row = BadRow(f"not JSON ({error})")
+            yield f"{path}:{number}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            _require_columns(str(path), file.schema_arrow.names)
+            batches: Iterable[pyarrow.RecordBatch] = file.iter_batches(columns=columns)
+            yield from ((f"{path}:{n}", row) for n, row in enumerate((r for b in batches for r in b.to_pylist()), start=1))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _hf_rows(source: str) -> Iterator[Row]:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"{source} needs the datasets package: pip install 'rloop-mcore[hf-datasets]'")
+    import datasets
+
+    name, _, split = source.removeprefix(HF_PREFIX).partition(":")
+    split = split or "train"
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets raises many kinds for a wrong name, split or network
+        raise UserError(f"data set {name!r}, split {split!r}, could not be loaded: {error}") from error
+    _require_columns(source, dataset.column_names)
+    yield from ((f"{source}:{number}", row) for number, row in enumerate(dataset, start=1))
+
+
+def _generated_rows(source: str) -> Iterator[Row]:
+    task, _, name = source.partition(":")
+    splits = standard_splits(task)
+    if name not in splits:
+        raise UserError(f"data source {source!r}: {task} has the splits {', '.join(splits)}")
+    for problem in splits[name]:
+        yield problem.id, asdict(problem)
+
+
+def _require_columns(source: str, names: list[str]) -> None:
+    missing = [column for column in ("problem", "answer") if column not in names]
+    if missing:
+        raise UserError(f"{source} has no column {' nor '.join(missing)}; it has {', '.join(names)}")

@@ -1,0 +1,125 @@
+"""Problems as prompts: rendered, tokenised, and drawn in an endless seeded order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.errors import UserError
+from rloop_mcore.types import Example, Problem, Prompt
+
+log = logging.getLogger(__name__)
+
+
+class TextTokenizer:
+    """The tokenizer of an HF folder: its tokenizer.json, and the end token that tokenizer_config.json names.
+
+    Loaded with `tokenizers` alone: importing transformers for the same ids costs seconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+        for file in files:
+            if not file.is_file():
+                raise UserError(
+                    f"{file} does not exist; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...) "
+                    "of transformers writes it"
+                )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(files[0]))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
+        eos = json.loads(files[1].read_text(encoding="utf-8")).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos  # either a string or a description of the token
+        eos_id = self._tokenizer.token_to_id(eos) if eos else None
+        if eos_id is None:
+            raise UserError(f"{files[1]}: eos_token is {eos!r}; it must name a token of tokenizer.json")
+        self.eos_id: int = eos_id
+
+    def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text. `special_tokens`: with those (a BOS, say) that the tokenizer itself puts around it."""
+        try:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"the tokenizer cannot encode {text!r:.200}: {error}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens dropped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+class TemplatePrompts:
+    """Implements `protocols.Prompts` over a problem set.
+
+    `prompts` holds those within `max_prompt_tokens`, in the order of `problems`; `too_long` counts the others.
+    Raises UserError if none is left.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: TextTokenizer,
+        template: PromptTemplate,
+        seed: int,
+        max_prompt_tokens: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self._seed = seed
+        rendered = [self.prompt(problem) for problem in problems]
+        self.prompts = [prompt for prompt in rendered if len(prompt.ids) <= max_prompt_tokens]
+        self.too_long = len(rendered) - len(self.prompts)
+        if not self.prompts:
+            shortest = min(len(prompt.ids) for prompt in rendered) if rendered else 0
+            raise UserError(
+                f"all {len(rendered)} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; "
+                f"the shortest has {shortest} tokens"
+            )
+        if self.too_long:
+            log.warning(
+                "%d of %d prompts are longer than data.max_prompt_tokens=%d and are left out",
+                self.too_long,
+                len(rendered),
+                max_prompt_tokens,
+            )
+        self._epoch_order = lru_cache(maxsize=2)(self._permutation)
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """A problem rendered and tokenised, whatever its length."""
+        return Prompt(problem=problem, ids=self.tokenizer.encode(self.template.render(problem.problem)))
+
+    def example(self, problem: Problem) -> Example:
+        """The demonstration in `problem.meta["solution"]`, ended by the end token; raises UserError without one."""
+        solution = problem.meta.get("solution")
+        if not isinstance(solution, str) or not solution.strip():
+            raise UserError(f"problem {problem.id} has no text in meta.solution, which a demonstration needs")
+        response = (*self.tokenizer.encode(solution, special_tokens=False), self.tokenizer.eos_id)
+        return Example(prompt_ids=self.prompt(problem).ids, response_ids=response)
+
+    def draw(self, position: int, count: int) -> list[Prompt]:
+        """Prompts `position` .. `position + count` of the endless order; depends on nothing drawn before."""
+        places = (divmod(place, len(self.prompts)) for place in range(position, position + count))
+        return [self.prompts[self._epoch_order(epoch)[index]] for epoch, index in places]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response ids, special tokens dropped."""
+        return self.tokenizer.decode(ids)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        """The order of an epoch: indices into `prompts` sorted by a hash of (seed, epoch, problem id).
+
+        A hash and no random generator: it stays the same across library versions and when the file is reordered.
+        """
+
+        def key(index: int) -> bytes:
+            text = f"{self._seed}/{epoch}/{self.prompts[index].problem.id}"
+            return hashlib.sha256(text.encode()).digest()
+
+        return sorted(range(len(self.prompts)), key=key)

@@ -1,0 +1,43 @@
+"""The uncertainty of a benchmark's mean: a percentile bootstrap over its problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_DRAWS_AT_ONCE = 2_000_000  # bounds the memory of one block of resamples
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and the ends of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(scores: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """Mean of `scores` [problems] with its percentile bootstrap interval.
+
+    Problems are resampled with replacement `resamples` times; the interval spans the central `level` of the
+    resampled means (Efron 1979). It speaks of the choice of problems; the samples a problem are taken as they fell.
+    Raises ValueError without scores.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
+    tail = (1 - level) / 2
+    low, high = np.quantile(_resampled_means(values, np.random.default_rng(seed), resamples), [tail, 1 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    block = max(1, _DRAWS_AT_ONCE // values.size)
+    means = []
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        means.append(values[rng.integers(values.size, size=(rows, values.size))].mean(axis=1))
+    return np.concatenate(means)

@@ -1,0 +1,114 @@
+"""`rloop COMMAND ...`: the arguments of every command, and the exit codes.
+
+0 done; 2 the user's mistake, told in one sentence; 75 checkpointed and wants to be started again; 1 a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rloop_mcore.compose import config_folder
+from rloop_mcore.errors import UserError
+
+_TRAIN_EXAMPLES = """
+examples:
+  rloop train experiment=tiny run.dir=runs/tiny        a run of seconds, to see every phase
+  rloop train experiment=quickstart                    RLoop on a generated task, minutes on two cores
+  rloop train model.path=/models/Qwen2.5-Math-7B data.train=dapo.jsonl data.validation=aime24.jsonl run.dir=runs/7b
+
+The same command again goes on where the run stands, after any kill. Every key, with its default and what it means, is
+in rloop_mcore/config.py; experiments are the files of {folder}.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `rloop`."""
+    top = argparse.ArgumentParser(
+        prog="rloop", description="RL on verifiable rewards, in iterations (arXiv 2511.04285)."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run RLoop (or plain DAPO, or SFT), or resume it",
+        description="Run, or resume, one training run in run.dir.",
+        epilog=_TRAIN_EXAMPLES.format(folder=config_folder() / "experiment"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, e.g. algorithm.rl_steps=100")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="Avg@k and pass@k of a policy on a problem file",
+        description="Sample responses of a policy, grade them, print Avg@N and unbiased pass@k with 95 %% intervals.",
+    )
+    evaluate.add_argument("--policy", required=True, type=Path, metavar="PATH", help="a Hugging Face folder")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="problems: JSONL, Parquet or hf:NAME[:SPLIT]")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
+    evaluate.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
+    evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON too")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=quickstart rollout.max_tokens=1024"
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="one self-contained HTML file with the curves and the table of runs",
+        description="Write one HTML file, readable offline, with the curves and the final table of one or more runs.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+
+    status = commands.add_parser(
+        "status", help="where a run stands", description="Where a run stands: state, phase, step, cache, last metrics."
+    )
+    status.add_argument("run", type=Path, metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+    grade = commands.add_parser(
+        "grade",
+        help="grade answers against gold answers",
+        description='Grade rows {"id", "gold", "pred"}; pred is a whole response.',
+    )
+    grade.add_argument("file", type=Path, metavar="FILE.jsonl")
+    grade.add_argument("--json", type=Path, metavar="OUT.jsonl", help="the rows with correct, reason and seconds")
+    grade.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        # each command is imported when it is wanted: `rloop status` must not wait for what training needs
+        if options.command == "train":
+            from rloop_mcore.main.train import train
+
+            return train(options.overrides)
+        if options.command == "evaluate":
+            from rloop_mcore.main.evaluate import evaluate
+
+            return evaluate(options)
+        if options.command == "report":
+            from rloop_mcore.main.report import report
+
+            return report(options.runs, options.out)
+        if options.command == "status":
+            from rloop_mcore.main.status import status
+
+            return status(options.run, options.json)
+        from rloop_mcore.main.grade import grade
+
+        return grade(options.file, options.json, options.answer_format)
+    except UserError as error:
+        print(f"rloop: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The engines a configuration asks for: adopted where they run already, else started here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rloop_mcore import platform
+from rloop_mcore.config import Config
+from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, running_servers
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[EmbeddedServer | RunningServer]:
+    """The servers of `rollout.endpoints`, or one embedded engine with `model`, still starting."""
+    if config.rollout.endpoints:
+        return running_servers(config.rollout.endpoints)
+    return [
+        EmbeddedServer(
+            model,
+            log_folder,
+            "engine",
+            max_running=config.rollout.max_running,
+            threads=config.cluster.threads or len(os.sched_getaffinity(0)),
+            dtype=_DTYPES[config.precision],
+            device=platform.choose(config.cluster.device),
+        )
+    ]

@@ -1,0 +1,108 @@
+"""Where things are in a run directory, its lock, and how a run's processes tell each other how it ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import write_atomic
+
+_LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "ranks.log"
+
+    def create(self) -> None:
+        """Make the directory. Raises UserError where that is impossible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} cannot be created ({error.strerror}): choose another.") from error
+
+    @contextmanager
+    def lock(self, name: str = "lock") -> Iterator[None]:
+        """Hold the directory: one run at a time. Raises UserError when another process keeps it."""
+        self.create()
+        descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT)
+        try:
+            deadline = time.monotonic() + _LOCK_WAIT_S
+            while not _try_lock(descriptor):
+                if time.monotonic() > deadline:
+                    raise UserError(f"run.dir={self.path} is in use by another run: wait for it, or choose another.")
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def locked(self) -> bool:
+        """Is a run working in the directory now?"""
+        if not (self.path / "lock").exists():
+            return False
+        descriptor = os.open(self.path / "lock", os.O_RDWR)
+        try:
+            return not _try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def request_stop(self) -> None:
+        (self.path / "stop").touch()
+
+    def stop_requested(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def write_ending(self, code: int, message: str, report: str = "") -> None:
+        """How the run ended; `report` (a traceback) makes it a fault that people can read about."""
+        if report:
+            write_atomic(self.path / "fault.txt", report)
+        write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
+
+    def ending(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads((self.path / "ending.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def clear_ending(self) -> None:
+        for name in ("stop", "ending.json", "fault.txt"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def log_tail(self, lines: int = 20) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""`rloop status`: where a run stands, from its files alone. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rloop_mcore.compose import read_config
+from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.trajectory.cache import TrajectoryCache
+
+
+def status(path: Path, as_json: bool) -> int:
+    """Print the state of the run in `path`. Raises UserError where there is none."""
+    state = read_status(RunDirectory(path))
+    if as_json:
+        print(json.dumps(state))
+    else:
+        console = Console()
+        for key, value in state.items():
+            console.print(f"[bold]{key:14}[/bold] {value}", highlight=False)
+    return 0
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """The contract of `rloop status --json` (see README)."""
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is not a run directory: it holds no config.yaml.")
+    config, records = read_config(run.config), Journal(run.journal).records
+    policies = [record for record in records if "digest" in record]
+    finished = any(r["event"] == "done" and _is_last(r, config.algorithm.iterations) for r in records)
+    place = next((r for r in reversed(records) if r["event"] in ("commit", "done")), None)
+    cache = TrajectoryCache(run.cache) if run.cache.is_dir() else None
+    return {
+        "state": _state(run, finished),
+        "iteration": place["iteration"] if place else 0,
+        "phase": place["phase"] if place else "base",
+        "step": place.get("step", 0) if place else 0,
+        "policy_digest": policies[-1]["digest"] if policies else None,
+        "base_digest": next((r["digest"] for r in records if r["event"] == "policy" and r["iteration"] == 0), None),
+        "cache": {
+            "trajectories": cache.count() if cache else 0,
+            "digest": cache.digest() if cache else None,
+        },
+        "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
+        "metrics": _last_metrics(run.path / "metrics.jsonl"),
+    }
+
+
+def _is_last(record: dict[str, Any], iterations: int) -> bool:
+    last = ("evaluate", iterations - 1) if iterations else ("base", 0)
+    return (record["phase"], record["iteration"]) == last
+
+
+def _state(run: RunDirectory, finished: bool) -> str:
+    if run.locked():
+        return "running"
+    if finished:
+        return "finished"
+    ending = run.ending()
+    return "failed" if ending is not None and ending["code"] == 1 else "interrupted"
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return dict(json.loads(lines[-1])) if lines else {}

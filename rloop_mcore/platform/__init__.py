@@ -1,0 +1,79 @@
+"""The one place that knows CUDA+NCCL from CPU+gloo. `setup` comes before any import of megatron.core.
+
+torch is imported where it is used: `rloop status` and the reward workers need files and processes, not torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from rloop_mcore.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_device: torch.device | None = None
+
+
+def setup(device: str = "auto", threads: int = 0) -> torch.device:
+    """Choose this process's device and ready torch and Megatron-Core for it; a second call changes nothing.
+
+    `device`: auto, cpu or cuda. `threads`: CPU threads of this process; 0 is the cores over the processes that
+    torchrun started here. Raises UserError where cuda is asked for and there is none.
+    """
+    global _device
+    if _device is not None:
+        return _device
+    import torch
+
+    # What torch and Megatron warn of concerns each other's interfaces: nothing that a user of ours could change.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if choose(device) == "cuda":
+        _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_device)
+    else:
+        _device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        from rloop_mcore.platform import cpu_shim
+
+        cpu_shim.install()
+    return _device
+
+
+def choose(device: str) -> str:
+    """cpu or cuda, for `cluster.device` auto, cpu or cuda. Raises UserError where cuda is asked for and there is none."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"cluster.device is {device!r}; it is one of auto, cpu, cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("cluster.device is 'cuda' and torch sees no CUDA device here; use 'cpu' or 'auto'.")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def device() -> torch.device:
+    """The device that `setup` chose."""
+    if _device is None:
+        raise RuntimeError("platform.setup has not been called in this process")
+    return _device
+
+
+def backend() -> str:
+    """The torch.distributed backend of this device's collectives: nccl or gloo."""
+    return "nccl" if device().type == "cuda" else "gloo"
+
+
+def set_deterministic(setting: bool | None) -> None:
+    """`run.deterministic`, where null means on if there is no GPU. The CPU computes deterministically as it is."""
+    if device().type == "cuda" and setting:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        os.environ["NCCL_ALGO"] = "Ring"
+        import torch
+
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,146 @@
+"""What Megatron-Core needs of torch.cuda, answered by the CPU. Only `platform.setup` installs it, where no CUDA is.
+
+`torch.cuda.is_available()` stays False: nothing here claims that there is a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+
+
+class _Stream:
+    """A stream on a device that runs everything in order anyway."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Patch torch, then import Megatron-Core and patch the few places that insist on CUDA."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    _patch_cuda_namespace()
+    _patch_tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron says six times over that there is no Transformer Engine or Apex
+        _patch_megatron()
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """`torch.compile` that leaves functions alone: Megatron's jit_fuser would cost 17 s on the first step."""
+    return function if function is not None else lambda decorated: decorated
+
+
+def _patch_cuda_namespace() -> None:
+    stream = _Stream()
+    replacements: dict[str, Any] = {  # each its own function: dynamo refuses one object under two names
+        "current_device": lambda: _CPU,
+        "set_device": lambda device: None,
+        "synchronize": lambda *args, **kwargs: None,
+        "Stream": _Stream,
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "stream": lambda *args: contextlib.nullcontext(),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+def _patch_tensors() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[assignment, method-assign]
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _patch_megatron() -> None:
+    from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401  only for its warnings to fall here
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    class CpuRngTracker(random.CudaRNGStatesTracker):
+        """The states of named random streams, drawn from the CPU generator."""
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random.CudaRNGStatesTracker = CpuRngTracker
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+    for cls in (distrib_optimizer.DistributedOptimizer, optimizer.Float16OptimizerWithFloat16Params):
+        cls.__init__ = _with_cuda_type_names(cls.__init__)
+    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it without Transformer Engine too
+        moe_utils.te_general_gemm = None
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """Honour `as_numpy` for tensors that are on the CPU already: c10d refuses tensors as split sizes."""
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `Tensor.type()` name the CUDA type while `function` runs: three places of Megatron's optimizer compare it."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        original = torch.Tensor.type
+
+        def type_name(self: torch.Tensor, *type_args: Any, **type_kwargs: Any) -> Any:
+            answer = original(self, *type_args, **type_kwargs)
+            return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+        torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.Tensor.type = original  # type: ignore[method-assign]
+
+    return wrapped

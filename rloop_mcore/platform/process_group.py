@@ -1,0 +1,70 @@
+"""Process groups beside the default one, made the way SGLang makes its end of a weight update group.
+
+torch.distributed has one default group a process; the trainer and an engine need a group that spans both. SGLang's
+recipe is a TCP rendezvous store hosted by rank 0, prefixed with the group's name, handed to torch's internal group
+constructor; both ends must agree on it to the letter. The default group must not have been bound to a device
+(`init_process_group(device_id=...)`): torch would then try to split this group off it.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+
+def host_store(address: str = "127.0.0.1", timeout_s: float = 60.0) -> dist.TCPStore:
+    """Host a rendezvous store on a free port of `address` only; it lives as long as the returned object.
+
+    Its port is `store.port`. TCPStore alone would listen on every interface, hence the socket made here.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join_group(
+    backend: str, address: str, port: int, world_size: int, rank: int, group_name: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """Join, as `rank`, the group whose rendezvous store `host_store` serves at `address:port`; blocks until all have.
+
+    backend: nccl or gloo. Names of groups are unique in a process; leave with `leave_group`. Every operation in the
+    group has the same deadline. Raises TimeoutError when not all `world_size` ranks came within `timeout_s` seconds.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=True)
+        group, _ = c10d._new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(group_name, store),
+            group_name=c10d.GroupName(group_name),
+            timeout=timeout,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise TimeoutError(
+            f"group {group_name!r}: rank {rank} waited {timeout_s:g} s for all {world_size} ranks at {address}:{port}: "
+            f"{error}"
+        ) from error
+    assert isinstance(group, dist.ProcessGroup)
+    c10d._world.pg_group_ranks[group] = {r: r for r in range(world_size)}
+    return group
+
+
+def leave_group(group: dist.ProcessGroup) -> None:
+    """Leave a group made by `join_group`."""
+    dist.destroy_process_group(group)

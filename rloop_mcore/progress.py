@@ -1,0 +1,85 @@
+"""What a person sees while a run goes on: a live bar on a terminal, one line every so often elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+PLAIN_EVERY_S = 10.0
+
+_FIGURES = {
+    "reward_mean": "reward {:.3f}",
+    "success_rate": "success {:.1%}",
+    "loss": "loss {:.3f}",
+    "response_length": "length {:.0f}",
+    "entropy": "entropy {:.2f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+}
+
+
+class ProgressDisplay:
+    """Where a run is, and a few live figures.
+
+    On a terminal a bar that is redrawn in place; elsewhere plain lines, at most one every `PLAIN_EVERY_S` seconds
+    beside the first and the last of a phase.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._clock = clock
+        self._last_line = float("-inf")
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def show(self, place: str, done: int, total: int, eta_s: float | None, metrics: Mapping[str, float | None]) -> None:
+        """Show `done` of `total` of the phase named `place`, the seconds left (None: unknown) and the metrics."""
+        figures = figures_text(metrics)
+        left = f"{duration(eta_s)} left" if eta_s is not None else ""
+        if self._console.is_terminal:
+            self._redraw(place, done, total, left, figures)
+        elif done in (0, total) or self._clock() - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = self._clock()
+            words = [time.strftime("%H:%M:%S"), place, f"{done}/{total}", figures, left]
+            self._console.print("  ".join(word for word in words if word), markup=False)
+
+    def message(self, text: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it should be; the last state stays readable."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _redraw(self, place: str, done: int, total: int, left: str, figures: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}", markup=True),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}", markup=False, style="cyan"),
+                TextColumn("{task.fields[figures]}", markup=False, style="dim"),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(place, left=left, figures=figures)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, description=place, completed=done, total=total, left=left, figures=figures)
+
+
+def figures_text(metrics: Mapping[str, float | None]) -> str:
+    """The few figures worth a glance, in words."""
+    known = [(metrics[key], form) for key, form in _FIGURES.items() if key in metrics]
+    return "  ".join(form.format(value) for value, form in known if value is not None)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

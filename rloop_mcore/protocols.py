@@ -1,0 +1,138 @@
+"""What the loop needs of each room, and what one room needs of another: rooms never import each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rloop_mcore.types import (
+    Completion,
+    Example,
+    Policy,
+    Problem,
+    Prompt,
+    SampleRequest,
+    Sampling,
+    Trajectory,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from rloop_mcore.config import OptimizerConfig
+
+    NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Actor(Protocol):
+    """The trained policy. Every method is collective: rank 0 calls, the other ranks follow."""
+
+    def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
+        """Take the weights of an HF folder and a fresh optimizer with its schedule over `total_updates`."""
+
+    def update(self, batch: Sequence[Trajectory], advantages: Sequence[float]) -> dict[str, float]:
+        """One DAPO update on a mini-batch; `advantages` [batch], one a trajectory. Returns metrics."""
+
+    def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
+        """One SFT update: token-mean negative log-likelihood of the responses. Returns metrics."""
+
+    def export(self) -> NamedTensors:
+        """Stream the full weights as (HF name, tensor), in the family's fixed order."""
+
+    def save_policy(self, path: Path) -> Policy:
+        """Write the weights as an HF folder that transformers and SGLang open, atomically."""
+
+    def save(self, path: Path) -> None:
+        """Write weights, optimizer, schedule and RNG as a Megatron checkpoint, atomically."""
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote, at any layout."""
+
+
+class WeightBridge(Protocol):
+    """The description of a model family, as the actor needs it; lives in `weights/`."""
+
+    def architecture(self) -> dict[str, Any]:
+        """The HF config as Megatron's: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
+
+    def load(self, chunks: Sequence[torch.nn.Module], path: Path) -> None:
+        """Fill this rank's shards of every pipeline chunk from the safetensors of an HF folder."""
+
+    def export(self, chunks: Sequence[torch.nn.Module]) -> NamedTensors:
+        """Collective: gather the shards tensor by tensor; rank 0 yields the full HF tensors, the others nothing."""
+
+    def save(self, tensors: NamedTensors, path: Path) -> Policy:
+        """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""
+
+
+class WeightChannel(Protocol):
+    """The trainer's end of the weight broadcast; lives in `weights/`."""
+
+    group_name: str  # the engines join under the same name
+
+    def open(self, world_size: int) -> tuple[str, int]:
+        """Start the rendezvous for a group of `world_size` (trainer rank 0 + engine ranks); returns (address, port)."""
+
+    def join(self) -> None:
+        """Join the group as rank 0; blocks, with a deadline, until every engine rank has joined."""
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Broadcast the tensors from rank 0, one broadcast a tensor, in order."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class Rollout(Protocol):
+    """The engines, behind SGLang's HTTP contract."""
+
+    def sync(self, weights: NamedTensors, version: int) -> dict[str, float]:
+        """Bring every engine to `weights`, stamped `version`. Returns metrics (seconds, bytes)."""
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+
+
+class Rewards(Protocol):
+    """The verifiers, in a pool of processes."""
+
+    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+        """Grade (problem, response text, truncated) items; one verdict each, in order. Never raises for an answer."""
+
+
+class Prompts(Protocol):
+    """The training problems, rendered and tokenised."""
+
+    def draw(self, position: int, count: int) -> list[Prompt]:
+        """Problems `position` .. `position + count` of the endless seeded order (a new permutation each epoch)."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response ids, special tokens dropped."""
+
+
+class Cache(Protocol):
+    """The sharded trajectory cache."""
+
+    def append(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take every sampled trajectory of a step."""
+
+    def seal(self) -> list[str]:
+        """Make what was appended durable; returns the names of all shards sealed so far, oldest first."""
+
+    def keep_only(self, shards: Sequence[str]) -> None:
+        """Discard whatever a crash left that is not in `shards`."""
+
+    def select_experts(self, iteration: int, hard_threshold: float, deduplicate: bool) -> list[Trajectory]:
+        """D_expert(i): the successful trajectories of phase i's hard problems, in a fixed order."""
+
+
+class Evaluator(Protocol):
+    """Avg@k and pass@k of whatever policy the engines hold."""
+
+    def evaluate(self, name: str, policy: str) -> dict[str, float]:
+        """Sample, grade, write `evaluation/{name}.json` about the policy folder `policy` (relative to the run).
+
+        Returns the headline metrics, e.g. {"avg@32": .., "pass@8": ..}.
+        """

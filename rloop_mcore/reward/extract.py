@@ -1,0 +1,60 @@
+"""Find the answer in a response, by the answer format its prompt asked for.
+
+What is outside that format is never looked at: a right number elsewhere in the text is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from rloop_mcore.errors import UserError
+
+# A box that opens, an escaped character (a brace in it is text), or a brace.
+_BRACES = re.compile(r"\\+boxed\s*(?P<box>\{)|\\.|[{}]", re.DOTALL)
+_ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
+
+
+def extract_answer(response: str, truncated: bool, answer_format: str) -> tuple[str, str]:
+    """The answer in a response and a reason.
+
+    Returns (answer, "") where there is one, else ("", "no_answer"), or ("", "truncated") when the response was cut
+    at the token limit. `answer_format` is a key of `ANSWER_FORMATS`; another one is a UserError.
+    """
+    if answer_format not in ANSWER_FORMATS:
+        known = " or ".join(ANSWER_FORMATS)
+        raise UserError(f"reward.answer_format={answer_format!r} is unknown: use {known}")
+    answer = ANSWER_FORMATS[answer_format](response, truncated)
+    if answer:
+        return answer, ""
+    return "", "truncated" if truncated else "no_answer"
+
+
+def last_box(response: str, truncated: bool = False) -> str:
+    r"""Content of the last complete `\boxed{}`, whatever follows it; "" if there is none or it is empty.
+
+    Of nested boxes the outermost counts. One pass over the text, whatever the braces do.
+    """
+    open_braces: list[tuple[bool, int]] = []  # (is a box, where its content starts)
+    answer = ""
+    for token in _BRACES.finditer(response):
+        if token["box"]:
+            open_braces.append((True, token.end()))
+        elif token[0] == "{":
+            open_braces.append((False, token.end()))
+        elif token[0] == "}" and open_braces:
+            is_box, start = open_braces.pop()
+            if is_box:
+                answer = response[start : token.start()].strip()
+    return answer
+
+
+def last_answer_line(response: str, truncated: bool) -> str:
+    """What follows the last "Answer:" on its line; "" if nothing does, or if the cut may have shortened it."""
+    matches = list(_ANSWER_LINE.finditer(response))
+    if not matches or (truncated and not matches[-1]["end"]):
+        return ""
+    return matches[-1]["answer"].strip().strip("*`").strip()
+
+
+ANSWER_FORMATS: dict[str, Callable[[str, bool], str]] = {"boxed": last_box, "answer_line": last_answer_line}

@@ -1,0 +1,69 @@
+"""Grade a file of responses: what `rloop grade` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.config import RewardConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.reward.pool import RewardPool
+from rloop_mcore.types import Problem
+
+_FIELDS = ("id", "gold", "pred")
+
+
+def grade_file(path: Path, out: Path | None, config: RewardConfig) -> dict[str, Any]:
+    """Grade the rows {"id", "gold", "pred"} of a JSONL file; `pred` is a whole response.
+
+    `out` gets the same rows with "correct", "reason" and "seconds" added. Returns the counts: rows, correct, accuracy
+    and the number of rows by reason. A row that is not of this form is a UserError with its line.
+    """
+    rows = read_rows(path)
+    # Here the failures are the result, not a sign that training would learn nonsense.
+    with RewardPool(dataclasses.replace(config, max_failure_share=1.0)) as pool:
+        verdicts = pool.grade([(Problem(str(row["id"]), "", row["gold"]), row["pred"], False) for row in rows])
+    if out is not None:
+        graded = [
+            row | {"correct": verdict.correct, "reason": verdict.reason, "seconds": round(verdict.seconds, 6)}
+            for row, verdict in zip(rows, verdicts, strict=True)
+        ]
+        write_atomic(out, "".join(json.dumps(row) + "\n" for row in graded))
+    correct = sum(verdict.correct for verdict in verdicts)
+    return {
+        "rows": len(rows),
+        "correct": correct,
+        "accuracy": correct / len(rows) if rows else 0.0,
+        "answer_format": config.answer_format,
+        "reasons": dict(sorted(Counter(verdict.reason for verdict in verdicts).items())),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the file, checked; UserError with file and line for the first bad one."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file to grade") from error
+    return [_read_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_row(line: bytes, where: str) -> dict[str, Any]:
+    wanted = 'want {"id": ..., "gold": "the right answer", "pred": "the whole response"}'
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); {wanted}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object; {wanted}")
+    for field in _FIELDS:
+        if field not in row:
+            raise UserError(f"{where}: no field {field!r}; {wanted}")
+    for field in ("gold", "pred"):
+        if not isinstance(row[field], str):
+            raise UserError(f"{where}: {field!r} must be a string and is {json.dumps(row[field])[:80]}; {wanted}")
+    return row

@@ -1,0 +1,49 @@
+"""Verifiers by name: the shipped ones, and yours by a dotted path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.types import Problem, Verdict
+
+# (problem, response, truncated, answer_format) -> a Verdict, or just (correct, reason)
+Verifier = Callable[[Problem, str, bool, str], Verdict | tuple[bool, str]]
+
+SHIPPED = {
+    "math": "rloop_mcore.reward.math:grade_math",
+    "countdown": "rloop_mcore.reward.countdown:grade_countdown",
+}
+REASONS = frozenset({"correct", "wrong", "no_answer", "unparsable", "timeout", "crashed", "truncated"})
+
+
+def load_verifier(name: str) -> Verifier:
+    """The function behind `reward.verifier`: a shipped name or `package.module:function`; else a UserError."""
+    path = SHIPPED.get(name, name)
+    module_name, _, function_name = path.partition(":")
+    known = f"use {', '.join(SHIPPED)} or a dotted path package.module:function"
+    if not module_name or not function_name:
+        raise UserError(f"reward.verifier={name!r} is no known verifier: {known}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"reward.verifier={name!r}: cannot import {module_name!r} ({cause}); {known}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"reward.verifier={name!r}: module {module_name!r} has no function {function_name!r}; {known}")
+    return function
+
+
+def as_verdict(result: Any) -> Verdict:
+    """What a verifier returned, as a Verdict; TypeError if it is neither a Verdict nor (correct, known reason)."""
+    if isinstance(result, tuple) and len(result) == 2:
+        result = Verdict(*result)
+    if not isinstance(result, Verdict) or not isinstance(result.correct, bool) or result.reason not in REASONS:
+        reasons = ", ".join(sorted(REASONS))
+        raise TypeError(
+            f"a verifier must return a Verdict or (bool, reason) with a reason of {reasons}; got {result!r}"
+        )
+    return result

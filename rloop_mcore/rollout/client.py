@@ -1,0 +1,244 @@
+"""One server's contract (SGLang's HTTP API) as typed methods; what comes back is not trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from packaging.version import InvalidVersion, Version
+
+from rloop_mcore.types import Completion, SampleRequest, Sampling
+
+_CONTROL_TIMEOUT_S = 60.0
+_UPDATE_SESSIONS_SINCE = Version("0.5.21")  # /begin_weight_update and /end_weight_update
+
+
+class EngineError(Exception):
+    """A server that does not answer, or not as the contract says. The message names the server and the endpoint."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What an engine must know of a tensor before it is broadcast. dtype: "bfloat16", not "torch.bfloat16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One server's place in the weight update group; the trainer is rank 0."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str
+    backend: str
+
+
+class EngineClient:
+    """Talks to one server. Every request has a deadline; the methods raise EngineError."""
+
+    def __init__(self, url: str, api_key: str | None, vocabulary: int, generate_timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self.vocabulary, self.generate_timeout_s = vocabulary, generate_timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def health(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        await self._call("GET", "/health", timeout_s=timeout_s)
+
+    async def model_info(self) -> dict[str, Any]:
+        return await self._json("GET", "/model_info")
+
+    async def server_info(self) -> dict[str, Any]:
+        return await self._json("GET", "/server_info")
+
+    async def weight_version(self) -> str:
+        return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
+
+    async def has_update_sessions(self) -> bool:
+        """Whether this version wants a weight update between begin and end (from 0.5.21 on)."""
+        text = str(_get(await self.server_info(), "version", f"{self.url}/server_info"))
+        try:
+            return Version(text) >= _UPDATE_SESSIONS_SINCE
+        except InvalidVersion as error:
+            raise EngineError(f"{self.url}/server_info: version {text!r} cannot be read") from error
+
+    async def ranks(self) -> int:
+        """Ranks this server takes in a weight update group (its tensor parallel size)."""
+        return int((await self.server_info()).get("tp_size", 1))
+
+    async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        """One /generate call; one completion a request, in order."""
+        self._check_ids(requests)
+        body = {
+            "input_ids": [list(r.prompt_ids) for r in requests],
+            "sampling_params": [
+                {
+                    "max_new_tokens": sampling.max_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "stop": list(sampling.stop),
+                    "sampling_seed": r.seed & (2**63 - 1),
+                }
+                for r in requests
+            ],
+            "return_logprob": True,
+        }
+        answers = await self._json("POST", "/generate", body, self.generate_timeout_s)
+        where = f"{self.url}/generate"
+        if not isinstance(answers, list) or len(answers) != len(requests):
+            raise EngineError(f"{where}: {len(requests)} prompts were sent, the answer is not a list of as many")
+        return [parse_completion(answer, where) for answer in answers]
+
+    def _check_ids(self, requests: Sequence[SampleRequest]) -> None:
+        """An id outside the vocabulary kills an SGLang server, so none is sent."""
+        for prompt in {r.prompt_ids for r in requests}:
+            if not prompt:
+                raise EngineError(f"{self.url}/generate: a prompt is empty")
+            if min(prompt) < 0 or max(prompt) >= self.vocabulary:
+                wrong = next(i for i in prompt if not 0 <= i < self.vocabulary)
+                raise EngineError(f"{self.url}/generate: id {wrong} is outside the vocabulary of {self.vocabulary}")
+
+    async def pause(self, mode: str) -> None:
+        """mode: abort, retract (calls wait and forget their cache) or in_place."""
+        await self._call("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._call("POST", "/continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        await self._call("POST", "/flush_cache")
+
+    async def abort_all(self) -> None:
+        await self._call("POST", "/abort_request", {"abort_all": True})
+
+    async def begin_update(self) -> None:
+        await self._succeed("/begin_weight_update", {"selector": "all"})
+
+    async def end_update(self) -> None:
+        await self._succeed("/end_weight_update", {})
+
+    async def join_group(self, group: GroupSpec, timeout_s: float) -> None:
+        await self._succeed("/init_weights_update_group", asdict(group), timeout_s)
+
+    async def leave_group(self, group_name: str) -> None:
+        await self._succeed("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def update_from_distributed(self, tensors: Sequence[TensorSpec], group_name: str, timeout_s: float) -> None:
+        """Receive one flattened bucket: a uint8 broadcast of the tensors in this order, aligned to their item size."""
+        body = {
+            "names": [t.name for t in tensors],
+            "dtypes": [t.dtype for t in tensors],
+            "shapes": [list(t.shape) for t in tensors],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self._succeed("/update_weights_from_distributed", body, timeout_s)
+
+    async def update_from_disk(self, model_path: str, weight_version: str, timeout_s: float) -> None:
+        body = {"model_path": model_path, "weight_version": weight_version}
+        await self._succeed("/update_weights_from_disk", body, timeout_s)
+
+    async def set_weight_version(self, version: str) -> None:
+        await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def checksums(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
+        return await self._json("POST", "/weights_checker", {"action": "checksum"}, timeout_s)
+
+    async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
+        """A 200 alone does not mean that it was done: `success` must be true."""
+        answer = await self._json("POST", path, body, timeout_s)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise EngineError(f"{self.url}{path}: did not succeed: {_short(answer)}")
+
+    async def _json(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
+    ) -> Any:
+        raw = await self._call(method, path, body, timeout_s)
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            raise EngineError(f"{self.url}{path}: the answer is not JSON ({error}): {_short(raw)}") from error
+
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
+    ) -> bytes:
+        if self._session is None:
+            # No connection is kept: between two calls the loop stands still and would not see it closed.
+            self._session = aiohttp.ClientSession(
+                headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0)
+            )
+        begun = time.monotonic()
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                raw = await response.read()
+                if response.status != 200:
+                    raise EngineError(f"{self.url}{path}: status {response.status}: {_short(raw)}", response.status)
+                return raw
+        except TimeoutError as error:
+            raise EngineError(f"{self.url}{path}: no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
+            waited = time.monotonic() - begun
+            raise EngineError(
+                f"{self.url}{path}: connection failed after {waited:.1f} s (deadline {timeout_s:g} s): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def parse_completion(answer: Any, where: str) -> Completion:
+    """A `Completion` from one /generate answer; raises EngineError when a field is missing or they contradict."""
+    meta = _get(answer, "meta_info", where)
+    ids = _get(answer, "output_ids", where)
+    entries = _get(meta, "output_token_logprobs", where)
+    reason = _get(_get(meta, "finish_reason", where), "type", where)
+    version = str(_get(meta, "weight_version", where))
+    try:
+        logprobs = tuple(float(entry[0]) for entry in entries)
+        scored_ids = [int(entry[1]) for entry in entries]
+    except (TypeError, ValueError, IndexError) as error:
+        raise EngineError(f"{where}: output_token_logprobs is not [[logprob, id, text], ...]") from error
+    if scored_ids != ids:
+        raise EngineError(f"{where}: {len(ids)} output_ids and {len(scored_ids)} logprobs do not name the same tokens")
+    if not version.lstrip("-").isdigit():
+        raise EngineError(f"{where}: weight_version {version!r} is not a number: the engine was never synced")
+    return Completion(tuple(ids), logprobs, str(reason), int(version))
+
+
+def _get(mapping: Any, name: str, where: str) -> Any:
+    if not isinstance(mapping, dict) or name not in mapping:
+        raise EngineError(f"{where}: the answer lacks {name!r}: {_short(mapping)}")
+    return mapping[name]
+
+
+def _short(value: Any) -> str:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return text if len(text) <= 500 else f"{text[:500]}... ({len(text)} characters)"

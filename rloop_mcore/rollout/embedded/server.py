@@ -1,0 +1,298 @@
+"""The HTTP side: SGLang's routes and fields (0.5.23) over one `Generation` at a time.
+
+The model is touched by one worker thread only. A call runs there until it is done or interrupted, so weight updates
+and pauses find it between two tokens, never within one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from rloop_mcore.rollout.embedded.engine import Generation
+from rloop_mcore.rollout.embedded.model import CausalModel
+from rloop_mcore.rollout.embedded.params import BadRequest, GenerateRequest, parse_generate
+from rloop_mcore.rollout.embedded.responses import describe
+from rloop_mcore.rollout.embedded.weights import WeightReceiver
+
+VERSION = "0.5.23+rloop.embedded"  # the contract's version, and whose implementation this is
+_MAX_BODY = 1 << 30
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    def __init__(self, model: CausalModel, max_running: int, api_key: str | None, group_timeout_s: float) -> None:
+        self.model, self.max_running, self.api_key = model, max_running, api_key
+        self.weights = WeightReceiver(model.network, group_timeout_s)
+        self.weight_version = "default"
+        self.worker = ThreadPoolExecutor(1, "engine")
+        self.turn = asyncio.Lock()  # calls run one after another
+        self.paused = False
+        self.changed = asyncio.Condition()  # paused or a call's state changed
+        self.interrupt = threading.Event()  # stops the running call between two tokens
+        self.calls: dict[Generation, GenerateRequest] = {}  # waiting and running
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=_MAX_BODY, middlewares=[self._authorize, _explain])
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/health_generate", self.health_generate)
+        app.router.add_get("/model_info", self.model_info)
+        app.router.add_get("/server_info", self.server_info)
+        for handler in (
+            self.generate,
+            self.abort_request,
+            self.pause_generation,
+            self.continue_generation,
+            self.flush_cache,
+            self.begin_weight_update,
+            self.end_weight_update,
+            self.init_weights_update_group,
+            self.destroy_weights_update_group,
+            self.update_weights_from_distributed,
+            self.update_weights_from_disk,
+            self.update_weight_version,
+            self.weights_checker,
+        ):
+            app.router.add_post(f"/{handler.__name__}", handler)
+        app.on_cleanup.append(self._close)
+        return app
+
+    @web.middleware
+    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        open_to_all = self.api_key is None or request.path.startswith("/health")
+        if not open_to_all and not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    async def _close(self, app: web.Application) -> None:
+        self.interrupt.set()
+        await self._on_worker(self.weights.leave_all)
+        self.worker.shutdown()
+
+    async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, function, *args)
+
+    # -- what the server is ---------------------------------------------------------------------------------------
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def health_generate(self, request: web.Request) -> web.Response:
+        """200 when the engine can produce a token now."""
+        self._require_whole_weights()
+        if not self.paused and not self.calls:
+            body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+            await self._run(parse_generate(body, self.model.vocabulary))
+        return web.Response()
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "model_path": str(self.model.path),
+                "tokenizer_path": str(self.model.path),
+                "is_generation": True,
+                "weight_version": self.weight_version,
+                "model_type": self.model.config.model_type,
+                "architectures": self.model.config.architectures,
+                "vocab_size": self.model.vocabulary,
+            }
+        )
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        dtype = str(self.model.network.dtype).removeprefix("torch.")
+        return web.json_response(
+            {
+                "version": VERSION,
+                "model_path": str(self.model.path),
+                "max_running_requests": self.max_running,
+                "dtype": dtype,
+                "device": self.model.device.type,
+                "tp_size": 1,
+                "dp_size": 1,
+                "weight_version": self.weight_version,
+            }
+        )
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: web.Request) -> web.Response:
+        parsed = parse_generate(await _body(request), self.model.vocabulary)
+        if any(s.params.stop for s in parsed.samples) and self.model.tokenizer is None:
+            raise BadRequest("sampling_params.stop needs a tokenizer, and the model folder has none")
+        return web.Response(body=await self._run(parsed), content_type="application/json")
+
+    async def _run(self, parsed: GenerateRequest) -> bytes:
+        call = Generation(self.model, parsed.samples, self.max_running)
+        self.calls[call] = parsed
+        try:
+            async with self.turn:
+                while not call.finished:
+                    async with self.changed:
+                        await self.changed.wait_for(lambda: not self.paused or call.finished)
+                    self._require_whole_weights()
+                    await self._on_worker(call.advance, self.weight_version, self.interrupt.is_set)
+            answers = await self._on_worker(describe, call, parsed, self.weight_version)
+            return json.dumps(answers[0] if parsed.single else answers).encode()
+        finally:
+            del self.calls[call]
+
+    def _require_whole_weights(self) -> None:
+        if self.weights.broken:
+            raise web.HTTPServiceUnavailable(
+                text=f"the weights are incomplete since an update failed ({self.weights.broken}); update them again"
+            )
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        for call, parsed in list(self.calls.items()):
+            if body.get("abort_all") or body.get("rid") in parsed.rids:
+                await self._interrupted(call.abort)
+        return web.Response()
+
+    async def _interrupted(self, function: Callable[[], object]) -> None:
+        """Run `function` on the worker between two tokens of the running call."""
+        self.interrupt.set()
+        await self._on_worker(function)
+        if not self.paused:
+            self.interrupt.clear()
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def pause_generation(self, request: web.Request) -> web.Response:
+        """abort: running calls return what they have; retract: they wait and forget their cache; in_place: wait."""
+        mode = (await _body(request)).get("mode", "abort")
+        if mode not in ("abort", "retract", "in_place"):
+            raise BadRequest(f"mode {mode!r} must be abort, retract or in_place")
+        self.paused = True
+        change = {"abort": Generation.abort, "retract": Generation.drop_cache, "in_place": lambda call: None}[mode]
+        calls = list(self.calls)
+        await self._interrupted(lambda: [change(call) for call in calls])
+        return web.json_response({"status": "ok", "message": f"paused ({mode})"})
+
+    async def continue_generation(self, request: web.Request) -> web.Response:
+        self.paused = False
+        self.interrupt.clear()
+        async with self.changed:
+            self.changed.notify_all()
+        return web.json_response({"status": "ok", "message": "continued"})
+
+    async def flush_cache(self, request: web.Request) -> web.Response:
+        """Nothing is cached between calls; refused, as the contract has it, while a call holds keys and values."""
+        if any(call.batch is not None for call in self.calls):
+            raise BadRequest("cannot flush: there are running requests; pause with mode abort or retract first")
+        return web.Response(text="Cache flushed.\n")
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    async def begin_weight_update(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        await self._on_worker(self.weights.begin, body.get("selector", "all"))
+        return _done("weight update begun")
+
+    async def end_weight_update(self, request: web.Request) -> web.Response:
+        await self._on_worker(self.weights.end)
+        return _done("weight update ended")
+
+    async def init_weights_update_group(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        await self._on_worker(
+            self.weights.join,
+            _field(body, "master_address", str),
+            _field(body, "master_port", int),
+            _field(body, "rank_offset", int),
+            _field(body, "world_size", int),
+            _field(body, "group_name", str),
+            _field(body, "backend", str),
+        )
+        return _done("joined the weight update group")
+
+    async def destroy_weights_update_group(self, request: web.Request) -> web.Response:
+        await self._on_worker(self.weights.leave, _field(await _body(request), "group_name", str))
+        return _done("left the weight update group")
+
+    async def update_weights_from_distributed(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        await self._on_worker(
+            self.weights.receive,
+            _field(body, "names", list),
+            _field(body, "dtypes", list),
+            _field(body, "shapes", list),
+            _field(body, "group_name", str),
+            body.get("load_format"),
+        )
+        self._stamp(body.get("weight_version"))
+        return _done("weights updated")
+
+    async def update_weights_from_disk(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        await self._on_worker(self.weights.load, Path(_field(body, "model_path", str)))
+        self._stamp(body.get("weight_version"))
+        return _done("weights loaded")
+
+    async def update_weight_version(self, request: web.Request) -> web.Response:
+        self._stamp(_field(await _body(request), "new_version", str))
+        return web.json_response({"success": True, "message": "stamped", "new_version": self.weight_version})
+
+    def _stamp(self, version: str | None) -> None:
+        if version is not None:
+            self.weight_version = version
+
+    async def weights_checker(self, request: web.Request) -> web.Response:
+        action = _field(await _body(request), "action", str)
+        if action != "checksum":
+            raise BadRequest(f"action {action!r}: the embedded engine knows 'checksum' only")
+        sums = await self._on_worker(self.weights.checksums)
+        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": sums}]})
+
+
+@web.middleware
+async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors become JSON answers with their sentence; a request can not take the server down."""
+    try:
+        return await handler(request)
+    except BadRequest as error:
+        return _failed(str(error), 400)
+    except web.HTTPException as error:
+        return _failed(error.text or error.reason, error.status)
+    except Exception as error:
+        log.exception("%s failed", request.path)
+        return _failed(f"{type(error).__name__}: {error}", 500)
+
+
+def _failed(message: str, status: int) -> web.Response:
+    return web.json_response({"success": False, "message": message, "error": {"message": message}}, status=status)
+
+
+def _done(message: str) -> web.Response:
+    return web.json_response({"success": True, "message": message})
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    raw = await request.read()
+    try:
+        body = json.loads(raw) if raw else {}
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
+
+
+def _field(body: dict[str, Any], name: str, kind: type) -> Any:
+    value = body.get(name)
+    if not isinstance(value, kind):
+        raise BadRequest(f"{name} must be given, as {kind.__name__}; got {value!r}")
+    return value

@@ -1,0 +1,176 @@
+"""What survives a kill, and how: checkpoints, policies, shards and measurements become durable first, then the
+journal names them; whatever the journal doesn't name is discarded at start."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.algorithm.seeds import derive_seed
+from rloop_mcore.config import Config, OptimizerConfig
+from rloop_mcore.journal import Journal
+from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
+from rloop_mcore.tracking import Tracker
+from rloop_mcore.types import Policy, Trajectory
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything up to the last step is committed."""
+
+
+@dataclass
+class RunState:
+    """The run directory, as the loop moves it from one durable state to the next."""
+
+    config: Config
+    directory: Path
+    journal: Journal
+    actor: Actor
+    rollout: Rollout
+    cache: Cache
+    evaluator: Evaluator | None
+    tracker: Tracker
+    stop_requested: Callable[[], bool]
+    position: int = 0  # prompts drawn so far
+    _synced: int | None = field(default=None, init=False)
+
+    def recover(self) -> None:
+        """Discard what a killed run left beyond its journal."""
+        commits = [record for record in self.journal.records if record["event"] == "commit"]
+        self.cache.keep_only([shard for record in commits for shard in record["shards"]])
+        self.position = commits[-1]["position"] if commits else 0
+        offsets = [record["metrics_offset"] for record in self.journal.records if "metrics_offset" in record]
+        self.tracker.rewind(offsets[-1] if offsets else 0)
+        named = {record.get("checkpoint") for record in commits[-self.config.checkpoint.keep :]}
+        named |= {record.get("path") for record in self.journal.records}
+        for folder in ("checkpoints", "policies"):
+            for path in (self.directory / folder).glob("*"):
+                if f"{folder}/{path.name}" not in named:
+                    shutil.rmtree(path)
+
+    def seed(self, purpose: str, iteration: int) -> int:
+        """The seed of a draw that happens once an iteration."""
+        return derive_seed(self.config.run.seed, purpose, iteration)
+
+    def begin(
+        self,
+        iteration: int,
+        phase: str,
+        start: Policy,
+        optimizer: OptimizerConfig,
+        steps: int,
+        updates_per_step: int = 1,
+    ) -> int:
+        """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done."""
+        self._synced = None
+        self.actor.begin(start.path, optimizer, steps * updates_per_step)
+        commit = self.journal.last_commit(iteration, phase)
+        if commit is None:
+            return 0
+        self.actor.load(self.directory / commit["checkpoint"])
+        return int(commit["step"])
+
+    def commit(self, iteration: int, phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Log a step and, every `checkpoint.every` steps, make everything up to it durable.
+
+        Raises Interrupted, after committing, when the run was asked to stop.
+        """
+        self.tracker.log(iteration, phase, step, self._global_step(iteration, phase, step), metrics, total)
+        stopping = self.stop_requested()
+        every = self.config.evaluation.every
+        measured_next = phase == "explore" and every and step % every == 0
+        if not (stopping or measured_next or step % self.config.checkpoint.every == 0 or step == total):
+            return
+        name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
+        shards = self.cache.seal()
+        self.actor.save(self.directory / name)
+        known = {shard for record in self.journal.records for shard in record.get("shards", ())}
+        self.journal.record(
+            "commit",
+            iteration=iteration,
+            phase=phase,
+            step=step,
+            checkpoint=name,
+            shards=[shard for shard in shards if shard not in known],
+            position=self.position,
+            metrics_offset=self.tracker.offset(),
+        )
+        commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
+        for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
+            shutil.rmtree(self.directory / obsolete)
+        if stopping:
+            raise Interrupted
+
+    def finish(self, iteration: int, phase: str, **facts: Any) -> None:
+        """Record that a phase of an iteration is complete."""
+        self.journal.record("done", iteration=iteration, phase=phase, **facts)
+
+    def sync(self, iteration: int, step: int) -> dict[str, float]:
+        """Bring the engines to the actor's weights: the policy after `step` RL steps of `iteration`.
+
+        Returns the metrics of the sync; none where the engines held these weights already.
+        """
+        version = self._global_step(iteration, "explore", step) + iteration + 1
+        if version == self._synced:
+            return {}
+        metrics = self.rollout.sync(self.actor.export(), version)
+        self._synced = version
+        return metrics
+
+    def experts(self, iteration: int) -> list[Trajectory]:
+        """D_expert(i), in a fixed order."""
+        return self.cache.select_experts(iteration, self.config.algorithm.hard_threshold, self.config.rft.deduplicate)
+
+    def save_policy(self, name: str) -> Policy:
+        """Write the actor's weights as `policies/{name}`."""
+        return self.actor.save_policy(self.directory / "policies" / name)
+
+    def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
+        """Name theta_index in the journal."""
+        self.journal.record("policy", iteration=index, path=self._name(policy.path), digest=policy.digest, reason=reason)
+
+    def endpoint(self, iteration: int) -> Policy:
+        """The RL policy at the end of an exploration phase."""
+        name = _measurement("explore", iteration, self.config.algorithm.rl_steps)
+        record = next(r for r in self.journal.records if r["event"] == "measured" and r["name"] == name)
+        return Policy(self.directory / record["path"], record["digest"])
+
+    def measure(self, iteration: int, phase: str, step: int, policy: Policy | None = None) -> None:
+        """Keep a policy (the actor's own, unless given) and evaluate it on the validation problems, once."""
+        name = _measurement(phase, iteration, step)
+        if any(record["event"] == "measured" and record["name"] == name for record in self.journal.records):
+            return
+        if policy is None:
+            policy = self.save_policy(name)
+        metrics: dict[str, float] = {}
+        if self.evaluator is not None:
+            if phase != "explore":
+                self.actor.begin(policy.path, self.config.optimizer, 1)
+                self._synced = None
+            self.sync(iteration + (phase == "exploit"), step)
+            metrics = self.evaluator.evaluate(name, self._name(policy.path))
+            self.tracker.log(iteration, "evaluate", step, self._global_step(iteration, phase, step), metrics)
+        self.journal.record(
+            "measured",
+            name=name,
+            path=self._name(policy.path),
+            digest=policy.digest,
+            metrics=metrics,
+            metrics_offset=self.tracker.offset(),
+        )
+
+    def _name(self, path: Path) -> str:
+        """A path as files name it: relative to the run directory, so that a run can be moved, where it lies inside."""
+        return str(path.relative_to(self.directory) if path.is_relative_to(self.directory) else path.resolve())
+
+    def _global_step(self, iteration: int, phase: str, step: int) -> int:
+        """RL steps taken in the run so far: the x axis of every curve."""
+        steps = self.config.algorithm.rl_steps
+        return {"base": 0, "sft": step, "explore": iteration * steps + step}.get(phase, (iteration + 1) * steps)
+
+
+def _measurement(phase: str, iteration: int, step: int) -> str:
+    return "base" if phase == "base" else f"i{iteration}_{phase}_{step:06d}"

@@ -1,0 +1,186 @@
+"""Metrics: a line of JSON a step, TensorBoard, W&B if asked for, and the progress display.
+
+metrics.jsonl is the one the project itself reads; the others are views of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.config import TrackingConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.progress import ProgressDisplay
+
+_STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
+
+_NOT_METRICS = {"iteration", "phase", "step", "total", "global_step", "eta_s", "time"}
+
+
+class Tracker:
+    """The metrics of one run directory; only one process writes them.
+
+    Raises UserError where `tracking.wandb_project` is set and wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        display: ProgressDisplay | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        self._file = self.path.open("ab")
+        self._lines = self.path.read_bytes().count(b"\n")
+        self._tensorboard_dir = run_dir / "tensorboard" if config.tensorboard else None
+        self._tensorboard: Any = None
+        self._wandb = _start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
+        self._display = (display or ProgressDisplay()) if config.progress else None
+        self._clock = clock
+        self._place = ""
+        self._marks: deque[tuple[int, float]] = deque(maxlen=_STEPS_FOR_ETA + 1)
+
+    def log(
+        self, iteration: int, phase: str, step: int, global_step: int, metrics: Mapping[str, float], total: int = 0
+    ) -> None:
+        """Record the metrics of the step-th step (from 1) of a phase of `total` steps (0: it has no steps of its own).
+
+        The line also holds `total`, `eta_s` (seconds to the end of the phase, null while unknown) and `time` (Unix
+        seconds). Numbers that are not finite are written as null.
+        """
+        place = f"iteration {iteration} {phase}"
+        eta_s = self._eta(place, step, total) if total else None
+        values = {key: _plain(value) for key, value in metrics.items()}
+        line = {
+            "iteration": iteration,
+            "phase": phase,
+            "step": step,
+            "total": total,
+            "global_step": global_step,
+            "eta_s": eta_s,
+            "time": round(time.time(), 3),
+            **values,
+        }
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self._lines += 1
+        if self._tensorboard_dir is not None:
+            self._write_tensorboard(line)
+        if self._wandb is not None:
+            named = {f"{phase}/{key}": value for key, value in metrics.items()}
+            self._wandb.log({**named, "global_step": global_step}, step=self._lines)
+        if self._display is None:
+            return
+        if total:
+            self._display.show(place, step, total, eta_s, values)
+        else:
+            self._display.message(f"{place}, step {step}: {_words(values)}")
+
+    def show(self, activity: str, done: int, total: int) -> None:
+        """Show how far an activity between two steps is (an evaluation, say); nothing is recorded."""
+        if self._display is not None:
+            self._display.show(f"{self._place} {activity}".strip(), done, total, None, {})
+
+    def message(self, text: str) -> None:
+        """Tell the person who watches."""
+        if self._display is not None:
+            self._display.message(text)
+
+    def offset(self) -> int:
+        """Size of metrics.jsonl in bytes, after an fsync: what the journal commits."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def rewind(self, offset: int) -> None:
+        """Drop whatever was logged after a commit at `offset`.
+
+        TensorBoard's files are written anew from what is left; W&B ignores the lines that it already has. Raises
+        UserError where the file is shorter than what was committed.
+        """
+        size = self._file.seek(0, os.SEEK_END)
+        if size < offset:
+            raise UserError(
+                f"{self.path} holds {size} bytes, but the journal committed {offset}: "
+                "it was cut or replaced; restore it, or start a new run.dir"
+            )
+        self._file.truncate(offset)
+        self._file.seek(offset)
+        os.fsync(self._file.fileno())
+        committed = self.path.read_bytes().splitlines()
+        self._lines = len(committed)
+        if self._tensorboard_dir is not None:
+            self._close_tensorboard()
+            shutil.rmtree(self._tensorboard_dir, ignore_errors=True)
+            for line in committed:
+                self._write_tensorboard(json.loads(line))
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        self._close_tensorboard()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._display is not None:
+            self._display.close()
+
+    def _eta(self, place: str, step: int, total: int) -> float | None:
+        if place != self._place:
+            self._place = place
+            self._marks.clear()
+        self._marks.append((step, self._clock()))
+        (first_step, first_time), (last_step, last_time) = self._marks[0], self._marks[-1]
+        if last_step <= first_step:
+            return None
+        return round((last_time - first_time) / (last_step - first_step) * (total - step), 1)
+
+    def _write_tensorboard(self, line: Mapping[str, Any]) -> None:
+        """RL curves run over RL steps; every fine-tuning is a curve of its own over its updates."""
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is wanted
+
+            self._tensorboard = SummaryWriter(str(self._tensorboard_dir), flush_secs=10)
+        phase, x = line["phase"], line["global_step"]
+        if phase in ("sft", "exploit"):
+            phase, x = f"{phase}_{line['iteration']}", line["step"]
+        for key, value in line.items():
+            if key not in _NOT_METRICS and value is not None:
+                self._tensorboard.add_scalar(f"{phase}/{key}", value, x, walltime=line["time"])
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+def _plain(value: Any) -> float | int | None:
+    if isinstance(value, int):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _words(values: Mapping[str, float | None]) -> str:
+    return "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
+
+
+def _start_wandb(project: str, run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"tracking.wandb_project is {project!r}, but wandb is not installed: "
+            "`pip install wandb`, or set tracking.wandb_project=null"
+        ) from error
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same again after a resume
+    return wandb.init(project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir))

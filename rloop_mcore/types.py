@@ -1,0 +1,113 @@
+"""The words the rooms share, as plain dataclasses. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One verifiable problem of a data set."""
+
+    id: str
+    problem: str
+    answer: str
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem as the policy sees it: rendered by a template, then tokenised."""
+
+    problem: Problem
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are drawn from the policy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # strings at which a response ends, beside the end token
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One response wanted from an engine. `seed` alone fixes the draw in deterministic mode."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine answered: the sampled ids (end token included) and their logprobs [response]."""
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str  # "stop" (end token or stop string) or "length"
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A verifier's answer about one response.
+
+    reason: correct, wrong, no_answer, unparsable, timeout, crashed or truncated.
+    """
+
+    correct: bool
+    reason: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Prompt, response, logprobs and reward of one sample.
+
+    `(iteration, step, problem_id, sample)` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
+    `reward` is what the update sees (shaped, perhaps with the overlong penalty). `logprobs` [response] are those
+    of the engine that sampled it: the behaviour policy.
+    """
+
+    iteration: int
+    step: int
+    problem_id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: int
+    correct: bool
+    reward: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G trajectories of one problem in one step."""
+
+    problem_id: str
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One supervised example: the loss is on the response tokens only."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy on disk: a Hugging Face folder and the sha256 over its HF-named tensors, sorted by name."""
+
+    path: Path
+    digest: str

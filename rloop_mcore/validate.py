@@ -1,0 +1,175 @@
+"""Cross-checks of a configuration, before anything starts. Imports no torch.
+
+Each mistake raises a UserError of one sentence that names the key; what is legal but surely unwanted is a warning.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.algorithm.hard_problems import samples_needed
+from rloop_mcore.compose import flat
+from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+
+_CHOICES = {
+    "precision": ("bf16", "fp32"),
+    "model.family": ("auto", "qwen2", "llama"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "rft.optimizer.schedule": ("constant", "cosine"),
+    "sft.optimizer.schedule": ("constant", "cosine"),
+    "actor.recompute": ("none", "selective", "full"),
+    "rollout.engine": ("embedded", "sglang"),
+    "reward.answer_format": ("boxed", "answer_line"),
+    "cluster.device": ("auto", "cpu", "cuda"),
+}
+_POSITIVE = (
+    *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp")),
+    *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds", "updates_per_step")),
+    *(f"{section}.{name}" for section in ("rft", "sft") for name in ("epochs", "batch_size")),
+    *(f"{section}.lr" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
+    "actor.micro_batch_tokens",
+    *(f"rollout.{name}" for name in ("max_tokens", "temperature", "max_running", "bucket_mib", "mismatch_gate")),
+    *(f"rollout.{name}_timeout_s" for name in ("start", "request")),
+    *(f"cluster.{name}_timeout_s" for name in ("start", "collective")),
+    "data.max_prompt_tokens",
+    *(f"reward.{name}" for name in ("deadline_s", "memory_mib")),
+    "evaluation.samples",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
+_NOT_NEGATIVE = (
+    "algorithm.iterations",
+    "algorithm.rl_steps",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+    "algorithm.overlong_buffer",
+    "evaluation.every",
+    "evaluation.temperature",
+    "reward.workers",
+    "cluster.threads",
+    *(
+        f"{section}.{name}"
+        for section in ("optimizer", "rft.optimizer", "sft.optimizer")
+        for name in ("warmup_updates", "weight_decay", "clip_grad")
+    ),
+)
+_SHARES = ("rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "reward.max_failure_share")
+_NOT_YET = ("layout.vpp", "layout.cp", "layout.ep")
+
+
+def check_values(config: Config) -> None:
+    """Every rule that needs nothing but the configuration. Raises UserError."""
+    values = flat(config)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"{key}={values[key]} is not one of {', '.join(choices)}.")
+    for key in _POSITIVE:
+        if values[key] <= 0:
+            raise UserError(f"{key}={values[key]} must be greater than 0.")
+    for key in _NOT_NEGATIVE:
+        if values[key] < 0:
+            raise UserError(f"{key}={values[key]} must not be negative.")
+    for key in _SHARES:
+        if not 0 < values[key] <= 1:
+            raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
+    for key in _NOT_YET:
+        if values[key] != 1:
+            raise UserError(f"{key}={values[key]} is not supported yet: leave it at 1.")
+    _check_algorithm(config)
+    _check_rollout(config)
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm, evaluation = config.algorithm, config.evaluation
+    if algorithm.group_size < 2:
+        raise UserError(
+            f"algorithm.group_size={algorithm.group_size} must be at least 2: an advantage compares responses."
+        )
+    if algorithm.dual_clip != 0 and algorithm.dual_clip <= 1:
+        raise UserError(f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none.")
+    trajectories = algorithm.prompts_per_step * algorithm.group_size
+    if algorithm.updates_per_step > trajectories:
+        raise UserError(
+            f"algorithm.updates_per_step={algorithm.updates_per_step} is more than the {trajectories} trajectories "
+            "of a step (prompts_per_step x group_size)."
+        )
+    if algorithm.prompts_per_step > algorithm.sampled_per_step * algorithm.sampling_rounds:
+        raise UserError(
+            f"algorithm.prompts_per_step={algorithm.prompts_per_step} can never be filled: sampled_per_step x "
+            f"sampling_rounds is {algorithm.sampled_per_step * algorithm.sampling_rounds}."
+        )
+    if algorithm.overlong_buffer >= config.rollout.max_tokens:
+        raise UserError(
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} must be below rollout.max_tokens="
+            f"{config.rollout.max_tokens}."
+        )
+    for k in evaluation.k:
+        if not 1 <= k <= evaluation.samples:
+            raise UserError(f"evaluation.k holds {k}: pass@k needs 1 <= k <= evaluation.samples={evaluation.samples}.")
+    if algorithm.iterations == 0 and config.sft.demonstrations is None:
+        raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
+
+
+def _check_rollout(config: Config) -> None:
+    if config.rollout.engine == "sglang" and not config.rollout.endpoints:
+        raise UserError(
+            "rollout.engine=sglang needs rollout.endpoints=[http://HOST:PORT,...]: running SGLang servers with the "
+            "weights of model.path."
+        )
+    for endpoint in config.rollout.endpoints:
+        if not endpoint.startswith(("http://", "https://")):
+            raise UserError(f"rollout.endpoints holds {endpoint!r}: an endpoint looks like http://HOST:PORT.")
+
+
+def check_model(config: Config) -> None:
+    """The layout and the lengths against the model's `config.json`. Raises UserError."""
+    architecture = read_hf_config(Path(config.model.path))
+    heads = architecture.get("num_attention_heads", 0)
+    for key, name, parts in (
+        ("num_attention_heads", "layout.tp", config.layout.tp),
+        ("num_key_value_heads", "layout.tp", config.layout.tp),
+        ("num_hidden_layers", "layout.pp", config.layout.pp),
+    ):
+        count = architecture.get(key, heads)
+        if count % parts:
+            legal = [n for n in range(1, count + 1) if count % n == 0]
+            raise UserError(f"{name}={parts} does not divide {key}={count} of {config.model.path}: use one of {legal}.")
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    limit = architecture.get("max_position_embeddings", longest)
+    if longest > limit:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of "
+            f"{config.model.path}."
+        )
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of an HF folder. Raises UserError when there is none, or it isn't JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def warnings(config: Config, problems: int) -> list[str]:
+    """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
+    algorithm = config.algorithm
+    if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps):
+        return []
+    needed = samples_needed(algorithm.hard_threshold)
+    visits = -(-algorithm.rl_steps * algorithm.sampled_per_step // problems)
+    sampled = visits * algorithm.group_size
+    if sampled >= needed:
+        return []
+    return [
+        f"a phase samples a problem at most {sampled} times ({algorithm.rl_steps} steps x {algorithm.sampled_per_step} "
+        f"problems / {problems} problems x {algorithm.group_size} responses), but a hard problem with one success has "
+        f"at least {needed} samples (1/{needed} < algorithm.hard_threshold={algorithm.hard_threshold}): the expert "
+        "sets will be empty."
+    ]

@@ -1,0 +1,145 @@
+"""What dense decoders share: grouped-query attention, RMS norms before attention and MLP, SwiGLU, rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.weights.family import HfConfig, HfTensor, Parameter, Split
+
+HONOURED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "use_sliding_window": False,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a dense decoder."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: HfConfig) -> Sizes:
+        """Read config.json's. Raises UserError where one is missing."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            ffn=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads", heads),
+            head_dim=config.get("head_dim", hidden // heads),
+            vocabulary=config["vocab_size"],
+        )
+
+
+def architecture(config: HfConfig) -> dict[str, Any]:
+    """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
+    sizes = Sizes.of(config)
+    return {
+        "transformer": {
+            "num_layers": sizes.layers,
+            "hidden_size": sizes.hidden,
+            "ffn_hidden_size": sizes.ffn,
+            "num_attention_heads": sizes.heads,
+            "num_query_groups": sizes.kv_heads,
+            "kv_channels": sizes.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "add_bias_linear": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        "gpt": {
+            "vocab_size": sizes.vocabulary,
+            "max_sequence_length": config["max_position_embeddings"],
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": config.get("tie_word_embeddings", False),
+            **_rotary(config),
+        },
+    }
+
+
+def parameters(config: HfConfig, qkv_bias: bool) -> list[Parameter]:
+    """All parameters of the model, in the order of export."""
+    sizes = Sizes.of(config)
+    embedding = HfTensor("model.embed_tokens.weight", (sizes.vocabulary, sizes.hidden))
+    tied = config.get("tie_word_embeddings", False)
+    output = embedding if tied else HfTensor("lm_head.weight", embedding.shape)
+    return [
+        Parameter("embedding.word_embeddings.weight", (embedding,), Split.VOCABULARY),
+        *(parameter for layer in range(sizes.layers) for parameter in _layer(layer, sizes, qkv_bias)),
+        _norm("decoder.final_layernorm.weight", "model.norm.weight", sizes),
+        Parameter("output_layer.weight", (output,), Split.VOCABULARY, copy=tied),
+    ]
+
+
+def _layer(layer: int, sizes: Sizes, qkv_bias: bool) -> list[Parameter]:
+    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    attention = _attention(f"{mcore}.self_attention", f"{hf}.self_attn", sizes, qkv_bias)
+    return [
+        _norm(f"{mcore}.input_layernorm.weight", f"{hf}.input_layernorm.weight", sizes),
+        *attention,
+        _norm(f"{mcore}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", sizes),
+        *_mlp(f"{mcore}.mlp", f"{hf}.mlp", sizes),
+    ]
+
+
+def _norm(mcore: str, hf: str, sizes: Sizes) -> Parameter:
+    return Parameter(mcore, (HfTensor(hf, (sizes.hidden,)),), Split.REPLICATED)
+
+
+def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool) -> list[Parameter]:
+    """Megatron's fused QKV holds, for one KV head after the other, its query heads, its key and its value."""
+    rows = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads, "v_proj": sizes.kv_heads}
+    heads = {projection: count * sizes.head_dim for projection, count in rows.items()}
+    weights = tuple(HfTensor(f"{hf}.{name}.weight", (n, sizes.hidden)) for name, n in heads.items())
+    biases = tuple(HfTensor(f"{hf}.{name}.bias", (n,)) for name, n in heads.items())
+    output = HfTensor(f"{hf}.o_proj.weight", (sizes.hidden, heads["q_proj"]))
+    qkv = [Parameter(f"{mcore}.linear_qkv.weight", weights, Split.OUTPUT, groups=sizes.kv_heads)]
+    if qkv_bias:
+        qkv.append(Parameter(f"{mcore}.linear_qkv.bias", biases, Split.OUTPUT, groups=sizes.kv_heads))
+    return [*qkv, Parameter(f"{mcore}.linear_proj.weight", (output,), Split.INPUT)]
+
+
+def _mlp(mcore: str, hf: str, sizes: Sizes) -> list[Parameter]:
+    """Megatron's fused fc1 holds, on each tensor-parallel rank, its part of the gate and of the up projection."""
+    gate, up = (HfTensor(f"{hf}.{name}.weight", (sizes.ffn, sizes.hidden)) for name in ("gate_proj", "up_proj"))
+    down = HfTensor(f"{hf}.down_proj.weight", (sizes.hidden, sizes.ffn))
+    return [
+        Parameter(f"{mcore}.linear_fc1.weight", (gate, up), Split.OUTPUT),
+        Parameter(f"{mcore}.linear_fc2.weight", (down,), Split.INPUT),
+    ]
+
+
+def _rotary(config: HfConfig) -> dict[str, Any]:
+    """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling."""
+    rope = config.get("rope_parameters", config.get("rope_scaling", {}))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    arguments = {"rotary_base": theta, "rotary_percent": 1.0}
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{config.file}: partial_rotary_factor other than 1.0 is not supported.")
+    if kind == "default":
+        return arguments
+    megatron = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind != "llama3" or "factor" not in rope or any(rope.get(key) != value for key, value in megatron.items()):
+        raise UserError(
+            f"{config.file}: rope scaling {dict(rope)} is not supported, only 'llama3' with low_freq_factor 1, "
+            "high_freq_factor 4 and original_max_position_embeddings 8192 and a factor."
+        )
+    return arguments | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}

@@ -1,0 +1,20 @@
+"""Llama and what is built like it (SmolLM2): a dense decoder without biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rloop_mcore.weights import dense
+from rloop_mcore.weights.family import Family, HfConfig, Parameter
+
+
+def _architecture(config: HfConfig) -> dict[str, Any]:
+    config.honour(dense.HONOURED | {"attention_bias": False, "mlp_bias": False})
+    return dense.architecture(config)
+
+
+def _parameters(config: HfConfig) -> list[Parameter]:
+    return dense.parameters(config, qkv_bias=False)
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", _architecture, _parameters)

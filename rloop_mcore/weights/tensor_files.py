@@ -1,0 +1,102 @@
+"""Which tensors the safetensors of a Hugging Face folder hold, and where in its files. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor in a file: bytes `begin` up to `end`, row-major, little-endian. `dtype` as safetensors names it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def catalogue(folder: Path) -> dict[str, TensorEntry]:
+    """All tensors of an HF folder by name, from the file headers alone. Raises UserError for a broken folder."""
+    index = folder / INDEX_FILE
+    if index.exists():
+        return _indexed(index)
+    if (folder / SINGLE_FILE).exists():
+        return read_header(folder / SINGLE_FILE)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a Hugging Face model folder (config.json and safetensors).")
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} has its weights in .bin files, which are pickles and may run code when loaded; save them as "
+            "safetensors first."
+        )
+    raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file: 8 bytes of header length, the JSON header, then the data."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise UserError(f"{file} is not a whole safetensors file: its header does not fit in its {size} bytes.")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {
+            name: TensorEntry(
+                file,
+                str(entry["dtype"]),
+                tuple(int(n) for n in entry["shape"]),
+                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is not a safetensors file: its header is unreadable ({error}).") from None
+    end = max((entry.end for entry in entries.values()), default=0)
+    if end > size:
+        raise UserError(f"{file} is cut off: its header names {end} bytes and it has {size}.")
+    return entries
+
+
+def _indexed(index: Path) -> dict[str, TensorEntry]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map (tensor name to file name).")
+    if any(not isinstance(file_name, str) or Path(file_name).name != file_name for file_name in weight_map.values()):
+        raise UserError(f"{index}: weight_map has to name files of its own folder.")
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    for file_name in sorted(set(weight_map.values())):
+        file = index.parent / file_name
+        if not file.exists():
+            raise UserError(f"{index} names {file_name}, which is not in the folder.")
+        headers[file_name] = read_header(file)
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise UserError(f"{index} places tensor {name} in {file_name}, which does not hold it.")
+    return {name: headers[file_name][name] for name, file_name in weight_map.items()}

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.analysis import curves
+from rloop_mcore.analysis.read_run import read_run
+
+
+def test_training_runs_over_the_steps_of_all_iterations(rloop_run: Path) -> None:
+    series = curves.training(read_run(rloop_run), "success_rate")
+    assert series.x == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert series.y == pytest.approx([0.325, 0.55, 0.775, 1.0] * 2)
+
+
+def test_missing_values_break_the_line_and_missing_keys_draw_nothing(rloop_run: Path) -> None:
+    run = read_run(rloop_run)
+    assert curves.training(run, "grad_norm").y == [0.3, None, 0.3, 0.3] * 2
+    assert not curves.training(run, "mismatch_max")
+
+
+def test_validation_starts_each_iteration_at_its_theta(rloop_run: Path) -> None:
+    series = curves.validation(read_run(rloop_run), "avg@32")
+    assert list(zip(series.x, series.y, series.labels, strict=True)) == [
+        (0, 0.06, "θ0"),
+        (2, 0.10, "RL, iteration 1, step 2"),
+        (4, 0.14, "RL, iteration 1, step 4"),
+        (4, None, ""),
+        (4, 0.08, "θ1"),
+        (8, 0.20, "RL, iteration 2, step 4"),
+        (8, None, ""),
+        (8, 0.12, "θ2"),
+    ]
+    assert series.low[0] == pytest.approx(0.02)
+    assert series.high[0] == pytest.approx(0.11)
+
+
+def test_vanilla_lies_under_the_same_axis(rloop_run: Path, dapo_run: Path) -> None:
+    rloop, dapo = read_run(rloop_run), read_run(dapo_run)
+    assert curves.validation(dapo, "avg@32").x == [0, 4, 8]
+    assert curves.rl_steps(rloop) == curves.rl_steps(dapo) == 8
+    assert (curves.iteration_starts(rloop), curves.iteration_starts(dapo)) == ([4], [])
+
+
+def test_by_iteration(rloop_run: Path) -> None:
+    run = read_run(rloop_run)
+    thetas, endpoints = curves.thetas(run, "avg@32"), curves.rl_endpoints(run, "avg@32")
+    assert (thetas.x, thetas.y) == ([0, 1, 2], [0.06, 0.08, 0.12])
+    assert (endpoints.x, endpoints.y) == ([1, 2], [0.14, 0.20])
+
+
+def test_experts_and_cost(rloop_run: Path, dapo_run: Path) -> None:
+    run = read_run(rloop_run)
+    assert (curves.experts(run, "experts").x, curves.experts(run, "experts").y) == ([1, 2], [30, 12])
+    assert curves.seconds_by_stage(run) == {"generate": 16.0, "update": 10.0}
+    assert curves.fine_tuning_share(run) == pytest.approx({"tokens": 200 / 2600, "seconds": 2 / 26})
+    assert curves.fine_tuning_share(read_run(dapo_run)) == {}

@@ -1,0 +1,65 @@
+"""Run directories as they are while a run goes on, when it has ended, and when they are damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.analysis.read_run import average_key, pass_keys, read_run
+from rloop_mcore.errors import UserError
+
+
+def test_evaluations_come_in_the_order_of_training(rloop_run: Path) -> None:
+    run = read_run(rloop_run)
+    assert [evaluation.name for evaluation in run.evaluations] == [
+        "base",
+        "i0_explore_000002",
+        "i0_explore_000004",
+        "i0_exploit_000000",
+        "i1_explore_000004",
+        "i1_exploit_000000",
+    ]
+    theta_1 = run.evaluations[3]
+    assert (theta_1.iteration, theta_1.phase, theta_1.step, theta_1.average) == (0, "exploit", 0, 0.08)
+    assert theta_1.policy == "policies/i0_exploit_000000"
+
+
+def test_a_line_that_is_being_written_is_left_out(rloop_run: Path) -> None:
+    whole = read_run(rloop_run)
+    with (rloop_run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 1, "pha')
+    assert read_run(rloop_run).metrics == whole.metrics
+
+
+def test_a_run_that_has_only_just_begun_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    run = read_run(tmp_path)
+    assert (run.metrics, run.evaluations, run.journal, run.config) == ([], [], [], "")
+
+
+def test_evaluations_under_other_names_are_not_checkpoints(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", {"base": 0.1, "held_out": 0.5}))
+    assert [evaluation.name for evaluation in run.evaluations] == ["base"]
+
+
+def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        read_run(tmp_path)
+
+
+def test_damage_is_located(rloop_run: Path) -> None:
+    (rloop_run / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_run(rloop_run)
+
+
+def test_an_evaluation_without_an_average_is_refused(rloop_run: Path) -> None:
+    (rloop_run / "evaluation" / "base.json").write_text('{"metrics": {"pass@8": {}}}')
+    with pytest.raises(UserError, match=r"base\.json is not an evaluation"):
+        read_run(rloop_run)
+
+
+def test_metric_names() -> None:
+    metrics = dict.fromkeys(["avg@32", "pass@1", "pass@32", "pass@8", "pass@16"])
+    assert average_key(metrics) == "avg@32"
+    assert pass_keys(metrics) == ["pass@8", "pass@16", "pass@32"]

@@ -1,0 +1,94 @@
+"""The report's file: whole, offline, escaped, and drawn by a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rloop_mcore.analysis.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def figures(html: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return list(json.loads(found[1]))
+
+
+def titles(html: str) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", html)
+
+
+@pytest.fixture
+def page(rloop_run: Path, dapo_run: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "report.html"
+    arm = {"avg@32": {"mean": 0.2, "low": 0.1, "high": 0.3}}
+    write_report([rloop_run, dapo_run], out, {"arms": {"base": arm, "rloop": arm | {"label": "<script>bad()"}}})
+    return out
+
+
+def test_figures_hold_the_runs_numbers(page: Path) -> None:
+    html = page.read_text()
+    by_title = dict(zip(titles(html), figures(html), strict=True))
+    rloop, dapo = by_title["Training success"]["data"]
+    assert (rloop["name"], dapo["name"]) == ("rloop", "dapo")
+    assert dapo["x"] == list(range(1, 9))
+    assert dapo["y"] == pytest.approx([0.1 + 0.9 * step / 8 for step in range(1, 9)])
+    validation = by_title["Validation avg@32"]["data"][0]
+    assert validation["y"] == [0.06, 0.10, 0.14, None, 0.08, 0.20, None, 0.12]
+    assert [symbol for symbol in validation["marker"]["symbol"] if symbol in ("diamond", "star")] == [
+        "diamond",
+        "diamond",
+        "star",
+        "diamond",
+    ]
+    assert by_title["Expert trajectories"]["data"][0]["y"] == [30, 12]
+    assert [stage["name"] for stage in by_title["Seconds by stage"]["data"]] == ["generate", "update"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
+    html = page.read_text()
+    assert not re.search(r'<(script|img|iframe)[^>]+src=|<link[^>]+href=|@import|url\("?http', html)
+    assert html.count("plotly.js v") == 1
+    assert len(html) < 8_000_000
+
+
+def test_what_comes_from_data_is_text(page: Path) -> None:
+    html = page.read_text()
+    assert "<script>alert(1)" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "<script>bad()" not in html
+
+
+def test_runs_of_the_same_name_are_told_apart(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / parent / "run", {"base": 0.1}) for parent in ("seed0", "seed1")]
+    write_report(paths, tmp_path / "report.html")
+    data = figures((tmp_path / "report.html").read_text())[0]["data"]
+    assert [trace["name"] for trace in data] == ["seed0/run", "seed1/run"]
+
+
+def test_a_run_without_anything_yet_makes_a_page(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("")
+    write_report([tmp_path], tmp_path / "report.html")
+    assert figures((tmp_path / "report.html").read_text()) == []
+
+
+def test_torch_is_not_needed() -> None:
+    code = "import sys, rloop_mcore.analysis.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_draws_every_figure(page: Path, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=20000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count('class="main-svg"') >= len(figures(page.read_text()))
+    assert "CONSOLE" not in done.stderr

@@ -1,0 +1,90 @@
+"""One table, three renderings."""
+
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from rloop_mcore.analysis.read_run import read_run
+from rloop_mcore.analysis.table import results_table, to_html, to_markdown, to_rich, validation_table
+
+RESULTS = {
+    "arms": {
+        "base": {
+            "avg@32": {"mean": 0.168, "low": 0.15, "high": 0.19},
+            "pass@8": {"mean": 0.4, "low": 0.3, "high": 0.5},
+        },
+        "rloop": {
+            "avg@32": {"mean": 0.3435, "low": 0.301, "high": 0.38},
+            "pass@8": {"mean": 1.0, "low": 1.0, "high": 1.0},
+            "checkpoint": "RL | <b>2</b>",
+        },
+    },
+    "others": {"rloop_last_theta": {"avg@32": {"mean": 0.25, "low": 0.2, "high": 0.3}, "label": "RLoop, last θ"}},
+}
+
+
+class Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_markdown() -> None:
+    lines = to_markdown(results_table(RESULTS)).splitlines()
+    assert lines[2:7] == [
+        "| Policy | Checkpoint | Avg@32 | pass@8 |",
+        "| --- | --- | ---: | ---: |",
+        "| Base |  | 16.8 [15.0, 19.0] | 40.0 [30.0, 50.0] |",
+        "| RLoop | RL \\| <b>2</b> | 34.4 [30.1, 38.0] | 100.0 [100.0, 100.0] |",
+        "| RLoop, last θ |  | 25.0 [20.0, 30.0] | –  |",
+    ]
+
+
+def test_html_says_the_same_and_escapes() -> None:
+    cells = Cells()
+    cells.feed(to_html(results_table(RESULTS)))
+    assert ["RLoop", "RL | <b>2</b>", "34.4 [30.1, 38.0]", "100.0 [100.0, 100.0]"] in cells.rows
+    assert "b" not in cells.tags
+
+
+def test_terminal() -> None:
+    console = Console(width=160, record=True, file=StringIO())
+    console.print(to_rich(results_table(RESULTS)))
+    text = console.export_text()
+    assert "34.4 [30.1, 38.0]" in text
+    assert "bootstrap" in text
+
+
+def test_validation_rows_are_base_picked_and_last(rloop_run: Path, dapo_run: Path) -> None:
+    table = validation_table([read_run(rloop_run), read_run(dapo_run)])
+    assert table is not None
+    assert table.columns == ["avg@32", "pass@8", "pass@16", "pass@32"]
+    assert [(row.label, row.checkpoint) for row in table.rows] == [
+        ("rloop, base", "θ0"),
+        ("rloop, picked by validation", "RL, iteration 2, step 4"),
+        ("dapo, base", "θ0"),
+        ("dapo, picked by validation", "RL, iteration 1, step 4"),
+    ]
+    assert [(row.label, row.checkpoint) for row in table.others] == [
+        ("rloop, last θ", "θ2"),
+        ("rloop, last RL policy", "RL, iteration 2, step 4"),
+        ("dapo, last RL policy", "RL, iteration 1, step 8"),
+    ]
+
+
+def test_no_evaluation_no_table(make_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert validation_table([read_run(make_run(tmp_path / "run", {}))]) is None

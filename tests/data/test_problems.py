@@ -1,0 +1,133 @@
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rloop_mcore.data.problems import load_problems
+from rloop_mcore.errors import UserError
+from rloop_mcore.types import Problem
+
+ROWS = [
+    {"id": "a", "problem": "1 + 1", "answer": "2", "source": "s", "meta": {"level": 1}},
+    {"id": "b", "problem": "größer: 2 + 2", "answer": "4", "source": "s", "meta": {}},
+    {"id": "c", "problem": "3 + 3", "answer": "6", "source": "t", "meta": {"level": 2}},
+]
+PROBLEMS = [Problem(**row) for row in ROWS]
+
+
+def jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    assert load_problems(jsonl(tmp_path / "p.jsonl", ROWS)) == PROBLEMS
+
+
+def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "p.jsonl", ROWS)
+    assert load_problems(source, limit=2) == PROBLEMS[:2]
+    assert load_problems(source, limit=99) == PROBLEMS
+    with pytest.raises(UserError, match="limit is 0; it must be at least 1"):
+        load_problems(source, limit=0)
+
+
+@pytest.mark.parametrize("meta_as_json", [False, True])
+def test_parquet(tmp_path: Path, meta_as_json: bool) -> None:
+    rows = [{**row, "meta": json.dumps(row["meta"]) if meta_as_json else {"level": 1}} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet", row_group_size=2)
+    loaded = load_problems(str(tmp_path / "p.parquet"))
+    expected = PROBLEMS if meta_as_json else [Problem(**row) for row in rows]
+    assert loaded == expected
+
+
+def test_parquet_errors_name_the_row_and_the_missing_column(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"problem": ["x", None], "answer": ["1", "2"]}), path)
+    with pytest.raises(UserError, match=r"p\.parquet:2: problem is missing"):
+        load_problems(str(path))
+    pq.write_table(pa.table({"question": ["x"], "answer": ["1"]}), path)
+    with pytest.raises(UserError, match="no column problem; it has question, answer"):
+        load_problems(str(path))
+    path.write_text("not parquet")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        load_problems(str(path))
+
+
+def test_hugging_face_data_set(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the hf-datasets extra is not installed")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{**row, "meta": {"level": 1}} for row in ROWS])
+    jsonl(folder / "test.jsonl", [{**ROWS[0], "meta": {"level": 1}}])
+    assert [problem.id for problem in load_problems(f"hf:{folder}")] == ["a", "b", "c"]
+    assert [problem.id for problem in load_problems(f"hf:{folder}:test")] == ["a"]
+    with pytest.raises(UserError, match="split 'nowhere'"):
+        load_problems(f"hf:{folder}:nowhere")
+
+
+def test_hugging_face_without_datasets_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'rloop-mcore\[hf-datasets\]'"):
+        load_problems("hf:some/set")
+
+
+def test_a_missing_id_becomes_a_content_hash(tmp_path: Path) -> None:
+    bare = [{"problem": "1 + 1", "answer": "2"}, {"problem": "1 + 1", "answer": "3"}, {"problem": "1 + 2", "answer": "2"}]
+    first = [problem.id for problem in load_problems(jsonl(tmp_path / "a.jsonl", bare))]
+    other_order = [problem.id for problem in load_problems(jsonl(tmp_path / "b.jsonl", bare[::-1]))]
+    assert len(set(first)) == 3
+    assert other_order == first[::-1]
+    with pytest.raises(UserError, match="stands already at"):  # the same content twice is a duplicate
+        load_problems(jsonl(tmp_path / "c.jsonl", [bare[0], bare[0]]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "must be an object with problem and answer, not list"),
+        ({"problem": "p"}, "answer is missing; it must be a string"),
+        ({"problem": "p", "answer": 3}, "answer is int 3; it must be a string"),
+        ({"problem": " ", "answer": "3"}, "problem is blank"),
+        ({"problem": "p", "answer": "3", "meta": 1}, "meta must be an object, not int"),
+        ({"problem": "p", "answer": "3", "meta": "{"}, "meta is a string that is not JSON"),
+        ({"problem": "p", "answer": "3", "id": 7}, "id is int 7"),
+        ('{"problem": "\\ud800", "answer": "3"}', "lone surrogate"),
+        ({**ROWS[0], "problem": "other"}, r"id 'a' stands already at .*p\.jsonl:1"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, message: str) -> None:
+    source = jsonl(tmp_path / "p.jsonl", [ROWS[0], "", row])  # a blank line counts as a line
+    with pytest.raises(UserError, match=rf"p\.jsonl:3: .*{message}"):
+        load_problems(source)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"problem": "\xff", "answer": "1"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:1: not UTF-8 \(byte 13"):
+        load_problems(str(tmp_path / "p.jsonl"))
+
+
+def test_all_bad_rows_are_counted_and_the_first_listed(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "p.jsonl", [ROWS[0]] + ["{"] * 25)
+    with pytest.raises(UserError) as error:
+        load_problems(source)
+    text = str(error.value)
+    assert "has 25 bad rows" in text
+    assert "p.jsonl:11:" in text
+    assert "p.jsonl:12:" not in text
+    assert "and 15 more" in text
+
+
+def test_no_problems_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty"):
+        load_problems(jsonl(tmp_path / "p.jsonl", []))
+    with pytest.raises(UserError, match="does not exist"):
+        load_problems(str(tmp_path / "q.jsonl"))
+    with pytest.raises(UserError, match=r"must be a \.jsonl or \.parquet file, or hf:NAME"):
+        load_problems(str(tmp_path / "p.csv"))

@@ -1,0 +1,61 @@
+"""The shipped templates against golden renderings.
+
+Regenerate after a wanted change and read the diff: RLOOP_UPDATE_GOLDEN=1 pytest tests/data/test_templates.py
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.data.templates import PromptTemplate, template_names
+from rloop_mcore.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "templates"
+PROBLEM = 'What is $\\frac{1}{2} < x$ & "y"? {{ not a tag }}'  # must come out as it is: nothing escaped or evaluated
+
+
+def test_every_wanted_template_is_shipped() -> None:
+    assert set(template_names()) == {"countdown", "dapo", "gsm8k_fewshot", "qwen25_math_cot", "r1_zero"}
+
+
+@pytest.mark.parametrize("name", template_names())
+def test_golden(name: str) -> None:
+    template = PromptTemplate(name)
+    rendered = f"{template.render(PROBLEM)}\n=== stop: {list(template.stop)!r}\n"
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("RLOOP_UPDATE_GOLDEN"):
+        golden.write_text(rendered, encoding="utf-8")
+    assert rendered == golden.read_text(encoding="utf-8")
+    assert PROBLEM in rendered
+
+
+def test_a_users_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text('{% set stop = ["\\n\\n", "END"] %}\nQ: {{ problem }}\nA:\n')
+    template = PromptTemplate(str(path))
+    assert template.render("1 + 1?") == "Q: 1 + 1?\nA:"
+    assert template.stop == ("\n\n", "END")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ problem", "end of print statement"),
+        ("{{ answer }}", "'answer' is undefined"),
+        ("{{ problem.__class__.__mro__ }}", "unsafe"),
+        ('{% set stop = "END" %}{{ problem }}', "stop must be a list of non-empty strings"),
+        ("{% include 'x' %}", "no loader"),
+        ("Solve it.", "does not use problem"),
+    ],
+)
+def test_a_bad_template_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.jinja"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"bad\.jinja.*{message}"):
+        PromptTemplate(str(path))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'r1zero' not found; it must be one of countdown, .*r1_zero"):
+        PromptTemplate("r1zero")

@@ -1,0 +1,42 @@
+"""The bootstrap against the exact distribution over all resamples."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from rloop_mcore.evaluation.bootstrap import bootstrap_interval
+
+
+def test_equals_the_enumeration_of_all_resamples() -> None:
+    scores = np.array([0.0, 0.1, 0.35, 0.4, 0.8, 1.0])
+    all_means = np.array([np.mean(draw) for draw in product(scores, repeat=len(scores))])
+    interval = bootstrap_interval(scores, seed=3, resamples=200_000)
+    assert interval.mean == pytest.approx(scores.mean())
+    assert interval.low == pytest.approx(np.quantile(all_means, 0.025), abs=0.01)
+    assert interval.high == pytest.approx(np.quantile(all_means, 0.975), abs=0.01)
+
+
+def test_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        interval = bootstrap_interval(rng.binomial(32, 0.3, size=100) / 32, seed=trial, resamples=1_000)
+        hits += interval.low <= 0.3 <= interval.high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_the_seed_fixes_it() -> None:
+    scores = np.linspace(0, 1, 50) ** 2
+    assert bootstrap_interval(scores, seed=1) == bootstrap_interval(scores, seed=1)
+    assert bootstrap_interval(scores, seed=1) != bootstrap_interval(scores, seed=2)
+
+
+def test_equal_scores_have_no_width() -> None:
+    interval = bootstrap_interval([1.0] * 30, seed=0)
+    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_no_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="non-empty"):
+        bootstrap_interval([], seed=0)

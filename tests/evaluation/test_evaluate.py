@@ -1,0 +1,140 @@
+"""The evaluator over scripted engines: the files and numbers must be those of the scripted answers."""
+
+import json
+from collections.abc import Iterator, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rloop_mcore.config import EvaluationConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.evaluation import evaluate as module
+from rloop_mcore.evaluation.evaluate import EngineEvaluator
+from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
+
+SAMPLES = 8
+
+
+class ScriptedEngine:
+    """Problem p is answered rightly by its first p samples; the problem's number is its prompt."""
+
+    def __init__(self) -> None:
+        self.requests: list[SampleRequest] = []
+        self.sampling: Sampling | None = None
+        self._asked: dict[int, int] = {}
+
+    def sync(self, weights: Iterator[Any], version: int) -> dict[str, float]:
+        raise AssertionError("an evaluation does not move weights")
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        self.requests += requests
+        self.sampling = sampling
+        return [self._answer(request.prompt_ids[0]) for request in requests]
+
+    def _answer(self, problem: int) -> Completion:
+        sample = self._asked.get(problem, 0)
+        self._asked[problem] = sample + 1
+        right = sample < problem
+        return Completion((1, 2) if right else (0, 2, 2, 2), (0.0,) * 2, "stop" if right else "length", 1)
+
+
+class FirstTokenIsOne:
+    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+        assert all(truncated == text.startswith("0") for _, text, truncated in items)
+        return [Verdict(text.startswith("1"), "correct" if text.startswith("1") else "wrong") for _, text, _ in items]
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(Problem(f"p{number}", "?", "!"), (number, 7)) for number in range(count)]
+
+
+def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: Any) -> EngineEvaluator:
+    config = EvaluationConfig(**{"samples": SAMPLES, "k": [1, 2, SAMPLES], **changes.pop("config", {})})
+    arguments: dict[str, Any] = {
+        "rollout": engine or ScriptedEngine(),
+        "rewards": FirstTokenIsOne(),
+        "prompts": prompts(5),
+        "decode": lambda ids: " ".join(map(str, ids)),
+        "config": config,
+        "max_tokens": 4,
+        "seed": 11,
+        "directory": directory,
+    }
+    return EngineEvaluator(**(arguments | changes))
+
+
+def test_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
+    headline = evaluator(tmp_path).evaluate("i0_explore_000020", "policies/i0_explore_000020")
+    record = json.loads((tmp_path / "i0_explore_000020.json").read_text())
+
+    def mean_pass(k: int) -> float:
+        return sum(1 - comb(SAMPLES - c, k) / comb(SAMPLES, k) for c in range(5)) / 5
+
+    expected = {"avg@8": (0 + 1 + 2 + 3 + 4) / 40, "pass@1": 0.25, "pass@2": mean_pass(2), "pass@8": 4 / 5}
+    assert headline == pytest.approx(expected)
+    assert {key: value["mean"] for key, value in record["metrics"].items()} == pytest.approx(expected)
+    assert all(value["low"] <= value["mean"] <= value["high"] for value in record["metrics"].values())
+    assert record["policy"] == "policies/i0_explore_000020"
+    assert record["counts"] == {f"p{c}": [c, SAMPLES] for c in range(5)}
+    assert record["reasons"] == {"correct": 10, "wrong": 30}
+    assert record["response_length"] == pytest.approx((10 * 2 + 30 * 4) / 40)
+    assert record["truncated"] == pytest.approx(30 / 40)
+
+
+def test_samples_are_kept_for_the_analyses(tmp_path: Path) -> None:
+    evaluator(tmp_path).evaluate("base", "policies/base")
+    rows = pq.read_table(tmp_path / "base.parquet").to_pylist()
+    assert [(row["problem_id"], row["sample"]) for row in rows] == [(f"p{p}", s) for p in range(5) for s in range(8)]
+    first_right = next(row for row in rows if row["correct"])
+    assert first_right == {
+        "problem_id": "p1",
+        "sample": 0,
+        "response_ids": [1, 2],
+        "text": "1 2",
+        "correct": True,
+        "reason": "correct",
+        "finish_reason": "stop",
+    }
+
+
+def test_sampling_follows_the_config_and_every_checkpoint_gets_the_same_seeds(tmp_path: Path) -> None:
+    first, second = ScriptedEngine(), ScriptedEngine()
+    evaluator(tmp_path, first).evaluate("base", "policies/base")
+    evaluator(tmp_path, second).evaluate("i0_explore_000001", "policies/other")
+    assert first.sampling == Sampling(max_tokens=4, temperature=1.0, top_p=0.7)
+    assert len({request.seed for request in first.requests}) == 5 * SAMPLES
+    assert first.requests == second.requests
+
+
+def test_batches_change_nothing_but_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluator(tmp_path / "whole").evaluate("base", "policies/base")
+    monkeypatch.setattr(module, "_REQUESTS_AT_ONCE", 16)
+    seen: list[tuple[int, int]] = []
+    pieces = evaluator(tmp_path / "pieces", progress=lambda done, total: seen.append((done, total))).evaluate(
+        "base", "policies/base"
+    )
+    assert pieces == whole
+    assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
+
+
+def test_limit_takes_the_first_problems(tmp_path: Path) -> None:
+    evaluator(tmp_path, config={"limit": 2}).evaluate("base", "policies/base")
+    assert list(json.loads((tmp_path / "base.json").read_text())["counts"]) == ["p0", "p1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"k": [1, 9]}}, "evaluation.k holds 9"),
+        ({"config": {"k": [0]}}, "evaluation.k holds 0"),
+        ({"config": {"samples": 0, "k": []}}, "evaluation.samples is 0"),
+        ({"prompts": []}, "no problem"),
+        ({"prompts": [*prompts(2), *prompts(1)]}, "'p0' twice"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        evaluator(tmp_path, **changes)

@@ -1,0 +1,171 @@
+"""The pool under fire: whatever one answer does, the others get their verdicts, in order, in bounded time."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+from rloop_mcore.config import RewardConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.reward import pool as pool_module
+from rloop_mcore.reward.pool import RewardPool, TooManyFailures
+from rloop_mcore.types import Problem
+
+BAD = "tests.reward.bad_verifiers:misbehave"
+TROUBLE = {
+    "loop": "timeout",
+    "loop and catch": "timeout",
+    "loop in C": "timeout",
+    "wait": "timeout",
+    "exit": "crashed",
+    "sys.exit": "crashed",
+    "abort": "crashed",
+    "memory": "crashed",
+    "raise": "crashed",
+    "nonsense": "crashed",
+    "print": "wrong",
+}
+
+
+def item(response: str, gold: str = "right", truncated: bool = False) -> tuple[Problem, str, bool]:
+    return Problem("p", "", gold, meta={"parent": os.getpid()}), response, truncated
+
+
+def config(verifier: str = BAD, **settings: object) -> RewardConfig:
+    return RewardConfig(**{"verifier": verifier, "workers": 2, "deadline_s": 0.3, "memory_mib": 512, **settings})
+
+
+@pytest.fixture(autouse=True)
+def short_wall_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "WALL_PER_CPU_SECOND", 10.0)
+
+
+def test_one_bad_answer_costs_only_itself() -> None:
+    responses, reasons = [], []
+    for number, (trouble, reason) in enumerate(TROUBLE.items()):
+        for kind, expected in [("right", "correct")] * 7 + [(f"no {number}", "wrong")] * 6 + [(trouble, reason)]:
+            responses.append(kind)
+            reasons.append(expected)
+    start = time.monotonic()
+    with RewardPool(config()) as pool:
+        verdicts = pool.grade([item(response) for response in responses])
+        assert pool.replaced == 6  # the four that hang, the one that exits, the one that aborts
+        assert pool.counts == Counter(reasons)
+        assert [v.reason for v in pool.grade([item("right")] * 50)] == ["correct"] * 50
+    assert [v.reason for v in verdicts] == reasons
+    assert [v.correct for v in verdicts] == [reason == "correct" for reason in reasons]
+    assert time.monotonic() - start < 60
+
+
+def test_wall_deadline_without_determinism() -> None:
+    with RewardPool(config(deadline_s=0.5), deterministic=False) as pool:
+        start = time.monotonic()
+        verdicts = pool.grade([item("wait"), *[item("right")] * 20])
+        assert verdicts[0].seconds >= 0.5
+        assert time.monotonic() - start < 10
+    assert [v.reason for v in verdicts] == ["timeout"] + ["correct"] * 20
+
+
+def test_order_and_verdicts_do_not_depend_on_the_number_of_workers() -> None:
+    items = [item(str(n % 7), gold=str(n % 3)) for n in range(500)]
+    expected = [n % 7 == n % 3 for n in range(500)]
+    for workers in (1, 3):
+        with RewardPool(config(workers=workers)) as pool:
+            assert [v.correct for v in pool.grade(items)] == expected
+
+
+def test_odd_texts_arrive_whole() -> None:
+    odd = ["\0", "\ud800", "\u0665\u2028\r\n", "x" * 300_000, ""]
+    with RewardPool(config()) as pool:
+        assert all(v.correct for v in pool.grade([item(text, gold=text) for text in odd]))
+
+
+def test_a_worker_killed_while_idle_is_replaced_and_blames_nobody() -> None:
+    with RewardPool(config(workers=1)) as pool:
+        (worker,) = psutil.Process().children()
+        worker.kill()
+        worker.wait(10)
+        assert pool.grade([item("right")])[0].correct
+
+
+def test_workers_are_children_without_torch_and_end_with_the_pool() -> None:
+    before = set(psutil.Process().children())
+    with RewardPool(config()) as pool:
+        workers = set(psutil.Process().children()) - before
+        assert len(workers) == 2
+        assert [v.reason for v in pool.grade([item("pid")])] == ["correct"]
+        assert not pool.grade([item("torch")])[0].correct
+    assert not any(worker.is_running() for worker in workers)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.grade([item("right")])
+
+
+def test_workers_of_a_killed_trainer_die() -> None:
+    code = (
+        "import os, psutil, signal\n"
+        "from rloop_mcore.config import RewardConfig\n"
+        "from rloop_mcore.reward.pool import RewardPool\n"
+        f"RewardPool(RewardConfig(verifier={BAD!r}, workers=2)).__enter__()\n"
+        "print(*[p.pid for p in psutil.Process().children()], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pids = [int(pid) for pid in run.stdout.split()]
+    assert len(pids) == 2, run.stderr
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            continue
+        assert process.status() == psutil.STATUS_ZOMBIE or process.wait(10) is None
+
+
+def test_too_many_failures_stop_the_run() -> None:
+    with RewardPool(config(max_failure_share=0.5)) as pool:
+        assert pool.grade([item("raise")])[0].reason == "crashed"  # a single answer is no share
+        half = pool.grade([item("raise"), item("right")] * 10)
+        assert Counter(v.reason for v in half) == {"crashed": 10, "correct": 10}
+        with pytest.raises(TooManyFailures, match=r"max_failure_share=0.5.*ValueError: no verdict"):
+            pool.grade([item("raise")] * 11 + [item("right")] * 9)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "message"),
+    [
+        ("maths", "no known verifier: use math, countdown or"),
+        ("no_such_package.verifier:fn", "cannot import 'no_such_package.verifier'"),
+        ("tests.reward.bad_verifiers:absent", "has no function 'absent'"),
+        ("tests.reward.bad_verifiers:NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
+        (":fn", "no known verifier"),
+    ],
+)
+def test_a_verifier_that_cannot_be_loaded(verifier: str, message: str) -> None:
+    before = psutil.Process().children()
+    with pytest.raises(UserError, match=message), RewardPool(config(verifier)):
+        pass
+    assert psutil.Process().children() == before
+
+
+def test_math_in_the_pool_with_its_canaries() -> None:
+    bomb = r"\boxed{9^{9^{9^{9}}}!}"
+    with RewardPool(config("math", workers=1, deadline_s=2.0, memory_mib=2048)) as pool:
+        assert not pool.counts  # the canaries are not counted
+        responses = [r"\boxed{\sqrt{12}}", bomb, r"\boxed{12}", "12"]
+        verdicts = pool.grade([item(response, gold=r"2\sqrt{3}") for response in responses])
+    assert [v.reason for v in verdicts[::2]] == ["correct", "wrong"]
+    assert not verdicts[1].correct
+    assert verdicts[3].reason == "no_answer"
+
+
+def test_a_wrong_canary_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries = [("1", "1", True), ("1", "2", True)]
+    monkeypatch.setattr(pool_module, "CANARIES", canaries)
+    with (
+        pytest.raises(UserError, match=r"math verifier is broken here: .*'2'.*'1'.*wrong, not correct"),
+        RewardPool(config("math", workers=1, deadline_s=5.0, memory_mib=2048)),
+    ):
+        pass

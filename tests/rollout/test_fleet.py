@@ -1,0 +1,258 @@
+"""Two real servers, a real gloo group: syncing, generating, and what happens when a part of it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from served_model import START_S, VOCABULARY, endpoint_of, make_model, start_server, token_logprobs
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
+from rloop_mcore.rollout.sync import buckets, flatten
+from rloop_mcore.types import SampleRequest, Sampling
+
+SAMPLING = Sampling(max_tokens=12, temperature=0.9)
+
+
+class Channel:
+    """protocols.WeightChannel over a plain gloo group; `damage` spoils what is sent, `fail_at` the n-th send."""
+
+    group_name = "test-weights"
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.sends = 0
+
+    def open(self, world_size: int) -> tuple[str, int]:
+        self.store, self.world_size = host_store("127.0.0.1", 30.0), world_size
+        return "127.0.0.1", self.store.port
+
+    def join(self) -> None:
+        self.group = join_group("gloo", "127.0.0.1", self.store.port, self.world_size, 0, self.group_name, 30.0)
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.sends += 1
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+
+    def close(self) -> None:
+        if self.group is not None:
+            leave_group(self.group)
+        self.group = None
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """Another policy of the same shape: what the engines are synced to."""
+    folder = make_model(tmp_path_factory.mktemp("other"), seed=1)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EmbeddedServer]]:
+    run_dir = tmp_path_factory.mktemp("fleet")
+    started = [start_server(model_path, run_dir, f"engine-{i}", max_running=16) for i in range(2)]
+    yield started
+    for server in started:
+        server.stop()
+
+
+class _Borrowed:
+    """A server that outlives the fleet of one test."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self.server = server
+        self.ready, self.failure = server.ready, server.failure
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fleet(servers: list[EmbeddedServer]) -> Iterator[Fleet]:
+    with _fleet([_Borrowed(s) for s in servers]) as fleet:
+        yield fleet
+
+
+def _fleet(servers: Sequence[object], request_timeout_s: float = 30.0) -> Fleet:
+    return Fleet(
+        servers,  # type: ignore[arg-type]
+        Channel(),
+        vocabulary=VOCABULARY,
+        bucket_mib=1,
+        start_timeout_s=START_S,
+        request_timeout_s=request_timeout_s,
+    )
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return iter(model.named_parameters())
+
+
+def _requests() -> list[SampleRequest]:
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(2, VOCABULARY, 4 + i).tolist()) for i in range(5)]
+    return [SampleRequest(p, seed=100 * i + j) for i, p in enumerate(prompts) for j in range(3)]
+
+
+def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
+    requests = _requests()
+    for request, completion in zip(requests, fleet.generate(requests, SAMPLING), strict=True):
+        ids = [*request.prompt_ids, *completion.response_ids]
+        expected = token_logprobs(model, ids, SAMPLING.temperature)[len(request.prompt_ids) - 1 :]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+        assert completion.weight_version == version
+
+
+def test_a_sync_changes_the_policy_and_stamps_it(
+    fleet: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel
+) -> None:
+    with pytest.raises(EngineError, match="sync before generating"):
+        fleet.generate(_requests(), SAMPLING)
+    metrics = fleet.sync(_weights(other_model), 7)
+    assert metrics["sync_bytes"] == sum(p.nbytes for p in other_model.parameters())
+    _assert_by(other_model, fleet, 7)
+    fleet.sync(_weights(reference), 8)  # the group is kept
+    _assert_by(reference, fleet, 8)
+
+
+def test_many_small_buckets_equal_one(fleet: Fleet, other_model: PreTrainedModel) -> None:
+    fleet.bucket_bytes = 3000  # smaller than some tensors
+    assert fleet.sync(_weights(other_model), 3)["sync_buckets"] > 5
+    _assert_by(other_model, fleet, 3)
+
+
+def test_dtypes_are_converted_and_aligned(fleet: Fleet, other_model: PreTrainedModel) -> None:
+    """bf16 beside fp32 and an odd byte count in front of it: offsets must follow the item size."""
+    mixed = [(name, p.bfloat16() if i % 2 else p) for i, (name, p) in enumerate(other_model.named_parameters())]
+    fleet.sync(iter(mixed), 4)
+    rounded = AutoModelForCausalLM.from_config(other_model.config, attn_implementation="eager").eval()
+    rounded.load_state_dict({name: t.float() for name, t in mixed}, strict=False)
+    _assert_by(rounded, fleet, 4)
+
+
+def test_results_do_not_depend_on_the_number_of_engines(
+    fleet: Fleet, servers: list[EmbeddedServer], reference: PreTrainedModel
+) -> None:
+    fleet.sync(_weights(reference), 1)
+    both = fleet.generate(_requests(), SAMPLING)
+    assert fleet.generate(_requests(), SAMPLING) == both  # bit-identical
+    with _fleet([_Borrowed(servers[1])]) as one:
+        one.sync(_weights(reference), 1)
+        alone = one.generate(_requests(), SAMPLING)
+    assert [c.response_ids for c in alone] == [c.response_ids for c in both]
+
+
+def test_running_servers_are_adopted(
+    servers: list[EmbeddedServer], reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = endpoint_of(servers[0])
+    monkeypatch.setenv("RLOOP_ENGINE_KEY", str(endpoint.key))
+    with _fleet(running_servers([endpoint.url])) as fleet:
+        fleet.sync(_weights(reference), 1)
+        assert len(fleet.generate(_requests(), SAMPLING)) == 15
+    assert endpoint.request("/health")[0] == 200  # not ours to stop
+    monkeypatch.setenv("RLOOP_ENGINE_KEY", "wrong")
+    with _fleet(running_servers([endpoint.url])) as fleet, pytest.raises(EngineError, match="status 401"):
+        fleet.wait_ready()
+
+
+def _unknown_tensor(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from list(model.named_parameters())[:5]
+    yield "model.no_such.weight", torch.zeros(3)
+
+
+def _wrong_shape(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    name, tensor = next(iter(model.named_parameters()))
+    yield name, tensor[:-1]
+
+
+def _half(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from list(model.named_parameters())[:5]
+    raise RuntimeError("the export broke")
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [(_unknown_tensor, "no parameter 'model.no_such.weight'"), (_wrong_shape, "got shape"), (_half, "export broke")],
+)
+def test_a_failed_sync_serves_nothing_until_a_whole_one(
+    fleet: Fleet, servers: list[EmbeddedServer], other_model: PreTrainedModel, weights: object, words: str
+) -> None:
+    fleet.bucket_bytes = 3000
+    with pytest.raises((EngineError, RuntimeError), match=words):
+        fleet.sync(weights(other_model), 5)  # type: ignore[operator]
+    with pytest.raises(EngineError, match="sync before generating"):
+        fleet.generate(_requests(), SAMPLING)
+    # Even somebody who lets a broken engine go on gets no sample from it.
+    endpoint = endpoint_of(servers[0])
+    if weights is not _half:
+        endpoint.request("/continue_generation", {})
+        status, answer = endpoint.request("/generate", {"input_ids": [5]})
+        assert status == 503
+        assert "incomplete" in answer["message"]
+    fleet.sync(_weights(other_model), 6)
+    _assert_by(other_model, fleet, 6)
+
+
+def test_an_update_from_disk_repairs_a_broken_engine(
+    fleet: Fleet, servers: list[EmbeddedServer], model_path: Path, reference: PreTrainedModel
+) -> None:
+    with pytest.raises(EngineError):
+        fleet.sync(_wrong_shape(reference), 5)
+    endpoint = endpoint_of(servers[0])
+    body = {"model_path": str(model_path), "weight_version": "9"}
+    assert endpoint.request("/update_weights_from_disk", body)[0] == 200
+    endpoint.request("/continue_generation", {})
+    answer = endpoint.generate([5, 6], max_new_tokens=4)
+    expected = token_logprobs(reference, [5, 6, *answer["output_ids"]])[1:]
+    np.testing.assert_allclose([e[0] for e in answer["meta_info"]["output_token_logprobs"]], expected, atol=1e-4)
+    assert answer["meta_info"]["weight_version"] == "9"
+
+
+def test_checksums_tell_policies_apart(
+    fleet: Fleet, servers: list[EmbeddedServer], reference: PreTrainedModel, other_model: PreTrainedModel
+) -> None:
+    def checksums(server: EmbeddedServer) -> object:
+        status, answer = endpoint_of(server).request("/weights_checker", {"action": "checksum"})
+        assert status == 200
+        return answer["ranks"]
+
+    fleet.sync(_weights(reference), 1)
+    first = [checksums(server) for server in servers]
+    assert first[0] == first[1]
+    fleet.sync(_weights(other_model), 2)
+    assert checksums(servers[0]) != first[0]
+
+
+def test_buckets_keep_order_and_size() -> None:
+    tensors = [(str(i), torch.arange(n, dtype=torch.float32)) for i, n in enumerate([3, 5, 100, 2, 2])]
+    cut = list(buckets(iter(tensors), 40))
+    assert [[name for name, _ in bucket] for bucket in cut] == [["0", "1"], ["2"], ["3", "4"]] or [
+        [name for name, _ in bucket] for bucket in cut
+    ] == [["0"], ["1"], ["2"], ["3", "4"]]
+    flat = flatten([("a", torch.tensor([1], dtype=torch.uint8)), ("b", torch.tensor([2.5]))])
+    assert flat[:1].tolist() == [1]
+    assert flat[4:8].view(torch.float32).tolist() == [2.5]
+
+
+def test_a_server_that_is_killed_is_told_long_before_the_deadline(
+    servers: list[EmbeddedServer], reference: PreTrainedModel
+) -> None:
+    """Last of the module: one of its servers is gone then."""
+    with _fleet([_Borrowed(s) for s in servers], request_timeout_s=300.0) as fleet:
+        fleet.sync(_weights(reference), 1)
+        servers[1].process.kill()
+        servers[1].process.wait()
+        with pytest.raises(EngineError, match=r"(?s)/generate: connection failed.*status -9.*engine-1\.log"):
+            fleet.generate(_requests(), SAMPLING)
+        with pytest.raises(EngineError, match=r"(?s)/pause_generation: connection failed.*status -9"):
+            fleet.sync(_weights(reference), 2)

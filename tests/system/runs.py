@@ -1,0 +1,98 @@
+"""Real runs for the system tests: started as a user would, watched through their journal, killed by signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rloop_mcore.journal import Journal
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 240.0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "rloop_mcore.main.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def rloop(*arguments: str, timeout: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
+    )
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """Start a tiny run in the background; its output goes to `run_dir.log`."""
+    with open(f"{run_dir}.log", "ab") as log:
+        return subprocess.Popen(
+            command("train", "experiment=tiny", f"run.dir={run_dir}", *overrides),
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=environment(),
+        )
+
+
+def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    """Wait for a run to end well."""
+    code = process.wait(DEADLINE_S)
+    assert code == 0, f"exit code {code}:\n{Path(f'{run_dir}.log').read_text()[-3000:]}"
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    done = rloop("status", str(run_dir), "--json")
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return Journal(run_dir / "journal.jsonl").records
+
+
+def wait_for(what: str, condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Poll until the condition holds. Fails when the run ends first, or takes too long."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, f"the run ended with {process.returncode} before {what}"
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
+        time.sleep(0.02)
+
+
+def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+    """The processes of a run by role: supervisor, torchrun, rank, engine, reward."""
+    roles = {"supervisor": psutil.Process(process.pid)}
+    for child in roles["supervisor"].children(recursive=True):
+        words = " ".join(child.cmdline())
+        for role, mark in (
+            ("torchrun", "torch.distributed.run"),
+            ("rank", "rloop_mcore.main.worker"),
+            ("engine", "rloop_mcore.rollout.embedded"),
+            ("reward", "rloop_mcore.reward"),
+        ):
+            if mark in words and role not in roles:
+                roles[role] = child
+                break
+    return roles
+
+
+def kill(process: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
+    """SIGKILL one role, or `all`; returns every process of the run, to be waited for."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    victims = everyone if role == "all" else [tree(process)[role]]
+    for victim in victims:
+        victim.send_signal(signal.SIGKILL)
+    return everyone

@@ -1,0 +1,116 @@
+"""kill -9 of any process at any moment, then the same command again: the same weights and cache, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import runs
+
+from rloop_mcore.main.run_directory import RunDirectory
+
+pytestmark = pytest.mark.system
+
+Condition = Callable[[list[dict[str, Any]]], bool]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("kill") / "undisturbed"
+    runs.finish(runs.start(run_dir), run_dir)
+    return run_dir
+
+
+def has(event: str, iteration: int, phase: str, step: int = 0) -> Condition:
+    return lambda records: any(
+        r["event"] == event and r["iteration"] == iteration and r["phase"] == phase and r.get("step", 0) >= step
+        for r in records
+        if "phase" in r
+    )
+
+
+# (what the journal shows when the signal is sent, which process it hits): one place in every phase
+KILLS: list[tuple[str, Condition, str]] = [
+    ("before the first record", lambda records: True, "all"),
+    ("in the SFT of the base", has("commit", 0, "sft", 30), "rank"),
+    ("while theta_0 is measured", has("commit", 0, "sft", 100), "all"),
+    ("in iteration 0's exploration", has("commit", 0, "explore", 1), "engine"),
+    ("while an RL checkpoint is measured", has("commit", 0, "explore", 2), "torchrun"),
+    ("after iteration 0's exploration", has("commit", 0, "explore", 4), "supervisor"),
+    ("in iteration 0's exploitation", has("done", 0, "select"), "rank"),
+    ("after iteration 0's exploitation", has("done", 0, "exploit"), "all"),
+    ("in iteration 1's exploration", has("commit", 1, "explore", 3), "rank"),
+    ("in iteration 1's exploitation", has("done", 1, "select"), "all"),
+]
+
+
+def start_and_kill(run_dir: Path, place: str, condition: Condition, role: str) -> None:
+    process = runs.start(run_dir)
+
+    def reached() -> bool:
+        return condition(runs.records(run_dir)) and (role == "all" or role in runs.tree(process))
+
+    runs.wait_for(place, reached, process)
+    everyone = runs.kill(process, role)
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive, f"{place}: killing {role} left {alive}"
+    print(f"{place}: killed {role}, journal at record {len(runs.records(run_dir))}")
+
+
+@pytest.mark.timeout(900)
+def test_kills_in_every_phase_leave_no_trace(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    for place, condition, role in KILLS:
+        start_and_kill(run_dir, place, condition, role)
+    runs.finish(runs.start(run_dir), run_dir)
+    expected, found = runs.status(undisturbed), runs.status(run_dir)
+    for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
+        assert found[key] == expected[key], key
+    assert expected["state"] == "finished"
+    assert all(expected["expert"])
+
+
+def metrics_places(run_dir: Path) -> list[tuple[int, str, int]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["phase"], line["step"]) for line in lines]
+
+
+@pytest.mark.timeout(300)
+def test_an_idle_directory_is_locked_while_a_run_works_in_it(undisturbed: Path) -> None:
+    with RunDirectory(undisturbed).lock():
+        second = runs.rloop("train", "experiment=tiny", f"run.dir={undisturbed}")
+    assert second.returncode == 2
+    assert "in use by another run" in second.stderr
+
+
+@pytest.mark.timeout(300)
+def test_a_finished_run_started_again_changes_nothing(undisturbed: Path) -> None:
+    before = runs.status(undisturbed)
+    again = runs.rloop("train", "experiment=tiny", f"run.dir={undisturbed}")
+    assert again.returncode == 0, again.stderr
+    assert runs.status(undisturbed) == before
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_checkpoints_and_wants_to_be_started_again(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "terminated"
+    process = runs.start(run_dir)
+    runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(runs.DEADLINE_S) == 75
+    assert runs.status(run_dir)["state"] == "interrupted"
+    runs.finish(runs.start(run_dir), run_dir)
+    found, expected = runs.status(run_dir), runs.status(undisturbed)
+    assert (found["policy_digest"], found["cache"]) == (expected["policy_digest"], expected["cache"])
+    assert metrics_places(run_dir) == metrics_places(undisturbed)
+
+
+def test_another_configuration_is_refused(undisturbed: Path) -> None:
+    other = runs.rloop("train", "experiment=tiny", f"run.dir={undisturbed}", "algorithm.group_size=4")
+    assert other.returncode == 2
+    assert "algorithm.group_size=16, not 4" in other.stderr

@@ -1,0 +1,64 @@
+"""The direction of the arrows: types <- protocols <- {algorithm, rooms} <- loop <- main."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
+ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis"}
+SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
+RUN = {"journal", "tracking", "progress", "rl_step", "run_state"}
+ALLOWED = {
+    "errors": set(),
+    "types": set(),
+    "config": set(),
+    "platform": {"errors"},
+    "protocols": {"types", "config"},
+    "algorithm": {"types"},
+    **dict.fromkeys(ROOMS, SHARED),
+    "journal": SHARED,
+    "progress": set(),
+    "tracking": SHARED | {"progress"},
+    "compose": {"config", "errors"},
+    "validate": {"algorithm", "compose", "config", "errors"},
+    "rl_step": SHARED,
+    "run_state": SHARED | RUN,
+    "loop": SHARED | RUN,
+}
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} imports relatively"
+            names = [node.module] if node.module != "rloop_mcore" else [f"rloop_mcore.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("rloop_mcore.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path: Path) -> None:
+    own = unit(path)
+    if own in ("main", "__init__"):
+        return
+    wrong = imported_units(path) - ALLOWED[own] - {own}
+    assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_config_needs_no_torch() -> None:
+    code = "import sys, rloop_mcore.config, rloop_mcore.validate, rloop_mcore.main.status; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

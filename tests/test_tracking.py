@@ -1,0 +1,177 @@
+"""What the tracker leaves on disk and on the screen, read back by independent readers."""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rloop_mcore.config import TrackingConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.progress import PLAIN_EVERY_S, ProgressDisplay
+from rloop_mcore.tracking import Tracker
+
+QUIET = TrackingConfig(tensorboard=False, progress=False)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step_at_once_on_disk(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, QUIET)
+    tracker.log(1, "explore", 3, 13, {"reward_mean": 0.5, "grad_norm": math.inf, "groups_kept": 4}, 10)
+    (line,) = lines(tmp_path)
+    assert {key: line[key] for key in ("iteration", "phase", "step", "total", "global_step")} == {
+        "iteration": 1,
+        "phase": "explore",
+        "step": 3,
+        "total": 10,
+        "global_step": 13,
+    }
+    assert (line["reward_mean"], line["grad_norm"], line["groups_kept"]) == (0.5, None, 4)
+    tracker.close()
+
+
+def test_the_eta_follows_the_pace_of_the_phase(tmp_path: Path) -> None:
+    clock = Clock()
+    tracker = Tracker(tmp_path, QUIET, clock=clock)
+    for step in (5, 6, 7):  # resumed after step 4
+        clock.now += 2.0
+        tracker.log(0, "explore", step, step, {}, 10)
+        tracker.log(0, "evaluate", step, step, {})
+    tracker.log(0, "exploit", 1, 7, {}, 3)
+    etas = [(line["phase"], line["eta_s"]) for line in lines(tmp_path) if line["phase"] != "evaluate"]
+    assert etas == [("explore", None), ("explore", 8.0), ("explore", 6.0), ("exploit", None)]
+    tracker.close()
+
+
+def test_rewind_forgets_what_was_not_committed(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, QUIET)
+    tracker.log(0, "explore", 1, 1, {"a": 1.0})
+    committed = tracker.offset()
+    assert committed == (tmp_path / "metrics.jsonl").stat().st_size
+    tracker.log(0, "explore", 2, 2, {"a": 2.0})
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"torn": ')  # killed while writing
+
+    resumed = Tracker(tmp_path, QUIET)
+    resumed.rewind(committed)
+    resumed.log(0, "explore", 2, 2, {"a": 20.0})
+    resumed.close()
+    assert [line["a"] for line in lines(tmp_path)] == [1.0, 20.0]
+
+
+def test_a_metrics_file_shorter_than_committed_is_reported(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, QUIET)
+    with pytest.raises(UserError, match="holds 0 bytes, but the journal committed 100"):
+        tracker.rewind(100)
+    tracker.close()
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    config = TrackingConfig(tensorboard=True, progress=False)
+    tracker = Tracker(tmp_path, config)
+    tracker.log(0, "explore", 1, 1, {"entropy": 0.5}, 3)
+    committed = tracker.offset()
+    tracker.log(0, "explore", 2, 2, {"entropy": 0.25}, 3)
+    tracker.close()
+    resumed = Tracker(tmp_path, config)
+    resumed.rewind(committed)
+    for step in (2, 3):
+        resumed.log(0, "explore", step, step, {"entropy": step * 1.0}, 3)
+    for update in (1, 2):
+        resumed.log(0, "exploit", update, 3, {"loss": update * 0.5}, 2)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("explore/entropy")] == [(1, 0.5), (2, 2.0), (3, 3.0)]
+    assert [(event.step, event.value) for event in events.Scalars("exploit_0/loss")] == [(1, 0.5), (2, 1.0)]
+
+
+def test_plain_lines_are_throttled_but_never_lose_the_end(tmp_path: Path) -> None:
+    clock, out = Clock(), io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=False, soft_wrap=True), clock)
+    tracker = Tracker(tmp_path, TrackingConfig(tensorboard=False), display, clock)
+    for step in range(1, 101):
+        clock.now += PLAIN_EVERY_S / 5
+        tracker.log(0, "explore", step, step, {"reward_mean": 0.25, "success_rate": 0.3, "tokens_per_s": 1234.0}, 100)
+    tracker.log(0, "evaluate", 100, 100, {"avg@32": 0.125})
+    tracker.message("no experts in iteration 0 [empty]")
+    tracker.close()
+    printed = out.getvalue().splitlines()
+    assert len(printed) == 1 + 19 + 1 + 2  # the first, one in five after it, the last, the messages
+    assert "iteration 0 explore  6/100  reward 0.250  success 30.0%  1,234 tokens/s  0:03:08 left" in printed[1]
+    assert "100/100" in printed[-3]
+    assert printed[-2] == "iteration 0 evaluate, step 100: avg@32 0.125"
+    assert printed[-1] == "no experts in iteration 0 [empty]"
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))
+    tracker = Tracker(tmp_path, TrackingConfig(tensorboard=False), display)
+    tracker.log(2, "explore", 3, 3, {}, 10)
+    tracker.show("evaluation", 16, 64)
+    tracker.show("evaluation", 64, 64)
+    tracker.close()
+    assert "iteration 2 explore evaluation" in out.getvalue()
+    assert "64/64" in out.getvalue()
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    calls: list[tuple[str, Any]] = []
+
+    class FakeRun:
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            calls.append(("log", (step, metrics)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**arguments: Any) -> FakeRun:
+        calls.append(("init", arguments))
+        return FakeRun()
+
+    fake = ModuleType("wandb")
+    fake.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return calls
+
+
+def test_wandb_gets_the_same_run_again_after_a_resume(tmp_path: Path, wandb: list[tuple[str, Any]]) -> None:
+    config = TrackingConfig(tensorboard=False, progress=False, wandb_project="loops")
+    for step in (1, 2):
+        tracker = Tracker(tmp_path, config)
+        tracker.log(0, "explore", step, step, {"entropy": 0.5})
+        tracker.close()
+    first, second = (arguments for call, arguments in wandb if call == "init")
+    assert first == second
+    assert first["project"] == "loops"
+    assert [arguments for call, arguments in wandb if call == "log"] == [
+        (1, {"explore/entropy": 0.5, "global_step": 1}),
+        (2, {"explore/entropy": 0.5, "global_step": 2}),
+    ]
+
+
+def test_wandb_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Tracker(tmp_path, TrackingConfig(tensorboard=False, progress=False, wandb_project="loops"))

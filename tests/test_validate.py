@@ -1,0 +1,88 @@
+"""Cross-checks that run before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.errors import UserError
+from rloop_mcore.validate import check_model, check_values, warnings
+
+NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.group_size=1", ["algorithm.group_size=1", "2"]),
+        ("algorithm.iterations=-1", ["algorithm.iterations=-1"]),
+        ("algorithm.iterations=0", ["algorithm.iterations=0", "sft.demonstrations"]),
+        ("algorithm.dual_clip=0.5", ["algorithm.dual_clip=0.5"]),
+        ("algorithm.updates_per_step=100000", ["algorithm.updates_per_step=100000", "8192"]),
+        ("algorithm.sampled_per_step=1", ["algorithm.prompts_per_step=512", "3"]),
+        ("algorithm.hard_threshold=0", ["algorithm.hard_threshold=0"]),
+        ("algorithm.overlong_buffer=2048", ["algorithm.overlong_buffer=2048", "rollout.max_tokens=2048"]),
+        ("evaluation.k=[64]", ["evaluation.k", "64", "32"]),
+        ("layout.tp=0", ["layout.tp=0"]),
+        ("layout.cp=2", ["layout.cp=2", "not supported yet"]),
+        ("optimizer.schedule=linear", ["optimizer.schedule=linear", "cosine"]),
+        ("optimizer.lr=0", ["optimizer.lr=0"]),
+        ("precision=fp16", ["precision=fp16", "bf16"]),
+        ("rollout.engine=sglang", ["rollout.endpoints"]),
+        ("rollout.endpoints=[localhost:30000]", ["rollout.endpoints", "localhost:30000", "http://"]),
+        ("rollout.temperature=0", ["rollout.temperature=0"]),
+        ("rollout.top_p=1.5", ["rollout.top_p=1.5"]),
+        ("cluster.device=tpu", ["cluster.device=tpu", "cuda"]),
+        ("reward.answer_format=xml", ["reward.answer_format=xml", "boxed"]),
+    ],
+)
+def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_values(load_config([*NEEDED, override]))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_defaults_are_legal() -> None:
+    check_values(load_config(NEEDED))
+
+
+def model(folder: Path, **changes: int) -> list[str]:
+    shape = {
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 24,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(shape | changes))
+    return ["run.dir=r", f"model.path={folder}", "data.train=d"]
+
+
+def test_a_layout_that_does_not_divide_the_model_names_the_legal_ones(tmp_path: Path) -> None:
+    base = model(tmp_path)
+    check_model(load_config([*base, "layout.tp=2", "layout.pp=4"]))
+    with pytest.raises(UserError, match=r"layout.tp=7 does not divide num_key_value_heads=2.*\[1, 2\]"):
+        check_model(load_config([*base, "layout.tp=7"]))
+    with pytest.raises(UserError, match=r"layout.pp=5 does not divide num_hidden_layers=24"):
+        check_model(load_config([*base, "layout.pp=5"]))
+
+
+def test_lengths_beyond_the_positions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3072 is more than the 2048 positions"):
+        check_model(load_config(model(tmp_path, max_position_embeddings=2048)))
+
+
+def test_a_model_path_without_config_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.path=.* holds no config.json"):
+        check_model(load_config(["run.dir=r", f"model.path={tmp_path}", "data.train=d"]))
+
+
+def test_a_phase_that_cannot_find_a_hard_success_is_warned_about() -> None:
+    few = load_config([*NEEDED, "algorithm.rl_steps=10", "algorithm.group_size=8"])
+    (warning,) = warnings(few, problems=17_000)
+    assert "at most 8 times" in warning
+    assert "at least 11" in warning
+    assert warnings(load_config(NEEDED), problems=17_000) == []
+    assert warnings(load_config([*NEEDED, "algorithm.rl_steps=10", "rft.enabled=false"]), problems=17_000) == []

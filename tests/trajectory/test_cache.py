@@ -1,0 +1,231 @@
+"""The cache against plain Python over the same trajectories."""
+
+import importlib.util
+import os
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trajectory_rows import phases, step_rows, trajectories
+
+from rloop_mcore.algorithm.hard_problems import is_hard
+from rloop_mcore.errors import UserError
+from rloop_mcore.trajectory import reader, writer
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.schema import SCHEMA, from_table, to_table
+
+
+def key(row):
+    return row.iteration, row.step, row.problem_id, row.sample
+
+
+def fill(directory, rows, cuts=()):
+    """A cache of the rows, sealed at the cuts; opened anew."""
+    cache = TrajectoryCache(directory)
+    bounds = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    for low, high in pairwise(bounds):
+        cache.append(rows[low:high])
+        cache.seal()
+    return TrajectoryCache(directory)
+
+
+def plain_experts(rows, iteration, threshold, deduplicate):
+    outcomes = defaultdict(list)
+    for row in rows:
+        if row.iteration == iteration:
+            outcomes[row.problem_id].append(row.correct)
+    experts, seen = [], set()
+    for row in sorted(rows, key=key):
+        verdicts = outcomes[row.problem_id]
+        if row.iteration != iteration or not row.correct or not is_hard(sum(verdicts), len(verdicts), threshold):
+            continue
+        if deduplicate and (row.problem_id, row.response_ids) in seen:
+            continue
+        seen.add((row.problem_id, row.response_ids))
+        experts.append(row)
+    return experts
+
+
+def plain_digest(rows):
+    total = sha256()
+    for row in sorted(rows, key=key):
+        problem = row.problem_id.encode()
+        content = struct.pack(
+            "<6i", row.iteration, row.step, row.sample, len(problem), len(row.prompt_ids), len(row.response_ids)
+        )
+        content += problem
+        content += struct.pack(f"<{len(row.prompt_ids)}i", *row.prompt_ids)
+        content += struct.pack(f"<{len(row.response_ids)}i", *row.response_ids)
+        content += struct.pack(f"<{len(row.logprobs)}f", *row.logprobs)
+        content += struct.pack("<?d", row.correct, row.reward)
+        total.update(sha256(content).digest())
+    return total.hexdigest()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    cuts=st.lists(st.integers(0, 80), max_size=3),
+    iteration=st.integers(0, 2),
+    threshold=st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5, 1.0]),
+    deduplicate=st.booleans(),
+)
+def test_selection_equals_a_plain_pass(seed, cuts, iteration, threshold, deduplicate):
+    rows = phases(seed)
+    with TemporaryDirectory() as folder:
+        cache = fill(Path(folder), rows, cuts)
+        expected = plain_experts(rows, iteration, threshold, deduplicate)
+        assert cache.select_experts(iteration, threshold, deduplicate) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=trajectories(), cuts=st.lists(st.integers(0, 30), max_size=3))
+def test_count_and_digest_equal_a_plain_pass(rows, cuts):
+    with TemporaryDirectory() as folder:
+        cache = fill(Path(folder), rows, cuts)
+        assert cache.count() == len(rows)
+        assert cache.digest() == plain_digest(rows)
+        assert cache.verify() == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=trajectories())
+def test_a_shard_gives_back_every_field_bit_by_bit(rows):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.parquet"
+        shard = writer.write_shard(path, rows) if rows else None
+        back = from_table(reader.ShardFile(path.parent, shard).read(SCHEMA.names)) if shard else []
+    assert back == sorted(rows, key=key)
+    assert [struct.pack("<d", row.reward) for row in back] == [
+        struct.pack("<d", row.reward) for row in sorted(rows, key=key)
+    ]
+    assert from_table(to_table(rows)) == back
+
+
+def test_logprobs_are_kept_as_float32():
+    row = replace(step_rows(0, 0)[0], response_ids=(1, 2), logprobs=(-0.1, -1e-9))
+    (back,) = from_table(to_table([row]))
+    assert back.logprobs == struct.unpack("<2f", struct.pack("<2f", -0.1, -1e-9))
+
+
+def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROW_GROUP", 8)
+    rows = [replace(row, correct=False) for row in step_rows(0, 0, problems=20, group=16)]
+    rows[37] = replace(rows[37], correct=True)
+    cache = fill(tmp_path / "cache", rows)
+    read = []
+    original = reader.ShardFile._read
+    monkeypatch.setattr(
+        reader.ShardFile,
+        "_read",
+        lambda self, groups, columns: (
+            read.append((list(groups), "response_ids" in columns)),
+            original(self, groups, columns),
+        )[1],
+    )
+    assert [key(row) for row in cache.select_experts(0, 0.1, True)] == [key(rows[37])]
+    position = sorted(map(key, rows)).index(key(rows[37]))
+    assert [groups for groups, tokens in read if tokens] == [[position // 8]]
+
+
+def test_digest_sees_content_and_not_versions_or_shards(tmp_path):
+    rows = step_rows(0, 0) + step_rows(0, 1)
+    digest = fill(tmp_path / "a", rows).digest()
+    assert fill(tmp_path / "b", rows[::-1], cuts=[3, 7]).digest() == digest
+    assert fill(tmp_path / "c", [replace(row, weight_version=77, reason="x") for row in rows]).digest() == digest
+    changes = {
+        "sample": 99,
+        "prompt_ids": (5, 7),
+        "response_ids": tuple(i + 1 for i in rows[3].response_ids),
+        "logprobs": tuple(p - 1e-6 for p in rows[3].logprobs),
+        "correct": not rows[3].correct,
+        "reward": 0.1000000001,
+    }
+    for number, (name, value) in enumerate(changes.items()):
+        changed = [*rows[:3], replace(rows[3], **{name: value}), *rows[4:]]
+        assert fill(tmp_path / str(number), changed).digest() != digest, name
+
+
+def test_success_histogram(tmp_path):
+    def problem(name, successes, samples):
+        source = step_rows(1, 0, problems=1, group=samples)
+        return [replace(row, problem_id=name, correct=row.sample < successes) for row in source]
+
+    rows = problem("a", 0, 7) + problem("b", 1, 10) + problem("c", 3, 30) + problem("d", 2, 30) + problem("e", 5, 5)
+    cache = fill(tmp_path, rows + step_rows(0, 0))
+    assert cache.success_histogram(1) == [2, 2, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert cache.success_histogram(2) == [0] * 10
+
+
+def test_what_is_appended_counts_when_sealed(tmp_path):
+    cache = TrajectoryCache(tmp_path / "new" / "cache")
+    assert cache.seal() == []
+    assert not cache.directory.exists()
+    cache.append(step_rows(0, 0))
+    assert cache.count() == 0
+    assert cache.seal() == ["shard-000000.parquet"]
+    assert cache.seal() == ["shard-000000.parquet"]
+    cache.append(step_rows(0, 1))
+    assert cache.seal() == ["shard-000000.parquet", "shard-000001.parquet"]
+    assert cache.count() == TrajectoryCache(cache.directory).count() == 32
+
+
+def test_a_trajectory_whose_logprobs_do_not_match_is_refused(tmp_path):
+    cache = TrajectoryCache(tmp_path)
+    cache.append([replace(step_rows(0, 0)[0], logprobs=())])
+    with pytest.raises(ValueError, match="but 0 logprobs"):
+        cache.seal()
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    cache = fill(tmp_path, step_rows(0, 0))
+    path = tmp_path / "shard-000000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"rloop_mcore.trajectory.version": b"99"}), path)
+    with pytest.raises(UserError, match="schema version 99"):
+        cache.digest()
+
+
+@pytest.mark.parametrize("tool", ["duckdb", "pandas"])
+def test_other_tools_open_the_shards(tmp_path, tool):
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    rows = sorted(step_rows(0, 0) + step_rows(0, 1), key=key)
+    fill(tmp_path, rows, cuts=[16])
+    if tool == "duckdb":
+        import duckdb
+
+        query = f"select problem_id, response_ids, logprobs, correct from '{tmp_path}/*.parquet'"
+        found = duckdb.sql(query + " order by iteration, step, problem_id, sample").fetchall()
+    else:
+        import pandas
+
+        frame = pandas.concat(pandas.read_parquet(path) for path in sorted(tmp_path.glob("*.parquet")))
+        found = frame[["problem_id", "response_ids", "logprobs", "correct"]].itertuples(index=False)
+    assert [(p, tuple(ids), tuple(map(float, logprobs)), bool(ok)) for p, ids, logprobs, ok in found] == [
+        (row.problem_id, row.response_ids, row.logprobs, row.correct) for row in rows
+    ]
+
+
+def test_status_needs_no_torch(tmp_path):
+    fill(tmp_path, step_rows(0, 0))
+    code = (
+        "import sys, pathlib\n"
+        "from rloop_mcore.trajectory.cache import TrajectoryCache\n"
+        f"cache = TrajectoryCache(pathlib.Path({str(tmp_path)!r}))\n"
+        "print(cache.count(), len(cache.digest()), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), timeout=60
+    )
+    assert done.stdout.split() == ["16", "64", "False"], done.stderr

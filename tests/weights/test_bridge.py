@@ -1,0 +1,153 @@
+"""HF -> Megatron -> HF in one process: logits as transformers computes them, tensors bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA3_ROPE, VOCABULARY, hf_tensors, make_folder, some_ids
+
+from rloop_mcore import platform
+from rloop_mcore.config import LayoutConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.weights.digest import digest_of
+
+platform.setup("cpu", threads=1)
+
+from rloop_mcore.actor import parallel  # noqa: E402  (Megatron comes after setup)
+from rloop_mcore.actor.model import build_model, wrap_for_training  # noqa: E402
+from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    parallel.initialize(LayoutConfig(), seed=0, timeout_s=60)
+    yield
+    parallel.destroy()
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[HfBridge, list[torch.nn.Module]]:
+    bridge = HfBridge(folder)
+    chunks = build_model(bridge.architecture(), LayoutConfig(), dtype)
+    bridge.load(chunks, folder)
+    return bridge, chunks
+
+
+@torch.no_grad()
+def assert_same_logits(chunks: list[torch.nn.Module], reference: torch.nn.Module) -> None:
+    ids = some_ids()
+    logits = chunks[0](ids, torch.arange(ids.size(1)).expand_as(ids), None)
+    torch.testing.assert_close(logits[..., :VOCABULARY], reference(ids).logits, rtol=0, atol=1e-4)
+
+
+def assert_identical(exported: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert exported[name].dtype == tensor.dtype
+        assert torch.equal(exported[name], tensor), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ratio", [1, 4, 7])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_logits_and_round_trip(tmp_path: Path, family: str, ratio: int, tied: bool) -> None:
+    reference = make_folder(tmp_path / f"{family}{ratio}", family, kv_heads=2, ratio=ratio, tied=tied)
+    bridge, chunks = load(tmp_path / f"{family}{ratio}")
+    assert_same_logits(chunks, reference)
+    assert_identical(dict(bridge.export(chunks)), hf_tensors(reference, tied))
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 123456.0}, LLAMA3_ROPE])
+def test_rope_settings_of_new_and_old_config_files(tmp_path: Path, rope: dict) -> None:
+    reference = make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=4, tied=True, rope_parameters=rope)
+    _, chunks = load(tmp_path / "m")
+    assert_same_logits(chunks, reference)
+
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    scaling = {key: value for key, value in config.pop("rope_parameters").items() if key != "rope_theta"}
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    file.write_text(json.dumps(config))
+    _, chunks = load(tmp_path / "m")
+    assert_same_logits(chunks, reference)
+
+
+def test_ddp_wrapped_bf16_saves_what_it_loaded(tmp_path: Path) -> None:
+    reference = make_folder(tmp_path / "m", "qwen2", kv_heads=2, ratio=4, tied=False, dtype=torch.bfloat16)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    bridge, chunks = load(tmp_path / "m", torch.bfloat16)
+    wrapped = wrap_for_training(chunks)
+    bridge.load(wrapped, tmp_path / "m")
+    policy = bridge.save(bridge.export(wrapped), tmp_path / "out")
+    assert_identical(load_file(tmp_path / "out" / "model.safetensors"), hf_tensors(reference, tied=False))
+    assert policy.path == tmp_path / "out"
+    assert policy.digest == digest_of(tmp_path / "out") == digest_of(tmp_path / "m")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_saving_half_a_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=True)
+    bridge, chunks = load(tmp_path / "m")
+    half = list(bridge.export(chunks))[:5]
+    with pytest.raises(RuntimeError, match=r"not the tensors of .*missing"):
+        bridge.save(iter(half), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=False)
+    bridge, chunks = load(tmp_path / "m")
+    before = dict(bridge.export(chunks))
+    tensors = {name: tensor + 1 for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1].contiguous()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: tensor lm_head\.weight has shape \[61, 7\], .* \[61, 8\]"
+    ):
+        bridge.load(chunks, tmp_path / "m")
+    assert_identical(dict(bridge.export(chunks)), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures is \['GPT2LMHeadModel'\]; supported are Qwen2ForCausalLM",
+        ),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; only 'silu'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
+        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling .* is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=sentence):
+        HfBridge(tmp_path / "m")
+
+
+def test_family_by_name(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    assert HfBridge(tmp_path / "m", "llama").architecture() == HfBridge(tmp_path / "m").architecture()
+    with pytest.raises(UserError, match="one of auto, llama, qwen2"):
+        HfBridge(tmp_path / "m", "lama")
+
+
+def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=True)
+    make_folder(tmp_path / "n", "llama", kv_heads=1, ratio=1, tied=True, num_hidden_layers=2)
+    bridge, chunks = load(tmp_path / "m")
+    with pytest.raises(UserError, match="describes another model"):
+        bridge.load(chunks, tmp_path / "n")

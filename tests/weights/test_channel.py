@@ -1,0 +1,108 @@
+"""The weight broadcast between processes, beside a default group as the trainer has one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rloop_mcore.weights.channel import BroadcastChannel
+
+TENSORS = [torch.arange(6.0).reshape(2, 3), torch.tensor([0.5]), torch.randn(4, 4).t()]
+SHAPES = [list(tensor.shape) for tensor in TENSORS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _default_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Engine:
+    """A process of engine_rank.py."""
+
+    def __init__(self, how: str) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("engine_rank.py")), how]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def join(self, address: str, port: int, world_size: int, rank: int, shapes: list[list[int]]) -> None:
+        self.process.stdin.write(json.dumps([address, port, world_size, rank, "weights", shapes]) + "\n")
+        self.process.stdin.flush()
+
+    def received(self) -> list:
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[list[Engine]]:
+    both = [Engine("ours"), Engine("sglang")]
+    yield both
+    for engine in both:
+        engine.process.kill()
+        engine.process.communicate(timeout=60)
+
+
+def test_two_engines_receive_bit_for_bit(engines: list[Engine]) -> None:
+    channel = BroadcastChannel("gloo", "weights", timeout_s=60)
+    address, port = channel.open(world_size=3)
+    for rank, engine in enumerate(engines, start=1):
+        engine.join(address, port, 3, rank, SHAPES)
+    channel.join()
+    channel.send(TENSORS)
+    channel.close()
+    for engine in engines:
+        assert engine.received() == [tensor.tolist() for tensor in TENSORS]
+
+
+def test_an_engine_that_left_is_an_error_and_the_channel_reopens(engines: list[Engine]) -> None:
+    channel = BroadcastChannel("gloo", "weights", timeout_s=20)
+    engines[0].join(*channel.open(world_size=2), 2, 1, [])
+    channel.join()
+    assert engines[0].received() == []  # it wanted no tensors and has left
+    with pytest.raises(TimeoutError, match=r"weight broadcast \d of 3 to the 1 engine ranks of 'weights'"):
+        channel.send([torch.zeros(1 << 20)] * 3)
+
+    engines[0].join(*channel.open(world_size=2), 2, 1, SHAPES)
+    channel.join()
+    channel.send(TENSORS)
+    channel.close()
+    assert engines[0].received() == [tensor.tolist() for tensor in TENSORS]
+
+
+def test_an_engine_that_never_joins() -> None:
+    channel = BroadcastChannel("gloo", "weights", timeout_s=1)
+    channel.open(world_size=2)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"'weights': rank 0 waited 1 s for all 2 ranks at 127\.0\.0\.1"):
+        channel.join()
+    assert time.monotonic() - started < 10
+    channel.close()
+
+
+def test_the_rendezvous_listens_on_loopback_only() -> None:
+    channel = BroadcastChannel("gloo", "weights", timeout_s=5)
+    _, port = channel.open(world_size=2)
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    with pytest.raises(OSError, match="refused"):  # 127.0.0.2 is this machine too, by another address
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    channel.close()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_order_of_calls() -> None:
+    channel = BroadcastChannel("gloo", "weights", timeout_s=1)
+    with pytest.raises(RuntimeError, match=r"call open\(\) first"):
+        channel.join()
+    with pytest.raises(RuntimeError, match=r"call join\(\) first"):
+        channel.send(TENSORS)

@@ -1,0 +1,144 @@
+"""Folders of safetensors: written whole or sharded, read by slice, digested without torch, refused when broken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.weights.digest import combine, digest_of
+from rloop_mcore.weights.hf_folder import TensorReader, write_folder
+
+TENSORS = {
+    "b": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "a": torch.linspace(-1, 1, 5),
+    "c": torch.ones(2, 2, 2),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "x", "torch_dtype": "bfloat16"}')
+    (folder / "tokenizer.json").write_text("tokens")
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "private.txt").write_text("not the model's")
+    return folder
+
+
+def test_one_file(source: Path, tmp_path: Path) -> None:
+    policy = write_folder(tmp_path / "out", iter(TENSORS.items()), source)
+    names = {path.name for path in policy.path.iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
+    for name, tensor in load_file(policy.path / "model.safetensors").items():
+        assert torch.equal(tensor, TENSORS[name])
+    assert json.loads((policy.path / "config.json").read_text()) == {"model_type": "x", "torch_dtype": "float32"}
+    assert policy.digest == digest_of(policy.path)
+
+
+def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
+    whole = write_folder(tmp_path / "whole", iter(TENSORS.items()), source)
+    again = write_folder(tmp_path / "again", iter(TENSORS.items()), source)
+    reordered = write_folder(tmp_path / "sharded", iter(sorted(TENSORS.items())), source, shard_bytes=60)
+    files = [path.name for path in sorted(reordered.path.glob("*.safetensors"))]
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert whole.digest == again.digest == reordered.digest == digest_of(reordered.path)
+    assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+    reader = TensorReader(reordered.path)
+    reader.check({name: tuple(tensor.shape) for name, tensor in TENSORS.items()})
+    assert torch.equal(reader.tensor("b")[1:2], TENSORS["b"][1:2])
+    assert torch.equal(reader.tensor("b")[:, 1:3], TENSORS["b"][:, 1:3])
+    assert reader.tensor("b")[3:3].shape == (0, 4)  # a rank whose vocabulary rows are all padding
+
+
+def test_digest_is_what_it_says(source: Path, tmp_path: Path) -> None:
+    policy = write_folder(tmp_path / "out", iter(TENSORS.items()), source)
+    total = hashlib.sha256()
+    for name in ("a", "b", "c"):
+        array = TENSORS[name].numpy()
+        total.update(
+            json.dumps([name, "F32", list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]).encode() + b"\n"
+        )
+    assert policy.digest == total.hexdigest()
+
+
+@pytest.mark.parametrize("other", [("x", (4,), "00"), ("F32", (2, 2), "00"), ("F32", (4,), "01")])
+def test_digest_sees_dtype_shape_and_bytes(other: tuple) -> None:
+    assert combine({"t": ("F32", (4,), "00")}) != combine({"t": other})
+
+
+def test_digest_needs_no_torch() -> None:
+    code = "import sys, rloop_mcore.weights.digest; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the name came twice"):
+        write_folder(tmp_path / "out", [("a", TENSORS["a"]), ("a", TENSORS["a"])], source)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def broken(folder: Path, how: str) -> None:
+    file = folder / "model.safetensors"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "no header":
+        file.write_bytes(b"abc")
+    elif how == "not json":
+        file.write_bytes((4).to_bytes(8, "little") + b"oops")
+    elif how == "bin":
+        file.rename(folder / "pytorch_model.bin")
+    elif how == "nothing":
+        file.unlink()
+    elif how == "missing shard":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-9.safetensors"}}')
+    elif how == "wrong shard":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"zzz": "model.safetensors"}}')
+    elif how == "outside":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    elif how == "bad index":
+        (folder / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("cut", r"model\.safetensors is cut off"),
+        ("no header", "is not a whole safetensors file"),
+        ("not json", "its header is unreadable"),
+        ("bin", r"\.bin files, which are pickles"),
+        ("nothing", r"has neither model\.safetensors nor"),
+        ("missing shard", r"names model-9\.safetensors, which is not in the folder"),
+        ("wrong shard", "places tensor zzz in model.safetensors, which does not hold it"),
+        ("outside", "weight_map has to name files of its own folder"),
+        ("bad index", r"index\.json is not valid JSON"),
+    ],
+)
+def test_broken_folders(tmp_path: Path, how: str, sentence: str) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    broken(tmp_path, how)
+    with pytest.raises(UserError, match=sentence):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"a": TENSORS["a"]}, r"lacks tensor b \[3, 4\]"),
+        (TENSORS | {"b": torch.zeros(4, 3)}, r"tensor b has shape \[4, 3\], config\.json calls for \[3, 4\]"),
+        (TENSORS | {"b": torch.zeros(3, 4, dtype=torch.int8)}, "tensor b is I8"),
+        (TENSORS | {"d": torch.zeros(1)}, "holds tensor d, which this family does not know"),
+    ],
+)
+def test_wrong_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor], sentence: str) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=sentence):
+        TensorReader(tmp_path).check({"b": (3, 4)}, ignored=["a", "c"])
