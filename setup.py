@@ -1,17 +1,22 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="rloop-mcore",
     version="0.1.0",
     description="RLoop (arXiv 2511.04285): RL on verifiable rewards with Megatron-Core and SGLang",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # configs/ stands at the top of the repository for its readers and ships inside the package
     packages=[*find_packages(include=["rloop_mcore*"]), "rloop_mcore.configs"],
     package_dir={"rloop_mcore.configs": "configs"},
-    package_data={"rloop_mcore": ["data/templates/*.jinja", "analysis/*.jinja"], "rloop_mcore.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "rloop_mcore": ["data/templates/*.jinja", "analysis/*.jinja"],
+        "rloop_mcore.configs": ["*.yaml", "*/*.yaml"],
+    },
     entry_points={"console_scripts": ["rloop=rloop_mcore.main.cli:main"]},
     install_requires=[
         "torch>=2.6",

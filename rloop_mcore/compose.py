@@ -69,7 +69,7 @@ def _typed(tree: Any) -> Config:
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in node:
+    for key in map(str, node):
         name = f"{prefix}{key}"
         value = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):

@@ -147,7 +147,8 @@ class RLStep:
             raise MismatchError(
                 f"step {step}: trainer and engine logprobs of the same tokens differ by up to "
                 f"{metrics['mismatch_max']:.3g} (mean {metrics['mismatch_mean']:.3g}), over "
-                f"rollout.mismatch_gate={gate}: the engine does not hold the trainer's weights, or computes in another precision."
+                f"rollout.mismatch_gate={gate}: the engine does not hold the trainer's weights, or computes in another "
+                "precision."
             )
 
 

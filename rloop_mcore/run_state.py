@@ -130,7 +130,9 @@ class RunState:
 
     def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
         """Name theta_index in the journal."""
-        self.journal.record("policy", iteration=index, path=self._name(policy.path), digest=policy.digest, reason=reason)
+        self.journal.record(
+            "policy", iteration=index, path=self._name(policy.path), digest=policy.digest, reason=reason
+        )
 
     def endpoint(self, iteration: int) -> Policy:
         """The RL policy at the end of an exploration phase."""

@@ -60,5 +60,6 @@ def test_arrows_point_one_way(path: Path) -> None:
 
 
 def test_config_needs_no_torch() -> None:
-    code = "import sys, rloop_mcore.config, rloop_mcore.validate, rloop_mcore.main.status; assert 'torch' not in sys.modules"
+    modules = "rloop_mcore.config, rloop_mcore.validate, rloop_mcore.main.status, rloop_mcore.main.report"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -19,6 +19,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.types import Problem
 
+
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     write_atomic(path, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
 

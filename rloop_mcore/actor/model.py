@@ -17,7 +17,7 @@ from rloop_mcore.platform.layer_spec import block_spec, transformer_settings
 def build_model(
     architecture: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype, recompute: str = "none"
 ) -> list[torch.nn.Module]:
-    """This rank's pipeline chunks of the policy, all parameters zero or one: `WeightBridge.load` fills them.
+    """This rank's pipeline chunks of the policy, with random weights that `WeightBridge.load` then replaces.
 
     `architecture` is `WeightBridge.architecture()`; `dtype` float32 or bfloat16; `recompute` none, selective or
     full. The vocabulary is padded with rows to a multiple of tp.
@@ -33,10 +33,6 @@ def build_model(
         parallel_output=True,
         **gpt,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith("norm.weight"):
-                parameter.zero_()
     return [model]
 
 
@@ -71,6 +67,7 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
+        # Megatron 0.16 marks parameters as split over TP while it draws them: unmarked, the gradient norm is wrong.
+        perform_initialization=True,
         calculate_per_token_loss=True,
     )

@@ -1,4 +1,7 @@
-"""Problems from JSONL, Parquet, a Hugging Face data set or the generated task, all of one schema: {id, problem, answer, source, meta}."""
+"""Problems from JSONL, Parquet, a Hugging Face data set or a generated task, all of one schema.
+
+The schema: {id, problem, answer, source, meta}; only problem and answer are required.
+"""
 
 from __future__ import annotations
 
@@ -110,10 +113,7 @@ def _rows(source: str) -> Iterator[Row]:
     path = Path(source)
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
-        raise UserError(
-            f"data source {source!r} must be a .jsonl or .parquet file, hf:NAME[:SPLIT] or "
-            "countdown:SPLIT"
-        )
+        raise UserError(f"data source {source!r} must be a .jsonl or .parquet file, hf:NAME[:SPLIT] or countdown:SPLIT")
     if not path.is_file():
         raise UserError(f"data file {source} does not exist")
     return readers[path.suffix](path)
@@ -143,7 +143,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             _require_columns(str(path), file.schema_arrow.names)
             batches: Iterable[pyarrow.RecordBatch] = file.iter_batches(columns=columns)
-            yield from ((f"{path}:{n}", row) for n, row in enumerate((r for b in batches for r in b.to_pylist()), start=1))
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from None
 

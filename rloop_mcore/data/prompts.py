@@ -92,8 +92,11 @@ class TemplatePrompts:
         self._epoch_order = lru_cache(maxsize=2)(self._permutation)
 
     def prompt(self, problem: Problem) -> Prompt:
-        """A problem rendered and tokenised, whatever its length."""
-        return Prompt(problem=problem, ids=self.tokenizer.encode(self.template.render(problem.problem)))
+        """A problem rendered and tokenised, whatever its length; raises UserError if no token comes of it."""
+        ids = self.tokenizer.encode(self.template.render(problem.problem))
+        if not ids:
+            raise UserError(f"the tokenizer makes no token of problem {problem.id}: {problem.problem!r:.200}")
+        return Prompt(problem=problem, ids=ids)
 
     def example(self, problem: Problem) -> Example:
         """The demonstration in `problem.meta["solution"]`, ended by the end token; raises UserError without one."""

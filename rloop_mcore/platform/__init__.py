@@ -46,7 +46,7 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
 
 
 def choose(device: str) -> str:
-    """cpu or cuda, for `cluster.device` auto, cpu or cuda. Raises UserError where cuda is asked for and there is none."""
+    """cpu or cuda, for `cluster.device` auto, cpu or cuda. Raises UserError if cuda is wanted and missing."""
     import torch
 
     if device not in ("auto", "cpu", "cuda"):

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +35,8 @@ class _Stream:
 
 def install() -> None:
     """Patch torch, then import Megatron-Core and patch the few places that insist on CUDA."""
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before platform.setup: import the actor after it")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch.compile = _uncompiled  # type: ignore[assignment]
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"

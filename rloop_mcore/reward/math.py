@@ -14,6 +14,7 @@ from typing import Any
 
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, I, MatrixBase  # type: ignore[import-untyped]
 
 from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.types import Problem, Verdict
@@ -100,8 +101,11 @@ def _plain_text(answer: str) -> str:
 def _parse(answer: str) -> tuple[Any, ...]:
     """The SymPy objects of an answer; empty if it is not mathematics that math-verify understands."""
     answer = _SCALE.sub(lambda scale: rf"\cdot 10^{{{_SCALES[scale[1].lower()]}}} ", answer)
-    answer = re.sub(
-        r"(?<=\d)i(?![A-Za-z])", "{i}", answer
-    )  # only an i that stands alone is taken for the imaginary unit
     found = parse("\\boxed{" + answer + "}", _EXTRACTION, parsing_timeout=None)
-    return tuple(item for item in found if not isinstance(item, str))
+    return tuple(_with_imaginary_unit(item) for item in found if isinstance(item, (Basic, MatrixBase)))
+
+
+def _with_imaginary_unit(item: Any) -> Any:
+    """math-verify reads i as a variable: to it (1+i)^2 is not 2i."""
+    variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
+    return item.subs(dict.fromkeys(variables, I)) if variables else item

@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 _CONTROL_TIMEOUT_S = 60.0
+_LEAVE_TIMEOUT_S = 10.0
 _UPDATE_SESSIONS_SINCE = Version("0.5.21")  # /begin_weight_update and /end_weight_update
 
 
@@ -149,7 +150,7 @@ class EngineClient:
         await self._succeed("/init_weights_update_group", asdict(group), timeout_s)
 
     async def leave_group(self, group_name: str) -> None:
-        await self._succeed("/destroy_weights_update_group", {"group_name": group_name})
+        await self._succeed("/destroy_weights_update_group", {"group_name": group_name}, _LEAVE_TIMEOUT_S)
 
     async def update_from_distributed(self, tensors: Sequence[TensorSpec], group_name: str, timeout_s: float) -> None:
         """Receive one flattened bucket: a uint8 broadcast of the tensors in this order, aligned to their item size."""

@@ -12,6 +12,7 @@ from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer
 from rloop_mcore.rollout.sync import WeightSync
+from rloop_mcore.rollout.together import together
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Fleet:
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""
         self.wait_ready()
-        self._run(_all([client.set_weight_version("0") for client in self.clients]))
+        self._run(together(*(client.set_weight_version("0") for client in self.clients)))
         self.version = 0
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
@@ -96,7 +97,7 @@ class Fleet:
             for client, share in zip(self.clients, shares, strict=True)
             if share
         ]
-        answers = self._run(_all(calls))
+        answers = self._run(together(*calls))
         completions: dict[int, Completion] = {}
         for share, answer in zip([s for s in shares if s], answers, strict=True):
             for i, completion in zip(share, answer, strict=True):
@@ -136,10 +137,10 @@ class Fleet:
             raise EngineError("\n".join([str(error), *ended]), error.status) from error
 
     async def _connect(self) -> None:
-        addresses = await asyncio.gather(*(server.ready(self.start_timeout_s) for server in self.servers))
+        addresses = await together(*(server.ready(self.start_timeout_s) for server in self.servers))
         clients = [EngineClient(url, key, self.vocabulary, self.request_timeout_s) for url, key in addresses]
         try:
-            await asyncio.gather(*(client.server_info() for client in clients))  # answers, and the key is right
+            await together(*(client.server_info() for client in clients))  # answers, and the key is right
         except BaseException:
             await asyncio.gather(*(client.close() for client in clients))
             raise
@@ -150,14 +151,3 @@ class Fleet:
         if self._sync is not None:
             await self._sync.close()
         await asyncio.gather(*(client.close() for client in self.clients))
-
-
-async def _all(calls: Sequence[Awaitable[T]]) -> list[T]:
-    """The results of all calls, or the first failure, the others being cancelled."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,6 +12,7 @@ import torch
 
 from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
+from rloop_mcore.rollout.together import together
 
 Bucket = list[tuple[str, torch.Tensor]]
 
@@ -63,17 +64,17 @@ class WeightSync:
         self.channel.close()
 
     async def _all(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
-        await asyncio.gather(*(call(client) for client in self.clients))
+        await together(*(call(client) for client in self.clients))
 
     async def _connect(self) -> None:
         self.channel.close()
         await self._all(self._leave_old_group)
-        ranks = await asyncio.gather(*(c.ranks() for c in self.clients))
+        ranks = await together(*(c.ranks() for c in self.clients))
         self.sessions = await _agree(self.clients)
         world_size = 1 + sum(ranks)
         address, port = self.channel.open(world_size)
         offsets = [1 + sum(ranks[:i]) for i in range(len(ranks))]
-        await asyncio.gather(
+        await together(
             _in_thread(self.channel.join),
             *(
                 client.join_group(
@@ -95,7 +96,7 @@ class WeightSync:
     async def _send(self, bucket: Bucket) -> int:
         flat = flatten(bucket)
         specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in bucket]
-        await asyncio.gather(
+        await together(
             *(c.update_from_distributed(specs, self.channel.group_name, self.timeout_s) for c in self.clients),
             _in_thread(lambda: self.channel.send([flat])),
         )
@@ -103,7 +104,7 @@ class WeightSync:
 
 
 async def _agree(clients: Sequence[EngineClient]) -> bool:
-    answers = await asyncio.gather(*(c.has_update_sessions() for c in clients))
+    answers = await together(*(c.has_update_sessions() for c in clients))
     if len(set(answers)) > 1:
         raise EngineError("engines from before and after SGLang 0.5.21 cannot be synced together")
     return answers[0]

@@ -44,7 +44,13 @@ def is_solution(problem: Problem, text: str) -> bool:
 
 def reachable(numbers: tuple[int, ...]) -> set[int]:
     """Brute force of another make: every order, every operators, the five bracketings, evaluated by Python."""
-    shapes = ["(({}{}{}){}{}){}{}", "({}{}({}{}{})){}{}", "({}{}{}){}({}{}{})", "{}{}(({}{}{}){}{})", "{}{}({}{}({}{}{}))"]
+    shapes = [
+        "(({}{}{}){}{}){}{}",
+        "({}{}({}{}{})){}{}",
+        "({}{}{}){}({}{}{})",
+        "{}{}(({}{}{}){}{})",
+        "{}{}({}{}({}{}{}))",
+    ]
     found = set()
     for order, signs, shape in product(set(permutations(numbers)), product("+-*", repeat=3), shapes):
         text = shape.format(order[0], signs[0], order[1], signs[1], order[2], signs[2], order[3])

@@ -69,6 +69,16 @@ def test_hugging_face_data_set(tmp_path: Path) -> None:
         load_problems(f"hf:{folder}:nowhere")
 
 
+@pytest.mark.parametrize(("task", "numbers"), [("countdown", 4), ("countdown3", 3)])
+def test_generated_tasks(task: str, numbers: int) -> None:
+    test = load_problems(f"{task}:test")
+    assert {len(problem.meta["numbers"]) for problem in test} == {numbers}
+    assert not {problem.problem for problem in test} & {problem.problem for problem in load_problems(f"{task}:train")}
+    assert load_problems(f"{task}:train", limit=7) == load_problems(f"{task}:train")[:7]
+    with pytest.raises(UserError, match=f"'{task}:tset': {task} has the splits train, validation, test, hard, demonst"):
+        load_problems(f"{task}:tset")
+
+
 def test_hugging_face_without_datasets_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'rloop-mcore\[hf-datasets\]'"):
@@ -76,7 +86,8 @@ def test_hugging_face_without_datasets_says_how_to_install(monkeypatch: pytest.M
 
 
 def test_a_missing_id_becomes_a_content_hash(tmp_path: Path) -> None:
-    bare = [{"problem": "1 + 1", "answer": "2"}, {"problem": "1 + 1", "answer": "3"}, {"problem": "1 + 2", "answer": "2"}]
+    pairs = [("1 + 1", "2"), ("1 + 1", "3"), ("1 + 2", "2")]
+    bare = [{"problem": problem, "answer": answer} for problem, answer in pairs]
     first = [problem.id for problem in load_problems(jsonl(tmp_path / "a.jsonl", bare))]
     other_order = [problem.id for problem in load_problems(jsonl(tmp_path / "b.jsonl", bare[::-1]))]
     assert len(set(first)) == 3
@@ -129,5 +140,5 @@ def test_no_problems_and_no_file(tmp_path: Path) -> None:
         load_problems(jsonl(tmp_path / "p.jsonl", []))
     with pytest.raises(UserError, match="does not exist"):
         load_problems(str(tmp_path / "q.jsonl"))
-    with pytest.raises(UserError, match=r"must be a \.jsonl or \.parquet file, or hf:NAME"):
+    with pytest.raises(UserError, match=r"must be a \.jsonl or \.parquet file, hf:NAME"):
         load_problems(str(tmp_path / "p.csv"))

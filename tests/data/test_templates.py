@@ -57,5 +57,5 @@ def test_a_bad_template_is_refused_by_name(tmp_path: Path, text: str, message: s
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'r1zero' not found; it must be one of countdown, .*r1_zero"):
+    with pytest.raises(UserError, match=r"'r1zero' not found; it must be one of countdown, .*r1_zero"):
         PromptTemplate("r1zero")

@@ -36,7 +36,7 @@ def megatron_to_hf(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def fine_tuning_gradient(
     weights: dict[str, torch.Tensor], rows: int, seed: int
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Token-mean NLL of the responses of `examples(rows, seed)`, one unpadded row at a time, and its gradient by HF name."""
+    """Token-mean NLL of the responses of `examples(rows, seed)`, row by row, unpadded; its gradient by HF name."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,

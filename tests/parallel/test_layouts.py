@@ -1,31 +1,20 @@
-"""TP2, PP2 and DP2 against one process: loss, gradients, weights, checkpoints; each layout trains in its own torchrun."""
+"""TP2, PP2 and DP2 against one process: loss, gradients, weights, checkpoints. Each layout trains in a torchrun."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import launch
 from reference import fine_tuning_gradient, megatron_to_hf
 from toy_data import full_weights
 
 HERE = Path(__file__).parent
 LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2), "one": (1, 1, 1)}
 TOLERANCE = 1e-5
-
-
-def launch(command: list[str], processes: int) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, timeout=240, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def train(layout: tuple[int, int, int], out: Path, *checkpoints: Path) -> dict[str, Any]:

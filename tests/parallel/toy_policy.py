@@ -13,7 +13,7 @@ from toy_data import FFN, GROUPS, HEAD, HEADS, HIDDEN, LAYERS, SHAPES, VOCABULAR
 
 
 def global_names(chunk: Any) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name: layer numbers counted over all stages, the tied output as the embedding."""
+    """This rank's parameters by global name: layers counted over all stages, the tied output as the embedding."""
     named = {}
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):

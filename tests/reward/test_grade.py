@@ -68,7 +68,7 @@ def test_real_outputs_agree_with_their_labels(tmp_path: Path) -> None:
     separator, for another answer.
     """
     out = tmp_path / "out.jsonl"
-    grade_file(OUTPUTS, out, RewardConfig())
+    grade_file(OUTPUTS, out, RewardConfig(workers=1))
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     boxed = [row for row in rows if "\\boxed" in row["pred"]]
     assert all(row["reason"] == "no_answer" for row in rows if "\\boxed" not in row["pred"])

@@ -152,13 +152,11 @@ def test_a_verifier_that_cannot_be_loaded(verifier: str, message: str) -> None:
 
 def test_math_in_the_pool_with_its_canaries() -> None:
     bomb = r"\boxed{9^{9^{9^{9}}}!}"
-    with RewardPool(config("math", workers=1, deadline_s=2.0, memory_mib=2048)) as pool:
+    with RewardPool(config("math", workers=1, deadline_s=1.0, memory_mib=2048)) as pool:
         assert not pool.counts  # the canaries are not counted
-        responses = [r"\boxed{\sqrt{12}}", bomb, r"\boxed{12}", "12"]
+        responses = [r"\boxed{\sqrt{12}}", r"\boxed{12}", "12", bomb]
         verdicts = pool.grade([item(response, gold=r"2\sqrt{3}") for response in responses])
-    assert [v.reason for v in verdicts[::2]] == ["correct", "wrong"]
-    assert not verdicts[1].correct
-    assert verdicts[3].reason == "no_answer"
+    assert [v.reason for v in verdicts] == ["correct", "wrong", "no_answer", "timeout"]
 
 
 def test_a_wrong_canary_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

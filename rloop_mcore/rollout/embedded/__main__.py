@@ -51,11 +51,7 @@ async def _serve(arguments: argparse.Namespace, api_key: str | None) -> None:
     logging.info("serving %s at http://%s:%d", arguments.model_path, arguments.host, port)
     if arguments.port_file:
         write_atomic(arguments.port_file, f"{port}\n")
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await stopped.wait()
-    await runner.cleanup()
+    await asyncio.Event().wait()  # until SIGTERM, which ends the process whatever its worker thread waits for
 
 
 def main() -> None:

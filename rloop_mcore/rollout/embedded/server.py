@@ -66,7 +66,6 @@ class Server:
             self.weights_checker,
         ):
             app.router.add_post(f"/{handler.__name__}", handler)
-        app.on_cleanup.append(self._close)
         return app
 
     @web.middleware
@@ -76,11 +75,6 @@ class Server:
         if not open_to_all and not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
             return web.json_response({"error": "Unauthorized"}, status=401)
         return await handler(request)
-
-    async def _close(self, app: web.Application) -> None:
-        self.interrupt.set()
-        await self._on_worker(self.weights.leave_all)
-        self.worker.shutdown()
 
     async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *args)
@@ -154,6 +148,8 @@ class Server:
             raise web.HTTPServiceUnavailable(
                 text=f"the weights are incomplete since an update failed ({self.weights.broken}); update them again"
             )
+        if self.weights.missing is not None:
+            raise web.HTTPServiceUnavailable(text="the weights are incomplete: an update was begun and has not ended")
 
     async def abort_request(self, request: web.Request) -> web.Response:
         body = await _body(request)

@@ -46,10 +46,6 @@ class WeightReceiver:
             raise BadRequest(f"there is no weight update group {group_name!r}")
         leave_group(self.groups.pop(group_name))
 
-    def leave_all(self) -> None:
-        for name in list(self.groups):
-            self.leave(name)
-
     def begin(self, selector: str) -> None:
         if selector != "all":
             raise BadRequest(f"selector {selector!r}: the embedded engine has one model, use 'all'")

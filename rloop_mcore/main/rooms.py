@@ -1,0 +1,131 @@
+"""The rooms of a training run, built and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rloop_mcore import platform
+from rloop_mcore.actor import parallel
+from rloop_mcore.actor.actor import MegatronActor
+from rloop_mcore.config import Config
+from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.evaluation.evaluate import EngineEvaluator
+from rloop_mcore.journal import Journal
+from rloop_mcore.loop import RLoop
+from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.protocols import Actor, Rewards, Rollout
+from rloop_mcore.reward.pool import RewardPool
+from rloop_mcore.rl_step import RLStep
+from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.run_state import Interrupted, RunState
+from rloop_mcore.tracking import Tracker
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import Policy
+from rloop_mcore.weights.bridge import HfBridge
+from rloop_mcore.weights.channel import BroadcastChannel
+from rloop_mcore.weights.digest import digest_of
+
+
+def conduct(config: Config, run: RunDirectory) -> None:
+    """Rank 0: build the rooms and run Algorithm 1. What takes long to start starts first."""
+    servers = start_servers(config, Path(config.model.path), run.path)
+    with RewardPool(config.reward) as rewards:
+        platform.setup(config.cluster.device, config.cluster.threads)
+        from rloop_mcore.weights.bridge import HfBridge  # it imports Megatron: only after platform.setup
+
+        bridge = HfBridge(Path(config.model.path), config.model.family)
+        channel = BroadcastChannel(platform.backend(), "weights", config.rollout.start_timeout_s)
+        with (
+            conducted_actor(config, bridge) as actor,
+            Fleet(
+                servers,
+                channel,
+                vocabulary=bridge.architecture()["gpt"]["vocab_size"],
+                bucket_mib=config.rollout.bucket_mib,
+                start_timeout_s=config.rollout.start_timeout_s,
+                request_timeout_s=config.rollout.request_timeout_s,
+                backend=platform.backend(),
+            ) as fleet,
+        ):
+            run_algorithm(config, run, actor, fleet, rewards)
+
+
+def follow(config: Config) -> None:
+    """The other ranks: do with the actor what rank 0 does."""
+    platform.setup(config.cluster.device, config.cluster.threads)
+    from rloop_mcore.actor import parallel  # Megatron may only be imported after platform.setup
+    from rloop_mcore.actor.actor import MegatronActor
+    from rloop_mcore.weights.bridge import HfBridge
+
+    MegatronActor(config, HfBridge(Path(config.model.path), config.model.family)).follow()
+    parallel.destroy()
+
+
+@contextmanager
+def conducted_actor(config: Config, bridge: HfBridge) -> Iterator[Actor]:
+    """Rank 0's actor; the followers are released at the end."""
+    actor = MegatronActor(config, bridge)
+    try:
+        yield actor
+    except Interrupted:
+        actor.close()
+        parallel.destroy()
+        raise
+    actor.close()
+    parallel.destroy()
+
+
+def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Rollout, rewards: Rewards) -> None:
+    """Go on where the journal stands, to the end."""
+    template, tokenizer = PromptTemplate(config.data.template), TextTokenizer(Path(config.model.path))
+
+    def prompts_of(source: str, limit: int | None) -> TemplatePrompts:
+        problems = load_problems(source, limit)
+        return TemplatePrompts(problems, tokenizer, template, config.run.seed, config.data.max_prompt_tokens)
+
+    directory, journal = run.path.resolve(), Journal(run.journal.resolve())
+    tracker = Tracker(directory, config.tracking)
+    prompts = prompts_of(config.data.train, config.data.limit)
+    evaluator = None
+    if config.data.validation is not None:
+        evaluator = EngineEvaluator(
+            rollout,
+            rewards,
+            prompts_of(config.data.validation, config.evaluation.limit).prompts,
+            prompts.decode,
+            config.evaluation,
+            config.rollout.max_tokens,
+            template.stop,
+            config.run.seed,
+            run.evaluation,
+            lambda done, total: tracker.show("evaluation", done, total),
+        )
+    cache = TrajectoryCache(run.cache.resolve())
+    state = RunState(
+        config, directory, journal, actor, rollout, cache, evaluator, tracker, stop_requested=run.stop_requested
+    )
+    state.recover()
+    rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop)
+    try:
+        base, demonstrations = base_policy(config, journal), None
+        if config.sft.demonstrations is not None:
+            demonstrations = [
+                prompts.example(problem) for problem in load_problems(config.sft.demonstrations, config.sft.limit)
+            ]
+        theta = RLoop(config, state, actor, rl_step).run(base, demonstrations)
+        tracker.message(f"finished: {theta.path}")
+    finally:
+        tracker.close()
+
+
+def base_policy(config: Config, journal: Journal) -> Policy:
+    """The policy of model.path; its digest is computed once a run."""
+    if journal.done(0, "base"):
+        return journal.start_policy(0)
+    path = Path(config.model.path).resolve()
+    return Policy(path, digest_of(path))

@@ -1,0 +1,155 @@
+"""One DAPO step over scripted rooms: what is cached, kept, refilled, updated and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from rloop_mcore.algorithm.advantage import group_advantages
+from rloop_mcore.compose import load_config
+from rloop_mcore.rl_step import MismatchError, RLStep
+from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
+
+PROBLEMS = [Problem(id=f"p{n}", problem=str(n), answer=str(n)) for n in range(6)]
+GROUP = 4
+
+
+class FixedPrompts:
+    def draw(self, position: int, count: int) -> list[Prompt]:
+        return [Prompt(PROBLEMS[n % len(PROBLEMS)], (n % len(PROBLEMS),)) for n in range(position, position + count)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class SeedEcho:
+    """Answers with one token: the request's seed, so that a test sees which sample is which."""
+
+    def __init__(self) -> None:
+        self.requests: list[SampleRequest] = []
+
+    def sync(self, weights: object, version: int) -> dict[str, float]:
+        return {}
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        self.requests += requests
+        return [Completion((request.seed,), (-0.5,), "stop", 1) for request in requests]
+
+
+class ScriptedRewards:
+    """The n-th answer to a problem is right when `right(problem id, n)` says so."""
+
+    def __init__(self, right: Callable[[str, int], bool]) -> None:
+        self.right, self.seen = right, dict.fromkeys([p.id for p in PROBLEMS], 0)
+
+    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+        verdicts = []
+        for problem, _, _ in items:
+            correct = self.right(problem.id, self.seen[problem.id])
+            self.seen[problem.id] += 1
+            verdicts.append(Verdict(correct, "correct" if correct else "wrong"))
+        return verdicts
+
+
+class RecordingActor:
+    def __init__(self, mismatch: float = 0.0) -> None:
+        self.batches: list[tuple[list[Trajectory], list[float]]] = []
+        self.mismatch = mismatch
+
+    def update(self, batch: Sequence[Trajectory], advantages: Sequence[float]) -> dict[str, float]:
+        self.batches.append((list(batch), list(advantages)))
+        names = ("loss", "entropy", "clip_fraction", "ratio_mean", "ratio_max", "mismatch_mean", "tokens", "skipped")
+        return dict.fromkeys(names, 1.0) | {"mismatch_max": self.mismatch, "grad_norm": 1.0, "lr": 1e-6}
+
+
+class ListCache:
+    def __init__(self) -> None:
+        self.rows: list[Trajectory] = []
+
+    def append(self, trajectories: Sequence[Trajectory]) -> None:
+        self.rows += trajectories
+
+
+def make(right: Callable[[str, int], bool], actor: RecordingActor | None = None, **algorithm: int) -> RLStep:
+    settings = {"group_size": GROUP, "sampled_per_step": 3, "prompts_per_step": 2, "updates_per_step": 2} | algorithm
+    config = load_config(
+        ["run.dir=r", "model.path=m", "data.train=d", "rollout.mismatch_gate=0.01"]
+        + [f"algorithm.{key}={value}" for key, value in settings.items()]
+    )
+    return RLStep(config, actor or RecordingActor(), SeedEcho(), ScriptedRewards(right), FixedPrompts(), ListCache())  # type: ignore[arg-type]
+
+
+def first_only(problem: str, n: int) -> bool:
+    return n % GROUP == 0
+
+
+def test_every_sampled_trajectory_is_cached_before_any_group_is_dropped() -> None:
+    step = make(lambda problem, n: problem != "p0" and first_only(problem, n))
+    position, metrics = step.run(iteration=1, step=5, position=0)
+    assert position == 3
+    assert [row.problem_id for row in step.cache.rows] == ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
+    assert {(row.iteration, row.step) for row in step.cache.rows} == {(1, 5)}
+    trained = [row.problem_id for batch, _ in step.actor.batches for row in batch]
+    assert sorted(trained) == ["p1"] * 4 + ["p2"] * 4
+    assert metrics["groups_sampled"] == 3
+    assert metrics["groups_kept"] == 2
+    assert metrics["success_rate"] == pytest.approx(2 / 12)
+
+
+def test_a_short_batch_is_refilled_and_surplus_groups_stay_in_the_cache() -> None:
+    step = make(lambda problem, n: problem not in ("p0", "p1") and first_only(problem, n))
+    position, metrics = step.run(0, 0, 0)
+    assert position == 6
+    assert metrics["groups_kept"] == 2
+    assert len(step.cache.rows) == 6 * GROUP
+    trained = {row.problem_id for batch, _ in step.actor.batches for row in batch}
+    assert trained == {"p2", "p3"}
+
+
+def test_at_the_limit_of_rounds_it_goes_on_with_what_there_is() -> None:
+    step = make(lambda problem, n: problem == "p4" and first_only(problem, n), sampling_rounds=2)
+    position, metrics = step.run(0, 0, 0)
+    assert (position, metrics["groups_kept"]) == (6, 1)
+    assert sum(len(batch) for batch, _ in step.actor.batches) == GROUP
+
+
+def test_without_an_informative_group_no_update_happens() -> None:
+    step = make(lambda problem, n: False, sampling_rounds=2)
+    _, metrics = step.run(0, 0, 0)
+    assert step.actor.batches == []
+    assert (metrics["groups_kept"], metrics["skipped"], metrics["success_rate"]) == (0, 2, 0)
+
+
+def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
+    step = make(first_only, sampled_per_step=9, prompts_per_step=9)
+    step.run(0, 0, 0)
+    keys = [(row.problem_id, row.sample) for row in step.cache.rows]
+    assert len(set(keys)) == len(keys) == 9 * GROUP
+    assert max(row.sample for row in step.cache.rows) == 2 * GROUP - 1
+    assert len({request.seed for request in step.rollout.requests}) == len(keys)
+
+
+def test_advantages_belong_to_their_trajectories() -> None:
+    step = make(first_only)
+    step.run(0, 0, 0)
+    right, wrong = group_advantages([1.0, 0.0, 0.0, 0.0])[:2]
+    pairs = [pair for batch, advantages in step.actor.batches for pair in zip(batch, advantages, strict=True)]
+    assert all(advantage == (right if row.correct else wrong) for row, advantage in pairs)
+
+
+def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
+    step = make(first_only, RecordingActor(mismatch=0.02))
+    with pytest.raises(MismatchError, match=r"step 7: .* 0\.02 .*rollout\.mismatch_gate=0\.01"):
+        step.run(0, 7, 0)
+    step = make(first_only, RecordingActor(mismatch=float("nan")))
+    with pytest.raises(MismatchError):
+        step.run(0, 0, 0)
+
+
+def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
+    step = make(first_only, overlong_buffer=3)
+    step.config.rollout.max_tokens = 4
+    step.rollout.generate = lambda requests, sampling: [Completion((1,) * 4, (-0.5,) * 4, "length", 1)] * len(requests)  # type: ignore[method-assign]
+    step.run(0, 0, 0)
+    assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
