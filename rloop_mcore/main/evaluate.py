@@ -110,6 +110,7 @@ def _print(result: dict) -> None:  # type: ignore[type-arg]
     console.print(
         f"{result['problems']} problems x {sampling['samples']} responses, temperature {sampling['temperature']}, "
         f"top-p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; template {result['template']}, "
-        f"verifier {result['verifier']}; mean length {result['response_length']:.1f} tokens, {result['truncated']:.1%} truncated",
+        f"verifier {result['verifier']}; mean length {result['response_length']:.1f} tokens, "
+        f"{result['truncated']:.1%} truncated",
         highlight=False,
     )
