@@ -18,12 +18,15 @@ $(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
 quickstart: install
 	$(PYTHON) tools/quickstart.py
 
+# One worker a core, a file to a worker: fixtures that start servers and runs are shared within a file.
+PYTEST := $(PYTHON) -m pytest -n $(shell nproc) --dist loadfile
+
 test: install
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 # What the fallback stack must pass too: everything but the whole-run tests.
 test-core: install
-	$(PYTHON) -m pytest -m "not system"
+	$(PYTEST) -m "not system"
 
 check: install
 	$(VENV)/bin/ruff check .

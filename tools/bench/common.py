@@ -1,0 +1,84 @@
+"""What the benchmarks share: interleaved medians, the model they run on, and the JSON they write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One ratio against a named baseline, and whether it reaches its goal."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str
+    baseline: str
+    met: bool
+
+
+def at_least(name: str, value: float, goal: float, baseline: str) -> Metric:
+    """A ratio of speeds that should be `goal` or more."""
+    return Metric(name, round(value, 3), "x", f">= {goal}", baseline, value >= goal)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`--json OUT` and `--quick` (fewer repeats, a smaller model)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and a smaller model")
+    return parser.parse_args()
+
+
+def side_by_side(ours: Callable[[], object], baseline: Callable[[], object], repeats: int) -> float:
+    """Median seconds of the baseline over median seconds of ours; runs alternate, so that noise hits both."""
+    ours(), baseline()  # the first calls pay for set-up
+    seconds: dict[Callable[[], object], list[float]] = {ours: [], baseline: []}
+    for _ in range(repeats):
+        for run in (ours, baseline):
+            start = time.perf_counter()
+            run()
+            seconds[run].append(time.perf_counter() - start)
+    return statistics.median(seconds[baseline]) / statistics.median(seconds[ours])
+
+
+def random_qwen2(folder: Path, quick: bool) -> Path:
+    """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, as an HF folder."""
+    torch.manual_seed(0)
+    hidden = 256 if quick else 448
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=4 if quick else 6,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def report(name: str, metrics: list[Metric], out: Path | None) -> None:
+    """Print a line a metric; write the JSON that `make bench` reads."""
+    for metric in metrics:
+        verdict = "met" if metric.met else "MISSED"
+        print(f"{metric.name:28} {metric.value:8.3f} {metric.unit}  goal {metric.goal}: {verdict}  ({metric.baseline})")
+    if out is not None:
+        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+        content = {"name": name, "machine": machine, "metrics": [asdict(metric) for metric in metrics]}
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Run every benchmark of this folder, one after another, and print one table of their ratios."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).parent
+DEADLINE_S = 1800
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller models")
+    options = parser.parse_args()
+    table = Table(title="Benchmarks: ratios against a baseline run side by side", title_justify="left")
+    for heading in ("benchmark", "metric", "value", "goal", "", "baseline"):
+        table.add_column(heading)
+    for script in sorted(FOLDER.glob("*.py")):
+        if script.name in ("common.py", "run_all.py"):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.json"
+            command = [sys.executable, str(script), "--json", str(out), *(["--quick"] if options.quick else [])]
+            subprocess.run(command, check=True, timeout=DEADLINE_S)
+            result = json.loads(out.read_text(encoding="utf-8"))
+        for metric in result["metrics"]:
+            verdict = "met" if metric["met"] else "MISSED"
+            value = f"{metric['value']} {metric['unit']}"
+            table.add_row(result["name"], metric["name"], value, metric["goal"], verdict, metric["baseline"])
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
