@@ -150,7 +150,7 @@ def main() -> None:
     results["seconds"] = round(time.monotonic() - started, 1)
     write_atomic(ROOT / "results.json", json.dumps(results, indent=1) + "\n")
     write_report([rloop, dapo, base], ROOT / "report.html", results)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(to_rich(results_table(results)))
     console.print(f"{results['seconds']:.0f} s; table: {ROOT}/results.json; plots: open {ROOT}/report.html")
 

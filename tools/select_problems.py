@@ -1,6 +1,6 @@
 """Keep the problems of a data file that a policy solves sometimes: a filter by base success.
 
-RESULT is what `rloop evaluate --json RESULT` wrote about DATA; a problem stays when its success rate lies in [LOW, HIGH].
+RESULT is what `rloop evaluate --json RESULT` wrote about DATA; a problem stays whose success rate is in [LOW, HIGH].
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class MegatronActor(Conducted):
     def __init__(self, config: Config, bridge: WeightBridge) -> None:
         parallel.initialize(config.layout, config.run.seed, config.cluster.collective_timeout_s)
         super().__init__(config.cluster.collective_timeout_s)
-        platform.set_deterministic(config.run.deterministic)
+        if platform.deterministic(config.run.deterministic):
+            platform.make_deterministic()
         self._config = config
         self._bridge = bridge
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]

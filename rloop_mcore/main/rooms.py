@@ -34,7 +34,7 @@ from rloop_mcore.weights.digest import digest_of
 def conduct(config: Config, run: RunDirectory) -> None:
     """Rank 0: build the rooms and run Algorithm 1. What takes long to start starts first."""
     servers = start_servers(config, Path(config.model.path), run.path)
-    with RewardPool(config.reward) as rewards:
+    with RewardPool(config.reward, platform.deterministic(config.run.deterministic)) as rewards:
         platform.setup(config.cluster.device, config.cluster.threads)
         from rloop_mcore.weights.bridge import HfBridge  # it imports Megatron: only after platform.setup
 

@@ -68,12 +68,17 @@ def backend() -> str:
     return "nccl" if device().type == "cuda" else "gloo"
 
 
-def set_deterministic(setting: bool | None) -> None:
-    """`run.deterministic`, where null means on if there is no GPU. The CPU computes deterministically as it is."""
-    if device().type == "cuda" and setting:
+def deterministic(setting: bool | None) -> bool:
+    """`run.deterministic`, where null means on if there is no GPU."""
+    return device().type == "cpu" if setting is None else setting
+
+
+def make_deterministic() -> None:
+    """Have the device's kernels give the same bits each time. The CPU's do as they are."""
+    if device().type == "cuda":
+        import torch
+
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         os.environ["NCCL_ALGO"] = "Ring"
-        import torch
-
         torch.use_deterministic_algorithms(True)

@@ -7,7 +7,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
@@ -17,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import rloop_mcore
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.reward.verifiers import Verifier, as_verdict, load_verifier
 from rloop_mcore.types import Problem
 
 
 def main() -> None:
     """Serve until the pool closes the pipe."""
-    _die_with_parent(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     # A signal to a Slurm step reaches every process of it; the pool decides when a worker ends, not the signal.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -60,17 +59,6 @@ def grade(verifier: Verifier, item: list[Any], answer_format: str, cpu_s: float)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     return [correct, reason, time.perf_counter() - start, note]
-
-
-def _die_with_parent(parent: int) -> None:
-    """`platform.process.die_with_parent`, loaded from its file: importing the package would import torch."""
-    path = Path(rloop_mcore.__file__).parent / "platform" / "process.py"
-    spec = importlib.util.spec_from_file_location("rloop_process", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.die_with_parent(parent)
 
 
 def _private_pipes() -> tuple[Any, int]:

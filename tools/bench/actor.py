@@ -29,7 +29,9 @@ def main() -> None:
     rows, repeats = (8, 3) if options.quick else (16, 7)
     draw = random.Random(0)
     batch = [
-        Example(tuple(draw.randrange(4096) for _ in range(PROMPT)), tuple(draw.randrange(4096) for _ in range(RESPONSE)))
+        Example(
+            tuple(draw.randrange(4096) for _ in range(PROMPT)), tuple(draw.randrange(4096) for _ in range(RESPONSE))
+        )
         for _ in range(rows)
     ]
     with tempfile.TemporaryDirectory() as folder:
