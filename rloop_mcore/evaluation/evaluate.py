@@ -22,8 +22,6 @@ from rloop_mcore.platform.files import atomic_path, write_atomic
 from rloop_mcore.protocols import Rewards, Rollout
 from rloop_mcore.types import Completion, Prompt, SampleRequest, Sampling, Verdict
 
-_REQUESTS_AT_ONCE = 4096  # sampled and graded in one go: enough to keep the engines full, and progress to be seen
-
 _SAMPLE_SCHEMA = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -52,6 +50,7 @@ class EngineEvaluator:
     """protocols.Evaluator over a fixed list of problems.
 
     Every evaluation uses the same seeds, so that two checkpoints differ by their policies and not by their luck.
+    `at_once` requests are sampled and graded in one go: enough to fill the engines, few enough to show progress.
     `progress`, if given, is called with (responses done, responses in all).
     Raises UserError for a config that cannot be evaluated.
     """
@@ -67,6 +66,7 @@ class EngineEvaluator:
         stop: tuple[str, ...],
         seed: int,
         directory: Path,
+        at_once: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._rollout = rollout
@@ -77,6 +77,7 @@ class EngineEvaluator:
         self._sampling = Sampling(max_tokens, config.temperature, config.top_p, stop)
         self._seed = seed
         self._directory = directory
+        self._at_once = at_once
         self._progress = progress or (lambda done, total: None)
         _check(config, self._prompts)
 
@@ -106,8 +107,8 @@ class EngineEvaluator:
         wanted = [(prompt, sample) for prompt in self._prompts for sample in range(self._config.samples)]
         answers: list[Answer] = []
         self._progress(0, len(wanted))
-        for start in range(0, len(wanted), _REQUESTS_AT_ONCE):
-            answers += self._answer(wanted[start : start + _REQUESTS_AT_ONCE])
+        for start in range(0, len(wanted), self._at_once):
+            answers += self._answer(wanted[start : start + self._at_once])
             self._progress(len(answers), len(wanted))
         return answers
 

@@ -52,6 +52,7 @@ def evaluate(options: argparse.Namespace) -> int:
                 template.stop,
                 config.run.seed,
                 Path(folder),
+                2 * config.rollout.max_running,
                 lambda done, total: display.show("evaluation", done, total, None, {}),
             )
             evaluator.evaluate("result", str(options.policy))

@@ -103,6 +103,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             template.stop,
             config.run.seed,
             run.evaluation,
+            2 * config.rollout.max_running,
             lambda done, total: tracker.show("evaluation", done, total),
         )
     cache = TrajectoryCache(run.cache.resolve())

@@ -16,6 +16,7 @@ from rloop_mcore.compose import flat, load_config, read_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import write_atomic
@@ -35,6 +36,7 @@ def train(overrides: Sequence[str]) -> int:
     if config.model.path == GENERATED_MODEL:
         config.model.path = str(_generated_model(run))
     validate.check_model(config)
+    PromptTemplate(config.data.template)
     problems = load_problems(config.data.train, config.data.limit)
     if config.data.validation is not None:
         load_problems(config.data.validation, config.evaluation.limit)
@@ -56,7 +58,7 @@ def _generated_model(run: RunDirectory) -> Path:
 
 
 def _check_same_run(run: RunDirectory, config: Config) -> None:
-    if not run.config.exists():
+    if not run.journal.exists():  # nothing has been done with an earlier configuration
         return
     before, now = flat(read_config(run.config)), flat(config)
     for key, value in now.items():

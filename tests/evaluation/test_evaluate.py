@@ -11,7 +11,6 @@ import pytest
 
 from rloop_mcore.config import EvaluationConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.evaluation import evaluate as module
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
 
@@ -60,8 +59,10 @@ def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: 
         "decode": lambda ids: " ".join(map(str, ids)),
         "config": config,
         "max_tokens": 4,
+        "stop": (),
         "seed": 11,
         "directory": directory,
+        "at_once": 4096,
     }
     return EngineEvaluator(**(arguments | changes))
 
@@ -109,13 +110,11 @@ def test_sampling_follows_the_config_and_every_checkpoint_gets_the_same_seeds(tm
     assert first.requests == second.requests
 
 
-def test_batches_change_nothing_but_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_change_nothing_but_the_progress(tmp_path: Path) -> None:
     whole = evaluator(tmp_path / "whole").evaluate("base", "policies/base")
-    monkeypatch.setattr(module, "_REQUESTS_AT_ONCE", 16)
     seen: list[tuple[int, int]] = []
-    pieces = evaluator(tmp_path / "pieces", progress=lambda done, total: seen.append((done, total))).evaluate(
-        "base", "policies/base"
-    )
+    small = evaluator(tmp_path / "pieces", at_once=16, progress=lambda done, total: seen.append((done, total)))
+    pieces = small.evaluate("base", "policies/base")
     assert pieces == whole
     assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
 

@@ -1,0 +1,70 @@
+"""The commands as a user types them: mistakes get one sentence and exit code 2; what works, works at every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+
+from rloop_mcore.data.countdown_model import write_model
+
+pytestmark = pytest.mark.system
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["status", "/nowhere"], "/nowhere is not a run directory"),
+        (["report", "/nowhere"], "/nowhere is not a run directory"),
+        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
+        (["grade", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["train", "experiment=tiny", "run.dir=/proc/x"], "run.dir=/proc/x cannot be created"),
+        (["train", "experiment=tiny", "algorithm.rl_step=3"], "did you mean algorithm.rl_steps?"),
+        (["train", "experiment=tiny", "data.train=countdown:all"], "countdown has the splits"),
+        (["train", "experiment=tiny", "data.template=none"], "data.template 'none' not found"),
+        (["train", "experiment=tiny", "layout.tp=3"], "layout.tp=3 does not divide"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+    if arguments[0] == "train" and not any(word.startswith("run.dir") for word in arguments):
+        arguments = [*arguments, f"run.dir={tmp_path / 'run'}"]
+    done = runs.rloop(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_verifier_that_cannot_be_loaded_stops_the_run_with_exit_code_2(tmp_path: Path) -> None:
+    done = runs.rloop("train", "experiment=tiny", f"run.dir={tmp_path}", "reward.verifier=no.such:thing")
+    assert done.returncode == 2
+    assert "no.such" in done.stderr
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
+def test_a_whole_iteration_runs_on_two_ranks(layout: str, tmp_path: Path) -> None:
+    """The mismatch gate (1e-4 against the engine) holds the sharded policy and its export to the truth."""
+    short = ["algorithm.iterations=1", "algorithm.rl_steps=2", "sft.limit=5120", "evaluation.every=0"]
+    process = runs.start(tmp_path / "run", f"layout.{layout}=2", "checkpoint.every=20", *short)
+    runs.finish(process, tmp_path / "run")
+    state = runs.status(tmp_path / "run")
+    assert state["state"] == "finished"
+    assert state["cache"]["trajectories"] >= 2 * 24 * 16
+
+
+def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=0)
+    out = tmp_path / "result.json"
+    done = runs.rloop(
+        *("evaluate", "--policy", str(tmp_path / "model"), "--data", "countdown:validation", "--samples", "4"),
+        *("--k", "1,4", "--json", str(out), "experiment=tiny", "evaluation.limit=5"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4"}
+    assert result["problems"] == 5
+    assert sum(result["reasons"].values()) == 20
+    assert "pass@4" in done.stdout
