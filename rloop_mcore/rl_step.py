@@ -142,12 +142,12 @@ class RLStep:
         return metrics | {"lr": results[-1]["lr"], "grad_norm_max": max(r["grad_norm"] for r in results)}
 
     def _check_mismatch(self, step: int, metrics: dict[str, float]) -> None:
-        gate = self.config.rollout.mismatch_gate
-        if not metrics["mismatch_max"] <= gate:
+        rollout, largest, mean = self.config.rollout, metrics["mismatch_max"], metrics["mismatch_mean"]
+        if not (largest <= rollout.mismatch_gate and mean <= rollout.mismatch_mean_gate):
             raise MismatchError(
-                f"step {step}: trainer and engine logprobs of the same tokens differ by up to "
-                f"{metrics['mismatch_max']:.3g} (mean {metrics['mismatch_mean']:.3g}), over "
-                f"rollout.mismatch_gate={gate}: the engine does not hold the trainer's weights, or computes in another "
+                f"step {step}: trainer and engine logprobs of the same tokens differ by up to {largest:.3g} (mean "
+                f"{mean:.3g}), over rollout.mismatch_gate={rollout.mismatch_gate} or rollout.mismatch_mean_gate="
+                f"{rollout.mismatch_mean_gate}: the engine does not hold the trainer's weights, or computes in another "
                 "precision."
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, hf_tensors, make_folder, some_ids
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rloop_mcore import platform
 from rloop_mcore.config import LayoutConfig
@@ -151,3 +153,21 @@ def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
     bridge, chunks = load(tmp_path / "m")
     with pytest.raises(UserError, match="describes another model"):
         bridge.load(chunks, tmp_path / "n")
+
+
+SMOLLM2 = Path(os.environ.get("RLOOP_SMOLLM2", "runs/smollm2/model"))
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason=f"no {SMOLLM2}: tools/prepare_smollm2.py makes it")
+@torch.no_grad()
+def test_real_weights_have_transformers_logits() -> None:
+    """SmolLM2-135M-Instruct in fp32, 9 heads on 3 KV heads, tied embeddings."""
+    _, chunks = load(SMOLLM2)
+    reference = LlamaForCausalLM(LlamaConfig.from_pretrained(SMOLLM2)).float()  # from_pretrained gives NaN on the shim
+    reference.load_state_dict(load_file(SMOLLM2 / "model.safetensors"), strict=False)
+    reference.tie_weights()
+    ids = torch.randint(0, 49152, (2, 48), generator=torch.Generator().manual_seed(0))
+    logits = chunks[0](ids, torch.arange(48).expand_as(ids), None)
+    difference = (logits - reference(ids).logits).abs().max().item()
+    print(f"max |difference| of logits: {difference:.2e}")
+    assert difference < 1e-3

@@ -35,10 +35,10 @@ def main() -> None:
         for _ in range(rows)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        model = random_qwen2(Path(folder) / "model", options.quick)
+        model = Path(folder) / "model"
+        baseline = random_qwen2(model, options.quick)
         actor = MegatronActor(Config(precision="fp32", run=RunConfig(dir=folder)), HfBridge(model))
         actor.begin(model, OPTIMIZER, 1000)
-        baseline = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32)
     ratio = side_by_side(lambda: actor.fine_tune(batch), transformers_update(baseline, batch), repeats)
     actor.close()
     parallel.destroy()

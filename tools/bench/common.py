@@ -53,8 +53,8 @@ def side_by_side(ours: Callable[[], object], baseline: Callable[[], object], rep
     return statistics.median(seconds[baseline]) / statistics.median(seconds[ours])
 
 
-def random_qwen2(folder: Path, quick: bool) -> Path:
-    """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, as an HF folder."""
+def random_qwen2(folder: Path, quick: bool) -> Qwen2ForCausalLM:
+    """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, written to `folder` as an HF folder too."""
     torch.manual_seed(0)
     hidden = 256 if quick else 448
     config = Qwen2Config(
@@ -69,8 +69,9 @@ def random_qwen2(folder: Path, quick: bool) -> Path:
         eos_token_id=0,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
 
 
 def report(name: str, metrics: list[Metric], out: Path | None) -> None:

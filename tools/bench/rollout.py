@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from common import arguments, at_least, random_qwen2, report, side_by_side
-from transformers import Qwen2ForCausalLM
 
 from rloop_mcore.rollout.embedded.engine import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
@@ -21,9 +20,9 @@ def main() -> None:
     rows, tokens, repeats = (32, 32, 3) if options.quick else (64, 64, 5)
     ids = torch.randint(1, 4096, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        path = random_qwen2(Path(folder) / "model", options.quick)
+        path = Path(folder) / "model"
+        baseline = random_qwen2(path, options.quick).eval()
         engine = CausalModel(path, torch.float32, "cpu")
-        baseline = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     samples = [Sample(tuple(row), params, number, "") for number, row in enumerate(ids.tolist())]
 
