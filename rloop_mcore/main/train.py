@@ -25,7 +25,10 @@ from rloop_mcore.platform.process import die_with_parent
 GENERATED_MODEL = "countdown"  # as model.path
 
 # A resumed run may change these; everything else decides what is computed.
-_MAY_CHANGE = ("run.dir", "tracking.", "cluster.", "checkpoint.", "reward.workers", "rollout.endpoints")
+_MAY_CHANGE = (
+    *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "reward.workers", "reward.max_failure_share"),
+    *("rollout.endpoints", "rollout.mismatch_", "rollout.start_timeout_s", "rollout.request_timeout_s"),
+)
 
 
 def train(overrides: Sequence[str]) -> int:
