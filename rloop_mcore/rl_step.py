@@ -71,8 +71,9 @@ class RLStep:
                 break
         else:
             log.info("step %d: %d informative groups of %d wanted", step, len(kept), algorithm.prompts_per_step)
-        metrics = self.update(iteration, step, kept, watch) if kept else {"skipped": float(algorithm.updates_per_step)}
-        return position, metrics | _figures(sampled, kept, watch.seconds)
+        metrics = self.update(iteration, step, kept) if kept else {"skipped": float(algorithm.updates_per_step)}
+        seconds = watch.seconds | {"seconds_update": metrics.get("seconds_update", 0.0)}
+        return position, metrics | _figures(sampled, kept, seconds)
 
     def sample(
         self, iteration: int, step: int, prompts: Sequence[Prompt], visits: Counter[str], watch: Stopwatch
@@ -121,7 +122,7 @@ class RLStep:
             Group(prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)
         ]
 
-    def update(self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch) -> dict[str, float]:
+    def update(self, iteration: int, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """`updates_per_step` optimizer updates; the first is on-policy and is held to the mismatch gate."""
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         advantages = [
@@ -129,15 +130,14 @@ class RLStep:
         ]
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
-        with watch("update"):
-            for rows in mini_batches(len(trajectories), self.config.algorithm.updates_per_step, seed):
-                results.append(self.actor.update([trajectories[i] for i in rows], [advantages[i] for i in rows]))
-                if len(results) == 1:
-                    self._check_mismatch(step, results[0])
+        for rows in mini_batches(len(trajectories), self.config.algorithm.updates_per_step, seed):
+            results.append(self.actor.update([trajectories[i] for i in rows], [advantages[i] for i in rows]))
+            if len(results) == 1:
+                self._check_mismatch(step, results[0])
         metrics = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
         for key in ("mismatch_mean", "mismatch_max", "ratio_mean", "ratio_max"):
             metrics[key] = results[0][key]
-        for key in ("skipped", "tokens"):
+        for key in ("skipped", "tokens", "seconds_update"):
             metrics[key] = sum(r[key] for r in results)
         return metrics | {"lr": results[-1]["lr"], "grad_norm_max": max(r["grad_norm"] for r in results)}
 

@@ -59,7 +59,18 @@ class RecordingActor:
 
     def update(self, batch: Sequence[Trajectory], advantages: Sequence[float]) -> dict[str, float]:
         self.batches.append((list(batch), list(advantages)))
-        names = ("loss", "entropy", "clip_fraction", "ratio_mean", "ratio_max", "tokens", "skipped", "grad_norm", "lr")
+        names = (
+            "seconds_update",
+            "loss",
+            "entropy",
+            "clip_fraction",
+            "ratio_mean",
+            "ratio_max",
+            "tokens",
+            "skipped",
+            "grad_norm",
+            "lr",
+        )
         return dict.fromkeys(names, 1.0) | {"mismatch_max": self.mismatch, "mismatch_mean": self.mismatch / 10}
 
 

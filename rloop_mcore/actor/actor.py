@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class MegatronActor(Conducted):
         """One DAPO update on a mini-batch; `advantages` [batch], one a trajectory.
 
         Metrics over the response tokens, before the update: loss, entropy, clip_fraction, ratio_mean, ratio_max,
-        mismatch_mean and mismatch_max (of |trainer - engine logprob|), tokens; and grad_norm, lr, skipped (0 or 1).
+        mismatch_mean and mismatch_max (of |trainer - engine logprob|), tokens; and grad_norm, lr, skipped (0 or 1), seconds_update.
         """
         algorithm, temperature = self._config.algorithm, self._config.rollout.temperature
 
@@ -73,7 +74,7 @@ class MegatronActor(Conducted):
 
     @collective
     def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
-        """One SFT update: token-mean NLL of the responses. Metrics: loss, tokens, grad_norm, lr, skipped (0 or 1)."""
+        """One SFT update: token-mean NLL of the responses. Metrics: loss, tokens, grad_norm, lr, skipped, seconds_update."""
 
         def loss(micro_batch: MicroBatch) -> LossFunction:
             return fine_tuning_loss(micro_batch, self._vocabulary)
@@ -124,6 +125,7 @@ class MegatronActor(Conducted):
         self, batches: list[MicroBatch], loss: Callable[[MicroBatch], LossFunction], names: MetricNames
     ) -> dict[str, float]:
         """Forward and backward over the micro-batches by Megatron's schedule, then one optimizer step."""
+        started = time.perf_counter()
         optimizer = self._begun()
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -147,4 +149,9 @@ class MegatronActor(Conducted):
         )
         metrics = reduce_reports(reports, names)
         result = optimizer.step(metrics["loss"])
-        return metrics | {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": float(result.skipped)}
+        return metrics | {
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "skipped": float(result.skipped),
+            "seconds_update": time.perf_counter() - started,
+        }
