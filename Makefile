@@ -12,7 +12,8 @@ $(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
 	@python=$$(tools/find_python.sh $(STACK)) && echo "== environment $(VENV) with $$python" && $$python -m venv --clear $(VENV)
 	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== installing the $$stack stack (constraints/$$stack.txt)" && \
 	$(PYTHON) -m pip install -q uv==0.13.9 && \
-	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
+	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
 	@touch $(STAMP)
 
 quickstart: install

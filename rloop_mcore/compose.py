@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import rloop_mcore
 from rloop_mcore.config import Config
@@ -37,17 +38,16 @@ def load_config(overrides: Sequence[str]) -> Config:
     _check_keys(overrides, folder)
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            tree = compose("config", list(overrides))
+            return _typed(compose("config", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
-    return _typed(tree)
 
 
 def read_config(path: Path) -> Config:
     """The resolved configuration that a run directory holds (`config.yaml`)."""
     try:
         return _typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_sentence(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that end a command with one sentence instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what is wrong, where (file, key, value) and what would be right.
     """
+
+
+class Fault(RuntimeError):
+    """Something outside the program failed, and the message says what: printed as it is, exit code 1."""

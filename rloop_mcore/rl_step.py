@@ -15,13 +15,16 @@ from rloop_mcore.algorithm.minibatch import mini_batches
 from rloop_mcore.algorithm.overlong import overlong_penalty
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config
+from rloop_mcore.errors import Fault
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
 from rloop_mcore.types import Group, Prompt, SampleRequest, Sampling, Trajectory
 
 log = logging.getLogger(__name__)
 
+_MISMATCH_GATES = {"fp32": 1e-4, "bf16": 5.0}
 
-class MismatchError(RuntimeError):
+
+class MismatchError(Fault):
     """The trainer and the engine disagree about the logprobs of what the engine sampled."""
 
 
@@ -143,10 +146,11 @@ class RLStep:
 
     def _check_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         rollout, largest, mean = self.config.rollout, metrics["mismatch_max"], metrics["mismatch_mean"]
-        if not (largest <= rollout.mismatch_gate and mean <= rollout.mismatch_mean_gate):
+        gate = rollout.mismatch_gate if rollout.mismatch_gate is not None else _MISMATCH_GATES[self.config.precision]
+        if not (largest <= gate and mean <= rollout.mismatch_mean_gate):
             raise MismatchError(
                 f"step {step}: trainer and engine logprobs of the same tokens differ by up to {largest:.3g} (mean "
-                f"{mean:.3g}), over rollout.mismatch_gate={rollout.mismatch_gate} or rollout.mismatch_mean_gate="
+                f"{mean:.3g}), over rollout.mismatch_gate={gate} or rollout.mismatch_mean_gate="
                 f"{rollout.mismatch_mean_gate}: the engine does not hold the trainer's weights, or computes in another "
                 "precision."
             )

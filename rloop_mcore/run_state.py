@@ -44,12 +44,15 @@ class RunState:
         self.position = commits[-1]["position"] if commits else 0
         offsets = [record["metrics_offset"] for record in self.journal.records if "metrics_offset" in record]
         self.tracker.rewind(offsets[-1] if offsets else 0)
-        named = {record.get("checkpoint") for record in commits[-self.config.checkpoint.keep :]}
-        named |= {record.get("path") for record in self.journal.records}
-        for folder in ("checkpoints", "policies"):
+        named = {record["checkpoint"] for record in commits[-self.config.checkpoint.keep :]}
+        for record in self.journal.records:
+            named.add(record.get("path"))
+            if record["event"] == "measured":
+                named |= {f"evaluation/{record['name']}.{suffix}" for suffix in ("json", "parquet")}
+        for folder in ("checkpoints", "policies", "evaluation"):
             for path in (self.directory / folder).glob("*"):
                 if f"{folder}/{path.name}" not in named:
-                    shutil.rmtree(path)
+                    _remove(path)
 
     def seed(self, purpose: str, iteration: int) -> int:
         """The seed of a draw that happens once an iteration."""
@@ -100,7 +103,7 @@ class RunState:
         )
         commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
         for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
-            shutil.rmtree(self.directory / obsolete)
+            _remove(self.directory / obsolete)
         if stopping:
             raise Interrupted
 
@@ -133,6 +136,7 @@ class RunState:
         self.journal.record(
             "policy", iteration=index, path=self._name(policy.path), digest=policy.digest, reason=reason
         )
+        self.tracker.message(f"theta_{index}: {reason}")
 
     def endpoint(self, iteration: int) -> Policy:
         """The RL policy at the end of an exploration phase."""
@@ -172,6 +176,13 @@ class RunState:
         """RL steps taken in the run so far: the x axis of every curve."""
         steps = self.config.algorithm.rl_steps
         return {"base": 0, "sft": step, "explore": iteration * steps + step}.get(phase, (iteration + 1) * steps)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _measurement(phase: str, iteration: int, step: int) -> str:

@@ -6,8 +6,10 @@ Each mistake raises a UserError of one sentence that names the key; what is lega
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
@@ -29,13 +31,12 @@ _POSITIVE = (
     *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp")),
     *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds", "updates_per_step")),
     *(f"{section}.{name}" for section in ("rft", "sft") for name in ("epochs", "batch_size")),
-    *(f"{section}.lr" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
+    *(f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("lr", "eps")),
     "actor.micro_batch_tokens",
     *(f"rollout.{name}" for name in ("max_tokens", "temperature", "max_running", "bucket_mib")),
-    "rollout.mismatch_gate",
     "rollout.mismatch_mean_gate",
     *(f"rollout.{name}_timeout_s" for name in ("start", "request")),
-    *(f"cluster.{name}_timeout_s" for name in ("start", "collective")),
+    "cluster.collective_timeout_s",
     "data.max_prompt_tokens",
     *(f"reward.{name}" for name in ("deadline_s", "memory_mib")),
     "evaluation.samples",
@@ -59,12 +60,18 @@ _NOT_NEGATIVE = (
     ),
 )
 _SHARES = ("rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "reward.max_failure_share")
+_BELOW_ONE = tuple(
+    f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("beta1", "beta2")
+)
 _NOT_YET = ("layout.vpp", "layout.cp", "layout.ep")
 
 
 def check_values(config: Config) -> None:
     """Every rule that needs nothing but the configuration. Raises UserError."""
     values = flat(config)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} must be a finite number.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"{key}={values[key]} is not one of {', '.join(choices)}.")
@@ -77,6 +84,14 @@ def check_values(config: Config) -> None:
     for key in _SHARES:
         if not 0 < values[key] <= 1:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
+    for key in _BELOW_ONE:
+        if not 0 <= values[key] < 1:
+            raise UserError(f"{key}={values[key]} must be at least 0 and below 1.")
+    for key in ("run.dir", "model.path", "data.train"):
+        if not values[key].strip():
+            raise UserError(f"{key} is empty: give {key}=VALUE.")
+    if not 0 <= config.run.seed < 2**31:
+        raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
     for key in _NOT_YET:
         if values[key] != 1:
             raise UserError(f"{key}={values[key]} is not supported yet: leave it at 1.")
@@ -121,14 +136,24 @@ def _check_rollout(config: Config) -> None:
             "rollout.engine=sglang needs rollout.endpoints=[http://HOST:PORT,...]: running SGLang servers with the "
             "weights of model.path."
         )
+    if config.rollout.engine == "embedded" and config.rollout.endpoints:
+        raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
     for endpoint in config.rollout.endpoints:
-        if not endpoint.startswith(("http://", "https://")):
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or parts.hostname is None:
             raise UserError(f"rollout.endpoints holds {endpoint!r}: an endpoint looks like http://HOST:PORT.")
+        if parts.username is not None or parts.password is not None:
+            raise UserError("rollout.endpoints holds a password: give the key in the environment (RLOOP_ENGINE_KEY).")
+        if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise UserError(
+                f"rollout.endpoints holds {endpoint!r}: engines on another host than the trainer's are not supported "
+                "yet."
+            )
 
 
-def check_model(config: Config) -> None:
-    """The layout and the lengths against the model's `config.json`. Raises UserError."""
-    architecture = read_hf_config(Path(config.model.path))
+def check_model(config: Config, model: Path) -> None:
+    """The layout and the lengths against `config.json` of the folder `model`. Raises UserError."""
+    architecture = read_hf_config(model)
     heads = architecture.get("num_attention_heads", 0)
     for key, name, parts in (
         ("num_attention_heads", "layout.tp", config.layout.tp),
@@ -138,13 +163,12 @@ def check_model(config: Config) -> None:
         count = architecture.get(key, heads)
         if count % parts:
             legal = [n for n in range(1, count + 1) if count % n == 0]
-            raise UserError(f"{name}={parts} does not divide {key}={count} of {config.model.path}: use one of {legal}.")
+            raise UserError(f"{name}={parts} does not divide {key}={count} of {model}: use one of {legal}.")
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     limit = architecture.get("max_position_embeddings", longest)
     if longest > limit:
         raise UserError(
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of "
-            f"{config.model.path}."
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}."
         )
 
 
@@ -165,13 +189,14 @@ def warnings(config: Config, problems: int) -> list[str]:
     if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps):
         return []
     needed = samples_needed(algorithm.hard_threshold)
-    visits = -(-algorithm.rl_steps * algorithm.sampled_per_step // problems)
+    drawn = algorithm.rl_steps * algorithm.sampled_per_step * algorithm.sampling_rounds
+    visits = -(-drawn // problems)
     sampled = visits * algorithm.group_size
     if sampled >= needed:
         return []
     return [
-        f"a phase samples a problem at most {sampled} times ({algorithm.rl_steps} steps x {algorithm.sampled_per_step} "
-        f"problems / {problems} problems x {algorithm.group_size} responses), but a hard problem with one success has "
-        f"at least {needed} samples (1/{needed} < algorithm.hard_threshold={algorithm.hard_threshold}): the expert "
-        "sets will be empty."
+        f"a phase samples a problem at most {sampled} times ({algorithm.rl_steps} steps x {algorithm.sampling_rounds} "
+        f"rounds x {algorithm.sampled_per_step} / {problems} problems x {algorithm.group_size} responses), but a hard "
+        f"problem with one success has at least {needed} samples (1/{needed} < algorithm.hard_threshold="
+        f"{algorithm.hard_threshold}): the expert sets will be empty."
     ]

@@ -37,6 +37,7 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["evaluation.k=[1,x]"], ["evaluation.k", "x"]),
         (["experiment=quikstart"], ["quikstart", "quickstart"]),
         (["nonsense"], ["nonsense", "key=value"]),
+        (["run.dir=${nope}"], ["nope"]),
         (["run.deterministic=perhaps"], ["run.deterministic", "perhaps"]),
     ],
 )

@@ -32,7 +32,11 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("optimizer.lr=0", ["optimizer.lr=0"]),
         ("precision=fp16", ["precision=fp16", "bf16"]),
         ("rollout.engine=sglang", ["rollout.endpoints"]),
-        ("rollout.endpoints=[localhost:30000]", ["rollout.endpoints", "localhost:30000", "http://"]),
+        ("rollout.endpoints=[http://127.0.0.1:30000]", ["rollout.endpoints", "rollout.engine=sglang"]),
+        ("run.seed=-1", ["run.seed=-1"]),
+        ("run.dir=''", ["run.dir"]),
+        ("optimizer.beta1=1.5", ["optimizer.beta1=1.5"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
         ("rollout.temperature=0", ["rollout.temperature=0"]),
         ("rollout.top_p=1.5", ["rollout.top_p=1.5"]),
         ("cluster.device=tpu", ["cluster.device=tpu", "cuda"]),
@@ -45,11 +49,24 @@ def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[st
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "word"),
+    [
+        ("localhost:30000", "http://"),
+        ("http://user:word@localhost:30000", "RLOOP_ENGINE_KEY"),
+        ("http://h7:1", "another host"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_values(load_config([*NEEDED, "rollout.engine=sglang", f"rollout.endpoints=['{endpoint}']"]))
+
+
 def test_the_defaults_are_legal() -> None:
     check_values(load_config(NEEDED))
 
 
-def model(folder: Path, **changes: int) -> list[str]:
+def model(folder: Path, **changes: int) -> None:
     shape = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
@@ -57,30 +74,30 @@ def model(folder: Path, **changes: int) -> list[str]:
         "max_position_embeddings": 4096,
     }
     (folder / "config.json").write_text(json.dumps(shape | changes))
-    return ["run.dir=r", f"model.path={folder}", "data.train=d"]
 
 
 def test_a_layout_that_does_not_divide_the_model_names_the_legal_ones(tmp_path: Path) -> None:
-    base = model(tmp_path)
-    check_model(load_config([*base, "layout.tp=2", "layout.pp=4"]))
+    model(tmp_path)
+    check_model(load_config([*NEEDED, "layout.tp=2", "layout.pp=4"]), tmp_path)
     with pytest.raises(UserError, match=r"layout.tp=7 does not divide num_key_value_heads=2.*\[1, 2\]"):
-        check_model(load_config([*base, "layout.tp=7"]))
+        check_model(load_config([*NEEDED, "layout.tp=7"]), tmp_path)
     with pytest.raises(UserError, match=r"layout.pp=5 does not divide num_hidden_layers=24"):
-        check_model(load_config([*base, "layout.pp=5"]))
+        check_model(load_config([*NEEDED, "layout.pp=5"]), tmp_path)
 
 
 def test_lengths_beyond_the_positions_are_refused(tmp_path: Path) -> None:
+    model(tmp_path, max_position_embeddings=2048)
     with pytest.raises(UserError, match=r"3072 is more than the 2048 positions"):
-        check_model(load_config(model(tmp_path, max_position_embeddings=2048)))
+        check_model(load_config(NEEDED), tmp_path)
 
 
 def test_a_model_path_without_config_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.path=.* holds no config.json"):
-        check_model(load_config(["run.dir=r", f"model.path={tmp_path}", "data.train=d"]))
+        check_model(load_config(NEEDED), tmp_path)
 
 
 def test_a_phase_that_cannot_find_a_hard_success_is_warned_about() -> None:
-    few = load_config([*NEEDED, "algorithm.rl_steps=10", "algorithm.group_size=8"])
+    few = load_config([*NEEDED, "algorithm.rl_steps=5", "algorithm.group_size=8"])
     (warning,) = warnings(few, problems=17_000)
     assert "at most 8 times" in warning
     assert "at least 11" in warning

@@ -74,7 +74,7 @@ class MegatronActor(Conducted):
 
     @collective
     def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
-        """One SFT update: token-mean NLL of the responses. Metrics: loss, tokens, grad_norm, lr, skipped, seconds_update."""
+        """One SFT update: token-mean NLL of the responses. Metrics: loss, tokens, and `update`'s last four."""
 
         def loss(micro_batch: MicroBatch) -> LossFunction:
             return fine_tuning_loss(micro_batch, self._vocabulary)

@@ -9,6 +9,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
+_CALLS = 24  # collective timeouts
+
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound="Conducted")
@@ -18,12 +20,13 @@ class Conducted:
     """An object that exists on every rank and is called on rank 0 only; the others are in `follow`."""
 
     def __init__(self, timeout_s: float) -> None:
+        """timeout_s: for a collective; between two calls (an evaluation, say) rank 0 may be silent much longer."""
         self._timeout_s = timeout_s
         self._followed = dist.get_world_size() > 1
         # Calls travel on a CPU group of their own: a wait between two steps is no stuck collective of the device.
         self._calls: dist.ProcessGroup | None = None
         if self._followed:
-            self._calls = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # type: ignore[assignment]
+            self._calls = dist.new_group(backend="gloo", timeout=timedelta(seconds=_CALLS * timeout_s))  # type: ignore[assignment]
 
     def announce(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Rank 0: have every follower call method `name` with the same arguments."""
@@ -51,8 +54,8 @@ class Conducted:
             dist.broadcast_object_list(call, src=0, group=self._calls)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()} got no call from rank 0 (it died, or was silent for {self._timeout_s:.0f} s, "
-                "cluster.collective_timeout_s)"
+                f"rank {dist.get_rank()} got no call from rank 0 (it died, or was silent for {_CALLS} times "
+                f"cluster.collective_timeout_s={self._timeout_s:.0f} s)"
             ) from error
         return call[0]
 

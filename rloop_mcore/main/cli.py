@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rloop_mcore.compose import config_folder
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 
 _TRAIN_EXAMPLES = """
 examples:
   rloop train experiment=tiny run.dir=runs/tiny        a run of seconds, to see every phase
-  rloop train experiment=quickstart                    RLoop on a generated task, minutes on two cores
+  rloop train experiment=quickstart_base               the quickstart's base model; then experiment=quickstart
   rloop train model.path=/models/Qwen2.5-Math-7B data.train=dapo.jsonl data.validation=aime24.jsonl run.dir=runs/7b
 
 The same command again goes on where the run stands, after any kill. Every key, with its default and what it means, is
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rloop_mcore.main.grade import grade
 
         return grade(options.file, options.json, options.answer_format)
-    except UserError as error:
+    except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 

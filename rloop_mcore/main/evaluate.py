@@ -26,6 +26,7 @@ from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.weights.channel import BroadcastChannel
+from rloop_mcore.weights.tensor_files import catalogue
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -59,26 +60,30 @@ def evaluate(options: argparse.Namespace) -> int:
         display.close()
         result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
     result |= {"data": options.data, "template": config.data.template, "verifier": config.reward.verifier}
+    result["too_long"] = prompts.too_long
+    _print(result)
     if options.json is not None:
         write_atomic(options.json, json.dumps(result, indent=1) + "\n")
-    _print(result)
     return 0
 
 
 def _config(options: argparse.Namespace) -> Config:
-    overrides = [*options.overrides, f"model.path={options.policy}", f"data.train={options.data}", "run.dir=unused"]
+    """The overrides, the options over them. Paths are set as they are: Hydra's grammar would read signs in them."""
+    config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
+    config.model.path = str(options.policy)
     if options.samples is not None:
-        overrides.append(f"evaluation.samples={options.samples}")
-    config = load_config(overrides)
+        config.evaluation.samples = options.samples
+        config.evaluation.k = [k for k in config.evaluation.k if k <= options.samples]
     if options.k is not None:
         try:
             config.evaluation.k = [int(text) for text in options.k.split(",")]
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
-    elif options.samples is not None:
-        config.evaluation.k = [k for k in config.evaluation.k if k <= options.samples]
     validate.check_values(config)
-    validate.read_hf_config(options.policy)
+    validate.check_model(config, options.policy)
+    catalogue(options.policy)
+    if options.json is not None and not (options.json.absolute().parent.is_dir() and not options.json.is_dir()):
+        raise UserError(f"--json {options.json} cannot be written: give a file in a folder that exists.")
     return config
 
 
@@ -86,7 +91,9 @@ def _config(options: argparse.Namespace) -> Config:
 def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
     """An engine that serves the policy folder as it is: no actor, no weight sync."""
     servers = start_servers(config, policy, folder)
-    vocabulary = int(validate.read_hf_config(policy)["vocab_size"])
+    vocabulary = validate.read_hf_config(policy).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise UserError(f"{policy / 'config.json'} has no vocab_size: it is not the folder of a language model.")
     with Fleet(
         servers,
         BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s),
@@ -112,6 +119,6 @@ def _print(result: dict) -> None:  # type: ignore[type-arg]
         f"{result['problems']} problems x {sampling['samples']} responses, temperature {sampling['temperature']}, "
         f"top-p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; template {result['template']}, "
         f"verifier {result['verifier']}; mean length {result['response_length']:.1f} tokens, "
-        f"{result['truncated']:.1%} truncated",
+        f"{result['truncated']:.1%} truncated; {result['too_long']} problems left out as too long",
         highlight=False,
     )

@@ -13,6 +13,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
@@ -32,12 +33,9 @@ from rloop_mcore.weights.digest import digest_of
 
 
 def conduct(config: Config, run: RunDirectory) -> None:
-    """Rank 0: build the rooms and run Algorithm 1. What takes long to start starts first."""
+    """Rank 0: build the rooms and run Algorithm 1. The engines start while Megatron does."""
     servers = start_servers(config, Path(config.model.path), run.path)
     with RewardPool(config.reward, platform.deterministic(config.run.deterministic)) as rewards:
-        platform.setup(config.cluster.device, config.cluster.threads)
-        from rloop_mcore.weights.bridge import HfBridge  # it imports Megatron: only after platform.setup
-
         bridge = HfBridge(Path(config.model.path), config.model.family)
         channel = BroadcastChannel(platform.backend(), "weights", config.rollout.start_timeout_s)
         with (
@@ -57,11 +55,6 @@ def conduct(config: Config, run: RunDirectory) -> None:
 
 def follow(config: Config) -> None:
     """The other ranks: do with the actor what rank 0 does."""
-    platform.setup(config.cluster.device, config.cluster.threads)
-    from rloop_mcore.actor import parallel  # Megatron may only be imported after platform.setup
-    from rloop_mcore.actor.actor import MegatronActor
-    from rloop_mcore.weights.bridge import HfBridge
-
     MegatronActor(config, HfBridge(Path(config.model.path), config.model.family)).follow()
     parallel.destroy()
 
@@ -114,7 +107,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop)
     try:
         base, demonstrations = base_policy(config, journal), None
-        if config.sft.demonstrations is not None:
+        if config.sft.demonstrations is not None and not journal.done(0, "base"):
             demonstrations = [
                 prompts.example(problem) for problem in load_problems(config.sft.demonstrations, config.sft.limit)
             ]
@@ -125,8 +118,13 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
 
 
 def base_policy(config: Config, journal: Journal) -> Policy:
-    """The policy of model.path; its digest is computed once a run."""
-    if journal.done(0, "base"):
-        return journal.start_policy(0)
-    path = Path(config.model.path).resolve()
-    return Policy(path, digest_of(path))
+    """The policy of model.path, or theta_0 once there is one; its weights must be what they were."""
+    if not journal.done(0, "base"):
+        path = Path(config.model.path).resolve()
+        return Policy(path, digest_of(path))
+    theta = journal.start_policy(0)
+    if digest_of(theta.path) != theta.digest:
+        raise UserError(
+            f"{theta.path} holds other weights than when the run started: restore them, or choose another run.dir."
+        )
+    return theta

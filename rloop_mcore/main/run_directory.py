@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
 
+SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
+GENERATED_MODEL = "countdown"  # as model.path
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
 
 
@@ -43,11 +46,22 @@ class RunDirectory:
         return self.path / "ranks.log"
 
     def create(self) -> None:
-        """Make the directory. Raises UserError where that is impossible."""
+        """Make the directory. Raises UserError where that is impossible, or where it holds something that is no run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be created ({error.strerror}): choose another.") from error
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"run.dir={self.path} is not writable: choose another.")
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
+        if names and not names & {"config.yaml", "lock", "model"}:  # what a run makes first
+            raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
+        if not self.journal.exists() and any((self.path / "policies").glob("*")):
+            raise UserError(f"{self.journal} is gone but policies/ is not: restore it, or choose another run.dir.")
+
+    def model(self, config: Config) -> Path:
+        """The folder of model.path; the generated task's untrained model is a folder of the run."""
+        return self.path / "model" if config.model.path == GENERATED_MODEL else Path(config.model.path)
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
@@ -68,7 +82,7 @@ class RunDirectory:
         """Is a run working in the directory now?"""
         if not (self.path / "lock").exists():
             return False
-        descriptor = os.open(self.path / "lock", os.O_RDWR)
+        descriptor = os.open(self.path / "lock", os.O_RDONLY)
         try:
             return not _try_lock(descriptor)
         finally:

@@ -16,15 +16,15 @@ from rloop_mcore.compose import flat, load_config, read_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.weights.tensor_files import catalogue
 
-GENERATED_MODEL = "countdown"  # as model.path
-
-# A resumed run may change these; everything else decides what is computed.
+# A resumed run may change these. Another layout, device or number of threads gives the same run up to rounding.
 _MAY_CHANGE = (
     *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "reward.workers", "reward.max_failure_share"),
     *("rollout.endpoints", "rollout.mismatch_", "rollout.start_timeout_s", "rollout.request_timeout_s"),
@@ -36,28 +36,29 @@ def train(overrides: Sequence[str]) -> int:
     config = load_config(overrides)
     validate.check_values(config)
     run = RunDirectory(Path(config.run.dir))
-    if config.model.path == GENERATED_MODEL:
-        config.model.path = str(_generated_model(run))
-    validate.check_model(config)
-    PromptTemplate(config.data.template)
-    problems = load_problems(config.data.train, config.data.limit)
-    if config.data.validation is not None:
-        load_problems(config.data.validation, config.evaluation.limit)
+    if config.model.path == GENERATED_MODEL and not run.model(config).exists():
+        run.create()
+        write_model(run.model(config), seed=0)
+    problems = _check_inputs(config, run.model(config))
     with run.lock():
         _check_same_run(run, config)
         write_atomic(run.config, to_yaml(config))
-        for warning in validate.warnings(config, len(problems)):
+        for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
         return _supervise(run, config)
 
 
-def _generated_model(run: RunDirectory) -> Path:
-    """The countdown task's untrained model, as a folder of the run."""
-    folder = run.path / "model"
-    if not folder.exists():
-        run.create()
-        write_model(folder, seed=0)
-    return folder
+def _check_inputs(config: Config, model: Path) -> int:
+    """Read whatever the run will read, so that a mistake shows now; returns the number of training problems."""
+    validate.check_model(config, model)
+    catalogue(model)
+    TextTokenizer(model)
+    PromptTemplate(config.data.template)
+    if config.data.validation is not None:
+        load_problems(config.data.validation, config.evaluation.limit)
+    if config.sft.demonstrations is not None:
+        load_problems(config.sft.demonstrations, config.sft.limit)
+    return len(load_problems(config.data.train, config.data.limit))
 
 
 def _check_same_run(run: RunDirectory, config: Config) -> None:
@@ -75,14 +76,20 @@ def _check_same_run(run: RunDirectory, config: Config) -> None:
 def _supervise(run: RunDirectory, config: Config) -> int:
     run.clear_ending()
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
         *("--nproc-per-node", str(_world_size(config)), "-m", "rloop_mcore.main.worker", str(run.path)),
     ]
     supervisor = os.getpid()
+    # one host for now: neither the rendezvous nor gloo has to be reached from another
+    environment = {**os.environ, SUPERVISOR_VARIABLE: str(supervisor), "GLOO_SOCKET_IFNAME": "lo"}
     with open(run.log, "ab") as log:
         # a session of its own: Ctrl-C reaches only the supervisor, which asks the run to stop at a step's end
         ranks = subprocess.Popen(
-            command, stderr=log, start_new_session=True, preexec_fn=lambda: die_with_parent(supervisor)
+            command,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+            preexec_fn=lambda: die_with_parent(supervisor),
         )
         with _stop_signals(run, ranks):
             code = ranks.wait()
@@ -91,7 +98,7 @@ def _supervise(run: RunDirectory, config: Config) -> int:
         if ending["message"]:
             print(f"rloop: {ending['message']}", file=sys.stderr)
         return int(ending["code"])
-    run.write_ending(1, f"the ranks ended with exit code {code} without a word")
+    run.write_ending(1, f"the ranks ended with exit code {code} without a word", run.log_tail())
     print(
         f"rloop: the ranks ended with exit code {code}; the log is {run.log}, its end:\n{run.log_tail()}",
         file=sys.stderr,
@@ -110,6 +117,7 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
 
     def handle(signum: int, frame: Any) -> None:
         if run.stop_requested():
+            run.write_ending(75, "killed as asked; the same command goes on from the last commit")
             ranks.kill()
             return
         run.request_stop()

@@ -8,17 +8,19 @@ import sys
 import traceback
 from pathlib import Path
 
+import psutil
+
 from rloop_mcore import platform
 from rloop_mcore.compose import read_config
-from rloop_mcore.errors import UserError
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.run_state import Interrupted
 
 
 def main() -> int:
     """Run this rank to its end; how the run ended stands in the run directory."""
-    die_with_parent(os.getppid())
+    _die_with_the_run()
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -26,6 +28,7 @@ def main() -> int:
     )
     try:
         config = read_config(run.config)
+        config.model.path = str(run.model(config))
         platform.setup(config.cluster.device, config.cluster.threads)
         from rloop_mcore.main.rooms import conduct, follow  # the rooms import Megatron, which needs the set-up
 
@@ -40,13 +43,22 @@ def main() -> int:
         run.write_ending(2, str(error))
         return 1
     except BaseException as error:
-        if rank == 0 or run.ending() is None:
-            run.write_ending(1, f"rank {rank}: {type(error).__name__}: {error}", traceback.format_exc())
+        if run.ending() is None:  # the first rank to fall knows why
+            kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
+            run.write_ending(1, f"rank {rank}: {kind}{error}", traceback.format_exc())
         raise
     else:
         if rank == 0:
             run.write_ending(0, "")
     return 0
+
+
+def _die_with_the_run() -> None:
+    """End with torchrun, and torchrun ends with the supervisor; end now if one of them is gone already."""
+    parent = os.getppid()
+    die_with_parent(parent)
+    if int(os.environ[SUPERVISOR_VARIABLE]) not in {process.pid for process in psutil.Process().parents()}:
+        os._exit(1)
 
 
 if __name__ == "__main__":

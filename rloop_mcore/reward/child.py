@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,13 +12,16 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)  # verifiers run on what a model wrote
+
 
 class Child:
     """A worker process, its two pipes, and the items it has in flight. Nothing here blocks but `end`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         # A new interpreter, not a fork: the trainer has threads. It finds the modules that this process finds.
-        environment = os.environ | {
+        public = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+        environment = public | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "OMP_NUM_THREADS": "1",
         }

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from rloop_mcore.config import RewardConfig
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.reward.canaries import ANSWER_LINE, BOXED, CANARIES
 from rloop_mcore.reward.child import Child
 from rloop_mcore.types import Problem, Verdict
@@ -29,7 +29,7 @@ LARGEST_CHUNK = 64  # items sent to a worker at a time: one line each way an ite
 FEWEST_TO_JUDGE = 8  # answers of a call below which their share of failures says nothing
 
 
-class TooManyFailures(RuntimeError):
+class TooManyFailures(Fault):
     """So many answers of a call timed out or crashed that their rewards would teach nothing true."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from packaging.version import InvalidVersion, Version
 
+from rloop_mcore.errors import Fault
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -20,7 +21,7 @@ _LEAVE_TIMEOUT_S = 10.0
 _UPDATE_SESSIONS_SINCE = Version("0.5.21")  # /begin_weight_update and /end_weight_update
 
 
-class EngineError(Exception):
+class EngineError(Fault):
     """A server that does not answer, or not as the contract says. The message names the server and the endpoint."""
 
     def __init__(self, message: str, status: int | None = None) -> None:

@@ -22,7 +22,9 @@ class CausalModel:
     def __init__(self, path: Path, dtype: torch.dtype, device: str) -> None:
         """Load the HF folder `path`; raises UserError when it is not one this engine can serve."""
         self.path, self.device = path, torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, trust_remote_code=False
+        )
         self.network = model.to(self.device).eval().requires_grad_(False)
         self.config = model.config
         if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
