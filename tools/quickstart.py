@@ -129,25 +129,55 @@ def evaluation(name: str, run: Path, chosen: Evaluation) -> Job:
     )
 
 
+class Stopwatch:
+    """Seconds of the stages, over every start of this command."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds = json.loads(path.read_text()) if path.exists() else 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = round(self.seconds + time.monotonic() - self._started, 1)
+        write_atomic(self._path, json.dumps(self.seconds))
+
+
+def _is_measured(name: str, run: Path, checkpoint: Evaluation) -> bool:
+    """Whether an earlier start of this command has evaluated this very checkpoint."""
+    result = _held_out(name)
+    if not result.exists() or result.stat().st_mtime < (run / "journal.jsonl").stat().st_mtime:
+        return False
+    return json.loads(result.read_text())["policy"] == str(run / (checkpoint.policy or ""))
+
+
 def _held_out(name: str) -> Path:
     return ROOT / "held_out" / f"{name}.json"
 
 
 def main() -> None:
     """Run everything; prints the table and where the report is."""
-    started = time.monotonic()
+    stopwatch = Stopwatch(ROOT / "seconds.json")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     base, rloop, dapo = ROOT / "base", ROOT / "rloop", ROOT / "dapo"
     columns = (TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=Console()) as view:
-        run_together(view, [train("quickstart_base", "base model (SFT)")])
-        run_together(view, [train("quickstart", "RLoop, 3 iterations"), train("quickstart_dapo", "plain DAPO")])
+        with stopwatch:
+            run_together(view, [train("quickstart_base", "base model (SFT)")])
+        with stopwatch:
+            run_together(view, [train("quickstart", "RLoop, 3 iterations"), train("quickstart_dapo", "plain DAPO")])
         chosen = _checkpoints(base, rloop, dapo)
-        jobs = [evaluation(name, run, checkpoint) for name, (_, run, checkpoint) in chosen.items()]
+        jobs = [
+            evaluation(name, run, checkpoint)
+            for name, (_, run, checkpoint) in chosen.items()
+            if not _is_measured(name, run, checkpoint)
+        ]
         for first in range(0, len(jobs), 2):
-            run_together(view, jobs[first : first + 2])
+            with stopwatch:
+                run_together(view, jobs[first : first + 2])
     results = _results(chosen)
-    results["seconds"] = round(time.monotonic() - started, 1)
+    results["seconds"] = stopwatch.seconds
     write_atomic(ROOT / "results.json", json.dumps(results, indent=1) + "\n")
     write_report([rloop, dapo, base], ROOT / "report.html", results)
     console = Console() if sys.stdout.isatty() else Console(width=120)

@@ -56,7 +56,8 @@ class MegatronActor(Conducted):
         """One DAPO update on a mini-batch; `advantages` [batch], one a trajectory.
 
         Metrics over the response tokens, before the update: loss, entropy, clip_fraction, ratio_mean, ratio_max,
-        mismatch_mean and mismatch_max (of |trainer - engine logprob|), tokens; and grad_norm, lr, skipped (0 or 1), seconds_update.
+        mismatch_mean and mismatch_max (of |trainer - engine logprob|), tokens; and grad_norm, lr, skipped (0 or 1),
+        seconds_update.
         """
         algorithm, temperature = self._config.algorithm, self._config.rollout.temperature
 
