@@ -160,6 +160,7 @@ def main() -> None:
     """Run everything; prints the table and where the report is."""
     stopwatch = Stopwatch(ROOT / "seconds.json")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    (ROOT / "held_out").mkdir(parents=True, exist_ok=True)
     base, rloop, dapo = ROOT / "base", ROOT / "rloop", ROOT / "dapo"
     columns = (TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=Console()) as view:
