@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
@@ -73,6 +74,7 @@ def _patch_cuda_namespace() -> None:
 def _patch_tensors() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
     torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[assignment, method-assign]
+    _device_constructors()  # remembers the real factories: `with torch.device("meta")` would not know ours
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -39,6 +39,11 @@ def difference(tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tens
     return max(float((tensors[name] - reference[name]).abs().max()) for name in reference) / largest
 
 
+def computed(metrics: dict[str, float]) -> dict[str, float]:
+    """Without the time it took."""
+    return {name: value for name, value in metrics.items() if not name.startswith("seconds_")}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("update", ["sft_one", "sft_many", "rl_one", "rl_many"])
 def test_loss_and_gradients_depend_on_neither_layout_nor_micro_batches(
@@ -46,7 +51,7 @@ def test_loss_and_gradients_depend_on_neither_layout_nor_micro_batches(
 ) -> None:
     metrics, gradients = results[layout][update]
     reference_metrics, reference_gradients = results["one"][update.split("_")[0] + "_one"]
-    assert metrics == pytest.approx(reference_metrics, rel=TOLERANCE)
+    assert computed(metrics) == pytest.approx(computed(reference_metrics), rel=TOLERANCE)
     assert difference(gradients, reference_gradients) <= TOLERANCE
 
 
