@@ -132,10 +132,11 @@ class RunState:
         return self.actor.save_policy(self.directory / "policies" / name)
 
     def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
-        """Name theta_index in the journal."""
-        self.journal.record(
-            "policy", iteration=index, path=self._name(policy.path), digest=policy.digest, reason=reason
-        )
+        """Name theta_index in the journal, once: a crash right after it repeats the end of the phase."""
+        fields = {"iteration": index, "path": self._name(policy.path), "digest": policy.digest, "reason": reason}
+        if any(record["event"] == "policy" and fields.items() <= record.items() for record in self.journal.records):
+            return
+        self.journal.record("policy", **fields)
         self.tracker.message(f"theta_{index}: {reason}")
 
     def endpoint(self, iteration: int) -> Policy:

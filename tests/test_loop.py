@@ -1,0 +1,251 @@
+"""Algorithm 1 over scripted rooms, with the real journal, cache and metrics: where phases start, what crashes leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
+from rloop_mcore.journal import Journal
+from rloop_mcore.loop import RLoop
+from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.run_state import Interrupted, RunState
+from rloop_mcore.tracking import Tracker
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import Example, Policy, Trajectory
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+class Crashes:
+    """Counts the durable calls of a run and dies at the n-th, before or after it."""
+
+    def __init__(self, at: int | None = None, after: bool = False) -> None:
+        self.at, self.after, self.calls = at, after, 0
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.at and not self.after:
+                raise Crash
+            result = call(*args, **kwargs)
+            if self.calls == self.at:
+                raise Crash
+            return result
+
+        return counted
+
+
+class NumberActor:
+    """The policy is a number: an RL step hashes it with the step, fine-tuning with the examples."""
+
+    def __init__(self) -> None:
+        self.number, self.begun = "", list[str]()
+
+    def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
+        self.number = (policy / "number").read_text()
+        self.begun.append(policy.name)
+
+    def advance(self, *what: object) -> None:
+        self.number = hashlib.sha256(repr((self.number, what)).encode()).hexdigest()
+
+    def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
+        self.advance("fine_tune", [example.response_ids for example in batch])
+        return {"loss": 1.0}
+
+    def export(self) -> Iterator[tuple[str, Any]]:
+        return iter([(self.number, None)])
+
+    def save_policy(self, path: Path) -> Policy:
+        return write_policy(path, self.number)
+
+    def save(self, path: Path) -> None:
+        write_policy(path, self.number)
+
+    def load(self, path: Path) -> None:
+        self.number = (path / "number").read_text()
+
+
+def write_policy(path: Path, number: str) -> Policy:
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        (temporary / "number").write_text(number)
+    return Policy(path, number)
+
+
+class HashStep:
+    """An RL step: four trajectories of problem `easy`, all right, and twelve of `hard`, of which `successes` are."""
+
+    def __init__(self, actor: NumberActor, cache: TrajectoryCache, successes: int) -> None:
+        self.actor, self.cache, self.successes = actor, cache, successes
+
+    def run(self, iteration: int, step: int, position: int) -> tuple[int, dict[str, float]]:
+        outcomes = [("easy", n, True) for n in range(4)] + [("hard", n, n < self.successes) for n in range(12)]
+        token = int(self.actor.number[:6], 16)
+        self.cache.append(
+            [
+                Trajectory(iteration, step, problem, n, (1,), (token, n), (-0.5, -0.5), "stop", 1, ok, float(ok), "")
+                for problem, n, ok in outcomes
+            ]
+        )
+        self.actor.advance("rl", step, position)
+        return position + 2, {"success_rate": 0.5}
+
+
+class NumberRollout:
+    def __init__(self) -> None:
+        self.number = ""
+
+    def sync(self, weights: Iterator[tuple[str, Any]], version: int) -> dict[str, float]:
+        self.number = next(weights)[0]
+        return {}
+
+
+class NumberEvaluator:
+    """Records which policy the engines held."""
+
+    def __init__(self, rollout: NumberRollout, directory: Path) -> None:
+        self.rollout, self.directory = rollout, directory
+
+    def evaluate(self, name: str, policy: str) -> dict[str, float]:
+        with atomic_path(self.directory / "evaluation" / f"{name}.json") as path:
+            path.write_text(json.dumps({"policy": policy, "number": self.rollout.number}))
+        return {"avg@1": int(self.rollout.number[:4], 16) / 65536}
+
+
+def configure(*overrides: str) -> Config:
+    short = ["algorithm.iterations=2", "algorithm.rl_steps=3", "evaluation.every=2", "rft.batch_size=1"]
+    return load_config(["run.dir=r", "model.path=m", "data.train=d", *short, *overrides])
+
+
+def start(
+    directory: Path,
+    config: Config,
+    crashes: Crashes | None = None,
+    successes: int = 1,
+    evaluated: bool = True,
+    demonstrations: Sequence[Example] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> NumberActor:
+    """One process of a run: everything is made anew from the directory."""
+    directory.mkdir(exist_ok=True)
+    base = directory.parent / "base"
+    if not base.exists():
+        write_policy(base, "ba5e" * 16)
+    actor, rollout, journal = NumberActor(), NumberRollout(), Journal(directory / "journal.jsonl")
+    cache = TrajectoryCache(directory / "cache")
+    evaluator = NumberEvaluator(rollout, directory) if evaluated else None
+    if crashes is not None:
+        for owner, name in ((actor, "save"), (actor, "save_policy"), (journal, "record"), (cache, "seal")):
+            setattr(owner, name, crashes.around(getattr(owner, name)))
+        if evaluator is not None:
+            evaluator.evaluate = crashes.around(evaluator.evaluate)  # type: ignore[method-assign]
+    tracker = Tracker(directory, TrackingConfig(tensorboard=False, progress=False))
+    state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, stop)  # type: ignore[arg-type]
+    try:
+        state.recover()
+        step = HashStep(actor, cache, successes)
+        RLoop(config, state, actor, step).run(Policy(base, "ba5e" * 16), demonstrations)  # type: ignore[arg-type]
+    finally:
+        tracker.close()
+    return actor
+
+
+def facts(directory: Path) -> dict[str, Any]:
+    """What must not depend on crashes."""
+    cache = TrajectoryCache(directory / "cache")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "events": [
+            {key: value for key, value in record.items() if key not in ("n", "time", "metrics_offset", "shards")}
+            for record in Journal(directory / "journal.jsonl").records
+            if record["event"] != "commit"
+        ],
+        "cache": (cache.count(), cache.digest()),
+        "metrics": [(line["iteration"], line["phase"], line["step"]) for line in lines],
+        "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("number")),
+        "evaluations": {path.name: path.read_text() for path in (directory / "evaluation").glob("*.json")},
+    }
+
+
+def policies(directory: Path) -> list[str]:
+    return [r["path"] for r in Journal(directory / "journal.jsonl").records if r["event"] == "policy"]
+
+
+def test_exploitation_starts_from_the_same_theta_as_exploration(tmp_path: Path) -> None:
+    actor = start(tmp_path / "run", configure(), evaluated=False)
+    assert actor.begun == ["base", "base", "theta_1", "theta_1"]
+    assert policies(tmp_path / "run") == [str(tmp_path / "base"), "policies/theta_1", "policies/theta_2"]
+
+
+def test_without_the_reset_exploitation_starts_from_the_rl_endpoint(tmp_path: Path) -> None:
+    actor = start(tmp_path / "run", configure("algorithm.reset=false"), evaluated=False)
+    assert actor.begun == ["base", "i0_explore_000003", "theta_1", "i1_explore_000003"]
+
+
+def test_without_rft_the_rl_endpoint_is_the_next_theta(tmp_path: Path) -> None:
+    actor = start(tmp_path / "run", configure("rft.enabled=false"), evaluated=False)
+    assert actor.begun == ["base", "i0_explore_000003"]
+    assert policies(tmp_path / "run")[1:] == ["policies/i0_explore_000003", "policies/i1_explore_000003"]
+
+
+def test_an_empty_expert_set_leaves_theta_and_says_so(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure(), successes=0)
+    records = [r for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "policy"]
+    assert {record["path"] for record in records} == {str(tmp_path / "base")}
+    assert [record["reason"] for record in records[1:]] == ["no expert trajectory: nothing to fine-tune on"] * 2
+
+
+def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure())
+    names = [r["name"] for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "measured"]
+    explored = [f"i{i}_{phase}" for i in (0, 1) for phase in ("explore_000002", "explore_000003", "exploit_000000")]
+    assert names == ["base", *explored]
+    for path in (tmp_path / "run" / "evaluation").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert (tmp_path / "run" / record["policy"] / "number").read_text() == record["number"], path.name
+
+
+DEMONSTRATIONS = [Example((1,), (n,)) for n in range(3)]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_crash_at_any_durable_call_leaves_no_trace(tmp_path: Path, every: int) -> None:
+    config = configure(f"checkpoint.every={every}", "sft.batch_size=1")
+    counter = Crashes()
+    start(tmp_path / "whole", config, counter, demonstrations=DEMONSTRATIONS)
+    expected = facts(tmp_path / "whole")
+    for at in range(1, counter.calls + 1):
+        for after in (False, True):
+            directory = tmp_path / f"{at}{after}"
+            with pytest.raises(Crash):
+                start(directory, config, Crashes(at, after), demonstrations=DEMONSTRATIONS)
+            start(directory, config, demonstrations=DEMONSTRATIONS)
+            assert facts(directory) == expected, f"crash {'after' if after else 'before'} durable call {at}"
+
+
+def test_a_stop_commits_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    config = configure("checkpoint.every=3")
+    start(tmp_path / "whole", config)
+    answers = iter([False, True])
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", config, stop=lambda: next(answers))
+    assert Journal(tmp_path / "run" / "journal.jsonl").records[-1]["step"] == 2
+    start(tmp_path / "run", config)
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", configure(), stop=lambda: next(answers, False))
+    start(tmp_path / "run", configure("checkpoint.keep=4"))
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
