@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install quickstart test test-core check format bench
+.PHONY: install install-trl quickstart test test-core check format bench
 
 install: $(STAMP)
 
@@ -15,6 +15,19 @@ $(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
 	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
 	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
 	@touch $(STAMP)
+
+# TRL, the baseline of tools/bench/step_vs_trl.py, on the same torch and transformers in an environment of its own.
+TRL_VENV := .venv-trl
+
+install-trl: $(TRL_VENV)/installed
+
+$(TRL_VENV)/installed: tools/bench/trl_constraints.txt $(STAMP)
+	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== environment $(TRL_VENV) ($$stack) with TRL" && \
+	$(PYTHON) -m venv --clear $(TRL_VENV) && \
+	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(TRL_VENV)/bin/python \
+	-c constraints/$$stack.txt -c tools/bench/trl_constraints.txt trl
+	@touch $@
 
 quickstart: install
 	$(PYTHON) tools/quickstart.py

@@ -21,18 +21,24 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING  # HF folder: config.json, safetensors, tokenizer files
-    family: str = "auto"  # auto: from config.json; otherwise qwen2 or llama
+    family: str = "auto"  # auto: from config.json; otherwise qwen2, qwen3, qwen3_moe or llama
 
 
 @dataclass
 class LayoutConfig:
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    cp: int = 1
-    ep: int = 1
-    dp: int = 1
-    sp: bool = False
+    """How the policy is spread over tp * pp * cp * dp processes; experts over ep * etp of a pipeline stage's."""
+
+    tp: int = 1  # tensor parallel: every matrix is split
+    pp: int = 1  # pipeline stages
+    vpp: int = 1  # virtual stages a stage (interleaved schedule)
+    cp: int = 1  # context parallel: every sequence is split
+    ep: int = 1  # expert parallel
+    etp: int = 1  # tensor parallel of the experts
+    dp: int = 1  # replicas
+    sp: bool = False  # sequence parallel: between the matrices, activations are split over the tp ranks
+    stages: list[int] = field(
+        default_factory=list
+    )  # layers of each of the pp * vpp stages, first to last; []: balanced
 
 
 @dataclass
@@ -58,10 +64,21 @@ class AlgorithmConfig:
     sampled_per_step: int = 1024  # problems asked of the engines in one sampling round
     sampling_rounds: int = 3  # rounds at most to fill the batch; then on with what there is
     updates_per_step: int = 16  # mini-batches, one optimizer update each
+    dynamic_sampling: bool = True  # only groups with right and wrong answers enter the update
+    advantage: str = "group_std"  # group_std (GRPO), group_mean (Dr. GRPO) or leave_one_out (RLOO)
+    aggregation: str = "token_mean"  # token_mean (DAPO), sequence_mean (GRPO) or dr_grpo
     clip_low: float = 0.2
     clip_high: float = 0.28
-    dual_clip: float = 10.0
+    dual_clip: float = 10.0  # 0 = none
     overlong_buffer: int = 512  # tokens before max_tokens over which the penalty grows to -1; 0 = none
+    overlong_filter: bool = False  # responses cut at max_tokens don't enter the loss
+    kl_coefficient: float = 0.0  # of the KL divergence from theta_i; 0 = none
+    kl_estimator: str = "k3"  # k1, k2 or k3
+    entropy_coefficient: float = 0.0  # of the entropy bonus; 0 = none
+    old_logprobs: str = "engine"  # denominator of the ratio: engine's, or trainer's recomputed at the step's start
+    importance: str = "none"  # trainer/engine weight of a token: none, truncate (TIS) or mask (IcePop); needs trainer
+    importance_cap: float = 2.0  # C: the weight is truncated at C, or the token dropped outside [1/C, C]
+    off_policy_mask: float = 0.0  # drop A < 0 sequences whose mean log(old/new) is above this (DeepSeek-V3.2); 0 = none
     hard_threshold: float = 0.1  # hard: success rate over the phase below this
     reset: bool = True  # exploit from theta_i; false: from the RL endpoint (ablation)
 
@@ -72,6 +89,7 @@ class FineTuneConfig:
 
     epochs: int = 1
     batch_size: int = 128
+    loss: str = "token_mean"  # or reward_weighted: mean over trajectories of R(tau) log pi(tau) (paper, eq. 6)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="cosine"))
 
 
@@ -89,8 +107,22 @@ class SftConfig(FineTuneConfig):
 
 @dataclass
 class ActorConfig:
-    micro_batch_tokens: int = 16384  # padded tokens of a micro-batch at most (one sequence at least)
-    recompute: str = "none"  # none, selective or full
+    micro_batch_tokens: int = 16384  # tokens of a packed micro-batch a device (one sequence at least)
+    recompute: str = "none"  # none, selective (core attention) or full
+    distributed_optimizer: bool = True  # optimizer state split over the dp * cp ranks
+    optimizer_offload: float = 0.0  # share of the optimizer state kept in CPU memory; CUDA only
+    precision_aware_optimizer: bool = False  # Transformer Engine's Adam with bf16 moments; CUDA only
+    routing_replay: str = "none"  # experts chosen as by the first_forward of the step, in every update; MoE only
+
+
+@dataclass
+class Fp8Config:
+    """What precision=fp8_* or mxfp8 leaves open."""
+
+    first_bf16_layers: int = 0  # that many layers at the beginning stay bf16
+    last_bf16_layers: int = 0
+    parameter_gather: bool = False  # the distributed optimizer gathers parameters in FP8
+    simulate: bool = False  # quantise and dequantise in torch: no speed, only the numerics; for the CPU
 
 
 @dataclass
@@ -104,7 +136,7 @@ class RolloutConfig:
     bucket_mib: int = 64  # weights broadcast at a time
     start_timeout_s: float = 300.0
     request_timeout_s: float = 3600.0
-    # stop when max |trainer - engine logprob| passes this on the first update of a step; null: 1e-4 in fp32, 5 in bf16
+    # stop when max |trainer - engine logprob| passes this on the first update of a step; null: 1e-4 in fp32, else 5
     mismatch_gate: float | None = None
     mismatch_mean_gate: float = 0.1  # likewise for the mean; bf16 on both sides measures about 0.03, fp32 1e-6
 
@@ -142,6 +174,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int = 1  # RL steps (or fine-tuning updates) between commits
     keep: int = 1  # resumable checkpoints kept; the policies that were evaluated are all kept
+    asynchronous: bool = False  # write while training goes on; the commit follows at the next one
 
 
 @dataclass
@@ -163,7 +196,9 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
-    precision: str = "bf16"  # bf16 (fp32 main weights) or fp32
+    # bf16 (fp32 main weights), fp32, or the matrices in FP8: fp8_delayed, fp8_tensorwise, fp8_blockwise, mxfp8
+    precision: str = "bf16"
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_updates=160))  # 10 rollout steps
     rft: RftConfig = field(default_factory=RftConfig)

@@ -75,7 +75,7 @@ class RLoop:
         elif not experts:
             theta, reason = origin, "no expert trajectory: nothing to fine-tune on"
         else:
-            examples = [Example(t.prompt_ids, t.response_ids) for t in experts]
+            examples = [Example(t.prompt_ids, t.response_ids, float(t.correct)) for t in experts]
             theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, examples)
             reason = f"fine-tuned on {len(experts)} expert trajectories"
         self.state.record_theta(iteration + 1, theta, reason)
@@ -94,6 +94,7 @@ class RLoop:
         seed, count, size = self.state.seed(phase, iteration), len(examples), config.batch_size
         total = update_count(count, size, config.epochs)
         for update in range(self.state.begin(iteration, phase, start, config.optimizer, total), total):
-            metrics = self.actor.fine_tune([examples[i] for i in batch_indices(update, count, size, seed)])
+            batch = [examples[i] for i in batch_indices(update, count, size, seed)]
+            metrics = self.actor.fine_tune(batch, config.loss)
             self.state.commit(iteration, phase, update + 1, total, metrics)
         return self.state.save_policy(f"theta_{0 if phase == 'sft' else iteration + 1}")

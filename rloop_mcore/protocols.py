@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rloop_mcore.types import (
     Completion,
     Example,
+    Experience,
     Policy,
     Problem,
     Prompt,
@@ -32,11 +33,14 @@ class Actor(Protocol):
     def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
         """Take the weights of an HF folder and a fresh optimizer with its schedule over `total_updates`."""
 
-    def update(self, batch: Sequence[Trajectory], advantages: Sequence[float]) -> dict[str, float]:
-        """One DAPO update on a mini-batch; `advantages` [batch], one a trajectory. Returns metrics."""
+    def logprobs(self, batch: Sequence[Trajectory], of_reference: bool) -> list[tuple[float, ...]]:
+        """log pi(response) [response] of each trajectory under the policy, or under the one `begin` took."""
 
-    def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
-        """One SFT update: token-mean negative log-likelihood of the responses. Returns metrics."""
+    def update(self, batch: Sequence[Experience]) -> dict[str, float]:
+        """One DAPO update on a mini-batch. Returns metrics."""
+
+    def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
+        """One SFT update: negative log-likelihood of the responses, weighted as `rft.loss` says. Returns metrics."""
 
     def export(self) -> NamedTensors:
         """Stream the full weights as (HF name, tensor), in the family's fixed order."""
@@ -44,11 +48,17 @@ class Actor(Protocol):
     def save_policy(self, path: Path) -> Policy:
         """Write the weights as an HF folder that transformers and SGLang open, atomically."""
 
-    def save(self, path: Path) -> None:
-        """Write weights, optimizer, schedule and RNG as a Megatron checkpoint, atomically."""
+    def start_save(self, path: Path) -> None:
+        """Copy weights, optimizer, schedule and RNG, and begin to write them as a Megatron checkpoint; one at a time.
+
+        Updates may follow at once: they change nothing of what is written.
+        """
+
+    def finish_save(self) -> None:
+        """Wait until what `start_save` began is whole and durable at its path. Raises Fault where it can't be."""
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote, at any layout."""
+        """Restore what was saved, at any layout."""
 
 
 class WeightBridge(Protocol):

@@ -17,11 +17,11 @@ from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
-from rloop_mcore.types import Group, Prompt, SampleRequest, Sampling, Trajectory
+from rloop_mcore.types import Experience, Group, Prompt, SampleRequest, Sampling, Trajectory
 
 log = logging.getLogger(__name__)
 
-_MISMATCH_GATES = {"fp32": 1e-4, "bf16": 5.0}
+_MISMATCH_GATE_FP32, _MISMATCH_GATE = 1e-4, 5.0
 
 
 class MismatchError(Fault):
@@ -69,12 +69,12 @@ class RLStep:
             groups = self.sample(iteration, step, prompts, visits, watch)
             self.cache.append([trajectory for group in groups for trajectory in group.trajectories])
             sampled += groups
-            kept = informative_groups(sampled, algorithm.prompts_per_step)
+            kept = informative_groups(sampled, algorithm.prompts_per_step, algorithm.dynamic_sampling)
             if len(kept) >= algorithm.prompts_per_step:
                 break
         else:
             log.info("step %d: %d informative groups of %d wanted", step, len(kept), algorithm.prompts_per_step)
-        metrics = self.update(iteration, step, kept) if kept else {"skipped": float(algorithm.updates_per_step)}
+        metrics = self.update(iteration, step, kept)
         seconds = watch.seconds | {"seconds_update": metrics.get("seconds_update", 0.0)}
         return position, metrics | _figures(sampled, kept, seconds)
 
@@ -127,14 +127,13 @@ class RLStep:
 
     def update(self, iteration: int, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """`updates_per_step` optimizer updates; the first is on-policy and is held to the mismatch gate."""
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        advantages = [
-            advantage for group in groups for advantage in group_advantages([t.reward for t in group.trajectories])
-        ]
+        experiences = self.experiences(groups)
+        if not experiences:
+            return {"skipped": float(self.config.algorithm.updates_per_step)}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
-        for rows in mini_batches(len(trajectories), self.config.algorithm.updates_per_step, seed):
-            results.append(self.actor.update([trajectories[i] for i in rows], [advantages[i] for i in rows]))
+        for rows in mini_batches(len(experiences), self.config.algorithm.updates_per_step, seed):
+            results.append(self.actor.update([experiences[i] for i in rows]))
             if len(results) == 1:
                 self._check_mismatch(step, results[0])
         metrics = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
@@ -144,9 +143,31 @@ class RLStep:
             metrics[key] = sum(r[key] for r in results)
         return metrics | {"lr": results[-1]["lr"], "grad_norm_max": max(r["grad_norm"] for r in results)}
 
+    def experiences(self, groups: Sequence[Group]) -> list[Experience]:
+        """The trajectories of the groups with their advantages and the logprobs they are compared with."""
+        algorithm = self.config.algorithm
+        trajectories: list[Trajectory] = []
+        advantages: list[float] = []
+        for group in groups:
+            of_group = group_advantages([t.reward for t in group.trajectories], algorithm.advantage)
+            for trajectory, advantage in zip(group.trajectories, of_group, strict=True):
+                if not (algorithm.overlong_filter and trajectory.finish_reason == "length"):
+                    trajectories.append(trajectory)
+                    advantages.append(advantage)
+        old: list[tuple[float, ...]] = [t.logprobs for t in trajectories]
+        reference: list[tuple[float, ...]] = [()] * len(trajectories)
+        if algorithm.old_logprobs == "trainer" or self.config.actor.routing_replay != "none":
+            first = self.actor.logprobs(trajectories, False)
+            old = first if algorithm.old_logprobs == "trainer" else old
+        if algorithm.kl_coefficient > 0:
+            reference = self.actor.logprobs(trajectories, True)
+        return [Experience(*row) for row in zip(trajectories, advantages, old, reference, strict=True)]
+
     def _check_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         rollout, largest, mean = self.config.rollout, metrics["mismatch_max"], metrics["mismatch_mean"]
-        gate = rollout.mismatch_gate if rollout.mismatch_gate is not None else _MISMATCH_GATES[self.config.precision]
+        gate = rollout.mismatch_gate
+        if gate is None:
+            gate = _MISMATCH_GATE_FP32 if self.config.precision == "fp32" else _MISMATCH_GATE
         if not (largest <= gate and mean <= rollout.mismatch_mean_gate):
             raise MismatchError(
                 f"step {step}: trainer and engine logprobs of the same tokens differ by up to {largest:.3g} (mean "

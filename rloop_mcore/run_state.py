@@ -3,6 +3,7 @@ journal names them; whatever the journal doesn't name is discarded at start."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.journal import Journal
+from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.types import Policy, Trajectory
@@ -36,6 +38,7 @@ class RunState:
     stop_requested: Callable[[], bool]
     position: int = 0  # prompts drawn so far
     _synced: int | None = field(default=None, init=False)
+    _pending: dict[str, Any] | None = field(default=None, init=False)  # the commit whose checkpoint is being written
 
     def recover(self) -> None:
         """Discard what a killed run left beyond its journal."""
@@ -79,6 +82,9 @@ class RunState:
     def commit(self, iteration: int, phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Log a step and, every `checkpoint.every` steps, make everything up to it durable.
 
+        With `checkpoint.asynchronous` that takes until the next commit, which comes at the latest where anything else
+        is journaled: at the end of the phase, before a measurement, when the run is asked to stop.
+
         Raises Interrupted, after committing, when the run was asked to stop.
         """
         self.tracker.log(iteration, phase, step, self._global_step(iteration, phase, step), metrics, total)
@@ -87,25 +93,35 @@ class RunState:
         measured_next = phase == "explore" and every and step % every == 0
         if not (stopping or measured_next or step % self.config.checkpoint.every == 0 or step == total):
             return
+        self._commit_pending()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
-        shards = self.cache.seal()
-        self.actor.save(self.directory / name)
         known = {shard for record in self.journal.records for shard in record.get("shards", ())}
-        self.journal.record(
-            "commit",
-            iteration=iteration,
-            phase=phase,
-            step=step,
-            checkpoint=name,
-            shards=[shard for shard in shards if shard not in known],
-            position=self.position,
-            metrics_offset=self.tracker.offset(),
-        )
+        shards = self.cache.seal()
+        self.actor.start_save(self.directory / name)
+        self._pending = {
+            "iteration": iteration,
+            "phase": phase,
+            "step": step,
+            "checkpoint": name,
+            "shards": [shard for shard in shards if shard not in known],
+            "position": self.position,
+            "metrics_offset": self.tracker.offset(),
+        }
+        if stopping or measured_next or step == total or not self.config.checkpoint.asynchronous:
+            self._commit_pending()
+        if stopping:
+            raise Interrupted
+
+    def _commit_pending(self) -> None:
+        """Wait for the checkpoint that is being written, if one is, and journal it as of when it was started."""
+        if self._pending is None:
+            return
+        self.actor.finish_save()
+        self.journal.record("commit", **self._pending)
+        self._pending = None
         commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
         for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
             _remove(self.directory / obsolete)
-        if stopping:
-            raise Interrupted
 
     def finish(self, iteration: int, phase: str, **facts: Any) -> None:
         """Record that a phase of an iteration is complete."""
@@ -181,7 +197,11 @@ class RunState:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        # A kill amid the removal must leave nothing that the journal names (and `checkpoint.keep` may be raised then).
+        nameless = path.with_name(f".tmp-removed-{path.name}")
+        os.replace(path, nameless)
+        fsync_path(path.parent)
+        shutil.rmtree(nameless)
     else:
         path.unlink(missing_ok=True)
 

@@ -98,11 +98,26 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Experience:
+    """A trajectory as the policy update takes it.
+
+    `old_logprobs` [response] are the denominators of the importance ratio: the engine's, or the trainer's own at the
+    start of the step. `reference_logprobs` [response] are those of theta_i, for the KL term.
+    """
+
+    trajectory: Trajectory
+    advantage: float
+    old_logprobs: tuple[float, ...]
+    reference_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One supervised example: the loss is on the response tokens only."""
+    """One supervised example: the loss is on the response tokens only. `reward`: R(tau) in eq. 6 of the paper."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    reward: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

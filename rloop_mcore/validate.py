@@ -15,10 +15,20 @@ from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
+from rloop_mcore.platform.precision import check_bf16_layers, check_precision
 
 _CHOICES = {
-    "precision": ("bf16", "fp32"),
-    "model.family": ("auto", "qwen2", "llama"),
+    "precision": ("bf16", "fp32", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"),
+    "model.family": ("auto", "llama", "qwen2", "qwen3", "qwen3_moe"),
+    "algorithm.advantage": ("group_std", "group_mean", "leave_one_out"),
+    "algorithm.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.old_logprobs": ("engine", "trainer"),
+    "algorithm.importance": ("none", "truncate", "mask"),
+    "rft.loss": ("token_mean", "reward_weighted"),
+    "sft.loss": ("token_mean", "reward_weighted"),
+    "actor.routing_replay": ("none", "first_forward"),
     "optimizer.schedule": ("constant", "cosine"),
     "rft.optimizer.schedule": ("constant", "cosine"),
     "sft.optimizer.schedule": ("constant", "cosine"),
@@ -28,7 +38,7 @@ _CHOICES = {
     "cluster.device": ("auto", "cpu", "cuda"),
 }
 _POSITIVE = (
-    *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp")),
+    *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
     *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds", "updates_per_step")),
     *(f"{section}.{name}" for section in ("rft", "sft") for name in ("epochs", "batch_size")),
     *(f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("lr", "eps")),
@@ -48,7 +58,8 @@ _NOT_NEGATIVE = (
     "algorithm.rl_steps",
     "algorithm.clip_low",
     "algorithm.clip_high",
-    "algorithm.overlong_buffer",
+    *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),
+    "actor.optimizer_offload",
     "evaluation.every",
     "evaluation.temperature",
     "reward.workers",
@@ -63,7 +74,6 @@ _SHARES = ("rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "rew
 _BELOW_ONE = tuple(
     f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("beta1", "beta2")
 )
-_NOT_YET = ("layout.vpp", "layout.cp", "layout.ep")
 
 
 def check_values(config: Config) -> None:
@@ -84,6 +94,8 @@ def check_values(config: Config) -> None:
     for key in _SHARES:
         if not 0 < values[key] <= 1:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
+    if config.actor.optimizer_offload > 1:
+        raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
     for key in _BELOW_ONE:
         if not 0 <= values[key] < 1:
             raise UserError(f"{key}={values[key]} must be at least 0 and below 1.")
@@ -92,9 +104,6 @@ def check_values(config: Config) -> None:
             raise UserError(f"{key} is empty: give {key}=VALUE.")
     if not 0 <= config.run.seed < 2**31:
         raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
-    for key in _NOT_YET:
-        if values[key] != 1:
-            raise UserError(f"{key}={values[key]} is not supported yet: leave it at 1.")
     _check_algorithm(config)
     _check_rollout(config)
 
@@ -117,6 +126,13 @@ def _check_algorithm(config: Config) -> None:
         raise UserError(
             f"algorithm.prompts_per_step={algorithm.prompts_per_step} can never be filled: sampled_per_step x "
             f"sampling_rounds is {algorithm.sampled_per_step * algorithm.sampling_rounds}."
+        )
+    if algorithm.importance_cap < 1:
+        raise UserError(f"algorithm.importance_cap={algorithm.importance_cap} must be at least 1.")
+    if algorithm.importance != "none" and algorithm.old_logprobs != "trainer":
+        raise UserError(
+            f"algorithm.importance={algorithm.importance} weighs the trainer's logprobs against the engine's: set "
+            "algorithm.old_logprobs=trainer."
         )
     if algorithm.overlong_buffer >= config.rollout.max_tokens:
         raise UserError(
@@ -151,19 +167,31 @@ def _check_rollout(config: Config) -> None:
             )
 
 
+def check_device(config: Config, device: str) -> None:
+    """What `device`, cpu or cuda, can't do. Raises UserError."""
+    actor = config.actor
+    check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
+    if device == "cpu" and actor.optimizer_offload > 0:
+        raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
+    if device == "cpu" and actor.precision_aware_optimizer:
+        raise UserError("actor.precision_aware_optimizer=true needs Transformer Engine's Adam: set it to false.")
+
+
 def check_model(config: Config, model: Path) -> None:
-    """The layout and the lengths against `config.json` of the folder `model`. Raises UserError."""
+    """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
     architecture = read_hf_config(model)
-    heads = architecture.get("num_attention_heads", 0)
-    for key, name, parts in (
-        ("num_attention_heads", "layout.tp", config.layout.tp),
-        ("num_key_value_heads", "layout.tp", config.layout.tp),
-        ("num_hidden_layers", "layout.pp", config.layout.pp),
-    ):
-        count = architecture.get(key, heads)
-        if count % parts:
-            legal = [n for n in range(1, count + 1) if count % n == 0]
-            raise UserError(f"{name}={parts} does not divide {key}={count} of {model}: use one of {legal}.")
+    shape = ModelShape.of(architecture, model / "config.json")
+    if broken := broken_rule(config.layout, shape):
+        legal = nearest_legal(config.layout, shape)
+        raise UserError(
+            f"{broken} (model {model}): the nearest legal layout of {processes(legal)} processes has "
+            f"{overrides(config.layout, legal)}."
+        )
+    check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
+    if config.actor.routing_replay != "none" and not shape.experts:
+        raise UserError(
+            f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     limit = architecture.get("max_position_embeddings", longest)
     if longest > limit:

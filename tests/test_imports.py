@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
-ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis"}
+ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
 RUN = {"journal", "tracking", "progress", "rl_step", "run_state"}
 ALLOWED = {
@@ -25,7 +25,7 @@ ALLOWED = {
     "progress": set(),
     "tracking": SHARED | {"progress"},
     "compose": {"config", "errors"},
-    "validate": {"algorithm", "compose", "config", "errors"},
+    "validate": {"algorithm", "compose", "config", "errors", "planning", "platform"},
     "rl_step": SHARED,
     "run_state": SHARED | RUN,
     "loop": SHARED | RUN,

@@ -1,9 +1,11 @@
-"""Algorithm 1 over scripted rooms, with the real journal, cache and metrics: where phases start, what crashes leave."""
+"""Algorithm 1 over scripted rooms, with the real journal, cache and metrics: where phases start, what kills leave."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,27 +23,19 @@ from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Example, Policy, Trajectory
 
 
-class Crash(Exception):
-    """The process dies here."""
+class Kills:
+    """Copies a run directory before every call that changes it: what a kill at that moment leaves."""
 
+    def __init__(self, directory: Path, copies: Path) -> None:
+        self.directory, self.copies, self.count = directory, copies, 0
 
-class Crashes:
-    """Counts the durable calls of a run and dies at the n-th, before or after it."""
+    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def copied(*args: Any, **kwargs: Any) -> Any:
+            shutil.copytree(self.directory, self.copies / str(self.count))
+            self.count += 1
+            return call(*args, **kwargs)
 
-    def __init__(self, at: int | None = None, after: bool = False) -> None:
-        self.at, self.after, self.calls = at, after, 0
-
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at and not self.after:
-                raise Crash
-            result = call(*args, **kwargs)
-            if self.calls == self.at:
-                raise Crash
-            return result
-
-        return counted
+        return copied
 
 
 class NumberActor:
@@ -49,6 +43,7 @@ class NumberActor:
 
     def __init__(self) -> None:
         self.number, self.begun = "", list[str]()
+        self.saving: tuple[Path, str] | None = None
 
     def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
         self.number = (policy / "number").read_text()
@@ -57,7 +52,7 @@ class NumberActor:
     def advance(self, *what: object) -> None:
         self.number = hashlib.sha256(repr((self.number, what)).encode()).hexdigest()
 
-    def fine_tune(self, batch: Sequence[Example]) -> dict[str, float]:
+    def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
         self.advance("fine_tune", [example.response_ids for example in batch])
         return {"loss": 1.0}
 
@@ -67,11 +62,23 @@ class NumberActor:
     def save_policy(self, path: Path) -> Policy:
         return write_policy(path, self.number)
 
-    def save(self, path: Path) -> None:
-        write_policy(path, self.number)
+    def start_save(self, path: Path) -> None:
+        assert self.saving is None
+        self.saving = path, self.number
+        unfinished(path).mkdir(parents=True)
+
+    def finish_save(self) -> None:
+        assert self.saving is not None
+        (path, number), self.saving = self.saving, None
+        unfinished(path).rmdir()
+        write_policy(path, number)
 
     def load(self, path: Path) -> None:
         self.number = (path / "number").read_text()
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}")
 
 
 def write_policy(path: Path, number: str) -> Policy:
@@ -129,26 +136,27 @@ def configure(*overrides: str) -> Config:
 def start(
     directory: Path,
     config: Config,
-    crashes: Crashes | None = None,
+    kills: Kills | None = None,
     successes: int = 1,
     evaluated: bool = True,
     demonstrations: Sequence[Example] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    actor: NumberActor | None = None,
 ) -> NumberActor:
     """One process of a run: everything is made anew from the directory."""
     directory.mkdir(exist_ok=True)
     base = directory.parent / "base"
     if not base.exists():
         write_policy(base, "ba5e" * 16)
-    actor, rollout, journal = NumberActor(), NumberRollout(), Journal(directory / "journal.jsonl")
+    actor, rollout, journal = actor or NumberActor(), NumberRollout(), Journal(directory / "journal.jsonl")
     cache = TrajectoryCache(directory / "cache")
     evaluator = NumberEvaluator(rollout, directory) if evaluated else None
-    if crashes is not None:
-        for owner, name in ((actor, "save"), (actor, "save_policy"), (journal, "record"), (cache, "seal")):
-            setattr(owner, name, crashes.around(getattr(owner, name)))
-        if evaluator is not None:
-            evaluator.evaluate = crashes.around(evaluator.evaluate)  # type: ignore[method-assign]
     tracker = Tracker(directory, TrackingConfig(tensorboard=False, progress=False))
+    if kills is not None:
+        calls = [(actor, "start_save"), (actor, "finish_save"), (actor, "save_policy"), (cache, "seal")]
+        calls += [(journal, "record"), (tracker, "log"), *([] if evaluator is None else [(evaluator, "evaluate")])]
+        for owner, name in calls:
+            setattr(owner, name, kills.before(getattr(owner, name)))
     state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, stop)  # type: ignore[arg-type]
     try:
         state.recover()
@@ -160,7 +168,7 @@ def start(
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """What must not depend on crashes."""
+    """What must not depend on kills."""
     cache = TrajectoryCache(directory / "cache")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -172,6 +180,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "cache": (cache.count(), cache.digest()),
         "metrics": [(line["iteration"], line["phase"], line["step"]) for line in lines],
         "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("number")),
+        "checkpoints": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "evaluations": {path.name: path.read_text() for path in (directory / "evaluation").glob("*.json")},
     }
 
@@ -217,28 +226,53 @@ def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None
 DEMONSTRATIONS = [Example((1,), (n,)) for n in range(3)]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_crash_at_any_durable_call_leaves_no_trace(tmp_path: Path, every: int) -> None:
-    config = configure(f"checkpoint.every={every}", "sft.batch_size=1")
-    counter = Crashes()
-    start(tmp_path / "whole", config, counter, demonstrations=DEMONSTRATIONS)
-    expected = facts(tmp_path / "whole")
-    for at in range(1, counter.calls + 1):
-        for after in (False, True):
-            directory = tmp_path / f"{at}{after}"
-            with pytest.raises(Crash):
-                start(directory, config, Crashes(at, after), demonstrations=DEMONSTRATIONS)
-            start(directory, config, demonstrations=DEMONSTRATIONS)
-            assert facts(directory) == expected, f"crash {'after' if after else 'before'} durable call {at}"
+def test_a_kill_before_any_change_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, asynchronous: bool
+) -> None:
+    config = configure(f"checkpoint.every={every}", f"checkpoint.asynchronous={asynchronous}", "sft.batch_size=1")
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # what a kill leaves, the system keeps: it only costs time here
+
+    whole, copies = tmp_path / "whole", tmp_path / "copies"
+    kills = Kills(whole, copies)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kills.before(shutil.rmtree))
+        start(whole, config, kills, demonstrations=DEMONSTRATIONS)
+    expected = facts(whole)
+    assert kills.count > 80
+    for directory in sorted(copies.iterdir()):
+        start(directory, config, demonstrations=DEMONSTRATIONS)
+        assert facts(directory) == expected, f"kill before change {directory.name}"
 
 
-def test_a_stop_commits_and_the_next_start_goes_on(tmp_path: Path) -> None:
-    config = configure("checkpoint.every=3")
+def test_an_asynchronous_checkpoint_is_committed_once_it_is_whole(tmp_path: Path) -> None:
+    """While SFT's second update is made, the first one's checkpoint is unfinished and the journal silent about it."""
+    seen: list[tuple[list[int], list[str]]] = []
+
+    class Watched(NumberActor):
+        def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
+            commits = [r["step"] for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "commit"]
+            seen.append((commits, sorted(path.name for path in (tmp_path / "run").glob("checkpoints/*"))))
+            return super().fine_tune(batch, loss)
+
+    config = configure("checkpoint.asynchronous=true", "sft.batch_size=1", "rft.enabled=false")
+    start(tmp_path / "run", config, demonstrations=DEMONSTRATIONS, actor=Watched())
+    assert seen == [
+        ([], []),
+        ([], [".tmp-i0_sft_000001"]),
+        ([1], [".tmp-i0_sft_000002", "i0_sft_000001"]),
+    ]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stop_commits_and_the_next_start_goes_on(tmp_path: Path, asynchronous: bool) -> None:
+    config = configure("checkpoint.every=3", f"checkpoint.asynchronous={asynchronous}")
     start(tmp_path / "whole", config)
-    answers = iter([False, True])
+    answers = iter([True])
     with pytest.raises(Interrupted):
         start(tmp_path / "run", config, stop=lambda: next(answers))
-    assert Journal(tmp_path / "run" / "journal.jsonl").records[-1]["step"] == 2
+    assert Journal(tmp_path / "run" / "journal.jsonl").records[-1]["step"] == 1
     start(tmp_path / "run", config)
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
 
@@ -249,3 +283,22 @@ def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:
         start(tmp_path / "run", configure(), stop=lambda: next(answers, False))
     start(tmp_path / "run", configure("checkpoint.keep=4"))
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
+
+
+def test_a_checkpoint_removed_by_half_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run dies while it removes a checkpoint, and is started again to keep more of them."""
+
+    def half(path: Path) -> None:
+        (path / "number").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", configure())
+    monkeypatch.undo()
+    answers = iter([False, True])
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", configure("checkpoint.keep=4"), stop=lambda: next(answers))
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) > 1
+    assert all((path / "number").exists() for path in checkpoints)

@@ -9,7 +9,7 @@ import pytest
 from rloop_mcore.algorithm.advantage import group_advantages
 from rloop_mcore.compose import load_config
 from rloop_mcore.rl_step import MismatchError, RLStep
-from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
+from rloop_mcore.types import Completion, Experience, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
 
 PROBLEMS = [Problem(id=f"p{n}", problem=str(n), answer=str(n)) for n in range(6)]
 GROUP = 4
@@ -54,11 +54,14 @@ class ScriptedRewards:
 
 class RecordingActor:
     def __init__(self, mismatch: float = 0.0) -> None:
-        self.batches: list[tuple[list[Trajectory], list[float]]] = []
+        self.batches: list[list[Experience]] = []
         self.mismatch = mismatch
 
-    def update(self, batch: Sequence[Trajectory], advantages: Sequence[float]) -> dict[str, float]:
-        self.batches.append((list(batch), list(advantages)))
+    def logprobs(self, batch: Sequence[Trajectory], of_reference: bool) -> list[tuple[float, ...]]:
+        return [(-7.0 if of_reference else -3.0,)] * len(batch)
+
+    def update(self, batch: Sequence[Experience]) -> dict[str, float]:
+        self.batches.append(list(batch))
         names = (
             "seconds_update",
             "loss",
@@ -82,7 +85,7 @@ class ListCache:
         self.rows += trajectories
 
 
-def make(right: Callable[[str, int], bool], actor: RecordingActor | None = None, **algorithm: int) -> RLStep:
+def make(right: Callable[[str, int], bool], actor: RecordingActor | None = None, **algorithm: object) -> RLStep:
     settings = {"group_size": GROUP, "sampled_per_step": 3, "prompts_per_step": 2, "updates_per_step": 2} | algorithm
     config = load_config(
         ["run.dir=r", "model.path=m", "data.train=d", "rollout.mismatch_gate=0.01"]
@@ -101,7 +104,7 @@ def test_every_sampled_trajectory_is_cached_before_any_group_is_dropped() -> Non
     assert position == 3
     assert [row.problem_id for row in step.cache.rows] == ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
     assert {(row.iteration, row.step) for row in step.cache.rows} == {(1, 5)}
-    trained = [row.problem_id for batch, _ in step.actor.batches for row in batch]
+    trained = [row.trajectory.problem_id for batch in step.actor.batches for row in batch]
     assert sorted(trained) == ["p1"] * 4 + ["p2"] * 4
     assert metrics["groups_sampled"] == 3
     assert metrics["groups_kept"] == 2
@@ -114,7 +117,7 @@ def test_a_short_batch_is_refilled_and_surplus_groups_stay_in_the_cache() -> Non
     assert position == 6
     assert metrics["groups_kept"] == 2
     assert len(step.cache.rows) == 6 * GROUP
-    trained = {row.problem_id for batch, _ in step.actor.batches for row in batch}
+    trained = {row.trajectory.problem_id for batch in step.actor.batches for row in batch}
     assert trained == {"p2", "p3"}
 
 
@@ -122,7 +125,7 @@ def test_at_the_limit_of_rounds_it_goes_on_with_what_there_is() -> None:
     step = make(lambda problem, n: problem == "p4" and first_only(problem, n), sampling_rounds=2)
     position, metrics = step.run(0, 0, 0)
     assert (position, metrics["groups_kept"]) == (6, 1)
-    assert sum(len(batch) for batch, _ in step.actor.batches) == GROUP
+    assert sum(len(batch) for batch in step.actor.batches) == GROUP
 
 
 def test_without_an_informative_group_no_update_happens() -> None:
@@ -144,9 +147,9 @@ def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
 def test_advantages_belong_to_their_trajectories() -> None:
     step = make(first_only)
     step.run(0, 0, 0)
-    right, wrong = group_advantages([1.0, 0.0, 0.0, 0.0])[:2]
-    pairs = [pair for batch, advantages in step.actor.batches for pair in zip(batch, advantages, strict=True)]
-    assert all(advantage == (right if row.correct else wrong) for row, advantage in pairs)
+    right, wrong = group_advantages([1.0, 0.0, 0.0, 0.0], "group_std")[:2]
+    rows = [row for batch in step.actor.batches for row in batch]
+    assert all(row.advantage == (right if row.trajectory.correct else wrong) for row in rows)
 
 
 def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
@@ -164,3 +167,38 @@ def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
     step.rollout.generate = lambda requests, sampling: [Completion((1,) * 4, (-0.5,) * 4, "length", 1)] * len(requests)  # type: ignore[method-assign]
     step.run(0, 0, 0)
     assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
+
+
+def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
+    step = make(lambda problem, n: False, dynamic_sampling="false", prompts_per_step=3)
+    _, metrics = step.run(0, 0, 0)
+    assert metrics["groups_kept"] == 3
+    assert sum(len(batch) for batch in step.actor.batches) == 3 * GROUP
+
+
+def test_overlong_responses_can_be_left_out_of_the_loss() -> None:
+    step = make(first_only, overlong_filter="true", updates_per_step=1, overlong_buffer=0)
+    cut = [Completion((n,), (-0.5,), "length" if n % 2 else "stop", 1) for n in range(3 * GROUP)]
+    step.rollout.generate = lambda requests, sampling: cut  # type: ignore[method-assign]
+    step.run(0, 0, 0)
+    (batch,) = step.actor.batches
+    assert len(batch) == GROUP  # half of two groups
+    assert {row.trajectory.finish_reason for row in batch} == {"stop"}
+    assert len(step.cache.rows) == 3 * GROUP
+
+
+@pytest.mark.parametrize(
+    ("settings", "old", "reference"),
+    [
+        ({}, (-0.5,), ()),
+        ({"old_logprobs": "trainer"}, (-3.0,), ()),
+        ({"kl_coefficient": 0.1}, (-0.5,), (-7.0,)),
+    ],
+)
+def test_logprobs_are_those_of_engine_trainer_and_reference(
+    settings: dict[str, object], old: tuple[float], reference: tuple[float]
+) -> None:
+    step = make(first_only, **settings)
+    step.run(0, 0, 0)
+    rows = [row for batch in step.actor.batches for row in batch]
+    assert {(row.old_logprobs, row.reference_logprobs) for row in rows} == {(old, reference)}

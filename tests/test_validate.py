@@ -27,7 +27,7 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("algorithm.overlong_buffer=2048", ["algorithm.overlong_buffer=2048", "rollout.max_tokens=2048"]),
         ("evaluation.k=[64]", ["evaluation.k", "64", "32"]),
         ("layout.tp=0", ["layout.tp=0"]),
-        ("layout.cp=2", ["layout.cp=2", "not supported yet"]),
+        ("layout.etp=-2", ["layout.etp=-2"]),
         ("optimizer.schedule=linear", ["optimizer.schedule=linear", "cosine"]),
         ("optimizer.lr=0", ["optimizer.lr=0"]),
         ("precision=fp16", ["precision=fp16", "bf16"]),
@@ -71,18 +71,27 @@ def model(folder: Path, **changes: int) -> None:
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "num_hidden_layers": 24,
+        "intermediate_size": 4864,
         "max_position_embeddings": 4096,
     }
     (folder / "config.json").write_text(json.dumps(shape | changes))
 
 
-def test_a_layout_that_does_not_divide_the_model_names_the_legal_ones(tmp_path: Path) -> None:
+def test_an_illegal_layout_names_its_rule_and_the_nearest_legal_one(tmp_path: Path) -> None:
     model(tmp_path)
-    check_model(load_config([*NEEDED, "layout.tp=2", "layout.pp=4"]), tmp_path)
-    with pytest.raises(UserError, match=r"layout.tp=7 does not divide num_key_value_heads=2.*\[1, 2\]"):
-        check_model(load_config([*NEEDED, "layout.tp=7"]), tmp_path)
-    with pytest.raises(UserError, match=r"layout.pp=5 does not divide num_hidden_layers=24"):
-        check_model(load_config([*NEEDED, "layout.pp=5"]), tmp_path)
+    check_model(load_config([*NEEDED, "layout.tp=2", "layout.pp=5"]), tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_model(load_config([*NEEDED, "layout.tp=3", "layout.dp=2"]), tmp_path)
+    assert str(caught.value) == (
+        f"layout.tp=3 does not divide num_attention_heads=14 (model {tmp_path}): the nearest legal layout of 6 "
+        "processes has layout.tp=2 layout.dp=3."
+    )
+
+
+def test_a_model_without_the_sizes_a_layout_needs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 12}))
+    with pytest.raises(UserError, match=r"config.json has no num_hidden_layers"):
+        check_model(load_config(NEEDED), tmp_path)
 
 
 def test_lengths_beyond_the_positions_are_refused(tmp_path: Path) -> None:

@@ -2,70 +2,161 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer
+from rloop_mcore.errors import Fault
 from rloop_mcore.platform.files import atomic_path
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# Megatron 0.19's default writer needs nvidia_resiliency_ext; 0.16 has only this one, and no argument to ask for it.
+_OWN_WRITER = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
-def save(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer) -> None:
-    """Collective: write the directory `path` atomically; it is there, whole and durable, when this returns."""
-    # Megatron's default starts a manager process for this queue; a synchronous save reads it in the same process.
-    filesystem_async._results_queue = queue.Queue()
-    with ExitStack() as stack:
-        target = [str(stack.enter_context(_new_directory(path)))] if dist.get_rank() == 0 else [""]
-        if dist.get_world_size() > 1:
+class PendingSave:
+    """A checkpoint on its way to disk: its tensors are copied to host memory, a thread writes this rank's file.
+
+    A thread, where Megatron would fork: it shares nothing with training but the cores, and dies with the run.
+    """
+
+    def __init__(self, path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer) -> None:
+        """Collective: take the checkpoint of this moment. Training may go on when this returns."""
+        self._path = path
+        # Megatron's default starts a manager process for this queue; our writer is in the same process.
+        filesystem_async._results_queue = queue.Queue()
+        with ExitStack() as stack:
+            target = [str(stack.enter_context(_new_directory(path)))] if dist.get_rank() == 0 else [""]
             dist.broadcast_object_list(target, src=0)
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        dist_checkpointing.save(
-            _state(chunks, optimizer, is_loading=False),
-            target[0],
-            sharded_strategy=strategy,
-            validate_access_integrity=False,
-        )
-    if dist.get_world_size() > 1:
+            self._request = dist_checkpointing.save(
+                _state(chunks, optimizer, is_loading=False),
+                target[0],
+                sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                validate_access_integrity=False,
+                async_sharded_save=True,
+                **_OWN_WRITER,
+            )
+            self._directory = stack.pop_all()
+        self._written: Future[None] = Future()
+        if self._request.async_fn is None:  # other ranks hold all that this one does
+            self._written.set_result(None)
+            return
+        buckets = self._request.async_fn_args[1]
+        buckets[:] = [_copied(bucket) for bucket in buckets]
+        Thread(target=_write, args=(self._request, self._written), name="checkpoint", daemon=True).start()
+
+    def finish(self, timeout_s: float) -> None:
+        """Collective: the directory is at its path, whole and durable, when this returns.
+
+        Raises Fault where a rank's file was not written, or not in `timeout_s` seconds: there is no checkpoint then.
+        """
+        with self._directory:
+            failures: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(failures, self._failure(timeout_s))
+            if reasons := [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]:
+                raise Fault(f"the checkpoint {self._path} was not written: {'; '.join(reasons)}")
+            for finalize in self._request.finalize_fns:
+                finalize()
         dist.barrier()
+
+    def _failure(self, timeout_s: float) -> str | None:
+        try:
+            error = self._written.exception(timeout_s)
+        except TimeoutError:
+            return f"its file took more than {timeout_s:.0f} s"
+        return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _copied(bucket: tuple[str, str, tuple[list[Any], list[Any]]]) -> tuple[str, str, tuple[list[Any], list[Any]]]:
+    """A file's contents with its tensors in host memory of their own; the bytes are Megatron's copies already."""
+    file, key, (texts, tensors) = bucket
+    return file, key, (texts, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors])
+
+
+def _write(request: Any, written: Future[None]) -> None:
+    """Write and fsync this rank's file; hand Megatron the result, and `written` the outcome."""
+    outcomes: queue.Queue[tuple[int, Any]] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    running.put(0)
+    try:
+        transforms, (_, (bucket,), results) = request.async_fn.args[0], request.async_fn_args
+        writer = filesystem_async.FileSystemWriterAsync
+        writer.write_preloaded_data(transforms, 0, bucket, outcomes, running, use_fsync=True)
+        index, outcome = outcomes.get_nowait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        results.put({index: outcome})
+    except BaseException as error:
+        written.set_exception(error)
+    else:
+        written.set_result(None)
 
 
 def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer) -> None:
-    """Collective: restore what `save` wrote at this or another layout, into a model and optimizer already built."""
+    """Collective: restore what was saved at this or another layout, into a model and optimizer already built."""
     state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"])
-    with ExitStack() as stack:
-        for part in optimizer.megatron.chained_optimizers:
-            stack.enter_context(_step_left_alone(part))
-        optimizer.megatron.load_state_dict(state["optimizer"])
-    for part in optimizer.megatron.chained_optimizers:
+    optimizer.update, optimizer.steps = state["update"], state["steps"]
+    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+        with ExitStack() as stack:
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(_step_left_alone(part))
+            part.load_state_dict(_with_steps(state["optimizer"][i], part, optimizer.steps))
         for parameter_state in part.optimizer.state.values():
             if "step" in parameter_state:  # Megatron leaves one tensor for all: steps would count double
                 parameter_state["step"] = parameter_state["step"].clone()
-    optimizer.update = state["update"]
     torch.set_rng_state(state["rng"])
 
 
 def _state(chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer, is_loading: bool) -> dict[str, Any]:
     # The policy has no dropout: the only generator is the default one, the same on every rank.
-    state: dict[str, Any] = {"update": optimizer.update, "rng": torch.get_rng_state()}
-    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
-    with ExitStack() as stack:
-        for part in optimizer.megatron.chained_optimizers:
-            stack.enter_context(_bucket_padding_kept(part))
-        state["optimizer"] = optimizer.megatron.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
+    state: dict[str, Any] = {"update": optimizer.update, "steps": optimizer.steps, "rng": torch.get_rng_state()}
+    metadata = dict(_METADATA)  # Megatron adds the process groups of this moment to it
+    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    state["optimizer"] = {}
+    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+        with ExitStack() as stack:
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(_bucket_padding_kept(part))
+            state["optimizer"][i] = part.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    # Only tensors travel. How parameters are grouped depends on the layout (Megatron has an optimizer of its own for
+    # experts over ep), and the groups' settings are those of the phase, which `begin` gave.
+    dict_list_map_inplace(_kept_here, state["optimizer"])
     return state | models
+
+
+def _kept_here(value: Any) -> Any:
+    return value if isinstance(value, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(value)
+
+
+def _with_steps(state: dict[str, Any], part: MegatronOptimizer, steps: int) -> dict[str, Any]:
+    """The state of one Megatron optimizer, with Adam's step count where that optimizer looks for it."""
+    inner = state.get("optimizer", state)
+    for group in inner["param_groups"]:
+        group["step"] = steps
+    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
+        inner["state"]["common_step"] = torch.tensor(float(steps))
+    return state
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""Logprobs and entropy of tokens from logits whose vocabulary is split over the tensor-parallel ranks."""
+"""Logprobs and entropy of tokens from hidden states, without ever holding the logits of all of them.
+
+The vocabulary is split over the tensor-parallel ranks and the tokens are taken chunk by chunk; the backward pass
+computes a chunk's logits again. That costs a third more of the output layer's arithmetic and saves memory of tokens x
+vocabulary in fp32, several times over.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +11,114 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits of a chunk: what a cache holds, and what keeps a GPU's GEMM busy
 _NEVER = -1e30  # logit of a padding row of the vocabulary: finite, so that 0 * logit stays 0 in the entropy
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, vocabulary: int, temperature: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: int,
+    temperature: float,
+    group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(target) and the entropy of p = softmax(logits / temperature), in nats, both [tokens] in fp32.
+    """log p(target) and the entropy of p = softmax(hidden @ weight.T / temperature), in nats, both [tokens] in fp32.
 
-    `logits` [tokens, padded vocabulary / tp] is this rank's shard; `targets` [tokens] are global ids; `vocabulary` is
-    the true size, without padding. The logprobs are differentiable, the entropy is not.
+    `hidden` [tokens, hidden], the same on all ranks of the tensor-parallel `group`; `weight` [padded vocabulary / tp,
+    hidden] is this rank's shard; `targets` [tokens] are global ids; `vocabulary` is the true size, without padding.
+    Both results are differentiable; the gradient of `hidden` is this rank's part of a sum over the group.
     """
-    shard = logits.size(-1)
-    first = shard * parallel_state.get_tensor_model_parallel_rank()
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    if first + shard > vocabulary:
-        padding = torch.arange(first, first + shard, device=logits.device) >= vocabulary
-        logits = logits.masked_fill(padding, _NEVER)
-    return _TokenLogprobs.apply(logits, targets - first, parallel_state.get_tensor_model_parallel_group())
+    first = weight.size(0) * group.rank()
+    return _TokenLogprobs.apply(hidden, weight, targets - first, vocabulary - first, 1.0 / temperature, group)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """One pass over the sharded softmax: two all-reduces forward, none backward."""
-
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, local_targets: torch.Tensor, group: dist.ProcessGroup
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: int,
+        scale: float,
+        group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        split = group.size() > 1
-        maximum = logits.amax(-1)
-        if split:
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
-        shifted = logits - maximum.unsqueeze(-1)
-        exponentials = shifted.exp()
-        mine = (local_targets >= 0) & (local_targets < logits.size(-1))
-        index = local_targets.where(mine, 0).unsqueeze(-1)
-        target = shifted.gather(-1, index).squeeze(-1) * mine
-        sums = torch.stack([exponentials.sum(-1), (exponentials * shifted).sum(-1), target])
-        if split:
-            dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-        partition, weighted, target = sums
-        ctx.save_for_backward(exponentials.div_(partition.unsqueeze(-1)), index, mine)
+        """`targets` count from this shard's first row, of which the first `rows` are no padding."""
+        tokens = hidden.size(0)
+        maximum, partition, weighted, target = hidden.new_zeros(4, tokens, dtype=torch.float32).unbind()
+        for part in _chunks(tokens, weight.size(0), hidden.device):
+            logits = _logits(hidden[part], weight, rows, scale)
+            maximum[part] = logits.amax(-1)
+            index, mine = _local(targets[part], weight.size(0))
+            target[part] = logits.gather(-1, index).squeeze(-1) * mine
+            shifted = logits - maximum[part].unsqueeze(-1)
+            exponentials = logits.copy_(shifted).exp_()
+            partition[part] = exponentials.sum(-1)
+            weighted[part] = shifted.mul_(exponentials).sum(-1)
+        if group.size() > 1:
+            maximum, partition, weighted, target = _over_the_vocabulary(maximum, partition, weighted, target, group)
+        normaliser = maximum + partition.log()
         entropy = partition.log() - weighted / partition
-        ctx.mark_non_differentiable(entropy)
-        return target - partition.log(), entropy
+        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)
+        ctx.rows, ctx.scale = rows, scale
+        return target - normaliser, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        probabilities, index, mine = ctx.saved_tensors
-        gradient = gradients[0].unsqueeze(-1)
-        return (probabilities * -gradient).scatter_add(-1, index, gradient * mine.unsqueeze(-1)), None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """d log p(t) / d logit_j = [j = t] - p_j and d H / d logit_j = -p_j (log p_j + H)."""
+        hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
+        of_logprobs, of_entropy = (gradient.unsqueeze(-1) * ctx.scale for gradient in gradients)
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _chunks(hidden.size(0), weight.size(0), hidden.device):
+            logprobs = _logits(hidden[part], weight, ctx.rows, ctx.scale).sub_(normaliser[part].unsqueeze(-1))
+            probabilities = logprobs.exp()
+            # - g1 p - g2 p (log p + H), in place
+            logprobs.add_(entropy[part].unsqueeze(-1)).mul_(of_entropy[part]).add_(of_logprobs[part])
+            of_logits = logprobs.mul_(probabilities).neg_()
+            index, mine = _local(targets[part], weight.size(0))
+            of_logits.scatter_add_(-1, index, of_logprobs[part] * mine.unsqueeze(-1))
+            of_logits = of_logits.to(weight.dtype)
+            torch.mm(of_logits, weight, out=of_hidden[part])
+            of_weight += of_logits.T @ hidden[part]
+        return of_hidden, of_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(1, _CHUNK[device.type] // vocabulary)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
+    """[chunk, vocabulary / tp] in fp32, a tensor of its own."""
+    logits = (hidden @ weight.T).float()
+    if scale != 1.0:
+        logits *= scale
+    if rows < weight.size(0):
+        logits[:, max(rows, 0) :] = _NEVER
+    return logits
+
+
+def _local(targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns [tokens, 1] to gather from this shard, and where they are meant."""
+    mine = (targets >= 0) & (targets < size)
+    return targets.where(mine, 0).unsqueeze(-1), mine
+
+
+def _over_the_vocabulary(
+    maximum: torch.Tensor,
+    partition: torch.Tensor,
+    weighted: torch.Tensor,
+    target: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, ...]:
+    """The softmax's statistics of every rank's shard, put together: two all-reduces for all tokens."""
+    highest = maximum.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    shift = maximum - highest
+    factor = shift.exp()
+    sums = torch.stack([partition * factor, (weighted + shift * partition) * factor, target])
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    return highest, *sums.unbind()

@@ -1,7 +1,8 @@
-"""What Megatron's schedule minimises: sums over the response tokens of a micro-batch.
+"""What Megatron's schedule minimises: weighted sums over the response tokens of a micro-batch.
 
-Megatron adds the sums and the token counts of all micro-batches and data-parallel ranks and divides the gradient by the
-total count (`calculate_per_token_loss`), so the gradient is that of the token mean over the global mini-batch.
+Megatron adds the sums and the token counts of all micro-batches, data- and context-parallel ranks and divides the
+gradient by the total count N (`calculate_per_token_loss`). A token's weight makes of that token mean whatever
+`algorithm.aggregation` asks for, over the global mini-batch whatever the layout.
 """
 
 from __future__ import annotations
@@ -9,52 +10,67 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
-from rloop_mcore.actor.batching import MicroBatch
-from rloop_mcore.actor.logprobs import token_logprobs
-from rloop_mcore.actor.metrics import MetricNames
+from rloop_mcore.actor.metrics import Report
+from rloop_mcore.actor.packing import MicroBatch
 from rloop_mcore.algorithm.clip import policy_loss
+from rloop_mcore.algorithm.importance import importance_weights
+from rloop_mcore.algorithm.kl import kl_estimate
+from rloop_mcore.algorithm.off_policy_mask import keep_sequences
+from rloop_mcore.config import AlgorithmConfig
 
-DAPO_METRICS = MetricNames(
-    sums=("loss", "tokens", "entropy", "clip_fraction", "ratio_mean", "mismatch_mean"),
-    maxima=("ratio_max", "mismatch_max"),
-)
-FINE_TUNING_METRICS = MetricNames(sums=("loss", "tokens"))
-
-# logits [batch, seq, vocabulary / tp] -> (loss summed over tokens, number of tokens, report in the order of the names)
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+# (micro-batch, logprobs [n], entropy [n]) -> (loss summed over the n response tokens, what to report)
+Loss = Callable[[MicroBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Report]]
 
 
-def dapo_loss(
-    batch: MicroBatch, vocabulary: int, temperature: float, clip_low: float, clip_high: float, dual_clip: float
-) -> LossFunction:
-    """DAPO's token-level policy loss (arXiv 2503.14476, eq. 12) against the behaviour policy's logprobs."""
+def policy_update_loss(config: AlgorithmConfig, context_group: dist.ProcessGroup) -> Loss:
+    """DAPO's policy loss (arXiv 2503.14476, eq. 12) with the options of docs/algorithm.md."""
 
-    def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mask = batch.mask
-        logprobs, entropy = token_logprobs(logits[mask], batch.targets[mask], vocabulary, temperature)
-        old = batch.old_logprobs[mask]
-        per_token, clipped = policy_loss(logprobs, old, batch.advantages[mask], clip_low, clip_high, dual_clip)
-        total, tokens = per_token.sum(), mask.sum(dtype=torch.int)
-        difference = logprobs.detach() - old
-        ratio, mismatch = difference.exp(), difference.abs()
-        sums = [total.detach(), tokens, entropy.sum(), clipped.sum(), ratio.sum(), mismatch.sum()]
-        return total, tokens, torch.stack([*sums, _maximum(ratio), _maximum(mismatch)])
+    def loss(batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, Report]:
+        old, engine = batch.old_logprobs, batch.engine_logprobs
+        per_token, clipped = policy_loss(
+            logprobs, old, batch.advantages, config.clip_low, config.clip_high, config.dual_clip
+        )
+        ratio, mismatch = (logprobs.detach() - old).exp(), (logprobs.detach() - engine).abs()
+        sums = {"entropy": entropy, "clip_fraction": clipped, "ratio_mean": ratio, "mismatch_mean": mismatch}
+        if config.importance != "none":
+            importance = importance_weights(old, engine, config.importance, config.importance_cap)
+            per_token = per_token * importance
+            sums["importance_mean"] = importance
+        if config.off_policy_mask > 0:
+            kept = _of_kept_sequences(batch, logprobs.detach(), config.off_policy_mask, context_group)
+            per_token = per_token * kept
+            sums["off_policy_kept"] = kept
+        if config.kl_coefficient > 0:
+            divergence = kl_estimate(logprobs, batch.reference_logprobs, config.kl_estimator)
+            per_token = per_token + config.kl_coefficient * divergence
+            sums["kl"] = divergence
+        if config.entropy_coefficient > 0:
+            per_token = per_token - config.entropy_coefficient * entropy
+        total = (per_token * batch.weights).sum()
+        return total, Report.of(
+            sums | {"loss": per_token * batch.weights}, {"ratio_max": ratio, "mismatch_max": mismatch}
+        )
 
     return loss
 
 
-def fine_tuning_loss(batch: MicroBatch, vocabulary: int) -> LossFunction:
-    """The negative log-likelihood of the response tokens."""
-
-    def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mask = batch.mask
-        logprobs, _ = token_logprobs(logits[mask], batch.targets[mask], vocabulary, 1.0)
-        total, tokens = -logprobs.sum(), mask.sum(dtype=torch.int)
-        return total, tokens, torch.stack([total.detach(), tokens])
-
-    return loss
+def fine_tuning_loss(batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, Report]:
+    """The negative log-likelihood of the response tokens, weighted."""
+    per_token = -logprobs * batch.weights
+    return per_token.sum(), Report.of({"loss": per_token}, {})
 
 
-def _maximum(values: torch.Tensor) -> torch.Tensor:
-    return values.max() if values.numel() else values.new_zeros(())
+def _of_kept_sequences(
+    batch: MicroBatch, logprobs: torch.Tensor, limit: float, context_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """1.0 for the tokens of the sequences that the off-policy mask keeps; a sequence may lie on several ranks."""
+    statistics = logprobs.new_zeros(3, len(batch.lengths))
+    columns = torch.stack([batch.engine_logprobs - logprobs, batch.advantages, torch.ones_like(logprobs)])
+    statistics.index_add_(1, batch.sequences, columns)
+    if context_group.size() > 1:
+        dist.all_reduce(statistics, group=context_group)
+    log_ratio, advantage, count = statistics
+    count = count.clamp(min=1.0)
+    return keep_sequences(log_ratio / count, advantage / count, limit)[batch.sequences].to(logprobs.dtype)

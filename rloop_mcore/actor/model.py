@@ -5,43 +5,97 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 
-from rloop_mcore.config import LayoutConfig
+from rloop_mcore.actor.logprobs import token_logprobs
+from rloop_mcore.actor.packing import MicroBatch
+from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.platform import fp8_simulation, precision
 from rloop_mcore.platform.layer_spec import block_spec, transformer_settings
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
-def build_model(
-    architecture: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype, recompute: str = "none"
-) -> list[torch.nn.Module]:
+
+class PolicyChunk(GPTModel):
+    """A pipeline stage's chunk of the policy. The last one ends in hidden states: see `logprobs`."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    def token_logprobs(
+        self, hidden: torch.Tensor, batch: MicroBatch, vocabulary: int, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logprobs and entropies [n] of the micro-batch's response tokens; `hidden` is the last chunk's output."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)[batch.positions, 0]
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden[batch.positions, 0])
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        return token_logprobs(hidden, weight, batch.targets, vocabulary, temperature, group)
+
+
+def build_model(architecture: dict[str, Any], config: Config) -> list[PolicyChunk]:
     """This rank's pipeline chunks of the policy, with random weights that `WeightBridge.load` then replaces.
 
-    `architecture` is `WeightBridge.architecture()`; `dtype` float32 or bfloat16; `recompute` none, selective or
-    full. The vocabulary is padded with rows to a multiple of tp.
+    `architecture` is `WeightBridge.architecture()`. The vocabulary is padded with rows to a multiple of tp.
     """
-    config = _transformer_config(architecture["transformer"], layout, dtype, recompute)
-    gpt = dict(architecture["gpt"])
-    gpt["vocab_size"] = padded_vocabulary(gpt["vocab_size"], layout.tp)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        **gpt,
+    layout = config.layout
+    settings = _transformer_config(architecture["transformer"], config)
+    gpt = architecture["gpt"] | {"vocab_size": padded_vocabulary(architecture["gpt"]["vocab_size"], layout.tp)}
+    chunks = []
+    for virtual_stage in range(layout.vpp):
+        stage = virtual_stage if layout.vpp > 1 else None
+        chunks.append(
+            PolicyChunk(
+                config=settings,
+                transformer_layer_spec=block_spec(settings, stage),
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                parallel_output=True,
+                vp_stage=stage,
+                **gpt,
+            )
+        )
+    if config.fp8.simulate:
+        fp8_simulation.simulate_fp8(chunks, config.precision, config.fp8, settings.num_layers)
+    return chunks
+
+
+def wrap_for_training(chunks: list[PolicyChunk], config: Config) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk: gradients in fp32 buffers, summed over the data-parallel ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.actor.distributed_optimizer,
+        **precision.ddp_settings(config.precision, config.fp8),
     )
-    return [model]
-
-
-def wrap_for_training(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk: gradients in one fp32 buffer, summed over the data-parallel ranks."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads  # type: ignore[union-attr]
-    return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+
+
+def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
+    """What attention and rotary positions need to know of a micro-batch."""
+    boundaries = torch.tensor([0, *batch.lengths], device=batch.tokens.device).cumsum(0, dtype=torch.int32)
+    longest = max(batch.lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def padded_vocabulary(size: int, tp: int) -> int:
@@ -49,25 +103,41 @@ def padded_vocabulary(size: int, tp: int) -> int:
     return -(-size // tp) * tp
 
 
-def _transformer_config(
-    fields: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype, recompute: str
-) -> TransformerConfig:
-    recompute_fields: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+def _transformer_config(fields: dict[str, Any], config: Config) -> TransformerConfig:
+    layout, dtype = config.layout, precision.parameter_dtype(config.precision)
     return TransformerConfig(
-        **(fields | transformer_settings() | recompute_fields[recompute]),
+        **(
+            fields
+            | transformer_settings()
+            | precision.transformer_settings(config.precision, config.fp8)
+            | _RECOMPUTE[config.actor.recompute]
+            | _pipeline(layout, dtype)
+        ),
         tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        sequence_parallel=layout.sp and layout.tp > 1,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.sp,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        moe_enable_routing_replay=config.actor.routing_replay != "none",
         # Megatron 0.16 marks parameters as split over TP while it draws them: unmarked, the gradient norm is wrong.
         perform_initialization=True,
         calculate_per_token_loss=True,
     )
+
+
+def _pipeline(layout: LayoutConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The stages. Megatron's interleaved schedule over two stages is silently wrong with batched p2p calls."""
+    if layout.pp == 1:
+        return {}
+    stages = [["decoder"] * layers for layers in layout.stages]
+    stages[0], stages[-1] = ["embedding", *stages[0]], [*stages[-1], "loss"]
+    return {
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": stages,
+        "pipeline_dtype": dtype,
+        "overlap_p2p_comm": layout.vpp > 1,
+        "batch_p2p_comm": layout.vpp == 1,
+    }

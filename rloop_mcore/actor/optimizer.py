@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,7 +12,8 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from rloop_mcore.config import OptimizerConfig
+from rloop_mcore.config import ActorConfig, Config, OptimizerConfig
+from rloop_mcore.platform.precision import optimizer_settings, parameter_dtype
 
 
 def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> float:
@@ -37,11 +39,14 @@ class PolicyOptimizer:
     """Optimizer state and schedule position of one phase over the DDP-wrapped chunks."""
 
     def __init__(
-        self, chunks: list[DistributedDataParallel], config: OptimizerConfig, total_updates: int, dtype: torch.dtype
+        self, chunks: list[DistributedDataParallel], config: OptimizerConfig, total_updates: int, run: Config
     ) -> None:
+        """`config`: the phase's; `run` says in which precision and where the state lives."""
         self._config = config
+        dtype = parameter_dtype(run.precision)
         self._total_updates = total_updates
-        self.update = 0
+        self.update = 0  # position in the schedule
+        self.steps = 0  # Adam's: the updates that were not skipped
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -53,7 +58,9 @@ class PolicyOptimizer:
                 clip_grad=config.clip_grad,
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
-                use_distributed_optimizer=True,
+                use_distributed_optimizer=run.actor.distributed_optimizer,
+                **_placement(run.actor),
+                **optimizer_settings(run.precision, run.fp8),
             ),
             chunks,
         )
@@ -76,7 +83,19 @@ class PolicyOptimizer:
             parameters = [p for optimizer in self.megatron.chained_optimizers for p in optimizer.get_parameters()]
             clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, norm)
         self.megatron.step_with_ready_grads()
+        self.steps += 1
         return StepResult(norm, rate, skipped=False)
+
+
+def _placement(actor: ActorConfig) -> dict[str, Any]:
+    """Megatron's settings that save GPU memory."""
+    settings: dict[str, Any] = {}
+    if actor.optimizer_offload > 0:
+        settings |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": actor.optimizer_offload}
+    if actor.precision_aware_optimizer:
+        settings |= {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16}
+        settings |= {"exp_avg_sq_dtype": torch.bfloat16}
+    return settings
 
 
 def allocate_state(megatron: MegatronOptimizer) -> None:

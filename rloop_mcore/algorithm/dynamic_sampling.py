@@ -16,7 +16,12 @@ def is_informative(correct: Sequence[bool]) -> bool:
     return 0 < sum(correct) < len(correct)
 
 
-def informative_groups(groups: Sequence[Group], limit: int) -> list[Group]:
-    """The first `limit` informative groups, in the order given; fewer where there are fewer."""
-    kept = [group for group in groups if is_informative([t.correct for t in group.trajectories])]
+def informative_groups(groups: Sequence[Group], limit: int, dynamic_sampling: bool = True) -> list[Group]:
+    """The first `limit` informative groups, in the order given; fewer where there are fewer.
+
+    Without dynamic sampling every group counts as informative.
+    """
+    kept = [
+        group for group in groups if not dynamic_sampling or is_informative([t.correct for t in group.trajectories])
+    ]
     return kept[:limit]

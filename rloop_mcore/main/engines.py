@@ -10,8 +10,6 @@ from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, running_servers
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
 
 def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[EmbeddedServer | RunningServer]:
     """The servers of `rollout.endpoints`, or one embedded engine with `model`, still starting."""
@@ -24,7 +22,7 @@ def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Emb
             "engine",
             max_running=config.rollout.max_running,
             threads=config.cluster.threads or len(os.sched_getaffinity(0)),
-            dtype=_DTYPES[config.precision],
+            dtype="float32" if config.precision == "fp32" else "bfloat16",
             device=platform.choose(config.cluster.device),
         )
     ]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore import validate
+from rloop_mcore import platform, validate
 from rloop_mcore.compose import flat, load_config, read_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
@@ -50,6 +50,7 @@ def train(overrides: Sequence[str]) -> int:
 
 def _check_inputs(config: Config, model: Path) -> int:
     """Read whatever the run will read, so that a mistake shows now; returns the number of training problems."""
+    validate.check_device(config, platform.choose(config.cluster.device))
     validate.check_model(config, model)
     catalogue(model)
     TextTokenizer(model)

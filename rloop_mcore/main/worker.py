@@ -14,8 +14,10 @@ from rloop_mcore import platform
 from rloop_mcore.compose import read_config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
+from rloop_mcore.planning.layouts import ModelShape, stages
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.run_state import Interrupted
+from rloop_mcore.validate import read_hf_config
 
 
 def main() -> int:
@@ -29,6 +31,8 @@ def main() -> int:
     try:
         config = read_config(run.config)
         config.model.path = str(run.model(config))
+        layers = ModelShape.of(read_hf_config(Path(config.model.path))).layers
+        config.layout.stages = stages(config.layout, layers)
         platform.setup(config.cluster.device, config.cluster.threads)
         from rloop_mcore.main.rooms import conduct, follow  # the rooms import Megatron, which needs the set-up
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Policy
-from rloop_mcore.weights import llama, qwen2
-from rloop_mcore.weights.family import Family, HfConfig, Parameter, Split, canonical_name
+from rloop_mcore.weights import llama, qwen2, qwen3, qwen3_moe
+from rloop_mcore.weights.family import Family, HfConfig, canonical_name
+from rloop_mcore.weights.gather import gather, shard_number
 from rloop_mcore.weights.hf_folder import TensorReader, write_folder
 
-FAMILIES = (qwen2.FAMILY, llama.FAMILY)
+FAMILIES = (qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, llama.FAMILY)
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama files carry
+
+
+def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter
 
 
 class HfBridge:
@@ -39,6 +43,7 @@ class HfBridge:
         """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
         return self._architecture
 
+    @torch.no_grad()
     def load(self, chunks: Sequence[torch.nn.Module], path: Path) -> None:
         """Fill this rank's shards of every pipeline chunk from the safetensors of the HF folder `path`.
 
@@ -51,32 +56,27 @@ class HfBridge:
         reader.check(self._shapes, ignored=(*_IGNORED, *(["lm_head.weight"] if tied else [])))
         held = _named_parameters(chunks)
         known = {parameter.name: parameter for parameter in self._parameters}
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
         for name, tensor in held.items():
             if name not in known:
                 raise RuntimeError(f"family {self._family.name} does not describe Megatron parameter {name}")
-            shard = known[name].shard(reader.tensor, tensor.shape, rank, ranks)
+            shard = known[name].shard(reader.tensor, tensor.shape, *shard_number(known[name]))
             if shard.shape != tensor.shape:
                 raise RuntimeError(f"{name}: read {tuple(shard.shape)} for a shard of {tuple(tensor.shape)}")
-            tensor.data.copy_(shard)
+            tensor.copy_(shard)
 
-    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(
+        self, chunks: Sequence[torch.nn.Module], of: Callable[[torch.nn.Parameter], torch.Tensor] = _itself
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: gather the shards, one parameter at a time; rank 0 yields the full HF tensors, in fixed order.
 
         The other ranks have to iterate too and yield nothing. A tensor is good until the next update of the weights.
+        `of` gives what is exported for a parameter, of its shape: itself, its gradient, a moment of the optimizer. That
+        has to be whole on the lowest rank that holds the parameter. The gradient of tied embeddings is the first
+        stage's, to which Megatron's finalize_model_grads has added the last one's.
         """
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-            return  # a replica of what rank 0's tensor and pipeline ranks hold
-        held = _named_parameters(chunks)
-        dtype = next(iter(held.values())).dtype
         exported = [parameter for parameter in self._parameters if not parameter.copy]
-        for parameter, stage in zip(exported, _stages(exported, held), strict=True):
-            tensors = _merge_over_tensor_ranks(parameter, held.get(parameter.name))
-            if parallel_state.get_tensor_model_parallel_rank() == 0:
-                tensors = _move_to_first_stage(parameter, stage, tensors, dtype)
-            if dist.get_rank() == 0:
-                yield from zip((source.name for source in parameter.sources), tensors, strict=True)
+        for parameter, shards in gather(exported, _named_parameters(chunks), of):
+            yield from zip((source.name for source in parameter.sources), parameter.merge(shards), strict=True)
 
     def save(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""
@@ -108,60 +108,16 @@ def _choose_family(config: HfConfig, family: str) -> Family:
 
 
 def _named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by canonical name, layers by their global number (Megatron names them by chunk)."""
+    """This rank's parameters by canonical name."""
     held = {}
     for chunk in chunks:
         while isinstance(wrapped := getattr(chunk, "module", None), torch.nn.Module):  # DDP, Float16Module
             chunk = wrapped
-        layers = getattr(chunk, "decoder").layers  # noqa: B009 (a torch module's attributes have no type)
-        offset = layers[0].layer_number - 1 if len(layers) else 0
-        for name, parameter in chunk.named_parameters():
-            parts = canonical_name(name).split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(int(parts[2]) + offset)
-            held[".".join(parts)] = parameter
+        model: Any = chunk  # a torch module's attributes have no type
+        layers, experts = model.decoder.layers, model.config.num_moe_experts or 0
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        first_expert = experts // ranks * parallel_state.get_expert_model_parallel_rank()
+        for name, parameter in model.named_parameters():
+            held[canonical_name(name, first_layer, first_expert)] = parameter
     return held
-
-
-def _stages(parameters: Sequence[Parameter], held: dict[str, torch.nn.Parameter]) -> list[int]:
-    """The pipeline rank that holds each parameter. Collective over the pipeline group."""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    device = next(iter(held.values())).device
-    stages = torch.tensor([rank if parameter.name in held else -1 for parameter in parameters], device=device)
-    dist.all_reduce(stages, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
-    owners = stages.tolist()
-    for parameter, owner in zip(parameters, owners, strict=True):
-        if owner < 0:
-            raise RuntimeError(f"no pipeline stage holds Megatron parameter {parameter.name}")
-    return owners
-
-
-def _merge_over_tensor_ranks(parameter: Parameter, shard: torch.Tensor | None) -> list[torch.Tensor]:
-    """The full HF tensors, on the first tensor-parallel rank of the stage that holds the parameter; else nothing."""
-    if shard is None:
-        return []
-    group = parallel_state.get_tensor_model_parallel_group()
-    ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
-    shard = shard.detach().contiguous()
-    if ranks == 1 or parameter.split is Split.REPLICATED:
-        return parameter.merge([shard]) if first else []
-    shards = [torch.empty_like(shard) for _ in range(ranks)] if first else None
-    dist.gather(shard, shards, group=group, group_dst=0)
-    return parameter.merge(shards) if shards else []
-
-
-def _move_to_first_stage(
-    parameter: Parameter, stage: int, tensors: list[torch.Tensor], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Send a parameter's HF tensors from the stage that holds it to the first; other stages do nothing."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    rank = dist.get_rank(group)
-    if stage != 0 and rank == stage:
-        for tensor in tensors:
-            dist.send(tensor.contiguous(), group=group, group_dst=0)
-    if stage != 0 and rank == 0:
-        device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        tensors = [torch.empty(source.shape, dtype=dtype, device=device) for source in parameter.sources]
-        for tensor in tensors:
-            dist.recv(tensor, group=group, group_src=stage)
-    return tensors

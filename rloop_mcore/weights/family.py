@@ -6,6 +6,7 @@ merging back mean is here, once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -41,7 +42,8 @@ class Parameter:
 
     `name` is Megatron's, its layers numbered from 0 over the whole model. Several sources are fused along dimension 0,
     interleaved in `groups`: group g is the g-th part of every source, one after the other. Without `groups` there is
-    one a tensor-parallel rank. A `copy` is loaded and never exported (the output layer's copy of tied embeddings).
+    one a tensor-parallel rank. A `copy` is loaded and never exported (the output layer's copy of tied embeddings). An
+    `expert` belongs to one expert of many and is split over the expert-tensor-parallel ranks instead.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Parameter:
     split: Split
     groups: int | None = None
     copy: bool = False
+    expert: bool = False
 
     def shard(self, read: Callable[[str], Any], shape: torch.Size, rank: int, ranks: int) -> torch.Tensor:
         """This rank's shard, of `shape`. `read` gives an HF tensor by name; only the slices needed are taken."""
@@ -134,8 +137,20 @@ class Family:
     parameters: Callable[[HfConfig], list[Parameter]]
 
 
-def canonical_name(name: str) -> str:
-    """A Megatron parameter name as families write it: Transformer Engine fuses the norms into the next linear layer."""
-    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
-        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-    )
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def canonical_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
+    """A Megatron parameter name as families write it.
+
+    Megatron numbers layers by chunk and experts by rank: `first_layer` and `first_expert` are the global numbers of the
+    first ones. Transformer Engine fuses the norms into the next linear layer and the experts into one grouped layer.
+    """
+    for fused, own in _FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    name = re.sub(r"(?<=\.experts\.)(linear_fc[12])\.weight(\d+)$", r"local_experts.\2.\1.weight", name)
+    name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda number: str(int(number[0]) + first_layer), name)
+    return re.sub(r"(?<=\.local_experts\.)\d+", lambda number: str(int(number[0]) + first_expert), name)

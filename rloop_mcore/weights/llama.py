@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rloop_mcore.weights import dense
+from rloop_mcore.weights import decoder
 from rloop_mcore.weights.family import Family, HfConfig, Parameter
 
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
-    config.honour(dense.HONOURED | {"attention_bias": False, "mlp_bias": False})
-    return dense.architecture(config)
+    config.honour(decoder.HONOURED | {"attention_bias": False, "mlp_bias": False})
+    return decoder.architecture(config)
 
 
 def _parameters(config: HfConfig) -> list[Parameter]:
-    return dense.parameters(config, qkv_bias=False)
+    return decoder.parameters(config)
 
 
 FAMILY = Family("llama", "LlamaForCausalLM", _architecture, _parameters)

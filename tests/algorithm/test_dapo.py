@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rloop_mcore.algorithm.advantage import group_advantages
 from rloop_mcore.algorithm.clip import policy_loss
 from rloop_mcore.algorithm.dynamic_sampling import informative_groups, is_informative
 from rloop_mcore.algorithm.overlong import overlong_penalty
@@ -61,20 +60,6 @@ def test_an_absurd_ratio_gives_finite_loss_and_gradient():
         assert torch.isfinite(gradient).all()
 
 
-@given(st.lists(st.floats(-2, 1, width=32), min_size=1, max_size=16))
-def test_group_advantages_match_numpy(rewards):
-    advantages = group_advantages(rewards)
-    if len(set(rewards)) == 1:
-        assert advantages == [0.0] * len(rewards)
-        return
-    exact = np.array(rewards, dtype=np.longdouble)
-    np.testing.assert_allclose(advantages, (exact - exact.mean()) / exact.std(ddof=1), rtol=1e-6, atol=1e-9)
-
-
-def test_group_advantages_golden():
-    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5])
-
-
 def group(problem_id: str, correct: list[bool]) -> Group:
     rows = [
         Trajectory(0, 0, problem_id, i, (1,), (2,), (-0.5,), "stop", 0, c, float(c), "") for i, c in enumerate(correct)
@@ -88,6 +73,12 @@ def test_informative_groups_are_the_first_with_mixed_outcomes(outcomes, limit):
     expected = [g for g, correct in zip(groups, outcomes, strict=True) if 0 < np.mean(correct) < 1][:limit]
     assert informative_groups(groups, limit) == expected
     assert all(is_informative([t.correct for t in g.trajectories]) for g in expected)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), max_size=12), st.integers(0, 6))
+def test_without_dynamic_sampling_the_first_groups_are_taken_as_they_come(outcomes, limit):
+    groups = [group(str(number), correct) for number, correct in enumerate(outcomes)]
+    assert informative_groups(groups, limit, dynamic_sampling=False) == groups[:limit]
 
 
 def test_overlong_penalty_follows_the_three_cases_of_the_paper():

@@ -63,6 +63,15 @@ def test_mini_batches_share_out_everything_evenly(count, updates, seed):
     assert not sizes or max(sizes) - min(sizes) <= 1
 
 
+def test_the_papers_batch_makes_16_mini_batches_of_512_over_which_groups_are_split():
+    groups, group_size, updates = 512, 16, 16
+    batches = mini_batches(groups * group_size, updates, seed=0)
+    assert [len(batch) for batch in batches] == [512] * updates
+    homes = Counter(group for batch in batches for group in {index // group_size for index in batch})
+    independent = updates * (1 - (1 - 1 / updates) ** group_size)  # mini-batches a group falls into, about 10.3
+    assert sum(homes.values()) / groups == pytest.approx(independent, rel=0.05)
+
+
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3), st.integers(0, 1000))
 def test_every_epoch_takes_each_example_once_and_only_its_last_batch_is_short(examples, batch_size, epochs, seed):
     updates = update_count(examples, batch_size, epochs)

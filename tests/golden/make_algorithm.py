@@ -6,10 +6,15 @@ What a resumed or repeated run relies on to stay the same for ever, whatever the
 import json
 from pathlib import Path
 
+from rloop_mcore.algorithm.advantage import group_advantages
+from rloop_mcore.algorithm.aggregation import sequence_weights
 from rloop_mcore.algorithm.minibatch import mini_batches
 from rloop_mcore.algorithm.permutation import permutation
 from rloop_mcore.algorithm.rft import batch_indices
 from rloop_mcore.algorithm.seeds import derive_seed
+
+ADVANTAGES = ("group_std", "group_mean", "leave_one_out")
+AGGREGATIONS = ("token_mean", "sequence_mean", "dr_grpo")
 
 
 def values() -> dict:
@@ -18,6 +23,8 @@ def values() -> dict:
         "permutation": permutation(12, seed=5),
         "mini_batches": mini_batches(10, updates=3, seed=1),
         "batch_indices": [batch_indices(update, examples=7, batch_size=3, seed=2) for update in range(6)],
+        "advantages": {kind: group_advantages([1.0, 0.0, -0.3, 0.1, 1.0], kind) for kind in ADVANTAGES},
+        "sequence_weights": {kind: sequence_weights([3, 0, 7, 1], kind, max_tokens=9) for kind in AGGREGATIONS},
     }
 
 

@@ -1,4 +1,4 @@
-"""Train the toy policy in bf16 with a step far below bf16's resolution: `worker_bf16.py OUT`."""
+"""Train the parity suite's dense policy in bf16, by steps far below its resolution: `worker_bf16.py FOLDER OUT`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from rloop_mcore import platform
 platform.setup("cpu", 1)
 
 import torch  # noqa: E402
-from toy_data import advantages, trajectories  # noqa: E402
-from toy_policy import ToyBridge  # noqa: E402
+from parity_model import experiences  # noqa: E402
 
 from rloop_mcore.actor import parallel  # noqa: E402
 from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
 from rloop_mcore.config import Config, OptimizerConfig  # noqa: E402
+from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 SLOW = OptimizerConfig(lr=1e-5, weight_decay=0.0)
 UPDATES = 20
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    actor = MegatronActor(Config(precision="bf16"), ToyBridge())
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    actor = MegatronActor(Config(precision="bf16"), HfBridge(folder))
 
     def weights() -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in actor.export()}
 
     def train(updates: int) -> None:
         for _ in range(updates):
-            actor.update(trajectories(7, 0), advantages(7))
+            actor.update(experiences(0))
 
     result = {}
-    actor.begin(Path("1"), SLOW, UPDATES)
+    actor.begin(folder, SLOW, UPDATES)
     result["start"] = weights()
     train(1)
     result["one"] = weights()
     actor.save(out.with_suffix(".checkpoint"))
     train(UPDATES - 1)
     result["all"] = weights()
-    actor.begin(Path("2"), SLOW, UPDATES)
+    actor.begin(folder, SLOW, UPDATES)
     actor.load(out.with_suffix(".checkpoint"))
     train(UPDATES - 1)
     result["resumed"] = weights()

@@ -11,13 +11,13 @@ platform.setup("cpu", 1)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 
-from rloop_mcore.actor import parallel  # noqa: E402
+from rloop_mcore.actor import logprobs, parallel  # noqa: E402
 from rloop_mcore.actor.conduct import Conducted, collective  # noqa: E402
-from rloop_mcore.actor.logprobs import token_logprobs  # noqa: E402
 from rloop_mcore.config import LayoutConfig  # noqa: E402
 
-TOKENS, VOCABULARY, PADDED, TEMPERATURE = 6, 9, 10, 0.7
+TOKENS, HIDDEN, VOCABULARY, PADDED, TEMPERATURE = 10, 3, 9, 10, 0.7
 
 
 class Adder(Conducted):
@@ -54,30 +54,37 @@ def conducted() -> dict[str, object]:
     return results | {"seen": seen}
 
 
-def logprobs() -> dict[str, torch.Tensor]:
-    """Rank r holds columns [5r, 5r + 5) of the padded logits; the last column is padding."""
+def policy_logprobs() -> dict[str, torch.Tensor]:
+    """Rank r holds rows [5r, 5r + 5) of the padded output layer; the last row is padding."""
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(TOKENS, PADDED, generator=generator) * 20
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    whole = torch.randn(PADDED, HIDDEN, generator=generator) * 5
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    weights = torch.randn(TOKENS, generator=generator)
-    shard = whole.chunk(2, dim=-1)[dist.get_rank()].clone().requires_grad_()
-    values, entropy = token_logprobs(shard, targets, VOCABULARY, TEMPERATURE)
-    (values * weights).sum().backward()
-    gradients = [torch.empty(TOKENS, PADDED // 2) for _ in range(2)]
-    dist.all_gather(gradients, shard.grad)
+    weights = torch.randn(2, TOKENS, generator=generator)
+    group = parallel_state.get_tensor_model_parallel_group()
+    shard = whole.chunk(2)[dist.get_rank()].clone().requires_grad_()
+    mine = hidden.clone().requires_grad_()
+    logprobs._CHUNK["cpu"] = 4 * len(shard)  # four tokens a chunk: two whole ones and a rest
+    values, entropy = logprobs.token_logprobs(mine, shard, targets, VOCABULARY, TEMPERATURE, group)
+    (values * weights[0] + entropy * weights[1]).sum().backward()
+    of_weight = [torch.empty_like(shard) for _ in range(2)]
+    dist.all_gather(of_weight, shard.grad)
+    dist.all_reduce(mine.grad)
     return {
-        "logits": whole,
+        "hidden": hidden,
+        "weight": whole,
         "targets": targets,
         "weights": weights,
         "logprobs": values.detach(),
-        "entropy": entropy,
-        "gradient": torch.cat(gradients, -1),
+        "entropy": entropy.detach(),
+        "of_hidden": mine.grad,
+        "of_weight": torch.cat(of_weight),
     }
 
 
 def main() -> None:
     parallel.initialize(LayoutConfig(tp=2), seed=0, timeout_s=60.0)
-    result = {"logprobs": logprobs(), "conducted": conducted()}
+    result = {"logprobs": policy_logprobs(), "conducted": conducted()}
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[1])
     parallel.destroy()

@@ -9,32 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_model import build_chunks, close_groups, in_ddp, logits_of, open_groups
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA3_ROPE, VOCABULARY, hf_tensors, make_folder, some_ids
+from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rloop_mcore import platform
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
-
-platform.setup("cpu", threads=1)
-
-from rloop_mcore.actor import parallel  # noqa: E402  (Megatron comes after setup)
-from rloop_mcore.actor.model import build_model, wrap_for_training  # noqa: E402
-from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
-    parallel.initialize(LayoutConfig(), seed=0, timeout_s=60)
+    open_groups(LayoutConfig())
     yield
-    parallel.destroy()
+    close_groups()
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[HfBridge, list[torch.nn.Module]]:
     bridge = HfBridge(folder)
-    chunks = build_model(bridge.architecture(), LayoutConfig(), dtype)
+    chunks = build_chunks(bridge.architecture(), LayoutConfig(), dtype)
     bridge.load(chunks, folder)
     return bridge, chunks
 
@@ -42,7 +37,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[HfBridge, li
 @torch.no_grad()
 def assert_same_logits(chunks: list[torch.nn.Module], reference: torch.nn.Module) -> None:
     ids = some_ids()
-    logits = chunks[0](ids, torch.arange(ids.size(1)).expand_as(ids), None)
+    logits = logits_of(chunks, LayoutConfig(), ids)
     torch.testing.assert_close(logits[..., :VOCABULARY], reference(ids).logits, rtol=0, atol=1e-4)
 
 
@@ -55,12 +50,47 @@ def assert_identical(exported: dict[str, torch.Tensor], expected: dict[str, torc
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ratio", [1, 4, 7])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "qwen3_moe"])
 def test_logits_and_round_trip(tmp_path: Path, family: str, ratio: int, tied: bool) -> None:
     reference = make_folder(tmp_path / f"{family}{ratio}", family, kv_heads=2, ratio=ratio, tied=tied)
     bridge, chunks = load(tmp_path / f"{family}{ratio}")
     assert_same_logits(chunks, reference)
-    assert_identical(dict(bridge.export(chunks)), hf_tensors(reference, tied))
+    assert_identical(dict(bridge.export(chunks)), load_file(tmp_path / f"{family}{ratio}" / "model.safetensors"))
+
+
+def test_router_weights_that_do_not_sum_to_one(tmp_path: Path) -> None:
+    reference = make_folder(tmp_path / "m", "qwen3_moe", kv_heads=1, ratio=2, tied=True, norm_topk_prob=False)
+    _, chunks = load(tmp_path / "m")
+    assert_same_logits(chunks, reference)
+
+
+def test_num_experts_as_the_hub_writes_it(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "qwen3_moe", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    expected = HfBridge(tmp_path / "m").architecture()
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    config["num_experts"] = config.pop("num_local_experts")  # transformers 5's name
+    file.write_text(json.dumps(config))
+    assert HfBridge(tmp_path / "m").architecture() == expected
+    assert expected["transformer"]["num_moe_experts"] == 4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_gradients_by_hf_name(tmp_path: Path, family: str) -> None:
+    reference = make_folder(tmp_path / "m", family, kv_heads=2, ratio=2, tied=True)
+    bridge, chunks = load(tmp_path / "m")
+    ids = some_ids()
+    weights = torch.randn(*ids.shape, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    (logits_of(chunks, LayoutConfig(), ids)[..., :VOCABULARY] * weights).sum().backward()
+    (reference(ids).logits * weights).sum().backward()
+    for parameter in reference.parameters():
+        parameter.data = parameter.grad
+    reference.save_pretrained(tmp_path / "gradients")  # transformers names and splits them
+    expected = load_file(tmp_path / "gradients" / "model.safetensors")
+    gradients = dict(bridge.export(chunks, of=lambda parameter: parameter.grad))
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item())
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 123456.0}, LLAMA3_ROPE])
@@ -79,13 +109,13 @@ def test_rope_settings_of_new_and_old_config_files(tmp_path: Path, rope: dict) -
 
 
 def test_ddp_wrapped_bf16_saves_what_it_loaded(tmp_path: Path) -> None:
-    reference = make_folder(tmp_path / "m", "qwen2", kv_heads=2, ratio=4, tied=False, dtype=torch.bfloat16)
+    make_folder(tmp_path / "m", "qwen2", kv_heads=2, ratio=4, tied=False, dtype=torch.bfloat16)
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     bridge, chunks = load(tmp_path / "m", torch.bfloat16)
-    wrapped = wrap_for_training(chunks)
+    wrapped = in_ddp(chunks)
     bridge.load(wrapped, tmp_path / "m")
     policy = bridge.save(bridge.export(wrapped), tmp_path / "out")
-    assert_identical(load_file(tmp_path / "out" / "model.safetensors"), hf_tensors(reference, tied=False))
+    assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("out", "m")))
     assert policy.path == tmp_path / "out"
     assert policy.digest == digest_of(tmp_path / "out") == digest_of(tmp_path / "m")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
@@ -140,10 +170,29 @@ def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence:
         HfBridge(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"num_local_experts": None}, "has no num_local_experts"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
+    ],
+)
+def test_what_is_not_honoured_of_experts_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
+    make_folder(tmp_path / "m", "qwen3_moe", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=sentence):
+        HfBridge(tmp_path / "m")
+
+
 def test_family_by_name(tmp_path: Path) -> None:
     make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
     assert HfBridge(tmp_path / "m", "llama").architecture() == HfBridge(tmp_path / "m").architecture()
-    with pytest.raises(UserError, match="one of auto, llama, qwen2"):
+    with pytest.raises(UserError, match="one of auto, llama, qwen2, qwen3, qwen3_moe"):
         HfBridge(tmp_path / "m", "lama")
 
 
@@ -167,7 +216,7 @@ def test_real_weights_have_transformers_logits() -> None:
     reference.load_state_dict(load_file(SMOLLM2 / "model.safetensors"), strict=False)
     reference.tie_weights()
     ids = torch.randint(0, 49152, (2, 48), generator=torch.Generator().manual_seed(0))
-    logits = chunks[0](ids, torch.arange(48).expand_as(ids), None)
+    logits = logits_of(chunks, LayoutConfig(), ids)
     difference = (logits - reference(ids).logits).abs().max().item()
     print(f"max |difference| of logits: {difference:.2e}")
     assert difference < 1e-3

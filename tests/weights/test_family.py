@@ -96,3 +96,13 @@ def test_transformer_engine_names_are_the_local_ones() -> None:
     assert canonical_name(f"{layer}self_attention.linear_qkv.layer_norm_weight") == f"{layer}input_layernorm.weight"
     assert canonical_name(f"{layer}mlp.linear_fc1.layer_norm_weight") == f"{layer}pre_mlp_layernorm.weight"
     assert canonical_name(f"{layer}mlp.linear_fc1.weight") == f"{layer}mlp.linear_fc1.weight"
+
+
+def test_layers_and_experts_are_numbered_over_the_whole_model() -> None:
+    experts = "decoder.layers.1.mlp.experts."
+    globally = "decoder.layers.5.mlp.experts.local_experts.11.linear_fc1.weight"
+    for name in (f"{experts}local_experts.3.linear_fc1.weight", f"{experts}linear_fc1.weight3"):  # local, grouped GEMM
+        assert canonical_name(name, first_layer=4, first_expert=8) == globally
+    own = "decoder.layers.1.pre_mlp_layernorm.weight"
+    assert canonical_name(own, first_layer=4, first_expert=8) == own.replace("1", "5")
+    assert canonical_name("output_layer.weight", 4, 8) == "output_layer.weight"

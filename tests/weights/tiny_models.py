@@ -16,6 +16,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+FAMILIES = {  # what a family's config has beside the common sizes
+    "qwen2": lambda heads: {"hidden_size": heads * 8},
+    "llama": lambda heads: {"hidden_size": heads * 8, "head_dim": 16, "rms_norm_eps": 1e-5},
+    "qwen3": lambda heads: {"hidden_size": 24, "head_dim": 8},
+    "qwen3_moe": lambda heads: {
+        "hidden_size": 24,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+    },
+}
 
 
 def make_folder(
@@ -28,11 +41,7 @@ def make_folder(
     **overrides: Any,
 ) -> torch.nn.Module:
     """Write a model of `kv_heads * ratio` heads with random weights, norms and biases to `folder`; returns it."""
-    from transformers import (
-        AutoModelForCausalLM,
-        LlamaConfig,
-        Qwen2Config,
-    )  # seconds that two_rank_bridge.py need not spend
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds that bridge_ranks.py need not spend
 
     heads = kv_heads * ratio
     sizes = {
@@ -43,12 +52,10 @@ def make_folder(
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
+        **FAMILIES[family](heads),
         **overrides,
     }
-    if family == "qwen2":
-        config = Qwen2Config(hidden_size=heads * 8, **sizes)
-    else:
-        config = LlamaConfig(hidden_size=heads * 8, head_dim=16, rms_norm_eps=1e-5, **sizes)
+    config = AutoConfig.for_model(family, **sizes)
     torch.manual_seed(sum(folder.name.encode()))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -56,11 +63,6 @@ def make_folder(
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
     model.to(dtype).save_pretrained(folder)
     return model
-
-
-def hf_tensors(model: torch.nn.Module, tied: bool) -> dict[str, torch.Tensor]:
-    """The tensors a folder of `model` has to hold."""
-    return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 def some_ids() -> torch.Tensor:

@@ -53,6 +53,11 @@ def side_by_side(ours: Callable[[], object], baseline: Callable[[], object], rep
     return statistics.median(seconds[baseline]) / statistics.median(seconds[ours])
 
 
+def even_length(text: str) -> bool:
+    """The reward of `step_vs_trl.py`, here for both its environments: an even number of words."""
+    return len(text.split()) % 2 == 0
+
+
 def random_qwen2(folder: Path, quick: bool) -> Qwen2ForCausalLM:
     """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, written to `folder` as an HF folder too."""
     torch.manual_seed(0)

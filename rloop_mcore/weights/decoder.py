@@ -1,7 +1,8 @@
-"""What dense decoders share: grouped-query attention, RMS norms before attention and MLP, SwiGLU, rotary positions."""
+"""What the decoders share: grouped-query attention, RMS norms before attention and MLP, SwiGLU, rotary positions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ HONOURED = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a dense decoder."""
+    """The sizes of a decoder."""
 
     layers: int
     hidden: int
@@ -74,56 +75,69 @@ def architecture(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def parameters(config: HfConfig, qkv_bias: bool) -> list[Parameter]:
-    """All parameters of the model, in the order of export."""
+def dense_mlp(config: HfConfig, mcore: str, hf: str) -> list[Parameter]:
+    """The dense MLP of a layer."""
+    return swiglu(mcore, hf, config["hidden_size"], config["intermediate_size"])
+
+
+def parameters(
+    config: HfConfig,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    mlp: Callable[[HfConfig, str, str], list[Parameter]] = dense_mlp,
+) -> list[Parameter]:
+    """All parameters of the model, in the order of export.
+
+    `mlp` gives those of a layer's MLP from the config and the MLP's names in Megatron and in the HF folder.
+    """
     sizes = Sizes.of(config)
     embedding = HfTensor("model.embed_tokens.weight", (sizes.vocabulary, sizes.hidden))
     tied = config.get("tie_word_embeddings", False)
     output = embedding if tied else HfTensor("lm_head.weight", embedding.shape)
+    found = [Parameter("embedding.word_embeddings.weight", (embedding,), Split.VOCABULARY)]
+    for layer in range(sizes.layers):
+        mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        found += [
+            norm(f"{mcore}.input_layernorm", f"{hf}.input_layernorm", sizes.hidden),
+            *_attention(f"{mcore}.self_attention", f"{hf}.self_attn", sizes, qkv_bias, qk_norm),
+            norm(f"{mcore}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm", sizes.hidden),
+            *mlp(config, f"{mcore}.mlp", f"{hf}.mlp"),
+        ]
     return [
-        Parameter("embedding.word_embeddings.weight", (embedding,), Split.VOCABULARY),
-        *(parameter for layer in range(sizes.layers) for parameter in _layer(layer, sizes, qkv_bias)),
-        _norm("decoder.final_layernorm.weight", "model.norm.weight", sizes),
+        *found,
+        norm("decoder.final_layernorm", "model.norm", sizes.hidden),
         Parameter("output_layer.weight", (output,), Split.VOCABULARY, copy=tied),
     ]
 
 
-def _layer(layer: int, sizes: Sizes, qkv_bias: bool) -> list[Parameter]:
-    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    attention = _attention(f"{mcore}.self_attention", f"{hf}.self_attn", sizes, qkv_bias)
+def norm(mcore: str, hf: str, size: int) -> Parameter:
+    """The weight of an RMS norm."""
+    return Parameter(f"{mcore}.weight", (HfTensor(f"{hf}.weight", (size,)),), Split.REPLICATED)
+
+
+def swiglu(mcore: str, hf: str, hidden: int, ffn: int, expert: bool = False) -> list[Parameter]:
+    """Megatron's fused fc1 holds, on each tensor-parallel rank, its part of the gate and of the up projection."""
+    gate, up = (HfTensor(f"{hf}.{name}.weight", (ffn, hidden)) for name in ("gate_proj", "up_proj"))
+    down = HfTensor(f"{hf}.down_proj.weight", (hidden, ffn))
     return [
-        _norm(f"{mcore}.input_layernorm.weight", f"{hf}.input_layernorm.weight", sizes),
-        *attention,
-        _norm(f"{mcore}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", sizes),
-        *_mlp(f"{mcore}.mlp", f"{hf}.mlp", sizes),
+        Parameter(f"{mcore}.linear_fc1.weight", (gate, up), Split.OUTPUT, expert=expert),
+        Parameter(f"{mcore}.linear_fc2.weight", (down,), Split.INPUT, expert=expert),
     ]
 
 
-def _norm(mcore: str, hf: str, sizes: Sizes) -> Parameter:
-    return Parameter(mcore, (HfTensor(hf, (sizes.hidden,)),), Split.REPLICATED)
-
-
-def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool) -> list[Parameter]:
+def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool, qk_norm: bool) -> list[Parameter]:
     """Megatron's fused QKV holds, for one KV head after the other, its query heads, its key and its value."""
     rows = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads, "v_proj": sizes.kv_heads}
     heads = {projection: count * sizes.head_dim for projection, count in rows.items()}
     weights = tuple(HfTensor(f"{hf}.{name}.weight", (n, sizes.hidden)) for name, n in heads.items())
     biases = tuple(HfTensor(f"{hf}.{name}.bias", (n,)) for name, n in heads.items())
     output = HfTensor(f"{hf}.o_proj.weight", (sizes.hidden, heads["q_proj"]))
-    qkv = [Parameter(f"{mcore}.linear_qkv.weight", weights, Split.OUTPUT, groups=sizes.kv_heads)]
+    found = [Parameter(f"{mcore}.linear_qkv.weight", weights, Split.OUTPUT, groups=sizes.kv_heads)]
     if qkv_bias:
-        qkv.append(Parameter(f"{mcore}.linear_qkv.bias", biases, Split.OUTPUT, groups=sizes.kv_heads))
-    return [*qkv, Parameter(f"{mcore}.linear_proj.weight", (output,), Split.INPUT)]
-
-
-def _mlp(mcore: str, hf: str, sizes: Sizes) -> list[Parameter]:
-    """Megatron's fused fc1 holds, on each tensor-parallel rank, its part of the gate and of the up projection."""
-    gate, up = (HfTensor(f"{hf}.{name}.weight", (sizes.ffn, sizes.hidden)) for name in ("gate_proj", "up_proj"))
-    down = HfTensor(f"{hf}.down_proj.weight", (sizes.hidden, sizes.ffn))
-    return [
-        Parameter(f"{mcore}.linear_fc1.weight", (gate, up), Split.OUTPUT),
-        Parameter(f"{mcore}.linear_fc2.weight", (down,), Split.INPUT),
-    ]
+        found.append(Parameter(f"{mcore}.linear_qkv.bias", biases, Split.OUTPUT, groups=sizes.kv_heads))
+    if qk_norm:
+        found += [norm(f"{mcore}.{x}_layernorm", f"{hf}.{x}_norm", sizes.head_dim) for x in ("q", "k")]
+    return [*found, Parameter(f"{mcore}.linear_proj.weight", (output,), Split.INPUT)]
 
 
 def _rotary(config: HfConfig) -> dict[str, Any]:

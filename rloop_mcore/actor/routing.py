@@ -1,0 +1,105 @@
+"""Routing replay: every update of a step sends a token to the experts that the step's first forward pass chose.
+
+Rounding or an update in between may flip a near tie between experts, and a token's logprob jumps; with the choice kept,
+the importance ratio measures the policy and not the router (Ma et al., arXiv 2510.11370).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+from rloop_mcore import platform
+from rloop_mcore.actor.packing import MicroBatch, Row
+from rloop_mcore.types import Trajectory
+
+Key = tuple[int, int, str, int]
+
+
+def key_of(trajectory: Trajectory) -> Key:
+    """What identifies a trajectory."""
+    return trajectory.iteration, trajectory.step, trajectory.problem_id, trajectory.sample
+
+
+class RoutingReplay:
+    """The experts [positions, layers, top-k] of each trajectory of the current step, whole on every rank."""
+
+    def __init__(self, layers: int, top_k: int) -> None:
+        self._shape = layers, top_k
+        self._kept: dict[Key, torch.Tensor] = {}
+
+    def recording(self, rows: Sequence[Row]) -> Recording:
+        """For a forward pass over `rows`."""
+        return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=torch.int32, device=platform.device()))
+
+    def keep(self, recording: Recording, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> None:
+        """Collective: put together what the ranks recorded, in place of what was kept before."""
+        dist.all_reduce(recording.experts)  # a token's choice of a layer is on one rank only
+        parts = recording.experts.to("cpu", torch.int16).split([len(row) for row in rows])
+        self._kept = {key_of(t): part for t, part in zip(trajectories, parts, strict=True)}
+
+    def replaying(self, trajectories: Sequence[Trajectory]) -> Replaying:
+        """For an update on trajectories of the step that was recorded."""
+        return Replaying(torch.cat([self._kept[key_of(t)] for t in trajectories]).to(platform.device()))
+
+
+class Recording:
+    """Around a chunk's forward pass: notes what its routers choose."""
+
+    def __init__(self, experts: torch.Tensor) -> None:
+        self.experts = experts
+
+    def before(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
+        for _, router in _routers(chunk):
+            router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
+
+    def after(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
+        places = _places(batch)
+        real = places >= 0
+        for layer, router in _routers(chunk):
+            chosen = router.router_replay.get_recorded_indices()
+            self.experts[places[real], layer] = chosen[real].to(self.experts.dtype)
+            router.router_replay.clear_router_replay_action()
+            router.router_replay.clear_indices()
+
+
+class Replaying:
+    """Around a chunk's forward pass: has its routers choose as noted, in a recomputation too."""
+
+    def __init__(self, experts: torch.Tensor) -> None:
+        self._experts = experts
+
+    def before(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
+        places = _places(batch)
+        padding = torch.arange(self._experts.size(-1), device=places.device)
+        for layer, router in _routers(chunk):
+            chosen = self._experts[places, layer].long()
+            router.router_replay.set_target_indices(torch.where(places[:, None] >= 0, chosen, padding))
+            router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+
+    def after(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
+        for _, router in _routers(chunk):
+            router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+
+    def finish(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """After the backward passes: the routers choose by themselves again."""
+        for chunk in chunks:
+            for _, router in _routers(chunk):
+                router.router_replay.clear_router_replay_action()
+                router.router_replay.clear_indices()
+
+
+def _routers(chunk: torch.nn.Module) -> Iterable[tuple[int, TopKRouter]]:
+    """(layer, from 0 over the whole model; its router)."""
+    return [(m.layer_number - 1, m) for m in chunk.modules() if isinstance(m, TopKRouter)]
+
+
+def _places(batch: MicroBatch) -> torch.Tensor:
+    """Of the tokens that this rank's routers see: under sequence parallelism a part of the micro-batch."""
+    parts = batch.places.chunk(parallel_state.get_tensor_model_parallel_world_size())
+    return parts[parallel_state.get_tensor_model_parallel_rank()]

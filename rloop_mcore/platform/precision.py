@@ -1,0 +1,131 @@
+"""What a value of `precision` means to torch, Megatron-Core and Transformer Engine (docs/precision.md).
+
+Imports no torch: validation uses it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rloop_mcore.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
+PRECISIONS = ("bf16", "fp32", *RECIPES)
+
+
+class Fp8(Protocol):
+    """The keys `fp8.*`."""
+
+    first_bf16_layers: int
+    last_bf16_layers: int
+    parameter_gather: bool
+    simulate: bool
+
+
+def check_precision(
+    precision: str, fp8: Fp8, device: str, distributed_optimizer: bool = True, optimizer_offload: float = 0.0
+) -> None:
+    """Raise UserError for what cannot run. `device`: cpu or cuda; the last two are the keys of `actor`."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
+    for key in ("first_bf16_layers", "last_bf16_layers"):
+        if getattr(fp8, key) < 0:
+            raise UserError(f"fp8.{key}={getattr(fp8, key)} is a number of layers: 0 or more.")
+    if fp8.simulate and precision not in RECIPES:
+        raise UserError(
+            f"fp8.simulate=true has nothing to simulate at precision={precision}: use one of {', '.join(RECIPES)}."
+        )
+    if precision not in RECIPES:
+        return
+    if device == "cpu" and not fp8.simulate:
+        raise UserError(
+            f"precision={precision} needs CUDA and Transformer Engine: use bf16 or fp32 on the CPU, or set "
+            "fp8.simulate=true for a simulation of its numerics."
+        )
+    if device == "cuda" and fp8.simulate:
+        raise UserError("fp8.simulate=true is for the CPU; Transformer Engine does FP8 on CUDA: set it to false.")
+    if precision == "fp8_delayed" and (fp8.first_bf16_layers or fp8.last_bf16_layers):
+        raise UserError(
+            "precision=fp8_delayed keeps no layers in bf16: set fp8.first_bf16_layers=0 and fp8.last_bf16_layers=0, "
+            "or use fp8_tensorwise."
+        )
+    if fp8.parameter_gather:
+        _check_parameter_gather(precision, fp8, distributed_optimizer, optimizer_offload)
+
+
+def _check_parameter_gather(precision: str, fp8: Fp8, distributed_optimizer: bool, optimizer_offload: float) -> None:
+    if fp8.simulate:
+        raise UserError("fp8.parameter_gather=true cannot be simulated: set it or fp8.simulate to false.")
+    if not distributed_optimizer:
+        raise UserError("fp8.parameter_gather=true needs actor.distributed_optimizer=true.")
+    if optimizer_offload > 0 and precision != "fp8_delayed":
+        raise UserError(
+            f"fp8.parameter_gather=true at precision={precision} needs actor.optimizer_offload=0 (only fp8_delayed "
+            "has both)."
+        )
+
+
+def check_bf16_layers(fp8: Fp8, num_layers: int, pp: int) -> None:
+    """Raise UserError where more layers stay in bf16, at one end, than the first or last pipeline stage is sure of."""
+    for key in ("first_bf16_layers", "last_bf16_layers"):
+        if getattr(fp8, key) > num_layers // pp:
+            raise UserError(
+                f"fp8.{key}={getattr(fp8, key)} must be at most {num_layers // pp}: the model's {num_layers} layers "
+                f"over layout.pp={pp} stages."
+            )
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype of parameters and activations; FP8 exists only inside the GEMMs (and in the parameter gather)."""
+    import torch
+
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def token_multiple(precision: str) -> int:
+    """What the number of tokens that reach a GEMM must be a multiple of: the weight gradient's GEMM sums over them.
+
+    The rule of Megatron's `get_fp8_align_size`. Under sequence parallelism it holds for every rank's part.
+    """
+    if precision not in RECIPES:
+        return 1
+    return 32 if precision == "mxfp8" else 16
+
+
+def transformer_settings(precision: str, fp8: Fp8) -> dict[str, Any]:
+    """The TransformerConfig fields that switch Transformer Engine's FP8 on; none for bf16, fp32 and a simulation."""
+    if precision not in RECIPES or fp8.simulate:
+        return {}
+    settings: dict[str, Any] = {
+        # hybrid: gradients in E5M2, for its range. A scale for every block makes E4M3's range do.
+        "fp8": "hybrid" if precision in ("fp8_delayed", "fp8_tensorwise") else "e4m3",
+        "fp8_recipe": RECIPES[precision],
+        "fp8_param": fp8.parameter_gather,
+        "first_last_layers_bf16": bool(fp8.first_bf16_layers or fp8.last_bf16_layers),
+        "num_layers_at_start_in_bf16": fp8.first_bf16_layers,
+        "num_layers_at_end_in_bf16": fp8.last_bf16_layers,
+    }
+    if precision == "fp8_delayed":
+        settings |= {"fp8_margin": 0, "fp8_amax_history_len": 1, "fp8_amax_compute_algo": "most_recent"}
+    return settings
+
+
+def ddp_settings(precision: str, fp8: Fp8) -> dict[str, Any]:
+    """The DistributedDataParallelConfig fields of an FP8 parameter gather."""
+    if precision not in RECIPES or not fp8.parameter_gather:
+        return {}
+    # An MXFP8 parameter has two quantised copies, so it cannot be a view of the gather buffer: the gradients' serves.
+    return {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": precision == "mxfp8"}
+
+
+def optimizer_settings(precision: str, fp8: Fp8) -> dict[str, Any]:
+    """Megatron's OptimizerConfig fields for FP8."""
+    if precision not in RECIPES or fp8.simulate:
+        return {}
+    return {
+        "fp8_recipe": RECIPES[precision],
+        "reuse_grad_buf_for_mxfp8_param_ag": fp8.parameter_gather and precision == "mxfp8",
+    }

@@ -1,0 +1,47 @@
+"""The same update through NCCL: one rank under torchrun, and two ranks that share one GPU as if they were two hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_jobs import Results, relative, rms, run, write_model
+
+
+def job(name: str, folder: Path, **layout: Any) -> dict[str, Any]:
+    config = {"layout": layout}
+    return {"name": name, "task": "update", "model": "dense", "folder": str(folder), "config": config}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("dense", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Results:
+    return run([job("alone", folder)], folder)
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> Results:
+    layouts: dict[str, dict[str, Any]] = {
+        "TP2": {"tp": 2},
+        "TP2 SP": {"tp": 2, "sp": True},
+        "PP2": {"pp": 2, "stages": [2, 2]},
+        "CP2": {"cp": 2},
+    }
+    results = run([job(name, folder, **layout) for name, layout in layouts.items()], folder, processes=2)
+    if any("Duplicate GPU" in result.get("error", "") for result in results.values()):
+        pytest.skip("NCCL refuses two ranks on one GPU here (Duplicate GPU detected)")
+    return results
+
+
+@pytest.mark.parametrize("name", ["TP2", "TP2 SP", "PP2", "CP2"])
+def test_two_ranks_agree_with_one(alone: Results, together: Results, name: str) -> None:
+    """Sums in another order, rounded to bf16: no farther apart than bf16 is from fp32."""
+    one, two = alone["alone"], together[name]
+    assert rms(two["logprobs"], one["logprobs"]) < 0.01
+    assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=0.02, abs=2e-3)
+    assert relative(two["gradients"], one["gradients"]) < 0.025

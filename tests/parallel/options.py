@@ -1,0 +1,123 @@
+"""The options of the policy update and of fine-tuning, and the loss of each in transformers and plain autograd."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from parity_model import TEMPERATURE, experiences
+from transformers import PreTrainedModel
+
+from rloop_mcore.types import Example, Experience
+
+MAX_TOKENS = 20
+KL, ENTROPY, CAP, MASKED_ABOVE = 0.3, 0.2, 1.5, 0.2
+UPDATES: dict[str, dict[str, Any]] = {
+    "sequence mean": {"aggregation": "sequence_mean"},
+    "Dr. GRPO": {"aggregation": "dr_grpo"},
+    "k1": {"kl_coefficient": KL, "kl_estimator": "k1"},
+    "k2": {"kl_coefficient": KL, "kl_estimator": "k2"},
+    "k3": {"kl_coefficient": KL, "kl_estimator": "k3"},
+    "entropy": {"entropy_coefficient": ENTROPY},
+    "truncated importance": {"importance": "truncate", "importance_cap": CAP},
+    "masked importance": {"importance": "mask", "importance_cap": CAP},
+    "off-policy mask": {"off_policy_mask": MASKED_ABOVE},
+    "no dual clip": {"dual_clip": 0.0},
+    "all": {
+        "aggregation": "sequence_mean",
+        "kl_coefficient": KL,
+        "kl_estimator": "k3",
+        "entropy_coefficient": ENTROPY,
+        "importance": "mask",
+        "importance_cap": CAP,
+        "off_policy_mask": MASKED_ABOVE,
+    },
+}
+
+
+def off_policy() -> list[Experience]:
+    """A batch whose trainer, engine and reference logprobs all differ."""
+    draw = random.Random(7)
+
+    def near(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(value + draw.uniform(-0.8, 0.8) for value in values)
+
+    return [
+        replace(row, old_logprobs=near(row.old_logprobs), reference_logprobs=near(row.old_logprobs))
+        for row in experiences(0)
+    ]
+
+
+def examples() -> list[Example]:
+    """Supervised examples whose rewards differ."""
+    rows = [row.trajectory for row in experiences(1)]
+    return [Example(t.prompt_ids, t.response_ids, 0.25 + i / 4) for i, t in enumerate(rows)]
+
+
+def token_logprobs(
+    model: PreTrainedModel, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs and entropies [response] of one row."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p[range(len(response)), list(response)], -(log_p.exp() * log_p).sum(-1)
+
+
+def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, float]:
+    """The loss of docs/algorithm.md, row by row; returns metrics and leaves the gradients in the model."""
+    batch = off_policy()
+    lengths = [len(row.trajectory.response_ids) for row in batch]
+    loss = torch.zeros(())
+    sums = dict.fromkeys(("entropy", "ratio_mean", "importance_mean", "off_policy_kept", "kl"), 0.0)
+    for row, length in zip(batch, lengths, strict=True):
+        trajectory, advantage = row.trajectory, row.advantage
+        old, engine, reference = (
+            torch.tensor(values) for values in (row.old_logprobs, trajectory.logprobs, row.reference_logprobs)
+        )
+        new, entropy = token_logprobs(model, trajectory.prompt_ids, trajectory.response_ids, TEMPERATURE)
+        ratio = (new - old).exp()
+        policy = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+        dual = options.get("dual_clip", 10.0)
+        if advantage < 0 and dual:
+            policy = policy.clamp(max=-dual * advantage)
+        weight, cap = (old - engine).exp(), options.get("importance_cap", 0.0)
+        match options.get("importance"):
+            case "truncate":
+                weight = weight.clamp(max=cap)
+            case "mask":
+                weight = weight * ((weight <= cap) & (weight >= 1 / cap))
+            case None:
+                weight = torch.ones(length)
+        limit = options.get("off_policy_mask", math.inf)
+        kept = advantage >= 0 or (engine - new).mean().item() <= limit
+        away = new - reference
+        divergence = {"k1": away, "k2": away**2 / 2, "k3": (-away).exp() - 1 + away}[options.get("kl_estimator", "k1")]
+        token_loss = policy * weight * kept + options.get("kl_coefficient", 0.0) * divergence
+        token_loss = token_loss - options.get("entropy_coefficient", 0.0) * entropy
+        match options.get("aggregation"):
+            case "sequence_mean":
+                loss = loss + token_loss.mean() / len(batch)
+            case "dr_grpo":
+                loss = loss + token_loss.sum() / (len(batch) * MAX_TOKENS)
+            case None:
+                loss = loss + token_loss.sum() / sum(lengths)
+        of_row = {"entropy": entropy, "ratio_mean": ratio, "importance_mean": weight, "kl": divergence}
+        for name, values in (of_row | {"off_policy_kept": torch.full((length,), float(kept))}).items():
+            sums[name] += values.sum().item() / sum(lengths)
+    loss.backward()
+    return sums | {"loss": loss.item()}
+
+
+def fine_tuning_reference(model: PreTrainedModel, kind: str) -> float:
+    """The mean over tokens, or RLoop's eq. 6: the mean over trajectories of R(tau) log pi(tau)."""
+    total, tokens, rows = torch.zeros(()), 0, examples()
+    for row in rows:
+        logprobs, _ = token_logprobs(model, row.prompt_ids, row.response_ids, 1.0)
+        total = total - logprobs.sum() * (row.reward if kind == "reward_weighted" else 1.0)
+        tokens += len(row.response_ids)
+    loss = total / (len(rows) if kind == "reward_weighted" else tokens)
+    loss.backward()
+    return loss.item()

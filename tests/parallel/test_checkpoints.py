@@ -1,0 +1,66 @@
+"""Checkpoints that are written while training goes on, at several layouts and with either optimizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from launch import HERE, launch
+from parity import tensor_distance
+from parity_model import write
+
+TWO_RANKS = {"TP2": {"tp": 2}, "PP2": {"pp": 2, "stages": [2, 2]}, "DP2": {"dp": 2}}
+OPTIMIZERS = {"": True, " plain": False}  # the distributed optimizer, and Megatron's other one
+TWO = [f"{layout}{optimizer}" for layout in TWO_RANKS for optimizer in OPTIMIZERS]
+ONE = [f"TP1{optimizer}" for optimizer in OPTIMIZERS]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write("dense", folder / "dense")
+    for ranks, layouts in ((2, TWO_RANKS), (1, {"TP1": {}})):
+        jobs = [
+            {
+                "name": f"{name}{optimizer}",
+                "layout": layout,
+                "distributed_optimizer": distributed,
+                "resume": [] if ranks == 2 else [f"{other}{optimizer}.async" for other in TWO_RANKS],
+            }
+            for name, layout in layouts.items()
+            for optimizer, distributed in OPTIMIZERS.items()
+        ]
+        launch([str(HERE / "worker_checkpoints.py"), json.dumps(jobs), str(folder)], processes=ranks)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in TWO + ONE}
+
+
+@pytest.mark.parametrize("name", TWO + ONE)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_checkpoint_is_of_the_moment_it_was_started(results: dict[str, dict[str, Any]], name: str, kind: str) -> None:
+    """To the bit, though all of `async` was written after two more updates; which the writing left alone in turn."""
+    result = results[name]
+    assert not result["premature"]
+    assert tensor_distance(result["trained"], result["saved"]) > 1e-3
+    assert tensor_distance(result[f"{name}.{kind}"]["loaded"], result["saved"]) == 0.0
+    assert tensor_distance(result[f"{name}.{kind}"]["trained"], result["trained"]) == 0.0
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_one_process_goes_on_from_any_of_them(results: dict[str, dict[str, Any]], name: str) -> None:
+    optimizer = " plain" if name.endswith("plain") else ""
+    resumed = results[f"TP1{optimizer}"][f"{name}.async"]
+    assert tensor_distance(resumed["loaded"], results[name]["saved"]) == 0.0
+    assert tensor_distance(resumed["trained"], results[name]["trained"]) <= TOLERANCE
+
+
+def test_a_failed_write_is_a_fault_on_every_rank_and_no_checkpoint(results: dict[str, dict[str, Any]]) -> None:
+    failures = results["TP2"]["failures"]
+    for full, slow in failures["said"]:
+        assert "failures/full was not written: rank 1: OSError: [Errno 27] File too large" in full
+        assert "failures/slow was not written: rank 1: its file took more than 1 s" in slow
+        assert "rank 0" not in full + slow
+    assert failures["left"] == []
+    assert failures["then"] == ["well"]

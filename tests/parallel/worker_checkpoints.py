@@ -1,0 +1,156 @@
+"""Save while training goes on, load, and fail to save: `worker_checkpoints.py JOBS FOLDER`.
+
+JOBS is a JSON list of {"name", "layout", "distributed_optimizer", "resume": names of earlier jobs}; FOLDER holds the
+dense model of the parity suite in `dense` and gets the checkpoints and NAME.pt, what each job came to. TP2 also fails.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from rloop_mcore import platform
+
+platform.setup("cpu", 1)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
+from parity_model import experiences  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+
+from rloop_mcore.actor import parallel  # noqa: E402
+from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
+from rloop_mcore.config import ActorConfig, ClusterConfig, Config, LayoutConfig, OptimizerConfig  # noqa: E402
+from rloop_mcore.errors import Fault  # noqa: E402
+from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+
+LEARNING = OptimizerConfig(lr=1e-3, clip_grad=0.5, warmup_updates=2)
+
+
+class Trainer:
+    """An actor called on every rank at once."""
+
+    def __init__(self, job: dict[str, Any], folder: Path) -> None:
+        config = Config(
+            layout=LayoutConfig(**job["layout"]),
+            precision="fp32",
+            actor=ActorConfig(micro_batch_tokens=40, distributed_optimizer=job["distributed_optimizer"]),
+            cluster=ClusterConfig(collective_timeout_s=60.0),
+        )
+        self.folder, self.actor = folder, MegatronActor(config, HfBridge(folder / "dense"))
+
+    def call(self, method: str, *arguments: object) -> Any:
+        return getattr(MegatronActor, method).__wrapped__(self.actor, *arguments)
+
+    def update(self, seeds: range) -> None:
+        for seed in seeds:
+            self.call("update", experiences(seed))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.actor._bridge.export(self.actor._chunks)}
+
+    def resumed(self, checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:
+        self.call("begin", self.folder / "dense", LEARNING, 4)
+        self.call("load", self.folder / checkpoint)
+        loaded = self.weights()
+        self.update(range(2, 4))
+        return {"loaded": loaded, "trained": self.weights()}
+
+
+@contextmanager
+def held_writer() -> Iterator[Event]:
+    """No byte of a checkpoint is written before the event is set."""
+    event, write = Event(), FileSystemWriterAsync.write_preloaded_data
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        assert event.wait(60.0)
+        return write(*args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(waiting)
+    try:
+        yield event
+    finally:
+        event.set()
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def save_and_train(job: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """Two updates; a checkpoint; another one, written only after two more updates are made."""
+    name, folder = job["name"], trainer.folder
+    trainer.call("begin", folder / "dense", LEARNING, 4)
+    trainer.update(range(2))
+    saved = trainer.weights()
+    trainer.call("start_save", folder / f"{name}.sync")
+    trainer.call("finish_save")
+    with held_writer() as written:
+        trainer.call("start_save", folder / f"{name}.async")
+        trainer.update(range(2, 4))
+        premature = (folder / f"{name}.async").exists()
+        written.set()
+        trainer.call("finish_save")
+    return {"saved": saved, "trained": trainer.weights(), "premature": premature}
+
+
+def fail_to_save(trainer: Trainer) -> dict[str, Any]:
+    """Rank 1 can't write, then is too slow; then all is well. What each finish said, and what stood in the folder."""
+    folder, said = trainer.folder / "failures", []
+    with held_writer() as written:
+        trainer.call("start_save", folder / "full")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if dist.get_rank() == 1 else soft, hard))
+        written.set()
+        said.append(failure(trainer))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with held_writer() as written:
+        trainer.call("start_save", folder / "slow")
+        if dist.get_rank() == 0:
+            written.set()
+            assert trainer.actor._pending_save is not None
+            trainer.actor._pending_save._written.result(60.0)
+        trainer.actor._config.cluster.collective_timeout_s = 2.0
+        said.append(failure(trainer))
+    left = sorted(path.name for path in folder.iterdir())
+    trainer.actor._config.cluster.collective_timeout_s = 60.0
+    dist.barrier()
+    trainer.call("start_save", folder / "well")
+    trainer.call("finish_save")
+    everyone: list[list[str]] = [[], []]
+    dist.all_gather_object(everyone, said)
+    return {"said": everyone, "left": left, "then": sorted(path.name for path in folder.iterdir())}
+
+
+def failure(trainer: Trainer) -> str:
+    try:
+        trainer.call("finish_save")
+    except Fault as fault:
+        dist.barrier()  # rank 0 has removed what there was
+        return str(fault)
+    return "no Fault"
+
+
+@record
+def main() -> None:
+    jobs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    for job in jobs:
+        trainer = Trainer(job, folder)
+        result = save_and_train(job, trainer)
+        for source in (f"{job['name']}.sync", f"{job['name']}.async", *job["resume"]):
+            result[source] = trainer.resumed(source)
+        if job["name"] == "TP2":
+            result["failures"] = fail_to_save(trainer)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{job['name']}.pt")
+        parallel_state.destroy_model_parallel()
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    main()

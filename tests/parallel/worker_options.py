@@ -1,0 +1,119 @@
+"""What the parity suite leaves out, at several layouts of one number of ranks: `worker_options.py JOBS OUT`.
+
+JOBS is a JSON list of {"name", "task", "folder", "layout", "actor", "algorithm", "optimizer"}; OUT/NAME.pt gets what
+each came to.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore import platform
+
+platform.setup("cpu", 1)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from options import MAX_TOKENS, examples, off_policy  # noqa: E402
+from parity_model import TEMPERATURE, experiences  # noqa: E402
+from worker_parity import whole, whole_gradients  # noqa: E402
+
+from rloop_mcore.actor import parallel  # noqa: E402
+from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
+from rloop_mcore.config import (  # noqa: E402
+    ActorConfig,
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    LayoutConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+
+FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
+LEARNING = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+
+
+def update(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """One policy update: metrics and every gradient."""
+    actor.begin(folder, FROZEN, 1)
+    metrics = actor.update(off_policy())
+    return {"metrics": metrics, "gradients": whole_gradients(actor)}
+
+
+def fine_tune(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """One SFT update with either loss."""
+    result = {}
+    for loss in ("token_mean", "reward_weighted"):
+        actor.begin(folder, FROZEN, 1)
+        metrics = actor.fine_tune(examples(), loss)
+        result[loss] = {"metrics": metrics, "gradients": whole_gradients(actor)}
+    return result
+
+
+def phases(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """A phase, the same one again, and what the reference policy says at the end; then a loss that is not finite."""
+    result: dict[str, Any] = {}
+    trajectories = [row.trajectory for row in off_policy()]
+    for phase in ("first", "second"):
+        actor.begin(folder, LEARNING, 3)
+        result[f"{phase} start"] = actor.logprobs(trajectories, False)
+        for seed in range(3):
+            actor.update([replace(row, reference_logprobs=row.old_logprobs) for row in experiences(seed)])
+        result[phase] = whole(actor)
+    result["reference"] = actor.logprobs(trajectories, True)
+    result["policy"] = actor.logprobs(trajectories, False)
+    broken = [replace(row, advantage=float("nan")) for row in off_policy()]
+    result["not finite"] = actor.update(broken)
+    result["after"] = whole(actor)
+    result["sound"] = actor.update(off_policy())
+    return result
+
+
+def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """Choices of experts are recorded; then every router is turned round and some trajectories are trained on."""
+    batch = experiences(0)
+    actor.begin(folder, FROZEN, 1)
+    recorded = actor.logprobs([row.trajectory for row in batch], False)
+    with torch.no_grad():
+        for module in (m for chunk in actor._chunks for m in chunk.modules()):
+            if isinstance(module, TopKRouter):
+                module.weight.neg_()
+    actor.update(batch[:0:-1])
+    gradients = whole_gradients(actor)
+    return {"recorded": recorded, "gradients": gradients, "free": actor.logprobs([r.trajectory for r in batch], False)}
+
+
+TASKS = {task.__name__: task for task in (update, fine_tune, phases, replay)}
+
+
+def main() -> None:
+    jobs, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    for job in jobs:
+        config = Config(
+            layout=LayoutConfig(**job["layout"]),
+            precision="fp32",
+            actor=ActorConfig(**({"micro_batch_tokens": 40} | job["actor"])),
+            algorithm=AlgorithmConfig(**job["algorithm"]),
+            rollout=RolloutConfig(temperature=TEMPERATURE, max_tokens=MAX_TOKENS),
+            cluster=ClusterConfig(collective_timeout_s=60.0),
+        )
+        folder = Path(job["folder"])
+        actor = MegatronActor(config, HfBridge(folder))
+        actor.announce = lambda *_: None  # type: ignore[method-assign]  # every rank makes each call itself
+        result = TASKS[job["task"]](actor, folder)
+        if dist.get_rank() == 0:
+            torch.save(result, out / f"{job['name']}.pt")
+        parallel_state.destroy_model_parallel()
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Run by torchrun for test_bridge_parallel: load, compare logits, export and save every case at every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_models import VOCABULARY, some_ids
+
+from rloop_mcore.config import LayoutConfig
+from rloop_mcore.platform.process import die_with_parent
+
+LAYOUTS = {
+    2: {
+        "tp2": LayoutConfig(tp=2, etp=2),
+        "pp2": LayoutConfig(pp=2),
+        "pp2-vpp2": LayoutConfig(pp=2, vpp=2),
+        "dp2": LayoutConfig(dp=2),
+        "cp2": LayoutConfig(cp=2),
+        "ep2": LayoutConfig(ep=2, dp=2),
+        "tp2-ep2": LayoutConfig(tp=2, ep=2),
+    },
+    4: {
+        "tp2-ep2-dp2": LayoutConfig(tp=2, ep=2, dp=2),
+        "tp2-ep2-etp2-dp2": LayoutConfig(tp=2, ep=2, etp=2, dp=2),
+        "tp2-pp2-vpp2": LayoutConfig(tp=2, pp=2, vpp=2),
+        "tp2-pp2-ep2": LayoutConfig(tp=2, pp=2, ep=2),
+    },
+}
+
+
+def main(folder: Path) -> None:
+    import megatron_model
+    from megatron.core import parallel_state
+
+    world = int(os.environ["WORLD_SIZE"])
+    cases = sorted(path.parent for path in folder.glob("*/expected_logits"))
+    differences = {}
+    for name, layout in LAYOUTS[world].items():
+        megatron_model.open_groups(layout)
+        for case in cases:
+            if layout.ep == 1 or "moe" in case.name:
+                differences[f"{case.name}-{name}"] = run(case, layout, folder / f"{case.name}-{name}")
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        (folder / f"differences-{world}.json").write_text(json.dumps(differences))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
+    """Save the case's model as `out`; returns the largest difference of the logits (none over split sequences)."""
+    from megatron_model import build_chunks, logits_of
+
+    from rloop_mcore.weights.bridge import HfBridge
+
+    bridge = HfBridge(case)
+    dtype = getattr(torch, json.loads((case / "config.json").read_text())["dtype"])
+    chunks = build_chunks(bridge.architecture(), layout, dtype)
+    bridge.load(chunks, case)
+    difference = None
+    if layout.cp == 1:
+        expected = load_file(case / "expected_logits")["logits"]
+        logits = logits_of(chunks, layout, some_ids())[..., :VOCABULARY].float()
+        difference = (logits - expected).abs().max().item()
+    tensors = bridge.export(chunks)
+    if dist.get_rank() == 0:
+        bridge.save(tensors, out)
+    else:
+        assert list(tensors) == []
+    doubled = {name: tensor.clone() for name, tensor in bridge.export(chunks, of=lambda parameter: 2 * parameter)}
+    if dist.get_rank() == 0:
+        tensors = load_file(case / "model.safetensors")
+        assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in doubled.items())
+    return difference
+
+
+if __name__ == "__main__":
+    die_with_parent(os.getppid())
+    main(Path(sys.argv[1]))
