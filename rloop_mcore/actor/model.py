@@ -66,6 +66,8 @@ def build_model(architecture: dict[str, Any], config: Config) -> list[PolicyChun
                 **gpt,
             )
         )
+        if layout.etp != layout.tp:
+            _mark_experts(chunks[-1])
     if config.fp8.simulate:
         fp8_simulation.simulate_fp8(chunks, config.precision, config.fp8, settings.num_layers)
     return chunks
@@ -101,6 +103,13 @@ def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
 def padded_vocabulary(size: int, tp: int) -> int:
     """The smallest multiple of tp that holds `size` rows."""
     return -(-size // tp) * tp
+
+
+def _mark_experts(chunk: PolicyChunk) -> None:
+    """Sum the gradients of experts over their own data-parallel ranks; Megatron 0.16 does so for ep > 1 only."""
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _transformer_config(fields: dict[str, Any], config: Config) -> TransformerConfig:

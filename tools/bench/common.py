@@ -33,6 +33,11 @@ def at_least(name: str, value: float, goal: float, baseline: str) -> Metric:
     return Metric(name, round(value, 3), "x", f">= {goal}", baseline, value >= goal)
 
 
+def at_most(name: str, value: float, goal: float, baseline: str) -> Metric:
+    """A share of what the baseline needs that should be `goal` or less."""
+    return Metric(name, round(value, 4), "x", f"<= {goal}", baseline, value <= goal)
+
+
 def arguments(description: str) -> argparse.Namespace:
     """`--json OUT` and `--quick` (fewer repeats, a smaller model)."""
     parser = argparse.ArgumentParser(description=description)
