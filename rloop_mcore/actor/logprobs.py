@@ -2,7 +2,7 @@
 
 The vocabulary is split over the tensor-parallel ranks and the tokens are taken chunk by chunk; the backward pass
 computes a chunk's logits again. That costs a third more of the output layer's arithmetic and saves memory of tokens x
-vocabulary in fp32, several times over.
+vocabulary in fp32, several times over. Logits that are few are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits of a chunk: what a cache holds, and what keeps a GPU's GEMM busy
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of a chunk: enough to keep the GEMM busy
+_KEPT = 1 << 24  # at most so many logits are one chunk, and kept for the backward pass: 64 MiB
 _NEVER = -1e30  # logit of a padding row of the vocabulary: finite, so that 0 * logit stays 0 in the entropy
 
 
@@ -46,15 +47,20 @@ class _TokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`targets` count from this shard's first row, of which the first `rows` are no padding."""
+        ctx.set_materialize_grads(False)  # most losses only report the entropy
         tokens = hidden.size(0)
         maximum, partition, weighted, target = hidden.new_zeros(4, tokens, dtype=torch.float32).unbind()
+        keep = tokens * weight.size(0) <= _KEPT
+        ctx.logits = None
         for part in _chunks(tokens, weight.size(0), hidden.device):
             logits = _logits(hidden[part], weight, rows, scale)
             maximum[part] = logits.amax(-1)
             index, mine = _local(targets[part], weight.size(0))
             target[part] = logits.gather(-1, index).squeeze(-1) * mine
             shifted = logits - maximum[part].unsqueeze(-1)
-            exponentials = logits.copy_(shifted).exp_()
+            if keep:
+                ctx.logits = logits
+            exponentials = torch.exp(shifted, out=None if keep else logits)
             partition[part] = exponentials.sum(-1)
             weighted[part] = shifted.mul_(exponentials).sum(-1)
         if group.size() > 1:
@@ -66,18 +72,24 @@ class _TokenLogprobs(torch.autograd.Function):
         return target - normaliser, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """d log p(t) / d logit_j = [j = t] - p_j and d H / d logit_j = -p_j (log p_j + H)."""
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
-        of_logprobs, of_entropy = (gradient.unsqueeze(-1) * ctx.scale for gradient in gradients)
+        of_logprobs, of_entropy = (None if g is None else g.unsqueeze(-1) * ctx.scale for g in gradients)
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(normaliser).unsqueeze(-1)
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        kept, ctx.logits = ctx.logits, None  # they are overwritten
         for part in _chunks(hidden.size(0), weight.size(0), hidden.device):
-            logprobs = _logits(hidden[part], weight, ctx.rows, ctx.scale).sub_(normaliser[part].unsqueeze(-1))
-            probabilities = logprobs.exp()
-            # - g1 p - g2 p (log p + H), in place
-            logprobs.add_(entropy[part].unsqueeze(-1)).mul_(of_entropy[part]).add_(of_logprobs[part])
-            of_logits = logprobs.mul_(probabilities).neg_()
+            logits = _logits(hidden[part], weight, ctx.rows, ctx.scale) if kept is None else kept
+            logprobs = logits.sub_(normaliser[part].unsqueeze(-1))
+            if of_entropy is None:
+                of_logits = logprobs.exp_().mul_(-of_logprobs[part])
+            else:  # - g1 p - g2 p (log p + H), in place
+                probabilities = logprobs.exp()
+                logprobs.add_(entropy[part].unsqueeze(-1)).mul_(of_entropy[part]).add_(of_logprobs[part])
+                of_logits = logprobs.mul_(probabilities).neg_()
             index, mine = _local(targets[part], weight.size(0))
             of_logits.scatter_add_(-1, index, of_logprobs[part] * mine.unsqueeze(-1))
             of_logits = of_logits.to(weight.dtype)
@@ -87,8 +99,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    size = max(1, _CHUNK[device.type] // vocabulary)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    size = tokens if tokens * vocabulary <= _KEPT else max(1, _CHUNK[device.type] // vocabulary)
+    return [slice(start, start + size) for start in range(0, tokens, max(1, size))]
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, rows: int, scale: float) -> torch.Tensor:

@@ -103,5 +103,7 @@ def allocate_state(megatron: MegatronOptimizer) -> None:
     for optimizer in megatron.chained_optimizers:
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         if isinstance(optimizer.optimizer, torch.optim.AdamW):  # other Adams keep the step in the group
+            for group in optimizer.optimizer.param_groups:
+                group |= {"fused": True, "foreach": False}  # one pass over the state; Megatron has no key for it
             for state in optimizer.optimizer.state.values():
                 state["step"] = torch.zeros((), dtype=torch.float32)

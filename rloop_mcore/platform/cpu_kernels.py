@@ -36,18 +36,20 @@ class RmsNormFunction(torch.autograd.Function):
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
         gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        ctx.save_for_backward(x, activated)
+        return activated * up
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
+        x, activated = ctx.saved_tensors
         gate, up = x.chunk(2, -1)
         x_gradient = torch.empty_like(x)
         gate_gradient, up_gradient = x_gradient.chunk(2, -1)
-        torch.mul(F.silu(gate), gradients[0], out=up_gradient)
-        torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=gate_gradient)
+        torch.mul(activated, gradients[0], out=up_gradient)
+        torch.mul(gradients[0], up, out=gate_gradient)
+        torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
         return x_gradient
 
 

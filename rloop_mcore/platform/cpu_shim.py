@@ -19,7 +19,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
 
 
@@ -69,6 +69,7 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)  # the arena of autograd's thread would be unmapped whenever it is empty
 
 
 def _patch_cuda_namespace() -> None:
@@ -110,6 +111,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_megatron() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401  only for its warnings to fall here
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
@@ -145,6 +147,9 @@ def _patch_megatron() -> None:
     clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
 
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
+
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it without Transformer Engine too
         moe_utils.te_general_gemm = None
     move = token_dispatcher.maybe_move_tensor_to_cpu
@@ -155,6 +160,19 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron gathers and scatters its buffers in place: nothing to do for one rank, but gloo copies all of it."""
+
+    @functools.wraps(collective)
+    def wrapped(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is not None and group.size() == 1:
+            assert output.data_ptr() == input.data_ptr()
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return wrapped
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:

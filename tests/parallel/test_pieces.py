@@ -19,8 +19,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(out, weights_only=True)
 
 
-def test_logprobs_entropy_and_gradients_match_the_whole_softmax(result: dict[str, Any]) -> None:
-    given = {name: value.double() if value.is_floating_point() else value for name, value in result["logprobs"].items()}
+@pytest.mark.parametrize("way", range(4), ids=["chunks", "chunks, entropy", "kept", "kept, entropy"])
+def test_logprobs_entropy_and_gradients_match_the_whole_softmax(result: dict[str, Any], way: int) -> None:
+    values = result["logprobs"][way]
+    given = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
     log_p = (hidden @ weight[:VOCABULARY].T / TEMPERATURE).log_softmax(-1)
     logprobs, entropy = log_p[range(len(hidden)), given["targets"]], -(log_p.exp() * log_p).sum(-1)

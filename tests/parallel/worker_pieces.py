@@ -54,19 +54,23 @@ def conducted() -> dict[str, object]:
     return results | {"seen": seen}
 
 
-def policy_logprobs() -> dict[str, torch.Tensor]:
-    """Rank r holds rows [5r, 5r + 5) of the padded output layer; the last row is padding."""
+def policy_logprobs(kept: int, of_entropy: float) -> dict[str, torch.Tensor]:
+    """Rank r holds rows [5r, 5r + 5) of the padded output layer; the last row is padding.
+
+    `kept`: so many logits are computed once and kept; of more, four tokens a chunk: two whole ones and a rest.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     whole = torch.randn(PADDED, HIDDEN, generator=generator) * 5
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    weights = torch.randn(2, TOKENS, generator=generator)
+    weights = torch.randn(2, TOKENS, generator=generator) * torch.tensor([[1.0], [of_entropy]])
     group = parallel_state.get_tensor_model_parallel_group()
     shard = whole.chunk(2)[dist.get_rank()].clone().requires_grad_()
     mine = hidden.clone().requires_grad_()
-    logprobs._CHUNK["cpu"] = 4 * len(shard)  # four tokens a chunk: two whole ones and a rest
+    logprobs._KEPT, logprobs._CHUNK["cpu"] = kept, 4 * len(shard)
     values, entropy = logprobs.token_logprobs(mine, shard, targets, VOCABULARY, TEMPERATURE, group)
-    (values * weights[0] + entropy * weights[1]).sum().backward()
+    loss = (values * weights[0]).sum()
+    (loss + (entropy * weights[1]).sum() if of_entropy else loss).backward()
     of_weight = [torch.empty_like(shard) for _ in range(2)]
     dist.all_gather(of_weight, shard.grad)
     dist.all_reduce(mine.grad)
@@ -84,7 +88,8 @@ def policy_logprobs() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parallel.initialize(LayoutConfig(tp=2), seed=0, timeout_s=60.0)
-    result = {"logprobs": policy_logprobs(), "conducted": conducted()}
+    ways = [(kept, of_entropy) for kept in (0, 1000) for of_entropy in (0.0, 1.0)]
+    result = {"logprobs": [policy_logprobs(*way) for way in ways], "conducted": conducted()}
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[1])
     parallel.destroy()
