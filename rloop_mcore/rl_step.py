@@ -74,7 +74,7 @@ class RLStep:
                 break
         else:
             log.info("step %d: %d informative groups of %d wanted", step, len(kept), algorithm.prompts_per_step)
-        metrics = self.update(iteration, step, kept)
+        metrics = self.update(iteration, step, kept, watch)
         seconds = watch.seconds | {"seconds_update": metrics.get("seconds_update", 0.0)}
         return position, metrics | _figures(sampled, kept, seconds)
 
@@ -125,9 +125,10 @@ class RLStep:
             Group(prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)
         ]
 
-    def update(self, iteration: int, step: int, groups: Sequence[Group]) -> dict[str, float]:
+    def update(self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch) -> dict[str, float]:
         """`updates_per_step` optimizer updates; the first is on-policy and is held to the mismatch gate."""
-        experiences = self.experiences(groups)
+        with watch("logprobs"):
+            experiences = self.experiences(groups)
         if not experiences:
             return {"skipped": float(self.config.algorithm.updates_per_step)}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
@@ -154,6 +155,8 @@ class RLStep:
                 if not (algorithm.overlong_filter and trajectory.finish_reason == "length"):
                     trajectories.append(trajectory)
                     advantages.append(advantage)
+        if not trajectories:
+            return []
         old: list[tuple[float, ...]] = [t.logprobs for t in trajectories]
         reference: list[tuple[float, ...]] = [()] * len(trajectories)
         if algorithm.old_logprobs == "trainer" or self.config.actor.routing_replay != "none":

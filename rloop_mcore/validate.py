@@ -16,10 +16,10 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
-from rloop_mcore.platform.precision import check_bf16_layers, check_precision
+from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _CHOICES = {
-    "precision": ("bf16", "fp32", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"),
+    "precision": PRECISIONS,
     "model.family": ("auto", "llama", "qwen2", "qwen3", "qwen3_moe"),
     "algorithm.advantage": ("group_std", "group_mean", "leave_one_out"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
@@ -170,6 +170,8 @@ def _check_rollout(config: Config) -> None:
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
+    if actor.precision_aware_optimizer and not actor.distributed_optimizer:
+        raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
     if device == "cpu" and actor.optimizer_offload > 0:
         raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
@@ -188,6 +190,7 @@ def check_model(config: Config, model: Path) -> None:
             f"{overrides(config.layout, legal)}."
         )
     check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
+    check_fp8_sizes(config.precision, architecture, config.layout.tp)
     if config.actor.routing_replay != "none" and not shape.experts:
         raise UserError(
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."

@@ -58,6 +58,7 @@ class RecordingActor:
         self.mismatch = mismatch
 
     def logprobs(self, batch: Sequence[Trajectory], of_reference: bool) -> list[tuple[float, ...]]:
+        assert batch, "there is nothing to pack"
         return [(-7.0 if of_reference else -3.0,)] * len(batch)
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
@@ -128,8 +129,11 @@ def test_at_the_limit_of_rounds_it_goes_on_with_what_there_is() -> None:
     assert sum(len(batch) for batch in step.actor.batches) == GROUP
 
 
-def test_without_an_informative_group_no_update_happens() -> None:
-    step = make(lambda problem, n: False, sampling_rounds=2)
+@pytest.mark.parametrize(
+    "settings", [{}, {"old_logprobs": "trainer"}, {"kl_coefficient": 0.1}, {"overlong_filter": "true"}]
+)
+def test_without_an_informative_group_no_update_happens(settings: dict[str, object]) -> None:
+    step = make(lambda problem, n: False, sampling_rounds=2, **settings)
     _, metrics = step.run(0, 0, 0)
     assert step.actor.batches == []
     assert (metrics["groups_kept"], metrics["skipped"], metrics["success_rate"]) == (0, 2, 0)
@@ -202,3 +206,15 @@ def test_logprobs_are_those_of_engine_trainer_and_reference(
     step.run(0, 0, 0)
     rows = [row for batch in step.actor.batches for row in batch]
     assert {(row.old_logprobs, row.reference_logprobs) for row in rows} == {(old, reference)}
+
+
+def test_replay_records_a_forward_pass_and_keeps_the_engines_logprobs() -> None:
+    step = make(first_only)
+    step.config.actor.routing_replay = "first_forward"
+    asked: list[int] = []
+    of_trainer = step.actor.logprobs
+    step.actor.logprobs = lambda batch, of_reference: asked.append(len(batch)) or of_trainer(batch, of_reference)  # type: ignore[method-assign]
+    _, metrics = step.run(0, 0, 0)
+    assert asked == [2 * GROUP]
+    assert {row.old_logprobs for batch in step.actor.batches for row in batch} == {(-0.5,)}
+    assert "seconds_logprobs" in metrics

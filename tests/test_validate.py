@@ -9,7 +9,7 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.validate import check_model, check_values, warnings
+from rloop_mcore.validate import check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 
@@ -41,6 +41,12 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("rollout.top_p=1.5", ["rollout.top_p=1.5"]),
         ("cluster.device=tpu", ["cluster.device=tpu", "cuda"]),
         ("reward.answer_format=xml", ["reward.answer_format=xml", "boxed"]),
+        ("algorithm.aggregation=mean", ["algorithm.aggregation=mean", "token_mean"]),
+        ("algorithm.advantage=gae", ["algorithm.advantage=gae", "group_std"]),
+        ("algorithm.kl_estimator=k4", ["algorithm.kl_estimator=k4", "k3"]),
+        ("algorithm.importance=truncate", ["algorithm.importance=truncate", "algorithm.old_logprobs=trainer"]),
+        ("algorithm.importance_cap=0.5", ["algorithm.importance_cap=0.5"]),
+        ("actor.optimizer_offload=1.5", ["actor.optimizer_offload=1.5"]),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[str]) -> None:
@@ -66,6 +72,24 @@ def test_the_defaults_are_legal() -> None:
     check_values(load_config(NEEDED))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "device", "word"),
+    [
+        (["actor.optimizer_offload=0.5"], "cpu", "needs a GPU"),
+        (["actor.precision_aware_optimizer=true"], "cpu", "Transformer Engine"),
+        (["precision=fp8_tensorwise"], "cpu", "fp8.simulate=true"),
+        (
+            ["actor.precision_aware_optimizer=true", "actor.distributed_optimizer=false"],
+            "cuda",
+            "actor.distributed_optimizer=true",
+        ),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused(overrides: list[str], device: str, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_device(load_config([*NEEDED, *overrides]), device)
+
+
 def model(folder: Path, **changes: int) -> None:
     shape = {
         "num_attention_heads": 14,
@@ -86,6 +110,12 @@ def test_an_illegal_layout_names_its_rule_and_the_nearest_legal_one(tmp_path: Pa
         f"layout.tp=3 does not divide num_attention_heads=14 (model {tmp_path}): the nearest legal layout of 6 "
         "processes has layout.tp=2 layout.dp=3."
     )
+
+
+def test_routing_replay_needs_experts(tmp_path: Path) -> None:
+    model(tmp_path)
+    with pytest.raises(UserError, match="needs a model with experts"):
+        check_model(load_config([*NEEDED, "actor.routing_replay=first_forward"]), tmp_path)
 
 
 def test_a_model_without_the_sizes_a_layout_needs_is_refused(tmp_path: Path) -> None:

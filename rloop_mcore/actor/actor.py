@@ -26,7 +26,7 @@ from rloop_mcore.actor.routing import Recording, Replaying, RoutingReplay
 from rloop_mcore.algorithm.aggregation import sequence_weights, trajectory_weights
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.platform import fp8_simulation
-from rloop_mcore.platform.precision import token_multiple
+from rloop_mcore.platform.precision import reset_scales, token_multiple
 from rloop_mcore.types import Example, Experience, Policy, Trajectory
 
 if TYPE_CHECKING:
@@ -56,14 +56,18 @@ class MegatronActor(Conducted):
         self._routing: RoutingReplay | None = None
         if config.actor.routing_replay == "first_forward":
             transformer = architecture["transformer"]
-            self._routing = RoutingReplay(transformer["num_layers"], transformer["moe_router_topk"])
+            sizes = (transformer[key] for key in ("num_layers", "moe_router_topk", "num_moe_experts"))
+            self._routing = RoutingReplay(*sizes)
         gc.freeze()  # Megatron collects garbage at every save: leave what lives for ever out of it
 
     @collective
     def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
         """Take the weights of an HF folder and a fresh optimizer with its schedule over `total_updates`."""
+        self._optimizer = self._reference = None
+        gc.collect()  # the last phase's state goes before this one's comes
         self._bridge.load(self._chunks, policy)
         fp8_simulation.reset(self._chunks)
+        reset_scales(self._chunks, self._config.precision)
         self._optimizer = PolicyOptimizer(self._wrapped, optimizer, total_updates, self._config)
         if self._config.algorithm.kl_coefficient > 0:
             self._reference = Reference(self._chunks)

@@ -26,7 +26,11 @@ from rloop_mcore.actor.optimizer import PolicyOptimizer
 from rloop_mcore.errors import Fault
 from rloop_mcore.platform.files import atomic_path
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,  # one replica gathers the state, over the CPUs
+    "chained_optim_avoid_prefix": True,
+}
 # Megatron 0.19's default writer needs nvidia_resiliency_ext; 0.16 has only this one, and no argument to ask for it.
 _OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
@@ -174,8 +178,10 @@ def _bucket_padding_kept(optimizer: Any) -> Iterator[None]:
     """
     original = optimizer.get_parameter_state_dp_zero
 
-    def get_state(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def get_state(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
         state = original(*args, **kwargs)
+        if state is None:  # another replica has it
+            return None
         for index, buffer in enumerate(optimizer.buffers):
             for tensors in state[index].values():
                 for key, flat in tensors.items():

@@ -80,8 +80,9 @@ class PolicyOptimizer:
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return StepResult(norm, rate, skipped=True)
         if self._config.clip_grad > 0:
-            parameters = [p for optimizer in self.megatron.chained_optimizers for p in optimizer.get_parameters()]
-            clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, norm)
+            for optimizer in self.megatron.chained_optimizers:
+                decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._config.clip_grad, norm, decoupled)
         self.megatron.step_with_ready_grads()
         self.steps += 1
         return StepResult(norm, rate, skipped=False)
@@ -101,9 +102,29 @@ def _placement(actor: ActorConfig) -> dict[str, Any]:
 def allocate_state(megatron: MegatronOptimizer) -> None:
     """Give every parameter its (zero) Adam state now: Megatron can neither save nor load one that isn't there."""
     for optimizer in megatron.chained_optimizers:
+        if optimizer.init_state_fn is None:
+            _step_nowhere(optimizer.optimizer)
+            continue
         optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
         if isinstance(optimizer.optimizer, torch.optim.AdamW):  # other Adams keep the step in the group
             for group in optimizer.optimizer.param_groups:
                 group |= {"fused": True, "foreach": False}  # one pass over the state; Megatron has no key for it
             for state in optimizer.optimizer.state.values():
                 state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def _step_nowhere(offloaded: Any) -> None:
+    """Megatron's optimizer over CPU and GPU makes its state in a step: one along zero gradients, not counted."""
+    rates = [(group["lr"], group["weight_decay"]) for group in offloaded.param_groups]
+    for group in offloaded.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    offloaded.step()
+    offloaded.zero_grad()
+    for group, (rate, decay) in zip(offloaded.param_groups, rates, strict=True):
+        group |= {"lr": rate, "weight_decay": decay}
+    for part in offloaded.sub_optimizers:
+        for holder in (*part.param_groups, *part.state.values()):
+            if "step" in holder:
+                holder["step"] = 0 * holder["step"]

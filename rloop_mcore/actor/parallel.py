@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from rloop_mcore import platform
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.layouts import processes
 
 
 def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
@@ -23,7 +24,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
     doesn't fit the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = layout.tp * layout.pp * layout.cp * layout.dp
+    wanted = processes(layout)
     if world != wanted:
         raise UserError(f"layout asks for {wanted} processes (tp*pp*cp*dp) and {world} were started.")
     timeout = timedelta(seconds=timeout_s)

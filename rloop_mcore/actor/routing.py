@@ -29,18 +29,19 @@ def key_of(trajectory: Trajectory) -> Key:
 class RoutingReplay:
     """The experts [positions, layers, top-k] of each trajectory of the current step, whole on every rank."""
 
-    def __init__(self, layers: int, top_k: int) -> None:
+    def __init__(self, layers: int, top_k: int, experts: int) -> None:
         self._shape = layers, top_k
+        self._dtype = torch.uint8 if experts <= 256 else torch.int32
         self._kept: dict[Key, torch.Tensor] = {}
 
     def recording(self, rows: Sequence[Row]) -> Recording:
         """For a forward pass over `rows`."""
-        return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=torch.int32, device=platform.device()))
+        return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=self._dtype, device=platform.device()))
 
     def keep(self, recording: Recording, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> None:
         """Collective: put together what the ranks recorded, in place of what was kept before."""
         dist.all_reduce(recording.experts)  # a token's choice of a layer is on one rank only
-        parts = recording.experts.to("cpu", torch.int16).split([len(row) for row in rows])
+        parts = recording.experts.cpu().split([len(row) for row in rows])
         self._kept = {key_of(t): part for t, part in zip(trajectories, parts, strict=True)}
 
     def replaying(self, trajectories: Sequence[Trajectory]) -> Replaying:

@@ -11,6 +11,11 @@ from rloop_mcore.config import Config
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, running_servers
 
 
+def weight_backend(config: Config) -> str:
+    """Of the weight broadcast: the embedded engine shares a GPU with rank 0, and NCCL refuses two ranks on one."""
+    return "gloo" if config.rollout.engine == "embedded" else platform.backend()
+
+
 def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[EmbeddedServer | RunningServer]:
     """The servers of `rollout.endpoints`, or one embedded engine with `model`, still starting."""
     if config.rollout.endpoints:

@@ -17,7 +17,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
-from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.engines import start_servers, weight_backend
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
@@ -37,7 +37,8 @@ def conduct(config: Config, run: RunDirectory) -> None:
     servers = start_servers(config, Path(config.model.path), run.path)
     with RewardPool(config.reward, platform.deterministic(config.run.deterministic)) as rewards:
         bridge = HfBridge(Path(config.model.path), config.model.family)
-        channel = BroadcastChannel(platform.backend(), "weights", config.rollout.start_timeout_s)
+        backend = weight_backend(config)
+        channel = BroadcastChannel(backend, "weights", config.rollout.start_timeout_s)
         with (
             conducted_actor(config, bridge) as actor,
             Fleet(
@@ -47,7 +48,7 @@ def conduct(config: Config, run: RunDirectory) -> None:
                 bucket_mib=config.rollout.bucket_mib,
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,
-                backend=platform.backend(),
+                backend=backend,
             ) as fleet,
         ):
             run_algorithm(config, run, actor, fleet, rewards)

@@ -20,14 +20,16 @@ from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory
+from rloop_mcore.planning.layouts import processes
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
 # A resumed run may change these. Another layout, device or number of threads gives the same run up to rounding.
 _MAY_CHANGE = (
-    *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "reward.workers", "reward.max_failure_share"),
-    *("rollout.endpoints", "rollout.mismatch_", "rollout.start_timeout_s", "rollout.request_timeout_s"),
+    *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "actor.micro_batch_tokens", "actor.recompute"),
+    *("reward.workers", "reward.max_failure_share", "rollout.endpoints", "rollout.mismatch_"),
+    *("rollout.start_timeout_s", "rollout.request_timeout_s"),
 )
 
 
@@ -50,7 +52,10 @@ def train(overrides: Sequence[str]) -> int:
 
 def _check_inputs(config: Config, model: Path) -> int:
     """Read whatever the run will read, so that a mistake shows now; returns the number of training problems."""
-    validate.check_device(config, platform.choose(config.cluster.device))
+    device = platform.choose(config.cluster.device)
+    validate.check_device(config, device)
+    if device == "cuda":
+        platform.check_gpus(processes(config.layout), config.precision)
     validate.check_model(config, model)
     catalogue(model)
     TextTokenizer(model)
@@ -78,7 +83,7 @@ def _supervise(run: RunDirectory, config: Config) -> int:
     run.clear_ending()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-        *("--nproc-per-node", str(_world_size(config)), "-m", "rloop_mcore.main.worker", str(run.path)),
+        *("--nproc-per-node", str(processes(config.layout)), "-m", "rloop_mcore.main.worker", str(run.path)),
     ]
     supervisor = os.getpid()
     # one host for now: neither the rendezvous nor gloo has to be reached from another
@@ -105,11 +110,6 @@ def _supervise(run: RunDirectory, config: Config) -> int:
         file=sys.stderr,
     )
     return 1
-
-
-def _world_size(config: Config) -> int:
-    layout = config.layout
-    return layout.tp * layout.pp * layout.cp * layout.dp
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rloop_mcore.errors import UserError
@@ -54,6 +55,23 @@ def choose(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("cluster.device is 'cuda' and torch sees no CUDA device here; use 'cpu' or 'auto'.")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def check_gpus(processes: int, precision: str) -> None:
+    """What a CUDA machine lacks for so many processes at this precision. Raises UserError."""
+    import torch
+
+    if find_spec("transformer_engine") is None:
+        raise UserError("here is a CUDA device and no Transformer Engine: see docs/gpu.md, or set cluster.device=cpu.")
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"layout.* asks for {processes} processes and this machine has {gpus} GPUs.")
+    needed = {"fp8_delayed": (8, 9), "fp8_tensorwise": (8, 9), "fp8_blockwise": (9, 0), "mxfp8": (10, 0)}.get(precision)
+    if needed is not None and torch.cuda.get_device_capability() < needed:
+        raise UserError(
+            f"precision={precision} needs a GPU of compute capability {needed[0]}.{needed[1]}; this one has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}."
+        )
 
 
 def device() -> torch.device:

@@ -5,6 +5,7 @@ Imports no torch: validation uses it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rloop_mcore.errors import UserError
@@ -39,6 +40,11 @@ def check_precision(
             f"fp8.simulate=true has nothing to simulate at precision={precision}: use one of {', '.join(RECIPES)}."
         )
     if precision not in RECIPES:
+        if fp8.first_bf16_layers or fp8.last_bf16_layers or fp8.parameter_gather:
+            raise UserError(
+                f"precision={precision} has no FP8 for fp8.first_bf16_layers, fp8.last_bf16_layers or "
+                f"fp8.parameter_gather to change: leave them out, or use one of {', '.join(RECIPES)}."
+            )
         return
     if device == "cpu" and not fp8.simulate:
         raise UserError(
@@ -75,6 +81,26 @@ def check_bf16_layers(fp8: Fp8, num_layers: int, pp: int) -> None:
             raise UserError(
                 f"fp8.{key}={getattr(fp8, key)} must be at most {num_layers // pp}: the model's {num_layers} layers "
                 f"over layout.pp={pp} stages."
+            )
+
+
+def check_fp8_sizes(precision: str, hf_config: Mapping[str, Any], tp: int) -> None:
+    """Raise UserError where a matrix, split over `tp` ranks, has a side that FP8 GEMMs cannot take."""
+    multiple = token_multiple(precision)
+    if multiple == 1:
+        return
+    hidden, heads = hf_config.get("hidden_size", 0), hf_config["num_attention_heads"]
+    head = hf_config.get("head_dim") or hidden // heads
+    split = {
+        "num_attention_heads x head_dim": heads * head,
+        "num_key_value_heads x head_dim": (hf_config.get("num_key_value_heads") or heads) * head,
+        "intermediate_size": hf_config.get("moe_intermediate_size") or hf_config["intermediate_size"],
+    }
+    for name, size in ({"hidden_size": tp * hidden} | split).items():
+        if size // tp % multiple:
+            raise UserError(
+                f"precision={precision} needs matrices whose sides are multiples of {multiple}; {name} over layout.tp="
+                f"{tp} is {size // tp}: use bf16."
             )
 
 
@@ -129,3 +155,22 @@ def optimizer_settings(precision: str, fp8: Fp8) -> dict[str, Any]:
         "fp8_recipe": RECIPES[precision],
         "reuse_grad_buf_for_mxfp8_param_ag": fp8.parameter_gather and precision == "mxfp8",
     }
+
+
+def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter its value.
+
+    Where Transformer Engine keeps it in FP8 it also keeps a value in high precision, of which Megatron makes the main
+    weights: that is the initial, random one unless it is replaced too.
+    """
+    parameter.copy_(value)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = value.clone()  # type: ignore[attr-defined]
+
+
+def reset_scales(chunks: Iterable[torch.nn.Module], precision: str) -> None:
+    """fp8_delayed: have Transformer Engine forget what it saw, as a new phase does; others: no effect."""
+    if precision == "fp8_delayed":
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if hasattr(module, "reset_fp8_meta_tensors"):
+                module.reset_fp8_meta_tensors()  # type: ignore[operator]

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.precision import assign
 from rloop_mcore.types import Policy
 from rloop_mcore.weights import llama, qwen2, qwen3, qwen3_moe
 from rloop_mcore.weights.family import Family, HfConfig, canonical_name
@@ -62,7 +63,7 @@ class HfBridge:
             shard = known[name].shard(reader.tensor, tensor.shape, *shard_number(known[name]))
             if shard.shape != tensor.shape:
                 raise RuntimeError(f"{name}: read {tuple(shard.shape)} for a shard of {tuple(tensor.shape)}")
-            tensor.copy_(shard)
+            assign(tensor, shard)
 
     def export(
         self, chunks: Sequence[torch.nn.Module], of: Callable[[torch.nn.Parameter], torch.Tensor] = _itself

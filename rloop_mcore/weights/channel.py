@@ -14,7 +14,7 @@ from rloop_mcore.platform.process_group import host_store, join_group, leave_gro
 class BroadcastChannel:
     """Implements `protocols.WeightChannel` over torch.distributed.
 
-    backend: nccl or gloo; it decides which device the tensors have to be on. `address` is where engines reach this
+    backend: nccl, for tensors on a GPU, or gloo, through host memory. `address` is where engines reach this
     process. Engines are asked to join as ranks 1 .. world_size - 1 of `group_name`; SGLang's
     /init_weights_update_group and `platform.process_group.join_group` do it alike.
     """
@@ -53,6 +53,8 @@ class BroadcastChannel:
         done = 0
         try:
             sent = [tensor.detach().contiguous() for tensor in tensors]
+            if self.backend == "gloo":
+                sent = [tensor.cpu() for tensor in sent]
             works = [dist.broadcast(tensor, src=0, group=self._group, async_op=True) for tensor in sent]
             for work in works:
                 assert work is not None  # async_op gives one to every member

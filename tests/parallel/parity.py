@@ -23,20 +23,21 @@ from launch import launch  # noqa: E402
 from parity_model import MODELS, write  # noqa: E402
 
 QUANTITIES = ("logprobs", "loss", "gradients", "weights", "resumed")
-BOTH, DENSE, MOE = ("dense", "moe"), ("dense",), ("moe",)
+BOTH, DENSE, MOE, EVERY = ("dense", "moe"), ("dense",), ("moe",), ("dense", "qk norm", "moe")
 # name: (models, layout, actor settings). Megatron trains mixture-of-experts models over TP with SP only.
 LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
-    "TP1 PP1": (BOTH, {}, {}),
+    "TP1 PP1": (EVERY, {}, {}),
     "recompute selective": (BOTH, {}, {"recompute": "selective"}),
     "recompute full": (BOTH, {}, {"recompute": "full"}),
     "one micro-batch": (BOTH, {}, {"micro_batch_tokens": 4096}),
-    "TP2": (DENSE, {"tp": 2}, {}),
-    "TP2 SP": (BOTH, {"tp": 2, "sp": True}, {}),
+    "TP2": (("dense", "qk norm"), {"tp": 2}, {}),
+    "TP2 SP": (EVERY, {"tp": 2, "sp": True}, {}),
     "TP2 SP, recompute full": (BOTH, {"tp": 2, "sp": True}, {"recompute": "full"}),
     "PP2": (BOTH, {"pp": 2, "stages": [2, 2]}, {}),
     "PP2 uneven": (BOTH, {"pp": 2, "stages": [3, 1]}, {}),
     "PP2 VPP2": (BOTH, {"pp": 2, "vpp": 2, "stages": [1, 1, 1, 1]}, {}),
     "CP2": (BOTH, {"cp": 2}, {}),
+    "CP2, recompute selective": (DENSE, {"cp": 2}, {"recompute": "selective"}),
     "DP2": (BOTH, {"dp": 2}, {"distributed_optimizer": False}),
     "DP2, distributed optimizer": (BOTH, {"dp": 2}, {}),
     "EP2": (MOE, {"dp": 2, "ep": 2}, {}),

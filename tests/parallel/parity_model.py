@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from rloop_mcore.types import Experience, Trajectory
 
@@ -25,6 +25,9 @@ _SIZES: dict[str, Any] = {
 }
 MODELS: dict[str, Any] = {
     "dense": Qwen2Config(intermediate_size=48, tie_word_embeddings=True, **_SIZES),
+    "qk norm": Qwen3Config(
+        intermediate_size=48, head_dim=8, tie_word_embeddings=True, **(_SIZES | {"initializer_range": 0.2})
+    ),
     "moe": Qwen3MoeConfig(
         intermediate_size=48,
         moe_intermediate_size=24,
@@ -43,7 +46,7 @@ ROWS = 7  # an odd number: replicas and micro-batches get unequal shares
 def build(name: str) -> PreTrainedModel:
     """The model of `MODELS`, in fp32, with random weights and biases that are always the same."""
     torch.manual_seed(11)
-    model = (Qwen2ForCausalLM if name == "dense" else Qwen3MoeForCausalLM)(MODELS[name])
+    model = AutoModelForCausalLM.from_config(MODELS[name])
     for key, parameter in model.named_parameters():
         if key.endswith("bias") or "norm" in key:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.3)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from rloop_mcore import platform
 from rloop_mcore.config import Fp8Config
@@ -14,7 +15,9 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.platform.precision import (
     PRECISIONS,
     RECIPES,
+    assign,
     check_bf16_layers,
+    check_fp8_sizes,
     check_precision,
     ddp_settings,
     optimizer_settings,
@@ -37,6 +40,8 @@ platform.setup("cpu", threads=1)
         ("mxfp8", Fp8Config(first_bf16_layers=-1), "cuda", "fp8.first_bf16_layers=-1"),
         ("bf16", Fp8Config(last_bf16_layers=-2), "cpu", "fp8.last_bf16_layers=-2"),
         ("fp8_delayed", Fp8Config(last_bf16_layers=1), "cuda", "fp8.last_bf16_layers=0"),
+        ("bf16", Fp8Config(first_bf16_layers=1), "cuda", "has no FP8 for fp8.first_bf16_layers"),
+        ("fp32", Fp8Config(parameter_gather=True), "cpu", "fp8.parameter_gather"),
     ],
 )
 def test_refusals_name_the_key(precision: str, fp8: Fp8Config, device: str, key: str) -> None:
@@ -117,3 +122,28 @@ def test_dtypes_and_multiples() -> None:
 def test_validation_needs_no_torch() -> None:
     code = "import sys, rloop_mcore.platform.precision; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_fp8_refuses_matrices_whose_sides_its_gemms_cannot_take() -> None:
+    sizes = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
+    check_fp8_sizes("mxfp8", sizes, tp=2)
+    check_fp8_sizes("bf16", sizes | {"hidden_size": 7}, tp=1)
+    with pytest.raises(UserError, match=r"multiples of 32; num_key_value_heads x head_dim over layout.tp=1 is 16"):
+        check_fp8_sizes("mxfp8", sizes | {"head_dim": 8, "num_attention_heads": 16}, tp=1)
+    with pytest.raises(UserError, match=r"multiples of 16; intermediate_size over layout.tp=2 is 2440"):
+        check_fp8_sizes("fp8_tensorwise", sizes | {"intermediate_size": 4880}, tp=2)
+
+
+def test_an_fp8_parameters_high_precision_value_is_replaced_too() -> None:
+    """Transformer Engine's parameters have this method; Megatron makes the main weights of what it returns."""
+
+    class Fp8Parameter(torch.nn.Parameter):
+        def get_high_precision_init_val(self) -> torch.Tensor:
+            return self._high_precision_init_val
+
+    parameter = Fp8Parameter(torch.zeros(2), requires_grad=False)
+    value = torch.tensor([1.0, 2.0])
+    assign(parameter, value)
+    value.zero_()
+    assert parameter.tolist() == [1.0, 2.0]
+    assert parameter.get_high_precision_init_val().tolist() == [1.0, 2.0]

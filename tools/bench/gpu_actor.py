@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_actor needs a CUDA device and Transformer Engine (docs/gpu.md): torch sees no CUDA device here.")
-        raise SystemExit(2)
+        raise SystemExit(77)
     if options.measure:
         print(json.dumps(measure(*options.measure, options.quick, options.trace)))
         return

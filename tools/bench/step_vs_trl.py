@@ -218,7 +218,7 @@ def main() -> int:
     options = arguments(__doc__ or "")
     if not TRL_PYTHON.exists():
         print("step_vs_trl needs TRL in .venv-trl: run `make install-trl` first.", file=sys.stderr)
-        return 2
+        return 77
     draw = random.Random(0)
     shape = Settings(prompts=2, group=8, max_tokens=64, mean_tokens=24.0, updates=2) if options.quick else Settings()
     count = 8 * shape.prompts

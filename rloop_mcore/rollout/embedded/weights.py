@@ -83,7 +83,8 @@ class WeightReceiver:
         # Received before the names are checked: the sender's broadcast must end, or the next would not match it.
         with self._breaks_on_error():
             group = self.groups[group_name]
-            device = next(iter(self.tensors.values())).device
+            nccl = dist.get_backend(group) == "nccl"
+            device = next(iter(self.tensors.values())).device if nccl else torch.device("cpu")
             tensors = (_receive_bucket if load_format else _receive_each)(layout, group, device)
             for name, tensor in zip(names, tensors, strict=True):
                 self._write(name, tensor)
