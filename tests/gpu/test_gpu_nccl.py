@@ -9,9 +9,9 @@ import pytest
 from gpu_jobs import Results, relative, rms, run, write_model
 
 
-def job(name: str, folder: Path, **layout: Any) -> dict[str, Any]:
+def job(name: str, folder: Path, model: str = "dense", **layout: Any) -> dict[str, Any]:
     config = {"layout": layout, "actor": {"distributed_optimizer": False}}  # gradients are whole on every rank
-    return {"name": name, "task": "update", "model": "dense", "folder": str(folder), "config": config}
+    return {"name": name, "task": "update", "model": model, "folder": str(folder), "config": config}
 
 
 @pytest.fixture(scope="module")
@@ -45,4 +45,12 @@ def test_two_ranks_agree_with_one(alone: Results, together: Results, name: str) 
     one, two = alone["alone"], together[name]
     assert rms(two["logprobs"], one["logprobs"]) < 0.01
     assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=0.02, abs=2e-3)
+    assert relative(two["gradients"], one["gradients"]) < 0.025
+
+
+def test_experts_on_two_ranks_agree_with_one(together: Results, tmp_path: Path) -> None:
+    folder = write_model("moe", tmp_path / "moe")
+    one = run([job("experts alone", folder, model="moe")], folder)["experts alone"]
+    two = run([job("EP2", folder, model="moe", ep=2, dp=2)], folder, processes=2)["EP2"]
+    assert rms(two["logprobs"], one["logprobs"]) < 0.01
     assert relative(two["gradients"], one["gradients"]) < 0.025
