@@ -14,7 +14,6 @@ from megatron.core import parallel_state, tensor_parallel
 from rloop_mcore import platform
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.layouts import processes
 
 
 def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
@@ -24,7 +23,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
     doesn't fit the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = processes(layout)
+    wanted = layout.tp * layout.pp * layout.cp * layout.dp
     if world != wanted:
         raise UserError(f"layout asks for {wanted} processes (tp*pp*cp*dp) and {world} were started.")
     timeout = timedelta(seconds=timeout_s)
