@@ -1,6 +1,6 @@
 """What the parity suite leaves out, at several layouts of one number of ranks: `worker_options.py JOBS OUT`.
 
-JOBS is a JSON list of {"name", "task", "folder", "layout", "actor", "algorithm", "optimizer"}; OUT/NAME.pt gets what
+JOBS is a JSON list of {"name", "task", "folder", "layout", "actor", "algorithm"}; OUT/NAME.pt gets what
 each came to.
 """
 
