@@ -1,8 +1,10 @@
-"""Batched generation against transformers: shared prefixes, ragged prompts, leaving rows, interruptions."""
+"""Batched generation against transformers: shared prefixes, ragged prompts, rows that leave and join, interruptions."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from served_model import EOS, VOCABULARY, token_logprobs
 from transformers import PreTrainedModel
 
-from rloop_mcore.rollout.embedded.engine import Generation
+from rloop_mcore.rollout.embedded.engine import Engine
+from rloop_mcore.rollout.embedded.generation import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.params import Sample, SamplingParams
 
@@ -34,10 +37,36 @@ def _samples(prompts: list[tuple[int, ...]], group: int, **params: object) -> li
 
 
 def _run(model: CausalModel, samples: list[Sample], max_running: int = 64) -> Generation:
-    call = Generation(model, samples, max_running)
-    call.advance("1", lambda: False)
+    call = Generation(model, samples)
+    engine = _engine(model, call, max_running=max_running)
+    engine.advance("1", _never)
     assert call.finished
+    assert engine.batch is None
+    assert not engine.calls
     return call
+
+
+def _engine(model: CausalModel, *calls: Generation, max_running: int) -> Engine:
+    engine = Engine(model, max_running)
+    for call in calls:
+        engine.add(call)
+    return engine
+
+
+def _never() -> bool:
+    return False
+
+
+def _after(tokens: int) -> Callable[[], bool]:
+    """Interrupts when so many tokens a row have been drawn."""
+    polls = iter([False] * tokens)
+    return lambda: next(polls, True)
+
+
+def _expected(reference: PreTrainedModel, sample: Sample, ids: list[int]) -> list[float]:
+    """Logprobs of the drawn `ids` by one plain forward of transformers."""
+    scored = token_logprobs(reference, [*sample.prompt, *ids], temperature=sample.params.temperature)
+    return scored[len(sample.prompt) - 1 :]
 
 
 def _ids(call: Generation) -> list[list[int]]:
@@ -53,8 +82,7 @@ def test_logprobs_equal_a_plain_forward(
     call = _run(model, samples)
     assert len(set(call.lengths.tolist())) > 1  # rows left at different times
     for sample, ids, logprobs in zip(samples, _ids(call), call.logprobs, strict=True):
-        expected = token_logprobs(reference, [*sample.prompt, *ids], temperature=0.8)[len(sample.prompt) - 1 :]
-        np.testing.assert_allclose(logprobs[: len(ids)], expected, atol=1e-4)
+        np.testing.assert_allclose(logprobs[: len(ids)], _expected(reference, sample, ids), atol=1e-4)
 
 
 def test_greedy_equals_transformers_generate(model: CausalModel, reference: PreTrainedModel) -> None:
@@ -81,40 +109,209 @@ def test_the_same_call_is_bit_identical(model: CausalModel) -> None:
 
 def test_copies_of_a_prompt_are_read_once(model: CausalModel) -> None:
     call = _run(model, _samples(_prompts(2, 20), 3))
-    lengths = [len(p) for p in _prompts(2, 20)]
-    assert call.cached.tolist() == [0, lengths[0], lengths[0], 20, lengths[1], lengths[1]]
+    heads = [len(p) - 1 for p in _prompts(2, 20)]  # the last token is read for every sample
+    assert call.cached.tolist() == [0, heads[0], heads[0], 20, heads[1], heads[1]]
+
+
+def _ragged(common: int, group: int = 3) -> list[Sample]:
+    """Groups of samples of 1 to 40 tokens each, by prompts of different lengths, one of a single token."""
+    rng = np.random.default_rng(7)
+    prompts = [*_prompts(5, common), (5,)]
+    return [
+        Sample(p, SamplingParams(max_new_tokens=int(rng.integers(1, 41)), ignore_eos=True), 100 * i + j, f"{i}")
+        for i, p in enumerate(prompts)
+        for j in range(group)
+    ]
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("common", [0, 40], ids=["no prefix", "shared prefix"])
+def test_refilled_rows_get_what_each_gets_alone(
+    model: CausalModel, reference: PreTrainedModel, common: int, max_running: int
+) -> None:
+    samples = _ragged(common)
+    call = _run(model, samples, max_running)
+    assert call.lengths.tolist() == [s.params.max_new_tokens for s in samples]
+    for sample, ids, logprobs in zip(samples, _ids(call), call.logprobs, strict=True):
+        assert ids == _ids(_run(model, [sample]))[0]
+        np.testing.assert_allclose(logprobs[: len(ids)], _expected(reference, sample, ids), atol=1e-4)
+
+
+def test_places_are_refilled_while_others_run(model: CausalModel) -> None:
+    samples = _ragged(0)
+    lengths = [s.params.max_new_tokens for s in samples]
+    steps = 0
+
+    def count() -> bool:
+        nonlocal steps
+        steps += 1
+        return False
+
+    call = Generation(model, samples)
+    _engine(model, call, max_running=4).advance("1", count)
+    batched = sum(max(lengths[i : i + 4]) for i in range(0, len(lengths), 4))
+    assert sum(lengths) / 4 <= steps < sum(lengths) / 4 + max(lengths) < batched
+
+
+def test_a_refilled_call_is_bit_identical_whatever_the_engine_did_before(model: CausalModel) -> None:
+    first = _run(model, _ragged(20), 4)
+    second = Generation(model, _ragged(20))
+    engine = _engine(model, Generation(model, _samples(_prompts(3, 0), 5, max_new_tokens=90)), max_running=4)
+    engine.advance("0", _never)
+    engine.add(second)
+    engine.advance("1", _never)
+    assert (first.tokens == second.tokens).all()
+    assert (first.logprobs == second.logprobs).all()
+
+
+@pytest.mark.parametrize("max_running", [3, 8, 64])
+@pytest.mark.parametrize("later", [0, 9], ids=["at once", "later"])
+def test_calls_in_flight_together_get_what_each_gets_alone(
+    model: CausalModel, reference: PreTrainedModel, later: int, max_running: int
+) -> None:
+    """The second shares no prefix with the first, the third does."""
+    wanted = [_ragged(40), _ragged(0), _samples(_prompts(4, 40), 2, temperature=0.7, top_p=0.9)]
+    calls = [Generation(model, samples) for samples in wanted]
+    engine = _engine(model, calls[0], max_running=max_running)
+    engine.advance("1", _after(later))
+    for call in calls[1:]:
+        engine.add(call)
+    while engine.calls:
+        engine.advance("1", _never)
+    for samples, call in zip(wanted, calls, strict=True):
+        assert _ids(call) == _ids(_run(model, samples))
+        for sample, ids, logprobs in zip(samples, _ids(call), call.logprobs, strict=True):
+            np.testing.assert_allclose(logprobs[: len(ids)], _expected(reference, sample, ids), atol=1e-4)
+
+
+def test_a_finished_call_does_not_wait_for_the_others(model: CausalModel) -> None:
+    long = Generation(model, _samples(_prompts(1, 0), 2, max_new_tokens=100, ignore_eos=True))
+    short = Generation(model, _samples(_prompts(1, 0), 2, max_new_tokens=5, ignore_eos=True))
+    engine = _engine(model, long, short, max_running=8)
+    engine.advance("1", _never)
+    assert short.finished
+    assert engine.calls == [long]
+    assert long.lengths.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("keep_cache", [True, False], ids=["in_place", "retract"])
-def test_interrupted_between_tokens_it_goes_on_as_if_never(model: CausalModel, keep_cache: bool) -> None:
-    samples = _samples(_prompts(4, 20), 3)
-    whole = _run(model, samples)
-    call = Generation(model, samples, 8)
+@pytest.mark.parametrize("max_running", [5, 64])
+def test_interrupted_between_tokens_it_goes_on_as_if_never(
+    model: CausalModel, keep_cache: bool, max_running: int
+) -> None:
+    wanted = [_samples(_prompts(4, 20), 3), _ragged(20)]
+    calls = [Generation(model, samples) for samples in wanted]
+    engine = _engine(model, *calls, max_running=max_running)
     rounds = 0
-    while not call.finished:
-        polls = iter([False, False, False])
-        call.advance(str(rounds), lambda polls=polls: next(polls, True))
-        if not keep_cache:
-            call.drop_cache()
+    while engine.calls:
+        engine.advance(str(rounds), _after(3))
+        engine.forget_prompts() if keep_cache else engine.retract()
         rounds += 1
     assert rounds > 5
-    assert _ids(call) == _ids(whole)
-    np.testing.assert_allclose(call.logprobs, whole.logprobs, atol=1e-5)
-    for row, length in enumerate(call.lengths):
-        spans = call.version_spans(row)
-        assert spans[0]["start"] == 0
-        assert spans[-1]["end"] == length
-        assert all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
+    for samples, call in zip(wanted, calls, strict=True):
+        whole = _run(model, samples)
+        assert _ids(call) == _ids(whole)
+        np.testing.assert_allclose(call.logprobs, whole.logprobs, atol=1e-5)
+        for row, length in enumerate(call.lengths):
+            spans = call.version_spans(row)
+            assert spans[0]["start"] == 0
+            assert spans[-1]["end"] == length
+            assert all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("max_running", [4, 64])
+def test_retracted_samples_go_on_under_new_weights(
+    model_path: Path, reference: PreTrainedModel, max_running: int
+) -> None:
+    """Every span of tokens has the logprobs of its version's weights, given all that stands before."""
+    model = CausalModel(model_path, torch.float32, "cpu")
+    changed = copy.deepcopy(reference)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    wanted = [_ragged(40), _samples(_prompts(3, 40), 4, ignore_eos=True, max_new_tokens=30)]
+    calls = [Generation(model, samples) for samples in wanted]
+    engine = _engine(model, *calls, max_running=max_running)
+    engine.advance("old", _after(12))
+    engine.retract()
+    model.network.load_state_dict(changed.state_dict())
+    while engine.calls:
+        engine.advance("new", _never)
+    mixed = 0
+    for samples, call in zip(wanted, calls, strict=True):
+        for row, (sample, ids) in enumerate(zip(samples, _ids(call), strict=True)):
+            spans = call.version_spans(row)
+            mixed += len(spans) == 2
+            expected = {"old": _expected(reference, sample, ids), "new": _expected(changed, sample, ids)}
+            for span in spans:
+                where = slice(span["start"], span["end"])
+                np.testing.assert_allclose(call.logprobs[row, where], expected[span["version"]][where], atol=1e-4)
+    assert mixed >= 2
+
+
+def test_newcomers_read_their_prompts_anew_after_an_in_place_pause(
+    model_path: Path, reference: PreTrainedModel
+) -> None:
+    model = CausalModel(model_path, torch.float32, "cpu")
+    changed = copy.deepcopy(reference)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight.mul_(1.2)
+    samples = _samples(_prompts(2, 40), 2, ignore_eos=True)
+    running, newcomer = Generation(model, samples), Generation(model, samples)
+    engine = _engine(model, running, max_running=64)
+    engine.advance("old", _after(4))
+    engine.forget_prompts()
+    model.network.load_state_dict(changed.state_dict())
+    engine.add(newcomer)
+    while engine.calls:
+        engine.advance("new", _never)
+    for sample, ids, logprobs in zip(samples, _ids(newcomer), newcomer.logprobs, strict=True):
+        np.testing.assert_allclose(logprobs[: len(ids)], _expected(changed, sample, ids), atol=1e-4)
 
 
 def test_aborted_samples_keep_what_they_have(model: CausalModel) -> None:
-    call = Generation(model, _samples(_prompts(2, 0), 2, ignore_eos=True), 8)
-    polls = iter([False] * 5)
-    call.advance("1", lambda: next(polls, True))
-    call.abort()
+    call = Generation(model, _samples(_prompts(2, 0), 2, ignore_eos=True))
+    other = Generation(model, _samples(_prompts(2, 0), 2, ignore_eos=True))
+    engine = _engine(model, call, other, max_running=3)
+    engine.advance("1", _after(5))
+    engine.abort(call)
     assert call.finished
-    assert call.lengths.tolist() == [5] * 4
+    assert call.lengths.tolist() == [5, 5, 5, 0]
     assert call.finish_reason(0)["type"] == "abort"
+    while engine.calls:
+        engine.advance("1", _never)
+    assert _ids(other) == _ids(_run(model, list(other.samples)))
+
+
+def test_a_call_aborted_before_it_ran_has_no_version(model: CausalModel) -> None:
+    call = Generation(model, _samples(_prompts(2, 0), 1))
+    engine = _engine(model, call, max_running=3)
+    engine.abort(call)
+    assert call.finished
+    assert call.version_spans(0) == []
+
+
+def test_one_request_of_a_call_is_aborted(model: CausalModel) -> None:
+    samples = _ragged(0)
+    call = Generation(model, samples)
+    engine = _engine(model, call, max_running=6)
+    engine.abort(call, "2")
+    engine.advance("1", _never)
+    for row, sample in enumerate(samples):
+        assert call.finish_reason(row)["type"] == ("abort" if sample.rid == "2" else "length")
+
+
+def test_after_a_failure_it_goes_on_from_the_tokens_it_has(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = _ragged(20)
+    call = Generation(model, samples)
+    engine = _engine(model, call, max_running=4)
+    engine.advance("1", _after(7))
+    with monkeypatch.context() as patch:
+        patch.setattr("rloop_mcore.rollout.embedded.engine.draw", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.advance("1", _never)
+    engine.advance("1", _never)
+    assert _ids(call) == _ids(_run(model, samples))
 
 
 def test_end_token_is_kept_and_named(model: CausalModel) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from common import arguments, at_least, random_qwen2, report, side_by_side
 
-from rloop_mcore.rollout.embedded.engine import Generation
+from rloop_mcore.rollout.embedded.engine import Engine
+from rloop_mcore.rollout.embedded.generation import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.params import Sample, SamplingParams
 
@@ -27,7 +28,9 @@ def main() -> None:
     samples = [Sample(tuple(row), params, number, "") for number, row in enumerate(ids.tolist())]
 
     def ours() -> None:
-        Generation(engine, samples, rows).advance("0", lambda: False)
+        batch = Engine(engine, rows)
+        batch.add(Generation(engine, samples))
+        batch.advance("0", lambda: False)
 
     @torch.inference_mode()
     def transformers_generate() -> None:

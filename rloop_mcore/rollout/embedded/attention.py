@@ -1,12 +1,14 @@
 """Attention for group sampling: keys and values that many responses share are computed, stored and read once.
 
-A response attends to three segments: the prefix common to all prompts of the batch (few-shot examples), its prompt,
-and its own tokens. The first two are shared by many rows, so their scores are one matrix product a segment entry
-instead of one a row; the softmax then runs over all segments together, which makes the result exact.
+A row of the batch (a response) attends to three segments: a prefix common to the prompts (instructions, few-shot
+examples), the rest of its prompt, and its own tokens. The first two are shared by many rows, so their scores are one
+matrix product a stored entry instead of one a row; the softmax then runs over all segments together, which makes the
+result exact. Rows come and go: `Decode.regroup`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,45 +17,55 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 NAME = "rloop_shared_prefix"
+_COLUMNS = 64  # own tokens that a store has room for at first
+
+
+@dataclass
+class Entries:
+    """Keys and values of token sequences, right-padded: [entries, kv_heads, length, head_dim] a layer.
+
+    lengths: int64 [entries], without the padding.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    lengths: np.ndarray
+
+    def merge(self, kept: np.ndarray, new: Entries | None) -> Entries:
+        """The entries `kept` (indices, of which there may be none), then those of `new`."""
+        if new is None:
+            return Entries(_select(self.keys, kept), _select(self.values, kept), self.lengths[kept])
+        if not len(kept):
+            return new
+        lengths = np.concatenate([self.lengths[kept], new.lengths])
+        keys, values = (
+            [_stacked(old, kept, added, int(lengths.max())) for old, added in zip(*pair, strict=True)]
+            for pair in ((self.keys, new.keys), (self.values, new.values))
+        )
+        return Entries(keys, values, lengths)
 
 
 class SharedSegment:
-    """Keys and values [entries, kv_heads, length, head_dim] a layer; row r of the batch reads entry `owner[r]`."""
+    """Entries that rows share: row r of the batch reads entry `owner[r]`."""
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], lengths: np.ndarray, owner: np.ndarray):
-        self.keys, self.values, self.lengths = keys, values, lengths
-        length = keys[0].shape[2]
-        padded = torch.arange(length) >= torch.from_numpy(lengths)[:, None]
-        self.mask = None
-        if bool(padded.any()):  # [entries, 1, 1, length]: the right padding of shorter prompts
-            self.mask = torch.zeros(padded.shape).masked_fill_(padded, -torch.inf)[:, None, None].to(keys[0].device)
-        self._assign(owner)
-
-    def _assign(self, owner: np.ndarray) -> None:
-        """Give every row a slot among its entry's; entries with fewer rows than the fullest are padded with row 0."""
-        entries, device = len(self.lengths), self.keys[0].device
-        counts = np.bincount(owner, minlength=entries)
-        self.owner, self.width = owner, int(counts.max())
+    def __init__(self, entries: Entries, owner: np.ndarray) -> None:
+        self.entries, self.owner = entries, owner
+        self.length = entries.keys[0].shape[2]
+        device = entries.keys[0].device
+        padded = np.arange(self.length) >= entries.lengths[:, None]
+        self.mask = _mask(padded, device)  # [entries, 1, 1, length]
+        # Every row gets a place among its entry's; entries with fewer rows than the fullest are padded with row 0.
+        count = len(entries.lengths)
+        counts = np.bincount(owner, minlength=count)
+        self.width = int(counts.max())
         order = np.argsort(owner, kind="stable")
         rank = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner[order]]
-        slot = np.empty(len(owner), dtype=np.int64)
-        slot[order] = owner[order] * self.width + rank
-        self.in_order = len(owner) == entries * self.width and bool((slot == np.arange(len(owner))).all())
-        rows = np.zeros(entries * self.width, dtype=np.int64)
-        rows[slot] = np.arange(len(owner))
-        self.rows, self.slot = torch.from_numpy(rows).to(device), torch.from_numpy(slot).to(device)
-
-    def keep(self, kept: np.ndarray) -> SharedSegment:
-        """The segment for the rows `kept` (indices) of the batch; entries nobody reads go when they are the half."""
-        owner = self.owner[kept]
-        used = np.unique(owner)
-        if 2 * len(used) > len(self.lengths):
-            self._assign(owner)
-            return self
-        index = torch.from_numpy(used).to(self.keys[0].device)
-        keys = [k.index_select(0, index) for k in self.keys]
-        values = [v.index_select(0, index) for v in self.values]
-        return SharedSegment(keys, values, self.lengths[used], np.searchsorted(used, owner))
+        place = np.empty(len(owner), dtype=np.int64)
+        place[order] = owner[order] * self.width + rank
+        self.in_order = len(owner) == count * self.width and bool((place == np.arange(len(owner))).all())
+        rows = np.zeros(count * self.width, dtype=np.int64)
+        rows[place] = np.arange(len(owner))
+        self.rows, self.place = torch.from_numpy(rows).to(device), torch.from_numpy(place).to(device)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, kv, q, x] -> [entries, kv, width * q, x]."""
@@ -62,59 +74,82 @@ class SharedSegment:
             rows = rows.index_select(0, self.rows)
         return rows.view(-1, self.width, kv, q, x).transpose(1, 2).reshape(-1, kv, self.width * q, x)
 
-    def _scatter(self, slots: torch.Tensor, q: int) -> torch.Tensor:
+    def _scatter(self, places: torch.Tensor, q: int) -> torch.Tensor:
         """[entries, kv, width * q, x] -> [rows, kv, q, x]."""
-        kv, x = slots.shape[1], slots.shape[3]
-        slots = slots.view(-1, kv, self.width, q, x).transpose(1, 2).reshape(-1, kv, q, x)
-        return slots if self.in_order else slots.index_select(0, self.slot)
+        kv, x = places.shape[1], places.shape[3]
+        places = places.view(-1, kv, self.width, q, x).transpose(1, 2).reshape(-1, kv, q, x)
+        return places if self.in_order else places.index_select(0, self.place)
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """query [rows, kv, q, head_dim] -> [rows, kv, q, length], padding at -inf."""
-        scores = torch.matmul(self._gather(query), self.keys[layer].transpose(2, 3)).float()
+        """query [rows, kv, q, head_dim] -> fp32 [rows, kv, q, length], padding at -inf."""
+        scores = torch.matmul(self._gather(query), self.entries.keys[layer].transpose(2, 3)).float()
         if self.mask is not None:
             scores += self.mask
         return self._scatter(scores, query.shape[2])
 
     def mix(self, layer: int, weights: torch.Tensor) -> torch.Tensor:
         """weights [rows, kv, q, length] -> [rows, kv, q, head_dim]."""
-        return self._scatter(torch.matmul(self._gather(weights), self.values[layer]), weights.shape[2])
+        return self._scatter(torch.matmul(self._gather(weights), self.entries.values[layer]), weights.shape[2])
 
 
 class OwnSegment:
-    """Keys and values of each row's generated tokens, [rows, kv_heads, capacity, head_dim] a layer."""
+    """Keys and values of each row's own tokens, [rows, kv_heads, capacity, head_dim] a layer.
 
-    def __init__(self, layers: int) -> None:
-        self.keys: list[torch.Tensor | None] = [None] * layers
-        self.values: list[torch.Tensor | None] = [None] * layers
-        self.length = 0  # tokens stored before the current forward
+    All rows write the same column at the same time, whenever they joined: row r's tokens begin at column `starts[r]`
+    and what stands before is masked. So a row joins in a place another row left without anything being copied, and a
+    column is written by one slice assignment.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.keys: list[torch.Tensor] = []  # none before the first forward, whose keys tell the shape
+        self.values: list[torch.Tensor] = []
+        self.starts = np.empty(0, dtype=np.int64)
+        self.device = device
+        self.capacity, self.begin, self.end = _COLUMNS, 0, 0  # columns begin .. end hold tokens of some row
+        self.mask: torch.Tensor | None = None  # [rows, 1, 1, capacity]
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one token a row, [rows, kv_heads, 1, head_dim] each; returns views of all tokens so far."""
-        end = self.length + 1
-        return self._put(self.keys, layer, key)[:, :, :end], self._put(self.values, layer, value)[:, :, :end]
+        """Store one token a row, [rows, kv_heads, 1, head_dim] each; returns views of all tokens, this one included."""
+        if len(self.keys) == layer:
+            for store, new in ((self.keys, key), (self.values, value)):
+                store.append(new.new_zeros(*new.shape[:2], self.capacity, new.shape[3]))
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.end], values[:, :, self.end] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, self.begin : self.end + 1], values[:, :, self.begin : self.end + 1]
 
-    def _put(self, store: list[torch.Tensor | None], layer: int, new: torch.Tensor) -> torch.Tensor:
-        old = store[layer]
-        if old is None or old.shape[2] == self.length:
-            rows, kv, _, dim = new.shape
-            grown = new.new_empty(rows, kv, max(16, 2 * self.length), dim)
-            if old is not None:
-                grown[:, :, : self.length] = old
-            store[layer] = old = grown
-        old[:, :, self.length] = new[:, :, 0]
-        return old
+    def next_column(self) -> None:
+        """To be called after every forward."""
+        self.end += 1
+        if self.end == self.capacity:
+            live = self.end - self.begin
+            self.capacity = max(_COLUMNS, 2 * live)
+            self.keys, self.values = (
+                [_moved(old, slice(self.begin, self.end), self.capacity) for old in kv]
+                for kv in (self.keys, self.values)
+            )
+            self.starts -= self.begin
+            self.begin, self.end = 0, live
+            self._set_mask()
 
-    def keep(self, kept: np.ndarray) -> None:
-        if self.length:
-            index = torch.from_numpy(kept)
-            self.keys = [k.index_select(0, index.to(k.device)) for k in self.keys if k is not None]
-            self.values = [v.index_select(0, index.to(v.device)) for v in self.values if v is not None]
+    def regroup(self, source: np.ndarray, joins: np.ndarray) -> None:
+        """Row r becomes what was row `source[r]`, or begins anew where `joins[r]`. Copies only if a row moves."""
+        moves = len(source) != len(self.starts) or bool((source != np.arange(len(source))).any())
+        if moves:
+            self.keys, self.values = (_select(kv, source) for kv in (self.keys, self.values))
+        starts = np.full(len(source), self.end)
+        starts[~joins] = self.starts[source[~joins]]
+        self.starts, self.begin = starts, int(starts.min())
+        self._set_mask()
+
+    def _set_mask(self) -> None:
+        hidden = np.arange(self.capacity) < self.starts[:, None]
+        self.mask = _mask(hidden, self.device) if (self.starts > self.begin).any() else None
 
 
 class Prefill:
-    """Context of a forward over right-padded prompts [entries, length] that follow a common prefix (or none)."""
+    """Context of a forward over right-padded sequences [entries, length] that follow a common prefix (or none)."""
 
-    def __init__(self, prefix: SharedSegment | None) -> None:
+    def __init__(self, prefix: Entries | None) -> None:
         self.prefix = prefix
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -135,10 +170,24 @@ class Prefill:
 
 
 class Decode:
-    """Context of a forward over one new token a row."""
+    """Context of forwards over one new token a row.
 
-    def __init__(self, shared: list[SharedSegment], layers: int) -> None:
-        self.shared, self.own = shared, OwnSegment(layers)
+    prefix: one entry, read by the rows of `follows` (bool [rows]) before their entry of `prompts`.
+    """
+
+    def __init__(self, prefix: Entries | None, device: torch.device) -> None:
+        self.prefix, self.own = prefix, OwnSegment(device)
+
+    def regroup(
+        self, source: np.ndarray, joins: np.ndarray, follows: np.ndarray, prompts: Entries, owner: np.ndarray
+    ) -> None:
+        """Row r becomes what was row `source[r]`, or begins anew where `joins[r]`; the rest is of the new rows."""
+        self.own.regroup(source, joins)
+        self.shared = [SharedSegment(prompts, owner)]
+        self.strangers = None  # [rows, 1, 1, 1]
+        if self.prefix is not None and follows.any():
+            self.shared.append(SharedSegment(self.prefix, np.zeros(len(owner), dtype=np.int64)))
+            self.strangers = _mask(~follows[:, None], self.own.device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -147,24 +196,48 @@ class Decode:
         keys, values = self.own.append(layer, key, value)
         kv = keys.shape[1]
         query = (query * scale).view(rows, kv, heads // kv, dim)
-        scores = [segment.scores(layer, query) for segment in self.shared]
-        scores.append(torch.matmul(query, keys.transpose(2, 3)).float())
-        weights = torch.cat(scores, -1).softmax(-1).to(query.dtype)
-        *shared, own = weights.split([s.shape[-1] for s in scores], -1)
-        out = torch.matmul(own, values)
-        for segment, part in zip(self.shared, shared, strict=True):
+        own = torch.matmul(query, keys.transpose(2, 3)).float()
+        if self.own.mask is not None:
+            own += self.own.mask[..., self.own.begin : self.own.end + 1]
+        scores = [own, *(segment.scores(layer, query) for segment in self.shared)]
+        if self.strangers is not None:
+            scores[-1] += self.strangers
+        weights = torch.cat(scores, -1).softmax(-1).to(query.dtype).split([s.shape[-1] for s in scores], -1)
+        out = torch.matmul(weights[0], values)
+        for segment, part in zip(self.shared, weights[1:], strict=True):
             out += segment.mix(layer, part)
         return out.view(rows, heads, 1, dim)
-
-    def keep(self, kept: np.ndarray) -> None:
-        """Drop all rows but `kept` (sorted indices)."""
-        self.shared = [segment.keep(kept) for segment in self.shared]
-        self.own.keep(kept)
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Plain causal attention over whole sequences, [rows, heads, length, head_dim]."""
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _mask(hidden: np.ndarray, device: torch.device) -> torch.Tensor | None:
+    """bool [n, columns] -> fp32 [n, 1, 1, columns] to add to scores, or None when nothing is hidden."""
+    if not hidden.any():
+        return None
+    return torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)))[:, None, None].to(device)
+
+
+def _select(tensors: list[torch.Tensor], index: np.ndarray) -> list[torch.Tensor]:
+    return [t.index_select(0, torch.from_numpy(index).to(t.device)) for t in tensors]
+
+
+def _stacked(old: torch.Tensor, kept: np.ndarray, new: torch.Tensor, length: int) -> torch.Tensor:
+    """[len(kept) + new entries, kv, length, d]: `old[kept]` and `new`, cut or padded to `length` columns."""
+    out = old.new_zeros(len(kept) + len(new), old.shape[1], length, old.shape[3])
+    columns = min(length, old.shape[2])
+    out[: len(kept), :, :columns] = old[torch.from_numpy(kept).to(old.device), :, :columns]
+    out[len(kept) :, :, : new.shape[2]] = new
+    return out
+
+
+def _moved(old: torch.Tensor, columns: slice, capacity: int) -> torch.Tensor:
+    out = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+    out[:, :, : columns.stop - columns.start] = old[:, :, columns]
+    return out
 
 
 def _attention(

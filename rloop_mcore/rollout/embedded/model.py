@@ -1,8 +1,8 @@
-"""The model behind the engine: loading, and the three forwards that generation needs."""
+"""The model behind the engine: loading, and the forwards that generation needs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.rollout.embedded import attention
 
 _PREFILL_TOKENS = 8192  # padded tokens of one forward
-_SHARED_PREFIX = 16  # a common prefix shorter than this is not worth a forward of its own
 
 
 class CausalModel:
@@ -42,60 +41,34 @@ class CausalModel:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.network.get_output_embeddings()(hidden)
 
-    def start(self, prompts: Sequence[Sequence[int]], owner: np.ndarray) -> tuple[torch.Tensor, attention.Decode, int]:
-        """Read distinct prompts; row r of the batch continues `prompts[owner[r]]`.
-
-        Returns the logits of each row's first token [rows, vocabulary], the context to decode in, and the length of
-        the prefix that all prompts share and that was read once.
-        """
-        shared: list[attention.SharedSegment] = []
-        common = _common_prefix(prompts) if len(prompts) > 1 else 0
-        if common < _SHARED_PREFIX:
-            common = 0
-        prefix = None
-        if common:
-            prefix, _ = self._read([prompts[0][:common]], np.zeros(len(owner), dtype=np.int64), None, 0)
-            shared.append(prefix)
-        tails, last = self._read([p[common:] for p in prompts], owner, prefix, common)
-        shared.append(tails)
-        logits = self._logits(last)
-        return logits[torch.from_numpy(owner).to(self.device)], attention.Decode(shared, self.layers), common
-
-    def _read(
-        self, prompts: Sequence[Sequence[int]], owner: np.ndarray, prefix: attention.SharedSegment | None, offset: int
-    ) -> tuple[attention.SharedSegment, torch.Tensor]:
-        """Forward over right-padded prompts; returns their keys and values, and the last hidden states [prompts, d].
-
-        Padding on the right needs no mask here: causal attention never looks at it.
-        """
-        lengths = np.array([len(p) for p in prompts])
-        longest = int(lengths.max())
-        rows = max(1, _PREFILL_TOKENS // longest)
-        positions = torch.arange(offset, offset + longest, device=self.device)
+    def read(self, heads: Sequence[Sequence[int]], prefix: attention.Entries | None) -> attention.Entries:
+        """Keys and values of token sequences, which may be empty and follow `prefix` (one entry) where it is given."""
+        lengths = np.array([len(h) for h in heads])
+        longest = max(1, int(lengths.max()))
+        offset = 0 if prefix is None else int(prefix.lengths[0])
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        last = []
-        for begin in range(0, len(prompts), rows):
-            part = prompts[begin : begin + rows]
-            padded = np.zeros((len(part), longest), dtype=np.int64)
-            for row, prompt in enumerate(part):
-                padded[row, : len(prompt)] = prompt
+        for part in _parts(lengths):
+            # Padding on the right needs no mask here: causal attention never looks at it.
+            padded = np.zeros((len(part), max(1, int(lengths[part].max()))), dtype=np.int64)
+            for row, head in enumerate(part):
+                padded[row, : lengths[head]] = heads[head]
             context = attention.Prefill(prefix)
-            hidden = self._hidden(torch.from_numpy(padded).to(self.device), positions.expand(len(part), -1), context)
-            ends = torch.from_numpy(lengths[begin : begin + rows] - 1).to(self.device)
-            last.append(hidden[torch.arange(len(part), device=self.device), ends])
+            positions = torch.arange(offset, offset + padded.shape[1], device=self.device)
+            self._hidden(torch.from_numpy(padded).to(self.device), positions.expand(len(part), -1), context)
             if not keys:
-                keys = [k.new_empty(len(prompts), *k.shape[1:]) for k in context.keys]
-                values = [v.new_empty(len(prompts), *v.shape[1:]) for v in context.values]
+                keys = [k.new_zeros(len(heads), k.shape[1], longest, k.shape[3]) for k in context.keys]
+                values = [v.new_zeros(k.shape) for k, v in zip(keys, context.values, strict=True)]
+            index = torch.from_numpy(part).to(self.device)
             for layer in range(self.layers):
-                keys[layer][begin : begin + rows] = context.keys[layer]
-                values[layer][begin : begin + rows] = context.values[layer]
-        return attention.SharedSegment(keys, values, lengths, owner), torch.cat(last)
+                keys[layer][index, :, : padded.shape[1]] = context.keys[layer]
+                values[layer][index, :, : padded.shape[1]] = context.values[layer]
+        return attention.Entries(keys, values, lengths)
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor, context: attention.Decode) -> torch.Tensor:
         """Logits [rows, vocabulary] after one more token a row; ids and positions [rows]."""
         hidden = self._hidden(ids[:, None], positions[:, None], context)
-        context.own.length += 1
+        context.own.next_column()
         return self._logits(hidden[:, 0])
 
     def prompt_logprobs(self, prompt: Sequence[int], start: int) -> list[float]:
@@ -106,12 +79,14 @@ class CausalModel:
         return logprobs.gather(1, ids[0, start + 1 :, None])[:, 0].tolist()
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, at least one being left of each."""
-    shortest = min(len(p) for p in prompts) - 1
-    table = np.array([p[:shortest] for p in prompts])
-    differs = (table != table[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
+def _parts(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of sequences to be read in one forward: shortest first, padded to at most _PREFILL_TOKENS in all."""
+    order = np.argsort(lengths, kind="stable")
+    begin = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - begin) * lengths[order[end]] > _PREFILL_TOKENS:
+            yield order[begin:end]
+            begin = end
 
 
 def _end_tokens(path: Path, from_config: int | list[int] | None) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""The HTTP side: SGLang's routes and fields (0.5.23) over one `Generation` at a time.
+"""The HTTP side: SGLang's routes and fields (0.5.23) over one `Engine`.
 
-The model is touched by one worker thread only. A call runs there until it is done or interrupted, so weight updates
-and pauses find it between two tokens, never within one.
+The model is touched by one worker thread only. The engine runs there until a call is done or it is interrupted, so
+pauses and aborts find it between two tokens, never within one; what touches the weights waits until no call is under
+way or generation is paused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from rloop_mcore.rollout.embedded.engine import Generation
+from rloop_mcore.rollout.embedded.engine import Engine
+from rloop_mcore.rollout.embedded.generation import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.params import BadRequest, GenerateRequest, parse_generate
 from rloop_mcore.rollout.embedded.responses import describe
@@ -26,6 +27,7 @@ from rloop_mcore.rollout.embedded.weights import WeightReceiver
 
 VERSION = "0.5.23+rloop.embedded"  # the contract's version, and whose implementation this is
 _MAX_BODY = 1 << 30
+_LOOK_S = 0.25  # between two looks whether a client is still there
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,10 +40,12 @@ class Server:
         self.weights = WeightReceiver(model.network, group_timeout_s)
         self.weight_version = "default"
         self.worker = ThreadPoolExecutor(1, "engine")
-        self.turn = asyncio.Lock()  # calls run one after another
+        self.engine = Engine(model, max_running)
         self.paused = False
-        self.changed = asyncio.Condition()  # paused or a call's state changed
-        self.interrupt = threading.Event()  # stops the running call between two tokens
+        self.driven = False  # one of the calls under way has the engine run, for all of them
+        self.between = 0  # jobs that want the worker between two tokens
+        self.updates = 0  # jobs that want it when no call is under way; new calls let them pass
+        self.changed = asyncio.Condition()  # something of the above, or a call finished
         self.calls: dict[Generation, GenerateRequest] = {}  # waiting and running
 
     def app(self) -> web.Application:
@@ -77,7 +81,31 @@ class Server:
         return await handler(request)
 
     async def _on_worker(self, function: Callable[..., T], *args: Any) -> T:
+        """Run it on the worker once no call is under way, or generation is paused."""
+        self.updates += 1
+        try:
+            async with self.changed:
+                await self.changed.wait_for(lambda: self.paused or not self.calls)
+            return await self._worker(function, *args)
+        finally:
+            self.updates -= 1
+            await self._notify()
+
+    async def _between_tokens(self, function: Callable[..., T], *args: Any) -> T:
+        """Run it on the worker at once, between two tokens of the calls that run."""
+        self.between += 1
+        try:
+            return await self._worker(function, *args)
+        finally:
+            self.between -= 1
+            await self._notify()
+
+    async def _worker(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *args)
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
 
     # -- what the server is ---------------------------------------------------------------------------------------
 
@@ -126,22 +154,41 @@ class Server:
         parsed = parse_generate(await _body(request), self.model.vocabulary)
         if any(s.params.stop for s in parsed.samples) and self.model.tokenizer is None:
             raise BadRequest("sampling_params.stop needs a tokenizer, and the model folder has none")
-        return web.Response(body=await self._run(parsed), content_type="application/json")
+        answer = asyncio.create_task(self._run(parsed))
+        while not (await asyncio.wait({answer}, timeout=_LOOK_S))[0]:
+            if request.transport is None:  # the client has gone, and nobody else wants the samples
+                answer.cancel()
+        return web.Response(body=await answer, content_type="application/json")
 
     async def _run(self, parsed: GenerateRequest) -> bytes:
-        call = Generation(self.model, parsed.samples, self.max_running)
+        async with self.changed:
+            await self.changed.wait_for(lambda: not self.updates or self.paused)
+        call = Generation(self.model, parsed.samples)
         self.calls[call] = parsed
         try:
-            async with self.turn:
-                while not call.finished:
-                    async with self.changed:
-                        await self.changed.wait_for(lambda: not self.paused or call.finished)
-                    self._require_whole_weights()
-                    await self._on_worker(call.advance, self.weight_version, self.interrupt.is_set)
-            answers = await self._on_worker(describe, call, parsed, self.weight_version)
+            await self._between_tokens(self.engine.add, call)
+            while not call.finished:
+                async with self.changed:
+                    await self.changed.wait_for(lambda: call.finished or not (self.paused or self.driven))
+                if not call.finished:
+                    await self._drive()
+            answers = await self._between_tokens(describe, call, parsed, self.weight_version)
             return json.dumps(answers[0] if parsed.single else answers).encode()
         finally:
+            if not call.finished:  # cancelled, or the engine failed
+                await self._between_tokens(self.engine.abort, call)
             del self.calls[call]
+            await self._notify()
+
+    async def _drive(self) -> None:
+        """Run the engine until a call is finished or something interrupts."""
+        self._require_whole_weights()
+        self.driven = True
+        try:
+            await self._worker(self.engine.advance, self.weight_version, lambda: self.paused or self.between > 0)
+        finally:
+            self.driven = False
+            await self._notify()
 
     def _require_whole_weights(self) -> None:
         if self.weights.broken:
@@ -154,18 +201,11 @@ class Server:
     async def abort_request(self, request: web.Request) -> web.Response:
         body = await _body(request)
         for call, parsed in list(self.calls.items()):
-            if body.get("abort_all") or body.get("rid") in parsed.rids:
-                await self._interrupted(call.abort)
+            if body.get("abort_all"):
+                await self._between_tokens(self.engine.abort, call)
+            elif body.get("rid") in parsed.rids:
+                await self._between_tokens(self.engine.abort, call, body["rid"])
         return web.Response()
-
-    async def _interrupted(self, function: Callable[[], object]) -> None:
-        """Run `function` on the worker between two tokens of the running call."""
-        self.interrupt.set()
-        await self._on_worker(function)
-        if not self.paused:
-            self.interrupt.clear()
-        async with self.changed:
-            self.changed.notify_all()
 
     async def pause_generation(self, request: web.Request) -> web.Response:
         """abort: running calls return what they have; retract: they wait and forget their cache; in_place: wait."""
@@ -173,21 +213,19 @@ class Server:
         if mode not in ("abort", "retract", "in_place"):
             raise BadRequest(f"mode {mode!r} must be abort, retract or in_place")
         self.paused = True
-        change = {"abort": Generation.abort, "retract": Generation.drop_cache, "in_place": lambda call: None}[mode]
-        calls = list(self.calls)
-        await self._interrupted(lambda: [change(call) for call in calls])
+        engine = self.engine
+        change = {"abort": engine.abort_all, "retract": engine.retract, "in_place": engine.forget_prompts}[mode]
+        await self._between_tokens(change)
         return web.json_response({"status": "ok", "message": f"paused ({mode})"})
 
     async def continue_generation(self, request: web.Request) -> web.Response:
         self.paused = False
-        self.interrupt.clear()
-        async with self.changed:
-            self.changed.notify_all()
+        await self._notify()
         return web.json_response({"status": "ok", "message": "continued"})
 
     async def flush_cache(self, request: web.Request) -> web.Response:
-        """Nothing is cached between calls; refused, as the contract has it, while a call holds keys and values."""
-        if any(call.batch is not None for call in self.calls):
+        """Nothing outlives the calls; refused, as the contract has it, while one holds keys and values."""
+        if self.engine.batch is not None:
             raise BadRequest("cannot flush: there are running requests; pause with mode abort or retract first")
         return web.Response(text="Cache flushed.\n")
 
