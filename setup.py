@@ -35,6 +35,7 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "tensorboard>=2.18",
+        "xxhash>=3.5",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.3"],

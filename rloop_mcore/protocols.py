@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rloop_mcore.types import (
     Completion,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from rloop_mcore.config import OptimizerConfig
 
     NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+T = TypeVar("T")
 
 
 class Actor(Protocol):
@@ -98,8 +101,26 @@ class WeightChannel(Protocol):
 class Rollout(Protocol):
     """The engines, behind SGLang's HTTP contract."""
 
-    def sync(self, weights: NamedTensors, version: int) -> dict[str, float]:
-        """Bring every engine to `weights`, stamped `version`. Returns metrics (seconds, bytes)."""
+    def sync(self, export: Callable[[], NamedTensors], version: int) -> dict[str, float]:
+        """Bring every engine to the weights that `export` streams, stamped `version`. Returns metrics (seconds, bytes).
+
+        `export` may be called again, later too: engines that had to be restarted get the weights from it, in `wait`.
+        """
+
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None
+    ) -> Future[list[Completion]]:
+        """Start to generate one completion a request, in their order.
+
+        enough: once that many groups (requests with one prompt) are complete the rest is aborted, and comes back as
+        far as it is.
+        """
+
+    def wait(self, future: Future[T], version: int | None = None) -> T:
+        """The result of what the engines are working on, to be waited for on the actor's thread.
+
+        version: of the weights `export` gives now, where it is another than that of the last sync.
+        """
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of the requests."""

@@ -113,7 +113,7 @@ class RLStep:
                 response_ids=completion.response_ids,
                 logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
-                weight_version=completion.weight_version,
+                weight_versions=completion.weight_versions,
                 correct=verdict.correct,
                 reward=float(verdict.correct)
                 + overlong_penalty(len(completion.response_ids), rollout.max_tokens, algorithm.overlong_buffer),

@@ -135,7 +135,7 @@ class RunState:
         version = self._global_step(iteration, "explore", step) + iteration + 1
         if version == self._synced:
             return {}
-        metrics = self.rollout.sync(self.actor.export(), version)
+        metrics = self.rollout.sync(self.actor.export, version)
         self._synced = version
         return metrics
 

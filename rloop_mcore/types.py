@@ -37,21 +37,22 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """One response wanted from an engine. `seed` alone fixes the draw in deterministic mode."""
-
-    prompt_ids: tuple[int, ...]
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine answered: the sampled ids (end token included) and their logprobs [response]."""
 
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish_reason: str  # "stop" (end token or stop string) or "length"
-    weight_version: int
+    finish_reason: str  # "stop" (end token or stop string), "length", or "abort": not finished
+    weight_versions: tuple[tuple[int, int], ...]  # (weight version, how many tokens it sampled), in order
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One response wanted from an engine. `seed` alone fixes the draw in deterministic mode."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    partial: Completion | None = None  # go on from here: an aborted answer to the same request
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Trajectory:
 
     `(iteration, step, problem_id, sample)` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
     `reward` is what the update sees (shaped, perhaps with the overlong penalty). `logprobs` [response] are those
-    of the engine that sampled it: the behaviour policy.
+    of the engine that sampled it: the behaviour policy. `weight_versions` are (weight version, how many tokens it
+    sampled), in order; more than one where a sync fell into the generation.
     """
 
     iteration: int
@@ -83,7 +85,7 @@ class Trajectory:
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    weight_version: int
+    weight_versions: tuple[tuple[int, int], ...]
     correct: bool
     reward: float
     reason: str

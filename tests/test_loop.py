@@ -99,7 +99,9 @@ class HashStep:
         token = int(self.actor.number[:6], 16)
         self.cache.append(
             [
-                Trajectory(iteration, step, problem, n, (1,), (token, n), (-0.5, -0.5), "stop", 1, ok, float(ok), "")
+                Trajectory(
+                    iteration, step, problem, n, (1,), (token, n), (-0.5, -0.5), "stop", ((1, 2),), ok, float(ok), ""
+                )
                 for problem, n, ok in outcomes
             ]
         )
@@ -111,8 +113,8 @@ class NumberRollout:
     def __init__(self) -> None:
         self.number = ""
 
-    def sync(self, weights: Iterator[tuple[str, Any]], version: int) -> dict[str, float]:
-        self.number = next(weights)[0]
+    def sync(self, export: Callable[[], Iterator[tuple[str, Any]]], version: int) -> dict[str, float]:
+        self.number = next(export())[0]
         return {}
 
 

@@ -34,7 +34,7 @@ class SeedEcho:
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         self.requests += requests
-        return [Completion((request.seed,), (-0.5,), "stop", 1) for request in requests]
+        return [Completion((request.seed,), (-0.5,), "stop", ((1, 1),)) for request in requests]
 
 
 class ScriptedRewards:
@@ -168,7 +168,8 @@ def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
 def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
     step = make(first_only, overlong_buffer=3)
     step.config.rollout.max_tokens = 4
-    step.rollout.generate = lambda requests, sampling: [Completion((1,) * 4, (-0.5,) * 4, "length", 1)] * len(requests)  # type: ignore[method-assign]
+    long = Completion((1,) * 4, (-0.5,) * 4, "length", ((1, 4),))
+    step.rollout.generate = lambda requests, sampling: [long] * len(requests)  # type: ignore[method-assign]
     step.run(0, 0, 0)
     assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
 
@@ -182,7 +183,7 @@ def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
 
 def test_overlong_responses_can_be_left_out_of_the_loss() -> None:
     step = make(first_only, overlong_filter="true", updates_per_step=1, overlong_buffer=0)
-    cut = [Completion((n,), (-0.5,), "length" if n % 2 else "stop", 1) for n in range(3 * GROUP)]
+    cut = [Completion((n,), (-0.5,), "length" if n % 2 else "stop", ((1, 1),)) for n in range(3 * GROUP)]
     step.rollout.generate = lambda requests, sampling: cut  # type: ignore[method-assign]
     step.run(0, 0, 0)
     (batch,) = step.actor.batches

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rloop_mcore import validate
+from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.data.problems import load_problems
@@ -25,6 +25,7 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.weights.channel import BroadcastChannel
 from rloop_mcore.weights.tensor_files import catalogue
 
@@ -91,16 +92,16 @@ def _config(options: argparse.Namespace) -> Config:
 def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
     """An engine that serves the policy folder as it is: no actor, no weight sync."""
     servers = start_servers(config, policy, folder)
-    vocabulary = validate.read_hf_config(policy).get("vocab_size")
-    if not isinstance(vocabulary, int):
-        raise UserError(f"{policy / 'config.json'} has no vocab_size: it is not the folder of a language model.")
+    model = ServedModel.of(validate.read_hf_config(policy), policy)
     with Fleet(
         servers,
         BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s),
-        vocabulary=vocabulary,
+        model=model,
         bucket_mib=config.rollout.bucket_mib,
         start_timeout_s=config.rollout.start_timeout_s,
         request_timeout_s=config.rollout.request_timeout_s,
+        deterministic=platform.deterministic(config.run.deterministic),
+        max_running=config.rollout.max_running,
     ) as fleet:
         fleet.adopt_weights()
         yield fleet

@@ -23,10 +23,12 @@ from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
 from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.run_state import Interrupted, RunState
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Policy
+from rloop_mcore.validate import read_hf_config
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.channel import BroadcastChannel
 from rloop_mcore.weights.digest import digest_of
@@ -44,11 +46,13 @@ def conduct(config: Config, run: RunDirectory) -> None:
             Fleet(
                 servers,
                 channel,
-                vocabulary=bridge.architecture()["gpt"]["vocab_size"],
+                model=ServedModel.of(read_hf_config(Path(config.model.path)), Path(config.model.path)),
                 bucket_mib=config.rollout.bucket_mib,
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,
                 backend=backend,
+                deterministic=platform.deterministic(config.run.deterministic),
+                max_running=config.rollout.max_running,
             ) as fleet,
         ):
             run_algorithm(config, run, actor, fleet, rewards)

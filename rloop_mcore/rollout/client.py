@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import aiohttp
 from packaging.version import InvalidVersion, Version
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.rollout.together import together
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 _CONTROL_TIMEOUT_S = 60.0
@@ -24,9 +26,10 @@ _UPDATE_SESSIONS_SINCE = Version("0.5.21")  # /begin_weight_update and /end_weig
 class EngineError(Fault):
     """A server that does not answer, or not as the contract says. The message names the server and the endpoint."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, engine: str | None = None) -> None:
+        """status: of the HTTP answer, if there was one; engine: URL of the server whose fault it is, if it is one's."""
         super().__init__(message)
-        self.status = status
+        self.status, self.engine = status, engine
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class EngineClient:
         self.vocabulary, self.generate_timeout_s = vocabulary, generate_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
+        self._requests: set[asyncio.Task[bytes]] = set()
+        self._given_up: str | None = None
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -72,8 +77,19 @@ class EngineClient:
             await self._session.close()
             self._session = None
 
+    def give_up(self, reason: str) -> None:
+        """The server is lost: what is asked of it now and later fails with `reason`."""
+        self._given_up = reason
+        for request in self._requests:
+            request.cancel()
+
     async def health(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         await self._call("GET", "/health", timeout_s=timeout_s)
+
+    async def check_server(self, timeout_s: float) -> None:
+        """Raises EngineError unless the server answers, takes the key, and is a version that is supported."""
+        await self.health(timeout_s)
+        await self.has_update_sessions()
 
     async def model_info(self) -> dict[str, Any]:
         return await self._json("GET", "/model_info")
@@ -92,41 +108,50 @@ class EngineClient:
         except InvalidVersion as error:
             raise EngineError(f"{self.url}/server_info: version {text!r} cannot be read") from error
 
-    async def ranks(self) -> int:
-        """Ranks this server takes in a weight update group (its tensor parallel size)."""
-        return int((await self.server_info()).get("tp_size", 1))
+    async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling, rid: str) -> list[Completion]:
+        """One /generate call; one completion a request, in order. A request with a partial response goes on from it.
 
-    async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
-        """One /generate call; one completion a request, in order."""
+        `rid` names the call for `abort`; what is aborted comes back as far as it is, with finish reason abort.
+        """
         self._check_ids(requests)
         body = {
-            "input_ids": [list(r.prompt_ids) for r in requests],
+            "input_ids": [[*r.prompt_ids, *(r.partial.response_ids if r.partial else ())] for r in requests],
             "sampling_params": [
                 {
-                    "max_new_tokens": sampling.max_tokens,
+                    "max_new_tokens": sampling.max_tokens - (len(r.partial.response_ids) if r.partial else 0),
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
                     "stop": list(sampling.stop),
-                    "sampling_seed": r.seed & (2**63 - 1),
+                    "sampling_seed": (r.seed + (len(r.partial.response_ids) if r.partial else 0)) & (2**63 - 1),
                 }
                 for r in requests
             ],
+            "rid": [f"{rid}-{number}" for number in range(len(requests))],
             "return_logprob": True,
         }
         answers = await self._json("POST", "/generate", body, self.generate_timeout_s)
         where = f"{self.url}/generate"
         if not isinstance(answers, list) or len(answers) != len(requests):
-            raise EngineError(f"{where}: {len(requests)} prompts were sent, the answer is not a list of as many")
-        return [parse_completion(answer, where) for answer in answers]
+            raise self._error(
+                "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
+            )
+        completions = [parse_completion(answer, where) for answer in answers]
+        return [_joined(r.partial, c) for r, c in zip(requests, completions, strict=True)]
+
+    async def abort(self, rid: str, count: int) -> None:
+        """End the `count` samples of the call named `rid` where they are."""
+        await together(*(self._call("POST", "/abort_request", {"rid": f"{rid}-{n}"}) for n in range(count)))
 
     def _check_ids(self, requests: Sequence[SampleRequest]) -> None:
         """An id outside the vocabulary kills an SGLang server, so none is sent."""
         for prompt in {r.prompt_ids for r in requests}:
             if not prompt:
-                raise EngineError(f"{self.url}/generate: a prompt is empty")
+                raise EngineError(f"{self.url}/generate: a prompt is empty", 400)
             if min(prompt) < 0 or max(prompt) >= self.vocabulary:
                 wrong = next(i for i in prompt if not 0 <= i < self.vocabulary)
-                raise EngineError(f"{self.url}/generate: id {wrong} is outside the vocabulary of {self.vocabulary}")
+                raise EngineError(
+                    f"{self.url}/generate: id {wrong} is outside the vocabulary of {self.vocabulary}", 400
+                )
 
     async def pause(self, mode: str) -> None:
         """mode: abort, retract (calls wait and forget their cache) or in_place."""
@@ -172,14 +197,23 @@ class EngineClient:
     async def set_weight_version(self, version: str) -> None:
         await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
-    async def checksums(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
-        return await self._json("POST", "/weights_checker", {"action": "checksum"}, timeout_s)
+    async def checksums(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> list[tuple[int, dict[str, str]]]:
+        """(tensor parallel rank, {tensor: checksum}) of every rank of the server."""
+        path = "/weights_checker"
+        answer = await self._json("POST", path, {"action": "checksum"}, timeout_s)
+        try:
+            return [
+                (int(rank["parallelism_info"]["tp_rank"]), {str(k): str(v) for k, v in rank["checksums"].items()})
+                for rank in answer["ranks"]
+            ]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise self._error(path, f"the answer is not that of SGLang: {_short(answer)}") from error
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """A 200 alone does not mean that it was done: `success` must be true."""
         answer = await self._json("POST", path, body, timeout_s)
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise EngineError(f"{self.url}{path}: did not succeed: {_short(answer)}")
+            raise self._error(path, f"did not succeed: {_short(answer)}")
 
     async def _json(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
@@ -188,32 +222,45 @@ class EngineClient:
         try:
             return json.loads(raw)
         except ValueError as error:
-            raise EngineError(f"{self.url}{path}: the answer is not JSON ({error}): {_short(raw)}") from error
+            raise self._error(path, f"the answer is not JSON ({error}): {_short(raw)}", 200) from error
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
     ) -> bytes:
+        if self._given_up is not None:
+            raise self._error(path, self._given_up)
+        begun, request = time.monotonic(), asyncio.ensure_future(self._request(method, path, body, timeout_s))
+        self._requests.add(request)
+        try:
+            return await request
+        except asyncio.CancelledError:
+            if self._given_up is None:
+                raise
+            raise self._error(path, self._given_up) from None
+        except TimeoutError as error:
+            raise self._error(path, f"no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
+            waited = time.monotonic() - begun
+            text = f"connection failed after {waited:.1f} s (deadline {timeout_s:g} s): {type(error).__name__}: {error}"
+            raise self._error(path, text) from error
+        finally:
+            self._requests.discard(request)
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> bytes:
         if self._session is None:
-            # No connection is kept: between two calls the loop stands still and would not see it closed.
+            # No connection is kept: a server that closed an idle one would fail the next request.
             self._session = aiohttp.ClientSession(
                 headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0)
             )
-        begun = time.monotonic()
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                raw = await response.read()
-                if response.status != 200:
-                    raise EngineError(f"{self.url}{path}: status {response.status}: {_short(raw)}", response.status)
-                return raw
-        except TimeoutError as error:
-            raise EngineError(f"{self.url}{path}: no answer within {timeout_s:g} s") from error
-        except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
-            waited = time.monotonic() - begun
-            raise EngineError(
-                f"{self.url}{path}: connection failed after {waited:.1f} s (deadline {timeout_s:g} s): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            raw = await response.read()
+            if response.status != 200:
+                raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
+            return raw
+
+    def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
+        return EngineError(f"{self.url}{path}: {text}", status, self.url)
 
 
 def parse_completion(answer: Any, where: str) -> Completion:
@@ -222,22 +269,51 @@ def parse_completion(answer: Any, where: str) -> Completion:
     ids = _get(answer, "output_ids", where)
     entries = _get(meta, "output_token_logprobs", where)
     reason = _get(_get(meta, "finish_reason", where), "type", where)
-    version = str(_get(meta, "weight_version", where))
     try:
         logprobs = tuple(float(entry[0]) for entry in entries)
         scored_ids = [int(entry[1]) for entry in entries]
     except (TypeError, ValueError, IndexError) as error:
-        raise EngineError(f"{where}: output_token_logprobs is not [[logprob, id, text], ...]") from error
+        raise EngineError(f"{where}: output_token_logprobs is not [[logprob, id, text], ...]", 200) from error
     if scored_ids != ids:
-        raise EngineError(f"{where}: {len(ids)} output_ids and {len(scored_ids)} logprobs do not name the same tokens")
-    if not version.lstrip("-").isdigit():
-        raise EngineError(f"{where}: weight_version {version!r} is not a number: the engine was never synced")
-    return Completion(tuple(ids), logprobs, str(reason), int(version))
+        counts = f"{len(ids)} output_ids and {len(scored_ids)} logprobs"
+        raise EngineError(f"{where}: {counts} do not name the same tokens", 200)
+    whole = [{"version": _get(meta, "weight_version", where), "start": 0, "end": len(ids)}]
+    return Completion(tuple(ids), logprobs, str(reason), _versions(meta.get("weight_versions") or whole, ids, where))
+
+
+def _versions(spans: Any, ids: list[int], where: str) -> tuple[tuple[int, int], ...]:
+    """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not those of `ids`."""
+    runs: list[tuple[int, int]] = []
+    end = 0
+    for span in spans:
+        version, start, stop = (_get(span, name, where) for name in ("version", "start", "end"))
+        if not str(version).isdigit():
+            raise EngineError(f"{where}: weight_version {version!r} is not a number: the engine was never synced", 200)
+        if start != end or stop < end:
+            break
+        if stop > end:
+            runs.append((int(version), stop - end))
+        end = stop
+    if end != len(ids):
+        raise EngineError(f"{where}: weight_versions {_short(spans)} are not those of {len(ids)} tokens", 200)
+    return tuple(runs)
+
+
+def _joined(partial: Completion | None, rest: Completion) -> Completion:
+    """The completion that `partial` and what was sampled after it make."""
+    if partial is None:
+        return rest
+    runs = [*partial.weight_versions, *rest.weight_versions]
+    by_version = itertools.groupby(runs, key=lambda run: run[0])
+    merged = [(version, sum(tokens for _, tokens in same)) for version, same in by_version]
+    return Completion(
+        partial.response_ids + rest.response_ids, partial.logprobs + rest.logprobs, rest.finish_reason, tuple(merged)
+    )
 
 
 def _get(mapping: Any, name: str, where: str) -> Any:
     if not isinstance(mapping, dict) or name not in mapping:
-        raise EngineError(f"{where}: the answer lacks {name!r}: {_short(mapping)}")
+        raise EngineError(f"{where}: the answer lacks {name!r}: {_short(mapping)}", 200)
     return mapping[name]
 
 

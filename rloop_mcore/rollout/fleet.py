@@ -1,16 +1,18 @@
-"""All engines behind `protocols.Rollout`: which engine gets what, and whether what comes back can be trusted."""
+"""All engines behind `protocols.Rollout`: a blocking face on the controller and the weight sync."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from itertools import groupby
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError
-from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer
+from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
+from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.rollout.together import together
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -20,32 +22,55 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SYNC_ATTEMPTS = 3
+_POLL_S = 0.1
+
 
 class Fleet:
     """`protocols.Rollout` over servers that are running or starting.
 
-    Synchronous: an event loop of its own runs on the caller's thread, and only during a call.
+    Its event loop runs on a thread of its own, so that engines generate while the caller trains. What iterates over
+    weights (`sync`, `wait`) does so on the calling thread, which must be the actor's.
     """
 
     def __init__(
         self,
-        servers: Sequence[EmbeddedServer | RunningServer],
+        servers: Sequence[Server],
         channel: WeightChannel,
         *,
-        vocabulary: int,
+        model: ServedModel,
         bucket_mib: int,
         start_timeout_s: float,
         request_timeout_s: float,
         backend: str = "gloo",
+        deterministic: bool = True,
+        max_running: int = 256,
+        probe: Probe | None = None,
     ) -> None:
-        """vocabulary: ids below it are valid; backend: of the weight broadcast, gloo or nccl."""
-        self.servers, self.channel, self.backend = list(servers), channel, backend
-        self.vocabulary, self.bucket_bytes = vocabulary, bucket_mib * 2**20
-        self.start_timeout_s, self.request_timeout_s = start_timeout_s, request_timeout_s
-        self.clients: list[EngineClient] = []
+        """backend: of the weight broadcast, gloo or nccl; start_timeout_s: also for a sync's group, and a bucket.
+
+        deterministic: a batch is cut into as many calls as there are engines, whatever becomes of these, and an engine
+        has one call at a time; else a call a group, with about `max_running` samples at an engine at once at most.
+        """
+        self.servers = list(servers)
         self.version: int | None = None
-        self._sync: WeightSync | None = None
+        self._shares = len(self.servers) if deterministic else 0
+        self._start_timeout_s = start_timeout_s
+        self._export: Callable[[], NamedTensors] | None = None
+        self._sync = WeightSync(channel, backend, start_timeout_s, bucket_mib * 2**20, model)
+        self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up
+        self._controller = Controller(
+            self.servers,
+            lambda url, key: EngineClient(url, key, model.vocabulary, request_timeout_s),
+            limit=0 if deterministic else max_running,  # 0: an engine has one call at a time, whole
+            start_timeout_s=start_timeout_s,
+            probe=probe or Probe(),
+            on_waiting=self._tell,
+        )
+        self._started = False
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Fleet:
         return self
@@ -57,97 +82,147 @@ class Fleet:
 
     def wait_ready(self) -> None:
         """Wait until every server answers (`sync` does it too). Raises EngineError with the server's log."""
-        if not self.clients:
-            self._run(self._connect())
+        if not self._started:
+            self._submit(self._controller.start()).result()
+            self._started = True
 
-    def sync(self, weights: NamedTensors, version: int) -> dict[str, float]:
-        """Bring every engine to `weights`, stamped `version`. Returns seconds_sync, sync_bytes, sync_buckets.
+    def sync(self, export: Callable[[], NamedTensors], version: int) -> dict[str, float]:
+        """Bring every engine to the weights of `export`, stamped `version`, verified by checksums.
 
-        `weights` is iterated on the calling thread. Raises EngineError; the engines then stay paused.
+        `export` gives the weights anew each time it is called; they are iterated on this thread. An engine that fails
+        is left to its restart, and the others are synced. What is being generated waits, and goes on under the new
+        weights. Returns seconds_sync, seconds_verify, sync_bytes, sync_buckets and the engines' failures so far.
+        Raises EngineError; no engine then serves until a sync succeeds.
         """
         self.wait_ready()
-        assert self._sync is not None
         self.version = None
-        metrics = self._run(self._sync.run(weights, version, self.bucket_bytes))
-        self.version = version
-        return metrics
+        for attempt in range(1, _SYNC_ATTEMPTS + 1):
+            engines = self._answering()
+            try:
+                metrics = self._bring(engines, export, version)
+                break
+            except (EngineError, TimeoutError) as error:
+                if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
+                    raise
+                self._lose_culprits(engines, error)
+                if attempt == _SYNC_ATTEMPTS:
+                    raise
+        self.version, self._export = version, export
+        counters = self._controller.counters
+        return metrics | {
+            "engines_serving": float(len(self._controller.in_state("serving"))),
+            "engines_lost": float(counters.lost),
+            "engine_retries": float(counters.retries),
+        }
 
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""
         self.wait_ready()
-        self._run(together(*(client.set_weight_version("0") for client in self.clients)))
+        engines = self._controller.in_state("waiting")
+        self._submit(together(*(_client(e).set_weight_version("0") for e in engines))).result()
+        self._submit(self._promote(engines, 0)).result()
         self.version = 0
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
-        """One completion a request, in order, all by the weights of the last sync. Raises EngineError.
-
-        Consecutive requests with one prompt are a group and go to one engine, group k to engine k mod E in a single
-        call: which engine draws which sample, beside which others, depends on nothing but the requests.
-        """
-        if not requests:
-            return []
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None
+    ) -> Future[list[Completion]]:
+        """Start to generate one completion a request, in order (see `Controller.generate`)."""
         if self.version is None:
             raise EngineError("the engines hold no synced weights; sync before generating")
-        shares: list[list[int]] = [[] for _ in self.clients]
-        groups = groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)
-        for number, (_, members) in enumerate(groups):
-            shares[number % len(shares)] += members
-        calls = [
-            client.generate([requests[i] for i in share], sampling)
-            for client, share in zip(self.clients, shares, strict=True)
-            if share
-        ]
-        answers = self._run(together(*calls))
-        completions: dict[int, Completion] = {}
-        for share, answer in zip([s for s in shares if s], answers, strict=True):
-            for i, completion in zip(share, answer, strict=True):
-                self._check(completion, sampling)
-                completions[i] = completion
-        return [completions[i] for i in range(len(requests))]
+        return self._submit(self._controller.generate(requests, sampling, self._shares, enough))
+
+    def wait(self, future: Future[T], version: int | None = None) -> T:
+        """The result of `future`, which engines work on. Engines that were restarted meanwhile get their weights here.
+
+        version: of the weights that the last sync's `export` gives now, where it is not the version then.
+        """
+        while not future.done():
+            pending: list[Future[Any]] = [future, self._news]
+            wait(pending, return_when=FIRST_COMPLETED)
+            if self._news.done() and not future.done():
+                self._news = Future()
+                self._catch_up(self.version if version is None else version)
+        return future.result()
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in order, by the weights of the last sync. Raises EngineError."""
+        return self.wait(self.submit(requests, sampling)) if requests else []
 
     def close(self) -> None:
         """Leave the broadcast group, close connections, stop the servers of this run. May be called twice."""
         if self._loop.is_closed():
             return
         try:
-            self._loop.run_until_complete(self._disconnect())
+            self._submit(self._disconnect()).result()
         finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
             self._loop.close()
             for server in self.servers:
                 server.stop()
 
-    def _check(self, completion: Completion, sampling: Sampling) -> None:
-        if completion.weight_version != self.version:
-            raise EngineError(f"a sample has weight version {completion.weight_version}, synced was {self.version}")
-        if completion.finish_reason not in ("stop", "length"):
-            raise EngineError(f"a sample ended with finish reason {completion.finish_reason!r}")
-        if not 1 <= len(completion.response_ids) <= sampling.max_tokens:
-            raise EngineError(
-                f"a sample has {len(completion.response_ids)} tokens, 1..{sampling.max_tokens} were asked"
-            )
+    # -- weights --------------------------------------------------------------------------------------------------
 
-    def _run(self, work: Awaitable[T]) -> T:
-        """Run `work`; a failure is told together with how a server process ended, if one did."""
-        try:
-            return self._loop.run_until_complete(work)
-        except EngineError as error:
-            ended = [text for text in (server.failure() for server in self.servers) if text is not None]
-            if not ended or str(error) in ended:
-                raise
-            raise EngineError("\n".join([str(error), *ended]), error.status) from error
+    def _bring(self, engines: Sequence[Engine], export: Callable[[], NamedTensors], version: int) -> dict[str, float]:
+        metrics = self._sync.run([_client(e) for e in engines], export(), version, self._submit)
+        self._submit(self._promote(engines, version)).result()
+        return metrics
 
-    async def _connect(self) -> None:
-        addresses = await together(*(server.ready(self.start_timeout_s) for server in self.servers))
-        clients = [EngineClient(url, key, self.vocabulary, self.request_timeout_s) for url, key in addresses]
+    def _catch_up(self, version: int | None) -> None:
+        """Bring engines that came back to the current weights, while the others go on generating."""
+        engines = self._controller.in_state("waiting")
+        if not engines or self._export is None or version is None:
+            return
         try:
-            await together(*(client.server_info() for client in clients))  # answers, and the key is right
-        except BaseException:
-            await asyncio.gather(*(client.close() for client in clients))
-            raise
-        self.clients = clients
-        self._sync = WeightSync(clients, self.channel, self.backend, self.request_timeout_s)
+            self._bring(engines, self._export, version)
+        except (EngineError, TimeoutError) as error:
+            if not self._lose_culprits(engines, error):
+                for engine in engines:
+                    self._lose(engine, str(error))
+
+    def _answering(self) -> list[Engine]:
+        """The engines a sync can reach; waits for one to come back where there is none. Raises EngineError."""
+        while True:
+            engines = self._controller.in_state("waiting", "serving")
+            if engines:
+                return engines
+            if not self._controller.in_state("lost", "starting"):
+                raise EngineError(f"no engine is left; the last failed so: {self._controller.counters.reasons[-1]}")
+            wait([self._news], timeout=_POLL_S)
+            if self._news.done():
+                self._news = Future()
+
+    def _lose_culprits(self, engines: Sequence[Engine], error: Exception) -> bool:
+        """Fence the engine that `error` names and those that don't answer; whether there was one."""
+        named = getattr(error, "engine", None)
+        culprits = [engine for engine in engines if engine.client is not None and engine.client.url == named]
+        for engine in culprits:
+            self._lose(engine, str(error))
+        return bool(culprits or self._submit(self._controller.check_health()).result())
+
+    def _lose(self, engine: Engine, reason: str) -> None:
+        async def lose() -> None:
+            self._controller.lose(engine, reason)
+
+        self._submit(lose()).result()
+
+    async def _promote(self, engines: Sequence[Engine], version: int) -> None:
+        self._controller.promote(engines, version)
+
+    # -- the event loop's thread ----------------------------------------------------------------------------------
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _tell(self) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
 
     async def _disconnect(self) -> None:
-        if self._sync is not None:
-            await self._sync.close()
-        await asyncio.gather(*(client.close() for client in self.clients))
+        await self._sync.close()
+        await self._controller.close()
+
+
+def _client(engine: Engine) -> EngineClient:
+    assert engine.client is not None
+    return engine.client

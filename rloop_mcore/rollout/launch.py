@@ -34,6 +34,9 @@ class RunningServer:
     def failure(self) -> str | None:
         return None
 
+    def restart(self) -> None:
+        """It is not ours to start anew; it may come back by itself."""
+
     def stop(self) -> None:
         """It is not ours to stop."""
 
@@ -55,14 +58,17 @@ class EmbeddedServer:
         self.port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rloop_mcore.rollout.embedded", "--model-path", str(model_path)]
         command += ["--port-file", str(self.port_file), "--parent", str(os.getpid()), "--max-running", str(max_running)]
-        command += ["--threads", str(threads), "--dtype", dtype, "--device", device]
-        environment = {**os.environ, KEY_VARIABLE: self.api_key, "HF_HUB_OFFLINE": "1"}
+        self.command = [*command, "--threads", str(threads), "--dtype", dtype, "--device", device]
+        self.environment = {**os.environ, KEY_VARIABLE: self.api_key, "HF_HUB_OFFLINE": "1"}
         if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
+            self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
+            return subprocess.Popen(
+                self.command,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -89,6 +95,13 @@ class EmbeddedServer:
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+    def restart(self) -> None:
+        """Start the process anew, with the model folder it had; kills what is left of it first."""
+        self.process.kill()
+        self.process.wait()
+        self.port_file.unlink(missing_ok=True)
+        self.process = self._start()
 
     def stop(self) -> None:
         """End the process and wait until it is gone."""

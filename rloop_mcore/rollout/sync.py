@@ -1,76 +1,117 @@
-"""The weight sync: pause, flush, begin, broadcast the buckets, end, stamp, check, continue, on all engines at once."""
+"""The weight sync: pause, flush, begin, broadcast the buckets, end, verify, stamp, continue, on all engines at once."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from math import ceil
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rloop_mcore.protocols import WeightChannel
+from rloop_mcore.rollout.checksums import Engine, ExpectedChecksums, difference
 from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
+from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
 from rloop_mcore.rollout.together import together
 
-Bucket = list[tuple[str, torch.Tensor]]
+if TYPE_CHECKING:
+    from rloop_mcore.protocols import NamedTensors
+
+T = TypeVar("T")
+Submit = Callable[[Coroutine[Any, Any, T]], "Future[T]"]  # runs a coroutine on the event loop's thread
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that travel as one uint8 broadcast, one right behind the other."""
+
+    tensors: list[TensorSpec]
+    data: torch.Tensor  # uint8 [bytes]
 
 
 class WeightSync:
     """Keeps the broadcast group between syncs; a failed sync gives it up and leaves the engines paused."""
 
-    def __init__(self, clients: Sequence[EngineClient], channel: WeightChannel, backend: str, timeout_s: float) -> None:
-        """backend: gloo or nccl; timeout_s: for joining the group and for one bucket."""
-        self.clients, self.channel, self.backend, self.timeout_s = clients, channel, backend, timeout_s
-        self.connected = False
-        self.sessions = False
+    def __init__(
+        self, channel: WeightChannel, backend: str, timeout_s: float, bucket_bytes: int, model: ServedModel
+    ) -> None:
+        """backend: gloo or nccl; timeout_s: for joining the group, and for one bucket."""
+        self.channel, self.backend, self.timeout_s, self.model = channel, backend, timeout_s, model
+        self.buffers = Buffers(bucket_bytes, host=backend == "gloo")
+        self._members: list[EngineClient] = []  # of the group, in the order of their ranks
+        self._sessions = False
+        self._kept: list[Engine] = []  # how each member keeps its weights
+        self._dtype = torch.float32
 
-    async def run(
-        self, weights: Iterator[tuple[str, torch.Tensor]], version: int, bucket_bytes: int
+    def run(
+        self, clients: Sequence[EngineClient], weights: NamedTensors, version: int, submit: Submit[Any]
     ) -> dict[str, float]:
-        """Bring all engines to `weights`, stamped `version`. Returns seconds, bytes and buckets.
+        """Bring `clients` to `weights`, stamped `version`. `weights` is iterated on this thread, to its end always.
 
-        Raises EngineError (or what the channel raises); the engines then stay paused, so that none serves a mixture.
+        While one bucket is broadcast the next one is gathered: two buckets of memory. Returns seconds_sync,
+        seconds_verify, sync_bytes and sync_buckets. Raises EngineError (or what the channel or `weights` raises); the
+        engines then stay paused, so that none serves a mixture.
         """
         begun, sent, count = time.monotonic(), 0, 0
+        sending: Future[None] | None = None
         try:
-            await self._all(lambda c: c.pause("retract"))
-            await self._all(lambda c: c.flush_cache())
-            if not self.connected:
-                await self._connect()
-            if self.sessions:
-                await self._all(_begin)
-            for bucket in buckets(weights, bucket_bytes):
-                sent += await self._send(bucket)
-                count += 1
-            if self.sessions:
-                await self._all(lambda c: c.end_update())
-            await self._all(lambda c: c.set_weight_version(str(version)))
-            await self._all(lambda c: _check_version(c, version))
-            await self._all(lambda c: c.resume())
+            submit(self._open(list(clients))).result()
+            expected = {kept: ExpectedChecksums(kept) for kept in self._kept}
+            for bucket in self.buffers.fill(weights, self._dtype, expected.values()):
+                if sending is not None:
+                    sending.result()
+                sending = submit(self._send(bucket))
+                sent, count = sent + bucket.data.numel(), count + 1
+            if sending is not None:
+                sending.result()
+            verify_s = submit(self._finish(version, expected)).result()
         except BaseException:
-            self.connected = False
+            self._members = []
+            if sending is not None:
+                sending.cancel()
             raise
-        return {"seconds_sync": time.monotonic() - begun, "sync_bytes": float(sent), "sync_buckets": float(count)}
+        finally:
+            for _ in weights:  # the other ranks go through the whole export; rank 0 must too
+                pass
+        seconds = time.monotonic() - begun
+        return {
+            "seconds_sync": seconds,
+            "seconds_verify": verify_s,
+            "sync_bytes": float(sent),
+            "sync_buckets": float(count),
+        }
 
     async def close(self) -> None:
         """Leave the group on both ends; an engine that is gone already is no error."""
-        if self.connected:
-            self.connected = False
-            await asyncio.gather(
-                *(c.leave_group(self.channel.group_name) for c in self.clients), return_exceptions=True
-            )
+        members, self._members = self._members, []
+        await asyncio.gather(*(c.leave_group(self.channel.group_name) for c in members), return_exceptions=True)
         self.channel.close()
 
-    async def _all(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
-        await together(*(call(client) for client in self.clients))
+    async def _open(self, clients: list[EngineClient]) -> None:
+        await _each(clients, lambda c: c.pause("retract"))
+        await _each(clients, lambda c: c.flush_cache())
+        if clients != self._members:
+            await self._connect(clients)
+        if self._sessions:
+            await _each(clients, _begin)
 
-    async def _connect(self) -> None:
+    async def _connect(self, clients: list[EngineClient]) -> None:
+        if self._members:
+            await self.close()
         self.channel.close()
-        await self._all(self._leave_old_group)
-        ranks = await together(*(c.ranks() for c in self.clients))
-        self.sessions = await _agree(self.clients)
+        await _each(clients, self._leave_old_group)
+        infos = await together(*(c.server_info() for c in clients))
+        self._sessions = await _agree(clients)
+        self._kept = [kept_weights(info, self.model) for info in infos]
+        dtypes = {kept_dtype(info, self.model, c.url) for info, c in zip(infos, clients, strict=True)}
+        if len(dtypes) > 1:
+            raise EngineError(f"the engines differ in dtype ({', '.join(sorted(map(str, dtypes)))}): start them alike")
+        self._dtype = dtypes.pop()
+        ranks = [engine_ranks(info) for info in infos]
         world_size = 1 + sum(ranks)
         address, port = self.channel.open(world_size)
         offsets = [1 + sum(ranks[:i]) for i in range(len(ranks))]
@@ -80,10 +121,10 @@ class WeightSync:
                 client.join_group(
                     GroupSpec(address, port, offset, world_size, self.channel.group_name, self.backend), self.timeout_s
                 )
-                for client, offset in zip(self.clients, offsets, strict=True)
+                for client, offset in zip(clients, offsets, strict=True)
             ),
         )
-        self.connected = True
+        self._members = clients
 
     async def _leave_old_group(self, client: EngineClient) -> None:
         """An engine may still be in the group of a failed sync, or of a run that was killed."""
@@ -93,14 +134,33 @@ class WeightSync:
             if error.status is None:
                 raise
 
-    async def _send(self, bucket: Bucket) -> int:
-        flat = flatten(bucket)
-        specs = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in bucket]
+    async def _send(self, bucket: Bucket) -> None:
         await together(
-            *(c.update_from_distributed(specs, self.channel.group_name, self.timeout_s) for c in self.clients),
-            _in_thread(lambda: self.channel.send([flat])),
+            *(
+                c.update_from_distributed(bucket.tensors, self.channel.group_name, self.timeout_s)
+                for c in self._members
+            ),
+            _in_thread(lambda: self.channel.send([bucket.data])),
         )
-        return flat.numel()
+
+    async def _finish(self, version: int, expected: dict[Engine, ExpectedChecksums]) -> float:
+        """Returns the seconds the engines' checksums took."""
+        if self._sessions:
+            await _each(self._members, lambda c: c.end_update())
+        begun = time.monotonic()
+        by_rank = {kept: checksums.by_rank() for kept, checksums in expected.items()}
+        wanted = [by_rank[kept] for kept in self._kept]
+        pairs = zip(self._members, wanted, strict=True)
+        await together(*(_verify(client, sums, self.timeout_s) for client, sums in pairs))
+        seconds = time.monotonic() - begun
+        await _each(self._members, lambda c: c.set_weight_version(str(version)))
+        await _each(self._members, lambda c: _check_version(c, version))
+        await _each(self._members, lambda c: c.resume())
+        return seconds
+
+
+async def _each(clients: Sequence[EngineClient], call: Callable[[EngineClient], Awaitable[None]]) -> None:
+    await together(*(call(client) for client in clients))
 
 
 async def _agree(clients: Sequence[EngineClient]) -> bool:
@@ -108,6 +168,11 @@ async def _agree(clients: Sequence[EngineClient]) -> bool:
     if len(set(answers)) > 1:
         raise EngineError("engines from before and after SGLang 0.5.21 cannot be synced together")
     return answers[0]
+
+
+def engine_ranks(info: dict[str, Any]) -> int:
+    """Ranks a server takes in a weight update group: its tensor parallel size."""
+    return int(info.get("tp_size") or 1)
 
 
 async def _begin(client: EngineClient) -> None:
@@ -125,10 +190,20 @@ async def _begin(client: EngineClient) -> None:
         await client.begin_update()
 
 
+async def _verify(client: EngineClient, expected: list[dict[str, str]], timeout_s: float) -> None:
+    """Raises EngineError, naming a tensor, where a rank of the engine does not hold what was sent."""
+    for tp_rank, found in await client.checksums(timeout_s):
+        wrong = difference(expected[tp_rank], found)
+        if wrong is not None:
+            raise EngineError(
+                f"{client.url}: rank {tp_rank} does not hold the weights it was sent: {wrong}", engine=client.url
+            )
+
+
 async def _check_version(client: EngineClient, version: int) -> None:
     found = await client.weight_version()
     if found != str(version):
-        raise EngineError(f"{client.url}: holds weight version {found} after a sync to {version}")
+        raise EngineError(f"{client.url}: holds weight version {found} after a sync to {version}", engine=client.url)
 
 
 async def _in_thread(function: Callable[[], None]) -> None:
@@ -152,28 +227,44 @@ async def _in_thread(function: Callable[[], None]) -> None:
     await result
 
 
-def buckets(weights: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Cut a stream of tensors into runs of at most `bucket_bytes`; a larger tensor is a bucket of its own."""
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in weights:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+class Buffers:
+    """Cuts a stream of tensors into buckets, in two buffers by turns: the next is filled while one is sent.
 
+    They are kept from sync to sync, since fresh memory is slow on its first use.
+    """
 
-def flatten(bucket: Bucket) -> torch.Tensor:
-    """uint8 [bytes]: the tensors one behind the other, each at the next multiple of its item size."""
-    starts, end = [], 0
-    for _, tensor in bucket:
-        start = ceil(end / tensor.itemsize) * tensor.itemsize
-        starts.append(start)
-        end = start + tensor.nbytes
-    flat = torch.zeros(end, dtype=torch.uint8, device=bucket[0][1].device)
-    for start, (_, tensor) in zip(starts, bucket, strict=True):
-        flat[start : start + tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return flat
+    def __init__(self, bucket_bytes: int, host: bool) -> None:
+        """host: buckets in host memory, wherever the tensors are."""
+        self.bucket_bytes, self._host = bucket_bytes, host
+        self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+
+    def fill(
+        self, weights: NamedTensors, dtype: torch.dtype, checksums: Collection[ExpectedChecksums] = ()
+    ) -> Iterator[Bucket]:
+        """Buckets of at most `bucket_bytes` with the tensors in `dtype`; a larger tensor is a bucket of its own.
+
+        A bucket's memory is overwritten by the bucket after the next. Nothing pads a bucket (SGLang wants it so), which
+        is why all its tensors have one dtype.
+        """
+        specs: list[TensorSpec] = []
+        end, turn = 0, 0
+        for name, tensor in weights:
+            size = tensor.numel() * dtype.itemsize
+            if specs and end + size > self.bucket_bytes:
+                yield Bucket(specs, self._memory[turn][:end])
+                specs, end, turn = [], 0, 1 - turn
+            memory = self._reserve(turn, max(size, self.bucket_bytes), tensor)
+            place = memory[end : end + size].view(dtype).view(tensor.shape)
+            place.copy_(tensor.detach())
+            for expected in checksums:
+                expected.add(name, place)
+            specs.append(TensorSpec(name, str(dtype).removeprefix("torch."), tuple(tensor.shape)))
+            end += size
+        if specs:
+            yield Bucket(specs, self._memory[turn][:end])
+
+    def _reserve(self, turn: int, size: int, like: torch.Tensor) -> torch.Tensor:
+        device = torch.device("cpu") if self._host else like.device
+        if self._memory[turn].numel() < size or self._memory[turn].device != device:
+            self._memory[turn] = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._memory[turn]

@@ -13,10 +13,12 @@ import pyarrow as pa
 
 from rloop_mcore.types import Trajectory
 
-VERSION = 1
+VERSION = 2
 VERSION_KEY = b"rloop_mcore.trajectory.version"
 
 KEY = ("iteration", "step", "problem_id", "sample")  # identifies a row, and is the order of everything read
+
+_RUN = pa.struct([pa.field("version", pa.int32(), nullable=False), pa.field("tokens", pa.int32(), nullable=False)])
 
 SCHEMA = pa.schema(
     [
@@ -28,7 +30,7 @@ SCHEMA = pa.schema(
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # of the behaviour policy, one a response id
         pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("weight_version", pa.int32(), nullable=False),
+        pa.field("weight_versions", pa.list_(_RUN), nullable=False),  # more than one: a sync fell into the generation
         pa.field("correct", pa.bool_(), nullable=False),
         pa.field("reward", pa.float64(), nullable=False),  # the very double the advantage was computed from
         pa.field("reason", pa.string(), nullable=False),
@@ -51,6 +53,8 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
     columns = []
     for field in SCHEMA:
         values = [getattr(row, field.name) for row in rows]
+        if field.name == "weight_versions":
+            values = [[{"version": version, "tokens": tokens} for version, tokens in runs] for runs in values]
         columns.append(_list_array(values, field.type) if field.name in _LISTS else pa.array(values, field.type))
     return pa.table(columns, schema=SCHEMA)
 
@@ -58,6 +62,8 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
 def from_table(table: pa.Table) -> list[Trajectory]:
     """The rows of a table with all columns of SCHEMA, in its order."""
     columns = [_tuples(table.column(f.name)) if f.name in _LISTS else table.column(f.name).to_pylist() for f in SCHEMA]
+    versions = SCHEMA.names.index("weight_versions")
+    columns[versions] = [tuple((run["version"], run["tokens"]) for run in runs) for runs in columns[versions]]
     return [Trajectory(**dict(zip(SCHEMA.names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 

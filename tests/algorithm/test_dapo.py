@@ -62,7 +62,8 @@ def test_an_absurd_ratio_gives_finite_loss_and_gradient():
 
 def group(problem_id: str, correct: list[bool]) -> Group:
     rows = [
-        Trajectory(0, 0, problem_id, i, (1,), (2,), (-0.5,), "stop", 0, c, float(c), "") for i, c in enumerate(correct)
+        Trajectory(0, 0, problem_id, i, (1,), (2,), (-0.5,), "stop", ((0, 1),), c, float(c), "")
+        for i, c in enumerate(correct)
     ]
     return Group(problem_id, tuple(rows))
 

@@ -37,7 +37,7 @@ class ScriptedEngine:
         sample = self._asked.get(problem, 0)
         self._asked[problem] = sample + 1
         right = sample < problem
-        return Completion((1, 2) if right else (0, 2, 2, 2), (0.0,) * 2, "stop" if right else "length", 1)
+        return Completion((1, 2) if right else (0, 2, 2, 2), (0.0,) * 2, "stop" if right else "length", ((1, 2),))
 
 
 class FirstTokenIsOne:

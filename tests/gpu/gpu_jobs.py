@@ -83,7 +83,7 @@ def read_batch(folder: Path) -> list[Experience]:
     batch = []
     for i, row in enumerate(json.loads((folder / "batch.json").read_text(encoding="utf-8"))):
         old, response = tuple(row["old"]), tuple(row["response"])
-        sample = (0, 0, str(i), 0, tuple(row["prompt"]), response, old, "stop", 0, i % 2 == 0, float(i % 2), "")
+        sample = (0, 0, str(i), 0, tuple(row["prompt"]), response, old, "stop", ((0, 1),), i % 2 == 0, float(i % 2), "")
         batch.append(Experience(Trajectory(*sample), (-1.0) ** i * (0.5 + i / 12), old))
     return batch
 

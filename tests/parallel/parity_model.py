@@ -74,7 +74,7 @@ def experiences(seed: int) -> list[Experience]:
             response_ids=response,
             logprobs=tuple(-draw.uniform(1.0, 8.0) for _ in response),
             finish_reason="stop",
-            weight_version=0,
+            weight_versions=((0, 1),),
             correct=i % 2 == 0,
             reward=float(i % 2),
             reason="",

@@ -50,7 +50,7 @@ def _ask(
 
 
 def _generate(client: EngineClient) -> Awaitable[list[Completion]]:
-    return client.generate([REQUEST], SAMPLING)
+    return client.generate([REQUEST], SAMPLING, "call")
 
 
 def test_generate_sends_and_reads_the_contract() -> None:
@@ -60,7 +60,7 @@ def test_generate_sends_and_reads_the_contract() -> None:
         seen.update(await request.json(), path=request.path, key=request.headers["Authorization"])
         return web.json_response([GOOD])
 
-    assert _ask(handler, _generate) == [Completion((4, 5), (-0.5, -1.5), "stop", 3)]
+    assert _ask(handler, _generate) == [Completion((4, 5), (-0.5, -1.5), "stop", ((3, 2),))]
     assert seen["path"] == "/generate"
     assert seen["key"] == "Bearer key"
     assert seen["input_ids"] == [[1, 2]]
@@ -116,7 +116,7 @@ def test_bad_ids_are_never_sent(prompt: tuple[int, ...]) -> None:
         raise AssertionError("the request was sent")
 
     with pytest.raises(EngineError, match=r"empty|vocabulary of 10"):
-        _ask(handler, lambda client: client.generate([SampleRequest(prompt, 0)], SAMPLING))
+        _ask(handler, lambda client: client.generate([SampleRequest(prompt, 0)], SAMPLING, "call"))
 
 
 def test_an_error_status_is_quoted() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from rloop_mcore.platform.process_group import host_store, join_group, leave_gro
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
-from rloop_mcore.rollout.sync import buckets, flatten
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.rollout.sync import Buffers
 from rloop_mcore.types import SampleRequest, Sampling
 
 SAMPLING = Sampling(max_tokens=12, temperature=0.9)
@@ -70,7 +72,7 @@ class _Borrowed:
 
     def __init__(self, server: EmbeddedServer) -> None:
         self.server = server
-        self.ready, self.failure = server.ready, server.failure
+        self.ready, self.failure, self.restart = server.ready, server.failure, server.restart
 
     def stop(self) -> None:
         pass
@@ -86,15 +88,15 @@ def _fleet(servers: Sequence[object], request_timeout_s: float = 30.0) -> Fleet:
     return Fleet(
         servers,  # type: ignore[arg-type]
         Channel(),
-        vocabulary=VOCABULARY,
+        model=ServedModel(VOCABULARY),
         bucket_mib=1,
         start_timeout_s=START_S,
         request_timeout_s=request_timeout_s,
     )
 
 
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    return iter(model.named_parameters())
+def _weights(model: PreTrainedModel) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+    return lambda: iter(model.named_parameters())
 
 
 def _requests() -> list[SampleRequest]:
@@ -109,7 +111,7 @@ def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
         ids = [*request.prompt_ids, *completion.response_ids]
         expected = token_logprobs(model, ids, SAMPLING.temperature)[len(request.prompt_ids) - 1 :]
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-        assert completion.weight_version == version
+        assert completion.weight_versions == ((version, len(completion.response_ids)),)
 
 
 def test_a_sync_changes_the_policy_and_stamps_it(
@@ -125,7 +127,7 @@ def test_a_sync_changes_the_policy_and_stamps_it(
 
 
 def test_many_small_buckets_equal_one(fleet: Fleet, other_model: PreTrainedModel) -> None:
-    fleet.bucket_bytes = 3000  # smaller than some tensors
+    fleet._sync.buffers.bucket_bytes = 3000  # smaller than some tensors
     assert fleet.sync(_weights(other_model), 3)["sync_buckets"] > 5
     _assert_by(other_model, fleet, 3)
 
@@ -133,7 +135,7 @@ def test_many_small_buckets_equal_one(fleet: Fleet, other_model: PreTrainedModel
 def test_dtypes_are_converted_and_aligned(fleet: Fleet, other_model: PreTrainedModel) -> None:
     """bf16 beside fp32 and an odd byte count in front of it: offsets must follow the item size."""
     mixed = [(name, p.bfloat16() if i % 2 else p) for i, (name, p) in enumerate(other_model.named_parameters())]
-    fleet.sync(iter(mixed), 4)
+    fleet.sync(lambda: iter(mixed), 4)
     rounded = AutoModelForCausalLM.from_config(other_model.config, attn_implementation="eager").eval()
     rounded.load_state_dict({name: t.float() for name, t in mixed}, strict=False)
     _assert_by(rounded, fleet, 4)
@@ -188,9 +190,9 @@ def _half(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def test_a_failed_sync_serves_nothing_until_a_whole_one(
     fleet: Fleet, servers: list[EmbeddedServer], other_model: PreTrainedModel, weights: object, words: str
 ) -> None:
-    fleet.bucket_bytes = 3000
+    fleet._sync.buffers.bucket_bytes = 3000
     with pytest.raises((EngineError, RuntimeError), match=words):
-        fleet.sync(weights(other_model), 5)  # type: ignore[operator]
+        fleet.sync(lambda: weights(other_model), 5)  # type: ignore[operator]
     with pytest.raises(EngineError, match="sync before generating"):
         fleet.generate(_requests(), SAMPLING)
     # Even somebody who lets a broken engine go on gets no sample from it.
@@ -207,7 +209,7 @@ def test_an_update_from_disk_repairs_a_broken_engine(
     fleet: Fleet, servers: list[EmbeddedServer], model_path: Path, reference: PreTrainedModel
 ) -> None:
     with pytest.raises(EngineError):
-        fleet.sync(_wrong_shape(reference), 5)
+        fleet.sync(lambda: _wrong_shape(reference), 5)
     endpoint = endpoint_of(servers[0])
     endpoint.request("/end_weight_update", {})  # the failed sync left it open
     body = {"model_path": str(model_path), "weight_version": "9"}
@@ -236,24 +238,36 @@ def test_checksums_tell_policies_apart(
 
 def test_buckets_keep_order_and_size() -> None:
     tensors = [(str(i), torch.arange(n, dtype=torch.float32)) for i, n in enumerate([3, 5, 100, 2, 2])]
-    cut = list(buckets(iter(tensors), 40))
-    assert [[name for name, _ in bucket] for bucket in cut] == [["0", "1"], ["2"], ["3", "4"]] or [
-        [name for name, _ in bucket] for bucket in cut
-    ] == [["0"], ["1"], ["2"], ["3", "4"]]
-    flat = flatten([("a", torch.tensor([1], dtype=torch.uint8)), ("b", torch.tensor([2.5]))])
-    assert flat[:1].tolist() == [1]
-    assert flat[4:8].view(torch.float32).tolist() == [2.5]
+    buffers = Buffers(40, host=True)
+    cut = [
+        ([spec.name for spec in bucket.tensors], bucket.data.view(torch.float32).tolist())
+        for bucket in buffers.fill(iter(tensors), torch.float32)
+    ]
+    values = [[*range(3), *range(5)], [*range(100)], [*range(2), *range(2)]]
+    assert cut == list(zip([["0", "1"], ["2"], ["3", "4"]], values, strict=True))
+    (halved,) = buffers.fill(iter(tensors[:1]), torch.bfloat16)
+    assert halved.tensors[0].dtype == "bfloat16"
+    assert halved.data.view(torch.bfloat16).tolist() == [0.0, 1.0, 2.0]
 
 
-def test_a_server_that_is_killed_is_told_long_before_the_deadline(
-    servers: list[EmbeddedServer], reference: PreTrainedModel
+def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_weights(
+    model_path: Path, tmp_path: Path, reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:
-    """Last of the module: one of its servers is gone then."""
-    with _fleet([_Borrowed(s) for s in servers], request_timeout_s=300.0) as fleet:
-        fleet.sync(_weights(reference), 1)
-        servers[1].process.kill()
-        servers[1].process.wait()
-        with pytest.raises(EngineError, match=r"(?s)/generate: connection failed.*status -9.*engine-1\.log"):
-            fleet.generate(_requests(), SAMPLING)
-        with pytest.raises(EngineError, match=r"(?s)/pause_generation: connection failed.*status -9"):
-            fleet.sync(_weights(reference), 2)
+    own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
+    with _fleet(own, request_timeout_s=300.0) as fleet:
+        fleet.sync(_weights(other_model), 1)
+        undisturbed = fleet.generate(_requests(), SAMPLING)
+        own[1].process.kill()
+        own[1].process.wait()
+        assert fleet.generate(_requests(), SAMPLING) == undisturbed  # bit for bit: a call is a pure function
+        metrics = fleet.sync(_weights(reference), 2)
+        assert metrics["engines_lost"] == 1
+        _assert_by(reference, fleet, 2)
+        while fleet._controller.in_state("lost"):
+            time.sleep(0.1)
+        assert fleet.sync(_weights(other_model), 3)["engines_serving"] == 2
+        _assert_by(other_model, fleet, 3)
+        for server in own:  # now none is left, and the trainer is waiting
+            server.process.kill()
+            server.process.wait()
+        _assert_by(other_model, fleet, 3)

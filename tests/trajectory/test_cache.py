@@ -142,7 +142,9 @@ def test_digest_sees_content_and_not_versions_or_shards(tmp_path):
     rows = step_rows(0, 0) + step_rows(0, 1)
     digest = fill(tmp_path / "a", rows).digest()
     assert fill(tmp_path / "b", rows[::-1], cuts=[3, 7]).digest() == digest
-    assert fill(tmp_path / "c", [replace(row, weight_version=77, reason="x") for row in rows]).digest() == digest
+    assert (
+        fill(tmp_path / "c", [replace(row, weight_versions=((77, 1),), reason="x") for row in rows]).digest() == digest
+    )
     changes = {
         "sample": 99,
         "prompt_ids": (5, 7),

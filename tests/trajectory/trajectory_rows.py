@@ -27,7 +27,7 @@ def trajectories(draw, max_size=30):
             response_ids=response,
             logprobs=tuple(draw(st.lists(float32, min_size=len(response), max_size=len(response)))),
             finish_reason=draw(st.sampled_from(["stop", "length"])),
-            weight_version=draw(st.integers(0, 9)),
+            weight_versions=tuple(draw(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 99)), max_size=3))),
             correct=draw(st.integers(0, 3)) == 0,
             reward=draw(st.floats(allow_nan=False)),
             reason=draw(st.text(max_size=5)),
@@ -56,7 +56,7 @@ def phases(seed: int) -> list[Trajectory]:
                     response_ids=ids,
                     logprobs=(-0.5,) * len(ids),
                     finish_reason="stop",
-                    weight_version=0,
+                    weight_versions=((0, 3),),
                     correct=sample in correct,
                     reward=0.0,
                     reason="",
@@ -74,10 +74,11 @@ def step_rows(iteration: int, step: int, problems: int = 4, group: int = 4) -> l
         for sample in range(group):
             ids = tuple(source.randrange(100) for _ in range(source.randrange(1, 9)))
             logprobs = tuple(float(np.float32(-source.random())) for _ in ids)
+            runs = ((step, len(ids)),)
             correct = source.random() < 0.2
             rows.append(
                 Trajectory(
-                    iteration, step, f"p{problem}", sample, (5, 6), ids, logprobs, "stop", step, correct, 0.1, ""
+                    iteration, step, f"p{problem}", sample, (5, 6), ids, logprobs, "stop", runs, correct, 0.1, ""
                 )
             )
     return rows

@@ -289,7 +289,8 @@ class Server:
         if action != "checksum":
             raise BadRequest(f"action {action!r}: the embedded engine knows 'checksum' only")
         sums = await self._on_worker(self.weights.checksums)
-        return web.json_response({"success": True, "message": "", "ranks": [{"checksums": sums}]})
+        place = {"tp_rank": 0, "tp_size": 1}
+        return web.json_response({"success": True, "ranks": [{"checksums": sums, "parallelism_info": place}]})
 
 
 @web.middleware

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -13,7 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rloop_mcore.platform.process_group import join_group, leave_group
+from rloop_mcore.rollout.checksums import embedded_hasher
 from rloop_mcore.rollout.embedded.params import BadRequest
+
+Layout = list[tuple[tuple[int, ...], torch.dtype]]
+
+_FUSED_EXPERTS = re.compile(r"^(.*\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 
 
 class WeightReceiver:
@@ -26,13 +31,15 @@ class WeightReceiver:
     def __init__(self, model: torch.nn.Module, group_timeout_s: float) -> None:
         self.timeout_s = group_timeout_s
         # named_parameters() names a tied tensor once; its other names are accepted for it too.
-        self.tensors = dict(model.named_parameters())
+        self.tensors = dict(_checkpoint_tensors(model.named_parameters()))
         self.names = {name: name for name in self.tensors}
         by_storage = {t.data_ptr(): name for name, t in self.tensors.items()}
-        for name, tensor in model.named_parameters(remove_duplicate=False):
+        for name, tensor in _checkpoint_tensors(model.named_parameters(remove_duplicate=False)):
             self.names[name] = by_storage[tensor.data_ptr()]
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # of the last bucket: fresh memory is slow on its first use
         self.broken: str | None = None
         self.missing: set[str] | None = None  # None: no session is open
+        self._checksums: dict[str, str] = {}  # of tensors, since they were last written
         self.groups: dict[str, dist.ProcessGroup] = {}
 
     def join(self, address: str, port: int, rank: int, world_size: int, group_name: str, backend: str) -> None:
@@ -85,7 +92,8 @@ class WeightReceiver:
             group = self.groups[group_name]
             nccl = dist.get_backend(group) == "nccl"
             device = next(iter(self.tensors.values())).device if nccl else torch.device("cpu")
-            tensors = (_receive_bucket if load_format else _receive_each)(layout, group, device)
+            receive = self._receive_bucket if load_format else _receive_each
+            tensors = receive(layout, group, device)
             for name, tensor in zip(names, tensors, strict=True):
                 self._write(name, tensor)
 
@@ -107,11 +115,32 @@ class WeightReceiver:
             self.missing = before
 
     def checksums(self) -> dict[str, str]:
-        """sha256 of every parameter's bytes, by HF name."""
-        return {
-            name: hashlib.sha256(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-            for name, t in sorted(self.tensors.items())
-        }
+        """XXH3 of every tensor's bytes, by HF name, as read back after it was last written."""
+        for name in self.tensors.keys() - self._checksums.keys():
+            self._read_back(name)
+        return dict(self._checksums)
+
+    def _read_back(self, name: str) -> None:
+        hasher = embedded_hasher()
+        hasher.update(self.tensors[name])
+        self._checksums[name] = hasher.hexdigest()
+
+    def _receive_bucket(self, layout: Layout, group: dist.ProcessGroup, device: torch.device) -> list[torch.Tensor]:
+        """One uint8 broadcast: the tensors one right behind the other. They are views, good until the next bucket."""
+        spans, end = [], 0
+        for shape, dtype in layout:
+            if end % dtype.itemsize:
+                raise BadRequest(f"a {dtype} tensor begins at byte {end} of its bucket: no multiple of its item size")
+            spans.append((end, end + prod(shape) * dtype.itemsize))
+            end = spans[-1][1]
+        if self._buffer.numel() < end or self._buffer.device != device:
+            self._buffer = torch.empty(end, dtype=torch.uint8, device=device)
+        buffer = self._buffer[:end]
+        dist.broadcast(buffer, group=group, group_src=0)
+        return [
+            buffer[start:stop].view(dtype).view(shape)
+            for (start, stop), (shape, dtype) in zip(spans, layout, strict=True)
+        ]
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         if name not in self.names:
@@ -120,8 +149,10 @@ class WeightReceiver:
         target = self.tensors[name]
         if tensor.shape != target.shape:
             raise BadRequest(f"{name}: got shape {list(tensor.shape)}, the model has {list(target.shape)}")
+        self._checksums.pop(name, None)
         with torch.no_grad():
             target.copy_(tensor)
+        self._read_back(name)  # now, while the next bucket is on its way, and not when the whole sync waits for it
         if self.missing is not None:
             self.missing.discard(name)
 
@@ -137,21 +168,20 @@ class WeightReceiver:
             raise
 
 
-Layout = list[tuple[tuple[int, ...], torch.dtype]]
-
-
-def _receive_bucket(layout: Layout, group: dist.ProcessGroup, device: torch.device) -> list[torch.Tensor]:
-    """One uint8 broadcast: the tensors one behind the other, each starting at a multiple of its item size."""
-    spans, end = [], 0
-    for shape, dtype in layout:
-        start = -(-end // dtype.itemsize) * dtype.itemsize
-        end = start + prod(shape) * dtype.itemsize
-        spans.append((start, end))
-    buffer = torch.empty(end, dtype=torch.uint8, device=device)
-    dist.broadcast(buffer, group=group, group_src=0)
-    return [
-        buffer[start:stop].view(dtype).view(shape) for (start, stop), (shape, dtype) in zip(spans, layout, strict=True)
-    ]
+def _checkpoint_tensors(parameters: Iterator[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters as checkpoints name them: the experts that transformers keeps in one tensor as views of it."""
+    for name, parameter in parameters:
+        fused = _FUSED_EXPERTS.match(name)
+        if fused is None:
+            yield name, parameter
+        elif fused[2] == "down_proj":
+            for expert, down in enumerate(parameter.detach()):
+                yield f"{fused[1]}{expert}.down_proj.weight", down
+        else:
+            for expert, both in enumerate(parameter.detach()):
+                gate, up = both.chunk(2)
+                yield f"{fused[1]}{expert}.gate_proj.weight", gate
+                yield f"{fused[1]}{expert}.up_proj.weight", up
 
 
 def _receive_each(layout: Layout, group: dist.ProcessGroup, device: torch.device) -> list[torch.Tensor]:

@@ -1,0 +1,393 @@
+"""The controller of many engines: which one gets what, and what happens when one is slow, hung, dead or wrong.
+
+    call      consecutive requests with one prompt (a group), or an engine's whole share in deterministic mode
+    serving   the engine answers and holds the current weights; only such engines get calls
+    waiting   it answers, but has to be brought to the current weights first
+    lost      it failed; its process is started anew, its calls go to other engines
+    dead      it was started anew in vain
+
+A call's completions are used from one answer only, and each request is answered once. A lost engine is never asked
+again under its old connection, so no late answer can slip in, and it rejoins with verified weights only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Protocol
+
+from rloop_mcore.rollout.client import EngineClient, EngineError
+from rloop_mcore.rollout.together import together
+from rloop_mcore.types import Completion, SampleRequest, Sampling
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5  # engines that may fail one call before it is an error
+_FAILURES = 3  # calls in a row that an engine may fail (with 500s, broken answers) before it is lost
+_RESTARTS = 3  # restarts in a row without a good answer before an engine is dead
+_POLL_S = 0.2
+_FAULTS_OF_THE_REQUEST = (400, 401, 403, 404, 413, 422)
+
+
+class Server(Protocol):
+    """The process behind an engine (`launch.py`)."""
+
+    async def ready(self, timeout_s: float) -> tuple[str, str | None]: ...
+
+    def failure(self) -> str | None: ...
+
+    def restart(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """When an engine that says nothing is asked for its health, and how long it has to answer."""
+
+    every_s: float = 10.0
+    deadline_s: float = 30.0
+
+
+@dataclass(eq=False)
+class Engine:
+    """A server as the controller sees it."""
+
+    server: Server
+    number: int
+    client: EngineClient | None = None
+    state: str = "starting"
+    running: int = 0  # samples it was asked for and has not answered
+    failures: int = 0
+    restarts: int = 0
+    heard: float = 0.0  # when it last answered
+
+
+@dataclass(eq=False)
+class _Call:
+    requests: list[SampleRequest]
+    rid: str
+    granted: asyncio.Future[Engine] | None = None
+    engine: Engine | None = None
+    answer: list[Completion] | None = None
+
+    @property
+    def unfinished(self) -> list[Completion]:
+        """The answer of a call that no engine was asked: what each request had already."""
+        return [r.partial or Completion((), (), "abort", ()) for r in self.requests]
+
+
+@dataclass
+class Counters:
+    """What went wrong so far."""
+
+    retries: int = 0
+    lost: int = 0
+    restarts: int = 0
+    aborted: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+class Controller:
+    """Runs on one event loop; knows nothing of threads, nor of how weights get into an engine."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        connect: Callable[[str, str | None], EngineClient],
+        *,
+        limit: int,
+        start_timeout_s: float,
+        probe: Probe,
+        on_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """limit: samples an engine is asked for at once; on_waiting: called when an engine waits for weights."""
+        self.engines = [Engine(server, number) for number, server in enumerate(servers)]
+        self.counters = Counters()
+        self._connect, self._limit, self._start_timeout_s, self._probe = connect, limit, start_timeout_s, probe
+        self._on_waiting = on_waiting
+        self._queue: deque[_Call] = deque()
+        self._loads: list[tuple[int, int]] = []  # heap of (running, engine number); outdated entries are skipped
+        self._versions = (-1, -1)  # oldest and newest weights that a serving engine holds
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Wait until every server answers. Raises EngineError with the log of one that does not."""
+        await together(*(self._reach(engine) for engine in self.engines))
+        for engine in self.engines:
+            engine.state = "waiting"
+            self._spawn(self._watch(engine))
+
+    async def close(self) -> None:
+        """End the background work and the connections; the servers are the caller's."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(e.client.close() for e in self.engines if e.client is not None))
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def in_state(self, *states: str) -> list[Engine]:
+        return [engine for engine in self.engines if engine.state in states]
+
+    def promote(self, engines: Sequence[Engine], version: int) -> None:
+        """These engines hold the weights `version`, verified: they get calls from now on."""
+        for engine in engines:
+            if engine.state in ("waiting", "serving"):
+                engine.state = "serving"
+                self._offer(engine)
+        everyone = len(engines) == len(self.in_state("serving"))
+        self._versions = (version if everyone else min(self._versions[0], version), version)
+        self._dispatch()
+
+    async def generate(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, shares: int = 0, enough: int | None = None
+    ) -> list[Completion]:
+        """One completion a request, in order. Raises EngineError.
+
+        A call goes to the engine that has least to do, in the order of the requests. shares: cut the requests into
+        that many calls, group k into call k mod `shares`, so that what is decoded beside what depends on nothing but
+        the requests; 0: a call a group. enough: abort the rest once that many calls are answered; what is not finished
+        then comes back with finish reason abort.
+        """
+        cut = _cut(requests, shares)
+        run = uuid.uuid4().hex
+        calls = [_Call([requests[i] for i in rows], f"{run}-{number}") for number, rows in enumerate(cut)]
+        tasks = [asyncio.ensure_future(self._serve(call, sampling)) for call in calls]
+        try:
+            pending = set(tasks)
+            while pending and (enough is None or len(tasks) - len(pending) < enough):
+                until = asyncio.FIRST_EXCEPTION if enough is None else asyncio.FIRST_COMPLETED
+                done, pending = await asyncio.wait(pending, return_when=until)
+                for task in done:
+                    task.result()
+            if pending:
+                await self._abort([call for call, task in zip(calls, tasks, strict=True) if task in pending])
+                await together(*pending)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        completions: dict[int, Completion] = {}
+        for rows, call in zip(cut, calls, strict=True):
+            completions.update(zip(rows, call.answer or call.unfinished, strict=True))
+        return [completions[i] for i in range(len(requests))]
+
+    def lose(self, engine: Engine, reason: str) -> None:
+        """Fence an engine: nothing is asked of it any more; its server is started anew."""
+        if engine.state in ("lost", "dead"):
+            return
+        engine.state = "lost"
+        self.counters.lost += 1
+        self.counters.reasons.append(reason)
+        ended = engine.server.failure()
+        reason = f"{reason}\n{ended}" if ended and ended not in reason else reason
+        log.warning("engine %d is lost: %s", engine.number, reason)
+        if engine.client is not None:
+            engine.client.give_up(reason)
+        self._spawn(self._recover(engine, reason))
+
+    async def check_health(self) -> list[Engine]:
+        """Ask every engine that should answer now; those that don't are lost, and returned."""
+        asked = self.in_state("waiting", "serving")
+        await asyncio.gather(*(self._ask_health(engine) for engine in asked))
+        return [engine for engine in asked if engine.state == "lost"]
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self, call: _Call, sampling: Sampling) -> None:
+        """Have `call` answered by one engine or another."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            engine = await self._acquire(call, first=attempt > 1)
+            if engine is None:
+                return
+            oldest = self._versions[0]
+            call.engine, client = engine, engine.client
+            assert client is not None
+            try:
+                answer = await client.generate(call.requests, sampling, call.rid)
+                for completion in answer:
+                    self._check(client.url, completion, sampling, oldest)
+                call.answer = answer
+                engine.failures = engine.restarts = 0
+                engine.heard = asyncio.get_running_loop().time()
+                return
+            except EngineError as error:
+                if error.status in _FAULTS_OF_THE_REQUEST:
+                    raise
+                engine.failures += 1
+                if error.status is None or engine.failures >= _FAILURES or engine.server.failure() is not None:
+                    self.lose(engine, str(error))
+                if attempt == _ATTEMPTS:
+                    raise EngineError(f"{attempt} engines failed one call; the last: {error}", error.status) from error
+                self.counters.retries += 1
+                log.warning("a call is sent again, to another engine if there is one: %s", error)
+            finally:
+                call.engine = None
+                engine.running -= len(call.requests)
+                self._offer(engine)
+                self._dispatch()
+
+    async def _acquire(self, call: _Call, first: bool) -> Engine | None:
+        """The engine that is to serve `call`; None where the call was aborted before one was free."""
+        call.granted = asyncio.get_running_loop().create_future()
+        self._queue.insert(0, call) if first else self._queue.append(call)
+        self._dispatch()
+        try:
+            return await call.granted
+        except asyncio.CancelledError:
+            if call in self._queue:
+                self._queue.remove(call)
+            elif call.granted.done() and not call.granted.cancelled() and call.granted.exception() is None:
+                engine = call.granted.result()  # granted and cancelled in the same turn of the loop
+                engine.running -= len(call.requests)
+                self._offer(engine)
+            raise
+
+    def _dispatch(self) -> None:
+        """Give the calls in the queue, oldest first, to the least loaded engines, as far as these take more."""
+        while self._queue:
+            engine = self._least_loaded()
+            if engine is None:
+                if all(e.state == "dead" for e in self.engines):
+                    reason = self.counters.reasons[-1]
+                    for call in self._queue:
+                        assert call.granted is not None
+                        call.granted.set_exception(EngineError(f"no engine is left; the last failed so: {reason}"))
+                    self._queue.clear()
+                return
+            count = len(self._queue[0].requests)
+            if engine.running and engine.running + count > self._limit:
+                return
+            call = self._queue.popleft()
+            engine.running += count
+            self._offer(engine)
+            assert call.granted is not None
+            call.granted.set_result(engine)
+
+    def _offer(self, engine: Engine) -> None:
+        if engine.state == "serving":
+            heapq.heappush(self._loads, (engine.running, engine.number))
+
+    def _least_loaded(self) -> Engine | None:
+        while self._loads:
+            running, number = self._loads[0]
+            engine = self.engines[number]
+            if engine.state == "serving" and engine.running == running:
+                return engine
+            heapq.heappop(self._loads)
+        return None
+
+    async def _abort(self, calls: Sequence[_Call]) -> None:
+        """End these calls: those in the queue unanswered, those at an engine with what it has sampled."""
+        self.counters.aborted += len(calls)
+        for call in calls:
+            if call in self._queue:
+                self._queue.remove(call)
+                assert call.granted is not None
+                call.granted.set_result(None)  # type: ignore[arg-type]
+        at_engines = [(call, call.engine.client) for call in calls if call.engine is not None]
+        await asyncio.gather(
+            *(client.abort(call.rid, len(call.requests)) for call, client in at_engines if client is not None),
+            return_exceptions=True,  # an engine that fails here fails the call, which is sent again
+        )
+
+    def _check(self, url: str, completion: Completion, sampling: Sampling, oldest: int) -> None:
+        if completion.finish_reason not in ("stop", "length", "abort"):
+            raise EngineError(f"{url}: a sample ended with finish reason {completion.finish_reason!r}", engine=url)
+        tokens = len(completion.response_ids)
+        if not (completion.finish_reason == "abort" or tokens) or tokens > sampling.max_tokens:
+            raise EngineError(f"{url}: a sample has {tokens} tokens, 1..{sampling.max_tokens} were asked", engine=url)
+        if completion.weight_versions and not oldest <= completion.weight_versions[-1][0] <= self._versions[1]:
+            raise EngineError(
+                f"{url}: a sample has weight version {completion.weight_versions[-1][0]}, synced were {oldest} to "
+                f"{self._versions[1]}",
+                engine=url,
+            )
+
+    # -- engines --------------------------------------------------------------------------------------------------
+
+    async def _reach(self, engine: Engine) -> None:
+        """Connect once the server answers and accepts the key."""
+        deadline = asyncio.get_running_loop().time() + self._start_timeout_s
+        url, key = await engine.server.ready(self._start_timeout_s)
+        client = self._connect(url, key)
+        try:
+            while True:
+                left = deadline - asyncio.get_running_loop().time()
+                try:
+                    await client.check_server(max(left, _POLL_S))
+                    break
+                except EngineError as error:
+                    if error.status is not None or engine.server.failure() is not None or left < 0:
+                        raise
+                await asyncio.sleep(_POLL_S)
+        except BaseException:
+            await client.close()
+            raise
+        if engine.client is not None:
+            await engine.client.close()
+        engine.client, engine.failures = client, 0
+        engine.heard = asyncio.get_running_loop().time()
+
+    async def _recover(self, engine: Engine, reason: str) -> None:
+        """Start the server anew, until it answers or has failed too often."""
+        while engine.restarts < _RESTARTS:
+            engine.restarts += 1
+            self.counters.restarts += 1
+            try:
+                engine.server.restart()
+                await self._reach(engine)
+            except EngineError as error:
+                log.warning("engine %d does not come back: %s", engine.number, error)
+                reason = str(error)
+                continue
+            log.warning("engine %d is back and waits for weights", engine.number)
+            engine.state = "waiting"
+            self._on_waiting()
+            return
+        engine.state = "dead"
+        self.counters.reasons.append(reason)
+        log.error("engine %d is given up after %d restarts: %s", engine.number, _RESTARTS, reason)
+        self._on_waiting()
+        self._dispatch()
+
+    async def _watch(self, engine: Engine) -> None:
+        """Ask an engine that has said nothing for a while for its health."""
+        loop = asyncio.get_running_loop()
+        while engine.state != "dead":
+            await asyncio.sleep(self._probe.every_s)
+            if engine.state in ("waiting", "serving") and loop.time() - engine.heard >= self._probe.every_s:
+                await self._ask_health(engine)
+
+    async def _ask_health(self, engine: Engine) -> None:
+        client = engine.client
+        assert client is not None
+        try:
+            await client.health(self._probe.deadline_s)
+            engine.heard = asyncio.get_running_loop().time()
+        except EngineError as error:
+            if engine.client is client:
+                self.lose(engine, str(error))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _cut(requests: Sequence[SampleRequest], shares: int) -> list[list[int]]:
+    """Indices of the requests of each call; groups stay together."""
+    groups = [list(rows) for _, rows in groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)]
+    if not shares:
+        return groups
+    cut: list[list[int]] = [[] for _ in range(shares)]
+    for number, group in enumerate(groups):
+        cut[number % shares] += group
+    return [share for share in cut if share]

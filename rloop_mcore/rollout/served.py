@@ -1,0 +1,73 @@
+"""What a server keeps of the model, from what it says of itself (/server_info)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.rollout import checksums
+
+EMBEDDED = "+rloop.embedded"  # how the version of the embedded engine ends
+_DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The facts of config.json that the engines' clients need."""
+
+    vocabulary: int  # ids below it are valid
+    query_heads: int = 1
+    kv_heads: int = 1
+    experts: int = 1
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, config: dict[str, Any], folder: Path) -> ServedModel:
+        """From the config.json of an HF folder. Raises UserError where it is not that of a language model."""
+        for name in ("vocab_size", "num_attention_heads"):
+            if not isinstance(config.get(name), int):
+                raise UserError(f"{folder / 'config.json'} has no {name}: it is not the folder of a language model.")
+        heads = int(config["num_attention_heads"])
+        return cls(
+            vocabulary=int(config["vocab_size"]),
+            query_heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            experts=int(config.get("num_experts") or config.get("num_local_experts") or 1),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        )
+
+
+def kept_dtype(info: dict[str, Any], model: ServedModel, where: str) -> torch.dtype:
+    """The dtype an engine computes in. Raises Fault where /server_info names none that is known."""
+    named = str(info.get("dtype"))
+    if named == "auto":  # SGLang's choice: bfloat16 for bfloat16 checkpoints, else float16
+        named = "bfloat16" if model.dtype == "bfloat16" else "float16"
+    if named not in _DTYPES:
+        raise Fault(f"{where}/server_info: dtype {named!r} is none of {', '.join(_DTYPES)}")
+    return _DTYPES[named]
+
+
+def kept_weights(info: dict[str, Any], model: ServedModel) -> checksums.Engine:
+    """Which checksums the engine will answer with."""
+    if str(info.get("version")).endswith(EMBEDDED):
+        return checksums.Engine(checksums.embedded_hasher, fused=False)
+    on_gpu = info.get("device") != "cpu"
+    return checksums.Engine(
+        checksums.TileHasher if on_gpu else checksums.sglang_cpu_hasher,
+        fused=True,
+        tp=int(info.get("tp_size") or 1),
+        experts_split=int(info.get("ep_size") or 1) > 1,
+        query_heads=model.query_heads,
+        kv_heads=model.kv_heads,
+        experts=model.experts,
+    )
