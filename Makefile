@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install install-trl quickstart test test-core check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core check format bench
 
 install: $(STAMP)
 
@@ -27,6 +27,23 @@ $(TRL_VENV)/installed: tools/bench/trl_constraints.txt $(STAMP)
 	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
 	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(TRL_VENV)/bin/python \
 	-c constraints/$$stack.txt -c tools/bench/trl_constraints.txt trl
+	@touch $@
+
+# SGLang, whose strict pins (Python 3.12, its own torch) want an environment of their own: about 11 GB, some minutes.
+SGLANG_VENV := .venv-sglang
+SGLANG_VERSION := 0.5.23
+SGLANG_FREE_GB := 14
+
+install-sglang: $(SGLANG_VENV)/installed
+
+$(SGLANG_VENV)/installed: tools/find_python.sh | $(STAMP)
+	@free=$$(df --output=avail -BG . | tail -1 | tr -dc 0-9); [ "$$free" -ge $(SGLANG_FREE_GB) ] || \
+	{ echo "SGLang needs $(SGLANG_FREE_GB) GB of free disk, and there are $$free: make room in $(CURDIR)." >&2; exit 1; }
+	@python=$$(tools/find_python.sh 3.12) && echo "== environment $(SGLANG_VENV) with $$python" && \
+	"$$python" -m venv --clear $(SGLANG_VENV) && \
+	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --prerelease allow \
+	--python $(SGLANG_VENV)/bin/python sglang==$(SGLANG_VERSION)
 	@touch $@
 
 quickstart: install
