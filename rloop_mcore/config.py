@@ -129,10 +129,23 @@ class Fp8Config:
 class RolloutConfig:
     engine: str = "embedded"  # embedded (transformers, any machine) or sglang
     endpoints: list[str] = field(default_factory=list)  # servers already running; empty: started by the run
+    engines: int = 1  # servers that the run starts
+    python: str | None = None  # the interpreter that has SGLang, e.g. .venv-sglang/bin/python
+    tp: int = 1  # GPUs of an SGLang server: its matrices are split over them
+    dp: int = 1  # of them, groups with their own attention and cache
+    ep: int = 1  # of them, groups that share the experts
+    memory_fraction: float | None = None  # of a GPU's memory for SGLang's weights and cache; null: its own choice
+    gpus: list[int] = field(
+        default_factory=list
+    )  # devices of the SGLang servers, tp each; []: from the trainer's first on
+    server_args: list[str] = field(default_factory=list)  # further flags of SGLang's launch_server, as they stand
     max_tokens: int = 2048
     temperature: float = 1.0
     top_p: float = 1.0
-    max_running: int = 256  # responses the embedded engine decodes at once
+    max_running: int = 256  # responses an engine is asked for, and the embedded engine decodes, at once
+    max_lag: int = 0  # steps by which samples may be older than the policy they update; 0: synchronous, 1: one step off
+    partial: bool = False  # generation goes on over a sync: a trajectory may span weight versions
+    overprovision: float = 0.0  # share of groups asked for beyond sampled_per_step; the slowest go on in the next step
     bucket_mib: int = 64  # weights broadcast at a time
     start_timeout_s: float = 300.0
     request_timeout_s: float = 3600.0

@@ -49,15 +49,20 @@ class RLoop:
         algorithm, every = self.config.algorithm, self.config.evaluation.every
         total = algorithm.rl_steps
         step = self.state.begin(iteration, "explore", start, self.config.optimizer, total, algorithm.updates_per_step)
-        while True:
-            if step == total or (step and every and step % every == 0):
-                self.state.measure(iteration, "explore", step)
-            if step == total:
-                break
-            synced = self.state.sync(iteration, step)
-            self.state.position, metrics = self.rl_step.run(iteration, step, self.state.position)
-            step += 1
-            self.state.commit(iteration, "explore", step, total, metrics | synced)
+        with self.rl_step.feed(iteration, step, total, self.state.position) as feed:
+            while True:
+                version = self.state.version(iteration, step)
+                feed.settle(version)
+                if step == total or (step and every and step % every == 0):
+                    self.state.measure(iteration, "explore", step)
+                if step == total:
+                    break
+                metrics = self.state.sync(iteration, step)
+                batch = feed.take(step)
+                metrics |= self.rl_step.train(iteration, step, batch, version)
+                self.state.position = batch.position
+                step += 1
+                self.state.commit(iteration, "explore", step, total, metrics)
         self.state.finish(iteration, "explore")
 
     def select(self, iteration: int) -> None:

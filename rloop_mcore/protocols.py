@@ -122,6 +122,9 @@ class Rollout(Protocol):
         version: of the weights `export` gives now, where it is another than that of the last sync.
         """
 
+    def cancel(self) -> None:
+        """Give up everything that was submitted; its futures are cancelled."""
+
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of the requests."""
 

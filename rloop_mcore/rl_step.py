@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ from rloop_mcore.algorithm.overlong import overlong_penalty
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
+from rloop_mcore.feed import Feed
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
-from rloop_mcore.types import Experience, Group, Prompt, SampleRequest, Sampling, Trajectory
+from rloop_mcore.timeline import Timeline
+from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +33,48 @@ class MismatchError(Fault):
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage; each stage is a span of the timeline too."""
 
+    timeline: Timeline
+    step: int
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str, track: str = "trainer") -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self.timeline.span(track, stage, step=self.step):
+            yield
         key = f"seconds_{stage}"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a step sampled: all groups, and those that the update gets."""
+
+    sampled: list[Group]
+    kept: list[Group]
+    position: int  # prompts drawn so far in the run, those of this batch included
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Asked:
+    """A group that the engines are asked for. A completion may be missing, or not finished."""
+
+    prompt: Prompt
+    seeds: list[int]
+    completions: list[Completion | None]
+    first: int = 0  # number of its first sample among those of the problem in the step
+
+    @property
+    def unfinished(self) -> list[int]:
+        return [i for i, c in enumerate(self.completions) if c is None or c.finish_reason == "abort"]
+
+
 @dataclass
 class RLStep:
-    """DAPO's step on whatever policy actor and rollout hold."""
+    """DAPO's step on whatever policy actor and rollout hold: `collect` a batch, then `train` on it."""
 
     config: Config
     actor: Actor
@@ -53,54 +83,95 @@ class RLStep:
     prompts: Prompts
     cache: Cache
     stop: tuple[str, ...] = ()  # strings at which a response ends, beside the end token
+    timeline: Timeline = field(default_factory=Timeline)
+    _carried: list[_Asked] = field(
+        default_factory=list, init=False
+    )  # aborted as too slow; they go on in the next round
 
-    def run(self, iteration: int, step: int, position: int) -> tuple[int, dict[str, float]]:
-        """Sample, cache, update. `position` counts the prompts drawn so far in the run.
+    def feed(self, iteration: int, first: int, last: int, position: int) -> Feed[Batch]:
+        """The batches of steps `first` .. `last` - 1. `position` counts the prompts drawn so far in the run."""
+        rollout, drawn = self.config.rollout, position
+        self._carried = []
 
-        Returns the new position and the metrics of the step. Raises MismatchError past `rollout.mismatch_gate`.
-        """
-        algorithm, watch = self.config.algorithm, Stopwatch()
+        def collect(step: int) -> Batch:
+            nonlocal drawn
+            batch = self.collect(iteration, step, drawn)
+            drawn = batch.position
+            return batch
+
+        return Feed(collect, self.rollout, first, last, rollout.max_lag, rollout.partial)
+
+    def collect(self, iteration: int, step: int, position: int) -> Batch:
+        """Sample and grade groups until enough are informative, or for `sampling_rounds`. Touches no weights."""
+        algorithm, watch = self.config.algorithm, Stopwatch(self.timeline, step)
         sampled: list[Group] = []
         kept: list[Group] = []
         visits: Counter[str] = Counter()
         for _ in range(algorithm.sampling_rounds):
-            prompts = self.prompts.draw(position, algorithm.sampled_per_step)
+            asked = math.ceil(algorithm.sampled_per_step * (1 + self.config.rollout.overprovision))
+            prompts = self.prompts.draw(position, max(0, asked - len(self._carried)))
             position += len(prompts)
-            groups = self.sample(iteration, step, prompts, visits, watch)
-            self.cache.append([trajectory for group in groups for trajectory in group.trajectories])
-            sampled += groups
+            sampled += self.sample(iteration, step, prompts, visits, watch)
             kept = informative_groups(sampled, algorithm.prompts_per_step, algorithm.dynamic_sampling)
             if len(kept) >= algorithm.prompts_per_step:
                 break
         else:
             log.info("step %d: %d informative groups of %d wanted", step, len(kept), algorithm.prompts_per_step)
-        metrics = self.update(iteration, step, kept, watch)
-        seconds = watch.seconds | {"seconds_update": metrics.get("seconds_update", 0.0)}
-        return position, metrics | _figures(sampled, kept, seconds)
+        return Batch(sampled, kept, position, watch.seconds)
+
+    def train(self, iteration: int, step: int, batch: Batch, version: int) -> dict[str, float]:
+        """Cache the batch, update on it; `version`: of the weights that the actor holds. Returns the step's metrics.
+
+        Raises MismatchError past `rollout.mismatch_gate`.
+        """
+        watch = Stopwatch(self.timeline, step)
+        self.cache.append([trajectory for group in batch.sampled for trajectory in group.trajectories])
+        lag = _lag(batch.kept, version)
+        metrics = self.update(iteration, step, batch.kept, watch, stale=lag["lag_max"] > 0)
+        # What overlaps takes as long as the longer of the two.
+        both = sum(batch.seconds.values()), sum(watch.seconds.values())
+        seconds = max(both) if self.config.rollout.max_lag else sum(both)
+        figures = _figures(batch)
+        throughput = {"tokens_per_s": figures["sampled_tokens"] / max(seconds, 1e-9)}
+        return metrics | lag | figures | throughput | batch.seconds | watch.seconds
 
     def sample(
         self, iteration: int, step: int, prompts: Sequence[Prompt], visits: Counter[str], watch: Stopwatch
     ) -> list[Group]:
-        """A scored group of G trajectories for each prompt; `visits` counts a problem's earlier groups in this step."""
+        """A scored group of G trajectories for each prompt; `visits` counts a problem's earlier groups in this step.
+
+        With `rollout.overprovision` the slowest groups are aborted once there are `sampled_per_step`; they go on from
+        where they were in the next round.
+        """
         algorithm, rollout, run_seed = self.config.algorithm, self.config.rollout, self.config.run.seed
         size = algorithm.group_size
-        rows: list[tuple[Prompt, int]] = []
-        for prompt in prompts:
-            first = visits[prompt.problem.id] * size
-            visits[prompt.problem.id] += 1
-            rows += [(prompt, first + j) for j in range(size)]
-        requests = [
-            SampleRequest(prompt.ids, derive_seed(run_seed, "rollout", iteration, step, prompt.problem.id, sample))
-            for prompt, sample in rows
-        ]
-        with watch("generate"):
+        wanted = self._carried + [_Asked(prompt, [], [None] * size) for prompt in prompts]
+        for group in wanted:
+            name = group.prompt.problem.id
+            group.first = visits[name] * size
+            visits[name] += 1
+            if not group.seeds:
+                numbers = range(group.first, group.first + size)
+                group.seeds = [derive_seed(run_seed, "rollout", iteration, step, name, number) for number in numbers]
+        open_rows = [(group, i) for group in wanted for i in group.unfinished]
+        requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i])) for g, i in open_rows]
+        with watch("generate", "engines"):
             sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
-            completions = self.rollout.generate(requests, sampling)
-        with watch("grade"):
+            enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
+            completions = self.rollout.submit(requests, sampling, enough).result()
+        for (group, i), completion in zip(open_rows, completions, strict=True):
+            group.completions[i] = completion
+        self._carried = [group for group in wanted if group.unfinished]
+        return self._grade(iteration, step, [group for group in wanted if not group.unfinished], watch)
+
+    def _grade(self, iteration: int, step: int, groups: Sequence[_Asked], watch: Stopwatch) -> list[Group]:
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        rows = [(g.prompt, g.first + i, c) for g in groups for i, c in enumerate(g.completions) if c is not None]
+        with watch("grade", "rewards"):
             verdicts = self.rewards.grade(
                 [
                     (prompt.problem, self.prompts.decode(completion.response_ids), completion.finish_reason == "length")
-                    for (prompt, _), completion in zip(rows, completions, strict=True)
+                    for prompt, _, completion in rows
                 ]
             )
         trajectories = [
@@ -119,26 +190,34 @@ class RLStep:
                 + overlong_penalty(len(completion.response_ids), rollout.max_tokens, algorithm.overlong_buffer),
                 reason=verdict.reason,
             )
-            for (prompt, sample), completion, verdict in zip(rows, completions, verdicts, strict=True)
+            for (prompt, sample, completion), verdict in zip(rows, verdicts, strict=True)
         ]
+        size = algorithm.group_size
         return [
-            Group(prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)
+            Group(group.prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size]))
+            for i, group in enumerate(groups)
         ]
 
-    def update(self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch) -> dict[str, float]:
-        """`updates_per_step` optimizer updates; the first is on-policy and is held to the mismatch gate."""
+    def update(
+        self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch, stale: bool
+    ) -> dict[str, float]:
+        """`updates_per_step` optimizer updates.
+
+        The first is held to the mismatch gate, unless the samples are `stale`: of older weights than the trainer's.
+        """
         with watch("logprobs"):
             experiences = self.experiences(groups)
         if not experiences:
             return {"skipped": float(self.config.algorithm.updates_per_step)}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
-        for rows in mini_batches(len(experiences), self.config.algorithm.updates_per_step, seed):
-            results.append(self.actor.update([experiences[i] for i in rows]))
-            if len(results) == 1:
-                self._check_mismatch(step, results[0])
+        with watch("update"):
+            for rows in mini_batches(len(experiences), self.config.algorithm.updates_per_step, seed):
+                results.append(self.actor.update([experiences[i] for i in rows]))
+                if len(results) == 1 and not stale:
+                    self._check_mismatch(step, results[0])
         metrics = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
-        for key in ("mismatch_mean", "mismatch_max", "ratio_mean", "ratio_max"):
+        for key in ("mismatch_mean", "mismatch_max", "mismatch_k3", "ratio_mean", "ratio_max"):
             metrics[key] = results[0][key]
         for key in ("skipped", "tokens", "seconds_update"):
             metrics[key] = sum(r[key] for r in results)
@@ -180,19 +259,31 @@ class RLStep:
             )
 
 
-def _figures(sampled: Sequence[Group], kept: Sequence[Group], seconds: dict[str, float]) -> dict[str, float]:
-    """What was sampled (kept or not), and where the time went."""
-    trajectories = [trajectory for group in sampled for trajectory in group.trajectories]
-    count = len(trajectories)
+def _begun(completion: Completion | None) -> Completion | None:
+    """What an aborted answer leaves to go on from."""
+    return completion if completion is not None and completion.response_ids else None
+
+
+def _lag(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How many versions behind `version` the oldest token of a trajectory is; the share of those that span several."""
+    runs = [trajectory.weight_versions for group in groups for trajectory in group.trajectories]
+    lags = [version - min(v for v, _ in run) for run in runs if run] or [0]
+    spanning = sum(len(run) > 1 for run in runs) / max(len(runs), 1)
+    return {"lag_mean": sum(lags) / len(lags), "lag_max": float(max(lags)), "spanning_share": spanning}
+
+
+def _figures(batch: Batch) -> dict[str, float]:
+    """What was sampled, kept or not."""
+    trajectories = [trajectory for group in batch.sampled for trajectory in group.trajectories]
+    count = max(len(trajectories), 1)
     tokens = sum(len(t.response_ids) for t in trajectories)
     return {
         "reward_mean": sum(t.reward for t in trajectories) / count,
         "success_rate": sum(t.correct for t in trajectories) / count,
         "response_length": tokens / count,
+        "sampled_tokens": float(tokens),
         "truncated": sum(t.finish_reason == "length" for t in trajectories) / count,
         "verifier_failures": sum(t.reason in ("timeout", "crashed") for t in trajectories) / count,
-        "groups_sampled": float(len(sampled)),
-        "groups_kept": float(len(kept)),
-        "tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
-        **seconds,
+        "groups_sampled": float(len(batch.sampled)),
+        "groups_kept": float(len(batch.kept)),
     }

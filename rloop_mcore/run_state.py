@@ -15,6 +15,7 @@ from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.journal import Journal
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
+from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.types import Policy, Trajectory
 
@@ -36,6 +37,7 @@ class RunState:
     evaluator: Evaluator | None
     tracker: Tracker
     stop_requested: Callable[[], bool]
+    timeline: Timeline = field(default_factory=Timeline)
     position: int = 0  # prompts drawn so far
     _synced: int | None = field(default=None, init=False)
     _pending: dict[str, Any] | None = field(default=None, init=False)  # the commit whose checkpoint is being written
@@ -97,7 +99,8 @@ class RunState:
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
         known = {shard for record in self.journal.records for shard in record.get("shards", ())}
         shards = self.cache.seal()
-        self.actor.start_save(self.directory / name)
+        with self.timeline.span("trainer", "start of the checkpoint", checkpoint=name):
+            self.actor.start_save(self.directory / name)
         self._pending = {
             "iteration": iteration,
             "phase": phase,
@@ -116,7 +119,8 @@ class RunState:
         """Wait for the checkpoint that is being written, if one is, and journal it as of when it was started."""
         if self._pending is None:
             return
-        self.actor.finish_save()
+        with self.timeline.span("trainer", "end of the checkpoint", checkpoint=self._pending["checkpoint"]):
+            self.actor.finish_save()
         self.journal.record("commit", **self._pending)
         self._pending = None
         commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
@@ -132,12 +136,17 @@ class RunState:
 
         Returns the metrics of the sync; none where the engines held these weights already.
         """
-        version = self._global_step(iteration, "explore", step) + iteration + 1
+        version = self.version(iteration, step)
         if version == self._synced:
             return {}
-        metrics = self.rollout.sync(self.actor.export, version)
+        with self.timeline.span("trainer", "sync", version=version):
+            metrics = self.rollout.sync(self.actor.export, version)
         self._synced = version
         return metrics
+
+    def version(self, iteration: int, step: int) -> int:
+        """The weight version of the policy after `step` RL steps of `iteration`."""
+        return self._global_step(iteration, "explore", step) + iteration + 1
 
     def experts(self, iteration: int) -> list[Trajectory]:
         """D_expert(i), in a fixed order."""
@@ -174,7 +183,8 @@ class RunState:
                 self.actor.begin(policy.path, self.config.optimizer, 1)
                 self._synced = None
             self.sync(iteration + (phase == "exploit"), step)
-            metrics = self.evaluator.evaluate(name, self._name(policy.path))
+            with self.timeline.span("trainer", "evaluate", measurement=name):
+                metrics = self.evaluator.evaluate(name, self._name(policy.path))
             self.tracker.log(iteration, "evaluate", step, self._global_step(iteration, phase, step), metrics)
         self.journal.record(
             "measured",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
-from rloop_mcore.config import Config
+from rloop_mcore.config import Config, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
@@ -44,6 +45,7 @@ _POSITIVE = (
     *(f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("lr", "eps")),
     "actor.micro_batch_tokens",
     *(f"rollout.{name}" for name in ("max_tokens", "temperature", "max_running", "bucket_mib")),
+    *(f"rollout.{name}" for name in ("engines", "tp", "dp", "ep")),
     "rollout.mismatch_mean_gate",
     *(f"rollout.{name}_timeout_s" for name in ("start", "request")),
     "cluster.collective_timeout_s",
@@ -60,6 +62,8 @@ _NOT_NEGATIVE = (
     "algorithm.clip_high",
     *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),
     "actor.optimizer_offload",
+    "rollout.max_lag",
+    "rollout.overprovision",
     "evaluation.every",
     "evaluation.temperature",
     "reward.workers",
@@ -147,11 +151,9 @@ def _check_algorithm(config: Config) -> None:
 
 
 def _check_rollout(config: Config) -> None:
-    if config.rollout.engine == "sglang" and not config.rollout.endpoints:
-        raise UserError(
-            "rollout.engine=sglang needs rollout.endpoints=[http://HOST:PORT,...]: running SGLang servers with the "
-            "weights of model.path."
-        )
+    rollout = config.rollout
+    if rollout.engine == "sglang" and not rollout.endpoints:
+        _check_sglang(rollout)
     if config.rollout.engine == "embedded" and config.rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
     for endpoint in config.rollout.endpoints:
@@ -167,9 +169,49 @@ def _check_rollout(config: Config) -> None:
             )
 
 
+def _check_lag(config: Config, deterministic: bool) -> None:
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.max_lag > 1 and not rollout.partial:
+        raise UserError(
+            f"rollout.max_lag={rollout.max_lag} needs rollout.partial=true: a sync would wait for all of it."
+        )
+    behind = rollout.max_lag > 0 or rollout.partial or rollout.overprovision > 0
+    if behind and algorithm.old_logprobs == "trainer" and algorithm.importance == "none":
+        raise UserError(
+            "rollout.max_lag, rollout.partial and rollout.overprovision train on samples of older weights: correct for "
+            "that with algorithm.importance=truncate (or algorithm.old_logprobs=engine)."
+        )
+    if deterministic and (rollout.partial or rollout.overprovision > 0):
+        raise UserError(
+            "rollout.partial and rollout.overprovision depend on time: set run.deterministic=false to use them."
+        )
+
+
+def _check_sglang(rollout: RolloutConfig) -> None:
+    """What is needed to start SGLang servers."""
+    if rollout.python is None:
+        raise UserError(
+            "rollout.engine=sglang needs rollout.python=.venv-sglang/bin/python (`make install-sglang` makes it), or "
+            "rollout.endpoints=[http://HOST:PORT,...] for running servers."
+        )
+    if shutil.which(rollout.python) is None:
+        raise UserError(f"rollout.python={rollout.python} is no program: `make install-sglang` makes one with SGLang.")
+    if rollout.tp % rollout.dp or rollout.tp % rollout.ep:
+        raise UserError(
+            f"rollout.dp={rollout.dp} and rollout.ep={rollout.ep} must each divide rollout.tp={rollout.tp}."
+        )
+    if rollout.memory_fraction is not None and not 0 < rollout.memory_fraction < 1:
+        raise UserError(f"rollout.memory_fraction={rollout.memory_fraction} must be above 0 and below 1.")
+    named, needed = len(set(rollout.gpus)), rollout.engines * rollout.tp
+    if 0 < named < needed:
+        raise UserError(f"rollout.gpus names {named} devices; rollout.engines x rollout.tp is {needed}.")
+
+
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
+    deterministic = config.run.deterministic
+    _check_lag(config, device == "cpu" if deterministic is None else deterministic)
     if actor.precision_aware_optimizer and not actor.distributed_optimizer:
         raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)

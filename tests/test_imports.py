@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"journal", "tracking", "progress", "rl_step", "run_state"}
+RUN = {"feed", "journal", "timeline", "tracking", "progress", "rl_step", "run_state"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
@@ -26,7 +26,9 @@ ALLOWED = {
     "tracking": SHARED | {"progress"},
     "compose": {"config", "errors"},
     "validate": {"algorithm", "compose", "config", "errors", "planning", "platform"},
-    "rl_step": SHARED,
+    "feed": SHARED,
+    "timeline": set(),
+    "rl_step": SHARED | {"feed", "timeline"},
     "run_state": SHARED | RUN,
     "loop": SHARED | RUN,
 }

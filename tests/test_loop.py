@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
+from rloop_mcore.feed import Feed
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.rl_step import Batch
 from rloop_mcore.run_state import Interrupted, RunState
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
@@ -88,13 +91,27 @@ def write_policy(path: Path, number: str) -> Policy:
     return Policy(path, number)
 
 
+class InstantRollout:
+    def wait(self, future: Future[Any], version: int | None = None) -> Any:
+        return future.result()
+
+    def cancel(self) -> None:
+        pass
+
+
 class HashStep:
     """An RL step: four trajectories of problem `easy`, all right, and twelve of `hard`, of which `successes` are."""
 
     def __init__(self, actor: NumberActor, cache: TrajectoryCache, successes: int) -> None:
         self.actor, self.cache, self.successes = actor, cache, successes
 
-    def run(self, iteration: int, step: int, position: int) -> tuple[int, dict[str, float]]:
+    def feed(self, iteration: int, first: int, last: int, position: int) -> Feed[Batch]:
+        def collect(step: int) -> Batch:
+            return Batch([], [], position + 2 * (step - first + 1), {})
+
+        return Feed(collect, InstantRollout(), first, last, max_lag=0, partial=False)  # type: ignore[arg-type]
+
+    def train(self, iteration: int, step: int, batch: Batch, version: int) -> dict[str, float]:
         outcomes = [("easy", n, True) for n in range(4)] + [("hard", n, n < self.successes) for n in range(12)]
         token = int(self.actor.number[:6], 16)
         self.cache.append(
@@ -105,8 +122,8 @@ class HashStep:
                 for problem, n, ok in outcomes
             ]
         )
-        self.actor.advance("rl", step, position)
-        return position + 2, {"success_rate": 0.5}
+        self.actor.advance("rl", step, batch.position - 2)
+        return {"success_rate": 0.5}
 
 
 class NumberRollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import pytest
 
@@ -32,9 +33,20 @@ class SeedEcho:
     def sync(self, weights: object, version: int) -> dict[str, float]:
         return {}
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
-        self.requests += requests
+    def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         return [Completion((request.seed,), (-0.5,), "stop", ((1, 1),)) for request in requests]
+
+    def submit(self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None) -> Future:
+        self.requests += requests
+        future: Future = Future()
+        future.set_result(self.answer(requests))
+        return future
+
+
+def run(step: RLStep, iteration: int, number: int, position: int) -> tuple[int, dict[str, float]]:
+    """One step on samples of the actor's own weights."""
+    batch = step.collect(iteration, number, position)
+    return batch.position, step.train(iteration, number, batch, version=1)
 
 
 class ScriptedRewards:
@@ -75,7 +87,11 @@ class RecordingActor:
             "grad_norm",
             "lr",
         )
-        return dict.fromkeys(names, 1.0) | {"mismatch_max": self.mismatch, "mismatch_mean": self.mismatch / 10}
+        return dict.fromkeys(names, 1.0) | {
+            "mismatch_max": self.mismatch,
+            "mismatch_mean": self.mismatch / 10,
+            "mismatch_k3": 0.0,
+        }
 
 
 class ListCache:
@@ -101,7 +117,7 @@ def first_only(problem: str, n: int) -> bool:
 
 def test_every_sampled_trajectory_is_cached_before_any_group_is_dropped() -> None:
     step = make(lambda problem, n: problem != "p0" and first_only(problem, n))
-    position, metrics = step.run(iteration=1, step=5, position=0)
+    position, metrics = run(step, 1, 5, 0)
     assert position == 3
     assert [row.problem_id for row in step.cache.rows] == ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
     assert {(row.iteration, row.step) for row in step.cache.rows} == {(1, 5)}
@@ -114,7 +130,7 @@ def test_every_sampled_trajectory_is_cached_before_any_group_is_dropped() -> Non
 
 def test_a_short_batch_is_refilled_and_surplus_groups_stay_in_the_cache() -> None:
     step = make(lambda problem, n: problem not in ("p0", "p1") and first_only(problem, n))
-    position, metrics = step.run(0, 0, 0)
+    position, metrics = run(step, 0, 0, 0)
     assert position == 6
     assert metrics["groups_kept"] == 2
     assert len(step.cache.rows) == 6 * GROUP
@@ -124,7 +140,7 @@ def test_a_short_batch_is_refilled_and_surplus_groups_stay_in_the_cache() -> Non
 
 def test_at_the_limit_of_rounds_it_goes_on_with_what_there_is() -> None:
     step = make(lambda problem, n: problem == "p4" and first_only(problem, n), sampling_rounds=2)
-    position, metrics = step.run(0, 0, 0)
+    position, metrics = run(step, 0, 0, 0)
     assert (position, metrics["groups_kept"]) == (6, 1)
     assert sum(len(batch) for batch in step.actor.batches) == GROUP
 
@@ -134,14 +150,14 @@ def test_at_the_limit_of_rounds_it_goes_on_with_what_there_is() -> None:
 )
 def test_without_an_informative_group_no_update_happens(settings: dict[str, object]) -> None:
     step = make(lambda problem, n: False, sampling_rounds=2, **settings)
-    _, metrics = step.run(0, 0, 0)
+    _, metrics = run(step, 0, 0, 0)
     assert step.actor.batches == []
     assert (metrics["groups_kept"], metrics["skipped"], metrics["success_rate"]) == (0, 2, 0)
 
 
 def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
     step = make(first_only, sampled_per_step=9, prompts_per_step=9)
-    step.run(0, 0, 0)
+    run(step, 0, 0, 0)
     keys = [(row.problem_id, row.sample) for row in step.cache.rows]
     assert len(set(keys)) == len(keys) == 9 * GROUP
     assert max(row.sample for row in step.cache.rows) == 2 * GROUP - 1
@@ -150,7 +166,7 @@ def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
 
 def test_advantages_belong_to_their_trajectories() -> None:
     step = make(first_only)
-    step.run(0, 0, 0)
+    run(step, 0, 0, 0)
     right, wrong = group_advantages([1.0, 0.0, 0.0, 0.0], "group_std")[:2]
     rows = [row for batch in step.actor.batches for row in batch]
     assert all(row.advantage == (right if row.trajectory.correct else wrong) for row in rows)
@@ -159,24 +175,24 @@ def test_advantages_belong_to_their_trajectories() -> None:
 def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
     step = make(first_only, RecordingActor(mismatch=0.02))
     with pytest.raises(MismatchError, match=r"step 7: .* 0\.02 .*rollout\.mismatch_gate=0\.01"):
-        step.run(0, 7, 0)
+        run(step, 0, 7, 0)
     step = make(first_only, RecordingActor(mismatch=float("nan")))
     with pytest.raises(MismatchError):
-        step.run(0, 0, 0)
+        run(step, 0, 0, 0)
 
 
 def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
     step = make(first_only, overlong_buffer=3)
     step.config.rollout.max_tokens = 4
     long = Completion((1,) * 4, (-0.5,) * 4, "length", ((1, 4),))
-    step.rollout.generate = lambda requests, sampling: [long] * len(requests)  # type: ignore[method-assign]
-    step.run(0, 0, 0)
+    step.rollout.answer = lambda requests: [long] * len(requests)  # type: ignore[method-assign]
+    run(step, 0, 0, 0)
     assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
 
 
 def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
     step = make(lambda problem, n: False, dynamic_sampling="false", prompts_per_step=3)
-    _, metrics = step.run(0, 0, 0)
+    _, metrics = run(step, 0, 0, 0)
     assert metrics["groups_kept"] == 3
     assert sum(len(batch) for batch in step.actor.batches) == 3 * GROUP
 
@@ -184,8 +200,8 @@ def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
 def test_overlong_responses_can_be_left_out_of_the_loss() -> None:
     step = make(first_only, overlong_filter="true", updates_per_step=1, overlong_buffer=0)
     cut = [Completion((n,), (-0.5,), "length" if n % 2 else "stop", ((1, 1),)) for n in range(3 * GROUP)]
-    step.rollout.generate = lambda requests, sampling: cut  # type: ignore[method-assign]
-    step.run(0, 0, 0)
+    step.rollout.answer = lambda requests: cut  # type: ignore[method-assign]
+    run(step, 0, 0, 0)
     (batch,) = step.actor.batches
     assert len(batch) == GROUP  # half of two groups
     assert {row.trajectory.finish_reason for row in batch} == {"stop"}
@@ -204,7 +220,7 @@ def test_logprobs_are_those_of_engine_trainer_and_reference(
     settings: dict[str, object], old: tuple[float], reference: tuple[float]
 ) -> None:
     step = make(first_only, **settings)
-    step.run(0, 0, 0)
+    run(step, 0, 0, 0)
     rows = [row for batch in step.actor.batches for row in batch]
     assert {(row.old_logprobs, row.reference_logprobs) for row in rows} == {(old, reference)}
 
@@ -215,7 +231,7 @@ def test_replay_records_a_forward_pass_and_keeps_the_engines_logprobs() -> None:
     asked: list[int] = []
     of_trainer = step.actor.logprobs
     step.actor.logprobs = lambda batch, of_reference: asked.append(len(batch)) or of_trainer(batch, of_reference)  # type: ignore[method-assign]
-    _, metrics = step.run(0, 0, 0)
+    _, metrics = run(step, 0, 0, 0)
     assert asked == [2 * GROUP]
     assert {row.old_logprobs for batch in step.actor.batches for row in batch} == {(-0.5,)}
     assert "seconds_logprobs" in metrics

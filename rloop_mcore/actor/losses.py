@@ -34,6 +34,7 @@ def policy_update_loss(config: AlgorithmConfig, context_group: dist.ProcessGroup
         )
         ratio, mismatch = (logprobs.detach() - old).exp(), (logprobs.detach() - engine).abs()
         sums = {"entropy": entropy, "clip_fraction": clipped, "ratio_mean": ratio, "mismatch_mean": mismatch}
+        sums["mismatch_k3"] = kl_estimate(engine, logprobs.detach(), "k3")
         if config.importance != "none":
             importance = importance_weights(old, engine, config.importance, config.importance_cap)
             per_token = per_token * importance

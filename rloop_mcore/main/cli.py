@@ -68,6 +68,14 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, metavar="RUN_DIR")
     status.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
+    trace = commands.add_parser(
+        "trace",
+        help="the timeline of a run, for Perfetto",
+        description="Write what a run did when (generation, grading, training, syncs) as a Chrome trace.",
+    )
+    trace.add_argument("run", type=Path, metavar="RUN_DIR")
+    trace.add_argument("--out", type=Path, metavar="FILE", help="default: trace.json in the run directory")
+
     grade = commands.add_parser(
         "grade",
         help="grade answers against gold answers",
@@ -100,6 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.status import status
 
             return status(options.run, options.json)
+        if options.command == "trace":
+            from rloop_mcore.main.trace import trace
+
+            return trace(options.run, options.out)
         from rloop_mcore.main.grade import grade
 
         return grade(options.file, options.json, options.answer_format)

@@ -25,6 +25,7 @@ from rloop_mcore.rl_step import RLStep
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.run_state import Interrupted, RunState
+from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Policy
@@ -87,7 +88,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
         return TemplatePrompts(problems, tokenizer, template, config.run.seed, config.data.max_prompt_tokens)
 
     directory, journal = run.path.resolve(), Journal(run.journal.resolve())
-    tracker = Tracker(directory, config.tracking)
+    tracker, timeline = Tracker(directory, config.tracking), Timeline(directory)
     prompts = prompts_of(config.data.train, config.data.limit)
     evaluator = None
     if config.data.validation is not None:
@@ -106,10 +107,10 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
         )
     cache = TrajectoryCache(run.cache.resolve())
     state = RunState(
-        config, directory, journal, actor, rollout, cache, evaluator, tracker, stop_requested=run.stop_requested
+        config, directory, journal, actor, rollout, cache, evaluator, tracker, run.stop_requested, timeline
     )
     state.recover()
-    rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop)
+    rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop, timeline)
     try:
         base, demonstrations = base_policy(config, journal), None
         if config.sft.demonstrations is not None and not journal.done(0, "base"):
@@ -120,6 +121,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
         tracker.message(f"finished: {theta.path}")
     finally:
         tracker.close()
+        timeline.close()
 
 
 def base_policy(config: Config, journal: Journal) -> Policy:

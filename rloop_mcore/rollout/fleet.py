@@ -67,6 +67,7 @@ class Fleet:
             probe=probe or Probe(),
             on_waiting=self._tell,
         )
+        self._generating: set[Future[list[Completion]]] = set()
         self._started = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engines", daemon=True)
@@ -129,7 +130,10 @@ class Fleet:
         """Start to generate one completion a request, in order (see `Controller.generate`)."""
         if self.version is None:
             raise EngineError("the engines hold no synced weights; sync before generating")
-        return self._submit(self._controller.generate(requests, sampling, self._shares, enough))
+        future = self._submit(self._controller.generate(requests, sampling, self._shares, enough))
+        self._generating.add(future)
+        future.add_done_callback(self._generating.discard)
+        return future
 
     def wait(self, future: Future[T], version: int | None = None) -> T:
         """The result of `future`, which engines work on. Engines that were restarted meanwhile get their weights here.
@@ -148,10 +152,16 @@ class Fleet:
         """One completion a request, in order, by the weights of the last sync. Raises EngineError."""
         return self.wait(self.submit(requests, sampling)) if requests else []
 
+    def cancel(self) -> None:
+        """Give up everything that was submitted; its futures are cancelled."""
+        for future in list(self._generating):
+            future.cancel()
+
     def close(self) -> None:
         """Leave the broadcast group, close connections, stop the servers of this run. May be called twice."""
         if self._loop.is_closed():
             return
+        self.cancel()
         try:
             self._submit(self._disconnect()).result()
         finally:

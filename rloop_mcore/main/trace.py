@@ -1,0 +1,27 @@
+"""`rloop trace`: the timeline of a run as a file for Perfetto."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.timeline import FILE, chrome_trace
+
+
+def trace(run: Path, out: Path | None) -> int:
+    """Write the Chrome trace of the run directory `run` and say where. Raises UserError where there is none."""
+    path = run / FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the run directory of a training run.")
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the line that a kill cut short
+            continue
+    out = out or run / "trace.json"
+    write_atomic(out, json.dumps(chrome_trace(lines)))
+    print(f"{out}: {len(lines)} spans; open it at https://ui.perfetto.dev or in chrome://tracing")
+    return 0
