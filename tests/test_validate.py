@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("optimizer.schedule=linear", ["optimizer.schedule=linear", "cosine"]),
         ("optimizer.lr=0", ["optimizer.lr=0"]),
         ("precision=fp16", ["precision=fp16", "bf16"]),
-        ("rollout.engine=sglang", ["rollout.endpoints"]),
+        ("rollout.engine=sglang", ["rollout.python", "make install-sglang", "rollout.endpoints"]),
+        ("rollout.engines=0", ["rollout.engines=0"]),
         ("rollout.endpoints=[http://127.0.0.1:30000]", ["rollout.endpoints", "rollout.engine=sglang"]),
         ("run.seed=-1", ["run.seed=-1"]),
         ("run.dir=''", ["run.dir"]),
@@ -66,6 +68,23 @@ def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[st
 def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         check_values(load_config([*NEEDED, "rollout.engine=sglang", f"rollout.endpoints=['{endpoint}']"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.python=/no/such/python", ["rollout.python=/no/such/python", "make install-sglang"]),
+        ("rollout.dp=3", ["rollout.dp=3", "rollout.tp=2"]),
+        ("rollout.memory_fraction=1.5", ["rollout.memory_fraction=1.5"]),
+        ("rollout.gpus=[0,0,1]", ["names 2 devices", "is 4"]),
+    ],
+)
+def test_sglang_servers_that_cannot_be_started_are_refused(override: str, words: list[str]) -> None:
+    base = ["rollout.engine=sglang", f"rollout.python={sys.executable}", "rollout.tp=2", "rollout.engines=2"]
+    check_values(load_config([*NEEDED, *base]))
+    with pytest.raises(UserError) as caught:
+        check_values(load_config([*NEEDED, *base, override]))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_the_defaults_are_legal() -> None:

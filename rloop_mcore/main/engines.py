@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rloop_mcore import platform
 from rloop_mcore.config import Config
-from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer, running_servers
 
 
 def weight_backend(config: Config) -> str:
@@ -16,18 +16,48 @@ def weight_backend(config: Config) -> str:
     return "gloo" if config.rollout.engine == "embedded" else platform.backend()
 
 
-def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[EmbeddedServer | RunningServer]:
-    """The servers of `rollout.endpoints`, or one embedded engine with `model`, still starting."""
+def start_servers(
+    config: Config, model: Path, log_folder: Path
+) -> Sequence[EmbeddedServer | SGLangServer | RunningServer]:
+    """The servers of `rollout.endpoints`, or `rollout.engines` of this run with `model`, still starting."""
     if config.rollout.endpoints:
         return running_servers(config.rollout.endpoints)
-    return [
-        EmbeddedServer(
+    engines = config.rollout.engines
+    threads = config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // engines)
+    dtype = "float32" if config.precision == "fp32" else "bfloat16"
+    device = platform.choose(config.cluster.device)
+
+    def start(number: int) -> EmbeddedServer | SGLangServer:
+        name = f"engine-{number}" if engines > 1 else "engine"
+        most = config.rollout.max_running
+        if config.rollout.engine == "embedded":
+            return EmbeddedServer(
+                model, log_folder, name, max_running=most, threads=threads, dtype=dtype, device=device
+            )
+        return SGLangServer(
             model,
             log_folder,
-            "engine",
-            max_running=config.rollout.max_running,
-            threads=config.cluster.threads or len(os.sched_getaffinity(0)),
-            dtype="float32" if config.precision == "fp32" else "bfloat16",
-            device=platform.choose(config.cluster.device),
+            name,
+            python=Path(str(config.rollout.python)),
+            max_running=most,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            arguments=_sglang_arguments(config, device, number),
+            gpus=config.rollout.gpus,
         )
-    ]
+
+    return [start(number) for number in range(engines)]
+
+
+def _sglang_arguments(config: Config, device: str, number: int) -> list[str]:
+    """The flags of server `number` that its configuration decides."""
+    rollout = config.rollout
+    arguments = ["--tp-size", str(rollout.tp), "--ep-size", str(rollout.ep)]
+    if rollout.dp > 1:
+        arguments += ["--dp-size", str(rollout.dp), "--enable-dp-attention"]
+    if device == "cuda":
+        arguments += ["--base-gpu-id", str(number * rollout.tp)]
+    if rollout.memory_fraction is not None:
+        arguments += ["--mem-fraction-static", str(rollout.memory_fraction)]
+    return [*arguments, *rollout.server_args]

@@ -1,15 +1,21 @@
-"""Embedded servers as child processes: started at once, awaited later, never outliving the run."""
+"""Servers as child processes: started at once, awaited later, never outliving the run."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import aiohttp
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.rollout.client import EngineError
@@ -17,7 +23,26 @@ from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
 _POLL_S = 0.05
 _STOP_S = 10.0
+_HEALTH_S = 30.0  # SGLang's /health generates a token
 _LOG_LINES = 15
+
+STUBS_VARIABLE = "RLOOP_SGLANG_STUBS"  # a folder with a stub of sgl_kernel, for SGLang on a CPU (tests/sglang_cpu)
+
+# `python -m sglang.launch_server` that the kernel ends with its parent (argument 1); SGLang's helpers end with it.
+_LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which exec keeps
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings reach every process; they are for the trainer
+    signal.signal(number, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *sys.argv[2:]])
+"""
+_SGLANG_ON_CPU = (
+    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-cuda-graph", "--disable-overlap-schedule"),
+    *("--mem-fraction-static", "0.3", "--max-total-tokens", "32768"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,19 +66,92 @@ class RunningServer:
         """It is not ours to stop."""
 
 
-class EmbeddedServer:
-    """A `python -m rloop_mcore.rollout.embedded` process of this run.
+class _ChildServer:
+    """A server process of this run, in a session of its own, which logs to `run_dir/{name}.log`.
 
     Make it on the thread that lives as long as the run (the main thread): the kernel ends the server with it.
     """
 
-    def __init__(
-        self, model_path: Path, run_dir: Path, name: str, *, max_running: int, threads: int, dtype: str, device: str
-    ) -> None:
-        """Start the process; does not wait. Logs to `run_dir/{name}.log`. dtype: float32 or bfloat16."""
+    kind: str  # how messages call it
+    process: subprocess.Popen[bytes]
+
+    def __init__(self, run_dir: Path, name: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.api_key = secrets.token_urlsafe(32)
         self.log = run_dir / f"{name}.log"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        raise NotImplementedError
+
+    async def _answers(self) -> str | None:
+        """The URL once the server answers."""
+        raise NotImplementedError
+
+    def _clean_up(self) -> None:
+        """Remove what the server leaves behind; called when its process has ended."""
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab", opener=_private) as log:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C goes to the trainer, which stops its servers when it is done with them
+            )
+
+    async def ready(self, timeout_s: float) -> tuple[str, str]:
+        """(URL, key) once the server answers. Raises EngineError when it dies or is not there in time."""
+        deadline = time.monotonic() + timeout_s
+        while (url := await self._answers()) is None:
+            failure = self.failure()
+            if failure is not None:
+                raise EngineError(failure)
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.kind} was not ready within {timeout_s:g} s; {self._last_lines()}")
+            await asyncio.sleep(_POLL_S)
+        return url, self.api_key
+
+    def failure(self) -> str | None:
+        """None while the process lives, else how it ended and the end of its log."""
+        status = self.process.poll()
+        return None if status is None else f"{self.kind} ended with status {status}; {self._last_lines()}"
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+    def restart(self) -> None:
+        """Start the process anew, with the model folder it had; kills what is left of it first."""
+        self._kill()
+        self.process = self._start()
+
+    def stop(self) -> None:
+        """End the process and those it started, and wait until it is gone."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_S)
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # its session is its process group: helpers end with it
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._clean_up()
+
+
+class EmbeddedServer(_ChildServer):
+    """A `python -m rloop_mcore.rollout.embedded` process of this run."""
+
+    kind = "the embedded engine"
+
+    def __init__(
+        self, model_path: Path, run_dir: Path, name: str, *, max_running: int, threads: int, dtype: str, device: str
+    ) -> None:
+        """Start the process; does not wait. dtype: float32 or bfloat16."""
+        super().__init__(run_dir, name)
         self.port_file = run_dir / f".{name}.port"
         self.port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rloop_mcore.rollout.embedded", "--model-path", str(model_path)]
@@ -65,54 +163,80 @@ class EmbeddedServer:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                self.command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C goes to the trainer, which stops its servers when it is done with them
-            )
+        return self._spawn(self.command, self.environment)
 
-    async def ready(self, timeout_s: float) -> tuple[str, str]:
-        """(URL, key) once the server answers. Raises EngineError when it dies or is not there in time."""
-        deadline = time.monotonic() + timeout_s
-        while not self.port_file.exists():
-            failure = self.failure()
-            if failure is not None:
-                raise EngineError(failure)
-            if time.monotonic() > deadline:
-                raise EngineError(f"the embedded engine was not ready within {timeout_s:g} s; {self._last_lines()}")
-            await asyncio.sleep(_POLL_S)
-        return f"http://127.0.0.1:{int(self.port_file.read_text())}", self.api_key
+    async def _answers(self) -> str | None:
+        return f"http://127.0.0.1:{int(self.port_file.read_text())}" if self.port_file.exists() else None
 
-    def failure(self) -> str | None:
-        """None while the process lives, else how it ended and the end of its log."""
-        status = self.process.poll()
-        return None if status is None else f"the embedded engine ended with status {status}; {self._last_lines()}"
-
-    def _last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
-
-    def restart(self) -> None:
-        """Start the process anew, with the model folder it had; kills what is left of it first."""
-        self.process.kill()
-        self.process.wait()
+    def _clean_up(self) -> None:
         self.port_file.unlink(missing_ok=True)
+
+
+class SGLangServer(_ChildServer):
+    """A `python -m sglang.launch_server` process of this run, with the helpers that it starts."""
+
+    kind = "SGLang"
+
+    def __init__(
+        self,
+        model_path: Path,
+        run_dir: Path,
+        name: str,
+        *,
+        python: Path,
+        max_running: int,
+        threads: int,
+        dtype: str,
+        device: str,
+        arguments: Sequence[str] = (),
+        gpus: Sequence[int] = (),
+    ) -> None:
+        """Start the process; does not wait.
+
+        python: the interpreter that has SGLang; dtype: float32 or bfloat16; device: cpu or cuda; arguments: further
+        flags, which win; gpus: the devices it may see, all of them where empty.
+        """
+        super().__init__(run_dir, name)
+        self.secrets = run_dir / f".{name}.yaml"
+        command = [str(python), "-c", _LAUNCH, str(os.getpid()), "--config", str(self.secrets)]
+        command += ["--model-path", str(model_path), "--host", "127.0.0.1", "--dtype", dtype, "--device", device]
+        command += ["--max-running-requests", str(max_running), "--skip-server-warmup"]
+        command += ["--log-level", "warning"]  # below it SGLang logs all of its settings, the key among them
+        self.command = [*command, *(_SGLANG_ON_CPU if device == "cpu" else ()), *arguments]
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if device == "cpu":
+            self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
+            if STUBS_VARIABLE in os.environ:
+                self.environment["PYTHONPATH"] = os.environ[STUBS_VARIABLE]
+        if gpus:
+            self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         self.process = self._start()
 
-    def stop(self) -> None:
-        """End the process and wait until it is gone."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.port_file.unlink(missing_ok=True)
+    def _start(self) -> subprocess.Popen[bytes]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        with open(self.secrets, "w", opener=_private) as file:
+            file.write(f"api-key: {self.api_key}\n")
+        return self._spawn([*self.command, "--port", str(self.port)], self.environment)
+
+    async def _answers(self) -> str | None:
+        url = f"http://127.0.0.1:{self.port}"
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_S)) as session,
+                session.get(f"{url}/health") as response,
+            ):
+                return url if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+
+    def _clean_up(self) -> None:
+        self.secrets.unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def running_servers(urls: list[str]) -> list[RunningServer]:
