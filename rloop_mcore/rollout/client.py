@@ -6,21 +6,22 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
-from packaging.version import InvalidVersion, Version
 
 from rloop_mcore.errors import Fault
 from rloop_mcore.rollout.together import together
+from rloop_mcore.rollout.versions import WEIGHT_SPANS_SINCE, has_update_sessions, routes_of
 from rloop_mcore.types import Completion, SampleRequest, Sampling
+
+T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
-_UPDATE_SESSIONS_SINCE = Version("0.5.21")  # /begin_weight_update and /end_weight_update
 
 
 class EngineError(Fault):
@@ -63,6 +64,7 @@ class EngineClient:
         self._session: aiohttp.ClientSession | None = None
         self._requests: set[asyncio.Task[bytes]] = set()
         self._given_up: str | None = None
+        self._stamped: str | None = None  # the weight version that was set last
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -87,9 +89,20 @@ class EngineClient:
         await self._call("GET", "/health", timeout_s=timeout_s)
 
     async def check_server(self, timeout_s: float) -> None:
-        """Raises EngineError unless the server answers, takes the key, and is a version that is supported."""
+        """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
         await self.health(timeout_s)
-        await self.has_update_sessions()
+        await together(*(self._check_route(path) for path in await self._of_version(routes_of)))
+
+    async def _check_route(self, path: str) -> None:
+        """OPTIONS has no effect: 405 where the route is, 404 where it is not (SGLang's router, for one)."""
+        try:
+            await self._call("OPTIONS", path)
+        except EngineError as error:
+            if error.status == 404:
+                text = "there is no such route: engines are SGLang's servers themselves, not its router"
+                raise self._error(path, text, 404) from None
+            if error.status != 405:
+                raise
 
     async def model_info(self) -> dict[str, Any]:
         return await self._json("GET", "/model_info")
@@ -101,12 +114,17 @@ class EngineClient:
         return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
 
     async def has_update_sessions(self) -> bool:
-        """Whether this version wants a weight update between begin and end (from 0.5.21 on)."""
-        text = str(_get(await self.server_info(), "version", f"{self.url}/server_info"))
+        """Whether this version wants a weight update between begin and end."""
+        return await self._of_version(has_update_sessions)
+
+    async def _of_version(self, fact: Callable[[str], T]) -> T:
+        """What `fact` says of the server's version. Raises EngineError where that is not a supported one."""
+        path = "/server_info"
+        version = str(_get(await self.server_info(), "version", self.url + path))
         try:
-            return Version(text) >= _UPDATE_SESSIONS_SINCE
-        except InvalidVersion as error:
-            raise EngineError(f"{self.url}/server_info: version {text!r} cannot be read") from error
+            return fact(version)
+        except ValueError as error:
+            raise self._error(path, str(error), 200) from error
 
     async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling, rid: str) -> list[Completion]:
         """One /generate call; one completion a request, in order. A request with a partial response goes on from it.
@@ -129,6 +147,7 @@ class EngineClient:
             "rid": [f"{rid}-{number}" for number in range(len(requests))],
             "return_logprob": True,
         }
+        stamped = self._stamped
         answers = await self._json("POST", "/generate", body, self.generate_timeout_s)
         where = f"{self.url}/generate"
         if not isinstance(answers, list) or len(answers) != len(requests):
@@ -136,6 +155,13 @@ class EngineClient:
                 "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
             )
         completions = [parse_completion(answer, where) for answer in answers]
+        if stamped != self._stamped and not all("weight_versions" in answer["meta_info"] for answer in answers):
+            raise self._error(
+                "/generate",
+                "the weights were changed meanwhile, and SGLang does not tell which tokens are by which weights before "
+                f"{WEIGHT_SPANS_SINCE}: use a later version, or rollout.partial=false",
+                400,
+            )
         return [_joined(r.partial, c) for r, c in zip(requests, completions, strict=True)]
 
     async def abort(self, rid: str, count: int) -> None:
@@ -196,6 +222,7 @@ class EngineClient:
 
     async def set_weight_version(self, version: str) -> None:
         await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self._stamped = version
 
     async def checksums(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> list[tuple[int, dict[str, str]]]:
         """(tensor parallel rank, {tensor: checksum}) of every rank of the server."""

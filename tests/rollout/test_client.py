@@ -155,11 +155,68 @@ def test_a_lost_connection_is_told_at_once() -> None:
         _ask(handler, _generate)
 
 
+@pytest.mark.parametrize("spans", [False, True])
+def test_tokens_of_two_weights_must_be_told_apart(spans: bool) -> None:
+    """SGLang before 0.5.19 names one version only, which is right while the weights stay."""
+    pieces = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+    answer = {**GOOD, "meta_info": {**GOOD["meta_info"], **({"weight_versions": pieces} if spans else {})}}  # type: ignore[dict-item]
+    asked, stamped = asyncio.Event(), asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/update_weight_version":
+            return web.json_response({"success": True})
+        asked.set()
+        await stamped.wait()
+        return web.json_response([answer])
+
+    async def call(client: EngineClient) -> list[Completion]:
+        under_way = asyncio.ensure_future(_generate(client))
+        await asked.wait()
+        await client.set_weight_version("4")
+        stamped.set()
+        return await under_way
+
+    if spans:
+        assert _ask(handler, call)[0].weight_versions == ((3, 1), (4, 1))
+    else:
+        with pytest.raises(EngineError, match=r"/generate: .* before 0\.5\.19") as caught:
+            _ask(handler, call)
+        assert caught.value.status == 400
+
+
 @pytest.mark.parametrize(
-    ("version", "expected"), [("0.5.20", False), ("0.5.21", True), ("0.5.23+rloop.embedded", True), ("0.6.0rc1", True)]
+    ("version", "expected"), [("0.5.20", False), ("0.5.21", True), ("0.5.23+rloop.embedded", True)]
 )
 def test_update_sessions_by_version(version: str, expected: bool) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.json_response({"version": version})
 
     assert _ask(handler, lambda client: client.has_update_sessions()) is expected
+
+
+def _server(version: str, lacks: str = "") -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handler(request: web.Request) -> web.Response:
+        if request.method == "OPTIONS":
+            return web.Response(status=404 if request.path == lacks else 405)
+        return web.json_response({"version": version})
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("version", "lacks", "words"),
+    [
+        ("0.5.16", "", r"/server_info: SGLang 0\.5\.16 is not supported: 0\.5\.17 to 0\.5\.23 are$"),
+        ("0.5.20", "/pause_generation", r"/pause_generation: there is no such route"),
+        ("0.5.21", "/begin_weight_update", r"/begin_weight_update: there is no such route"),
+    ],
+)
+def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, words: str) -> None:
+    with pytest.raises(EngineError, match=words) as caught:
+        _ask(_server(version, lacks), lambda client: client.check_server(30.0))
+    assert caught.value.status is not None  # waiting would not help
+
+
+@pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])
+def test_a_server_that_can_is_taken(version: str, lacks: str) -> None:
+    _ask(_server(version, lacks), lambda client: client.check_server(30.0))

@@ -1,0 +1,46 @@
+"""The SGLang versions that can serve a run, the routes they must have, and what changed from one to the other.
+
+Read off the wheels of 0.5.17 to 0.5.23 (entrypoints/http_server.py, managers/io_struct.py); each has all of `ROUTES`.
+"""
+
+from __future__ import annotations
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST, NEWEST = "0.5.17", "0.5.23"
+WEIGHT_SPANS_SINCE = "0.5.19"  # meta_info.weight_versions: which tokens are by which weights
+UPDATE_SESSIONS_SINCE = "0.5.21"  # a weight update stands between /begin_weight_update and /end_weight_update
+
+ROUTES = (
+    "/health",
+    "/model_info",
+    "/server_info",
+    "/generate",
+    "/abort_request",
+    "/pause_generation",
+    "/continue_generation",
+    "/flush_cache",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/update_weights_from_distributed",
+    "/update_weights_from_disk",
+    "/update_weight_version",
+    "/weights_checker",
+)
+SESSION_ROUTES = ("/begin_weight_update", "/end_weight_update")
+
+
+def has_update_sessions(version: str) -> bool:
+    """Whether a server of this version wants update sessions. Raises ValueError where it is not a supported one."""
+    try:
+        release = Version(version).release
+    except InvalidVersion as error:
+        raise ValueError(f"version {version!r} cannot be read") from error
+    if not Version(OLDEST).release <= release <= Version(NEWEST).release:
+        raise ValueError(f"SGLang {version} is not supported: {OLDEST} to {NEWEST} are")
+    return release >= Version(UPDATE_SESSIONS_SINCE).release
+
+
+def routes_of(version: str) -> tuple[str, ...]:
+    """The routes that a run uses of a server of this version. Raises ValueError where it is not a supported one."""
+    return ROUTES + (SESSION_ROUTES if has_update_sessions(version) else ())
