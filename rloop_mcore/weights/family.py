@@ -77,12 +77,14 @@ class Parameter:
             return [shards[0]]
         if self.split is Split.INPUT:
             return [torch.cat(tuple(shards), dim=1)]
-        full = torch.cat(tuple(shards))
         if self.split is Split.VOCABULARY:
-            return [full[: self.sources[0].shape[0]]]
+            return [torch.cat(tuple(shards))[: self.sources[0].shape[0]]]
         groups = self.groups or len(shards)
-        parts = full.unflatten(0, (groups, -1)).split([source.shape[0] // groups for source in self.sources], dim=1)
-        return [part.flatten(0, 1) for part in parts]
+        if groups % len(shards):  # a group is spread over several shards
+            shards = [torch.cat(tuple(shards))]
+        rows = [source.shape[0] // groups for source in self.sources]
+        parts = [shard.unflatten(0, (groups // len(shards), -1)).split(rows, dim=1) for shard in shards]
+        return [torch.cat(of_source).flatten(0, 1) for of_source in zip(*parts, strict=True)]
 
     def _group(self, sources: Sequence[Any], group: int, groups: int) -> torch.Tensor:
         rows = [source.shape[0] // groups for source in self.sources]
