@@ -41,7 +41,7 @@ os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *sys.arg
 _SGLANG_ON_CPU = (
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),
-    *("--mem-fraction-static", "0.3", "--max-total-tokens", "32768"),
+    *("--mem-fraction-static", "0.8", "--max-total-tokens", "32768"),
 )
 
 

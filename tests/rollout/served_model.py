@@ -1,25 +1,35 @@
-"""A tiny random Qwen2 with a character tokenizer, embedded servers over it, and a bare HTTP client."""
+"""A tiny random Qwen2 with a character tokenizer, servers over it, and bare ends of their HTTP and weight channels.
+
+RLOOP_TEST_ENGINE=sglang makes the servers real ones (`make test-sglang`) from the environment of `make install-sglang`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from rloop_mcore.rollout.launch import EmbeddedServer
+from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+from rloop_mcore.rollout.launch import STUBS_VARIABLE, EmbeddedServer, SGLangServer
 
+ROOT = Path(__file__).parents[2]
+REAL = os.environ.get("RLOOP_TEST_ENGINE") == "sglang"
+SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
 CHARACTERS = "0123456789+-*=, QA:\nabcdefghijklmnopqrstuvw"
 VOCABULARY = 2 + len(CHARACTERS)  # <pad>, <eos>, then the characters
 EOS = 1
-START_S = 120.0
+START_S = 600.0 if REAL else 120.0
 
 
 def make_model(folder: Path, seed: int) -> Path:
@@ -82,9 +92,48 @@ class Endpoint:
         return answer
 
 
-def start_server(model_path: Path, run_dir: Path, name: str, max_running: int = 64) -> EmbeddedServer:
+class Channel:
+    """protocols.WeightChannel over a plain gloo group."""
+
+    group_name = "test-weights"
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.sends = 0
+
+    def open(self, world_size: int) -> tuple[str, int]:
+        self.store, self.world_size = host_store("127.0.0.1", 30.0), world_size
+        return "127.0.0.1", self.store.port
+
+    def join(self) -> None:
+        self.group = join_group("gloo", "127.0.0.1", self.store.port, self.world_size, 0, self.group_name, 30.0)
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.sends += 1
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+
+    def close(self) -> None:
+        if self.group is not None:
+            leave_group(self.group)
+        self.group = None
+
+
+def start_server(model_path: Path, run_dir: Path, name: str, max_running: int = 64) -> EmbeddedServer | SGLangServer:
+    if REAL:
+        os.environ.setdefault(STUBS_VARIABLE, str(ROOT / "tests/sglang_cpu"))
+        return SGLangServer(
+            model_path,
+            run_dir,
+            name,
+            python=SGLANG_PYTHON,
+            max_running=max_running,
+            threads=1,
+            dtype="float32",
+            device="cpu",
+        )
     return EmbeddedServer(model_path, run_dir, name, max_running=max_running, threads=1, dtype="float32", device="cpu")
 
 
-def endpoint_of(server: EmbeddedServer) -> Endpoint:
+def endpoint_of(server: EmbeddedServer | SGLangServer) -> Endpoint:
     return Endpoint(*asyncio.run(server.ready(START_S)))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from served_model import EOS, VOCABULARY, Endpoint, token_logprobs
+from served_model import EOS, VOCABULARY, Channel, Endpoint, token_logprobs
 from transformers import PreTrainedModel
 
 PROMPT = [12, 13, 2, 5, 6, 7, 20]
@@ -82,69 +87,6 @@ def test_batches_lists_and_single_answers(endpoint: Endpoint) -> None:
     assert "output_token_logprobs" not in answers[0]["meta_info"]  # not asked for
 
 
-def test_one_seed_one_sample_whatever_else_is_asked(endpoint: Endpoint) -> None:
-    def ask(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        settings = [{"max_new_tokens": 16, "sampling_seed": seed} for seed in seeds]
-        return [
-            a["output_ids"]
-            for a in endpoint.request("/generate", {"input_ids": prompts, "sampling_params": settings})[1]
-        ]
-
-    prompts = [PROMPT, PROMPT, PROMPT[:4], [5, 6, 7]]
-    together = ask(prompts, [1, 2, 3, 4])
-    assert together[0] != together[1]
-    assert ask(prompts[::-1], [4, 3, 2, 1]) == together[::-1]
-
-    alone: dict[int, list[list[int]]] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: alone.update({i: ask([prompts[i]], [i + 1])})) for i in range(len(prompts))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [alone[i][0] for i in range(len(prompts))] == together
-
-
-def test_stop_reasons_and_text(endpoint: Endpoint) -> None:
-    free = endpoint.generate(PROMPT, max_new_tokens=12, sampling_seed=5, ignore_eos=True)
-    ids, text = free["output_ids"], free["text"]
-    wanted = ids[4]
-    by_id = endpoint.generate(PROMPT, max_new_tokens=12, sampling_seed=5, stop_token_ids=[wanted])
-    if EOS not in ids[: ids.index(wanted)]:
-        assert by_id["output_ids"] == ids[: ids.index(wanted) + 1]
-        assert by_id["meta_info"]["finish_reason"] == {"type": "stop", "matched": wanted}
-    stop = text[3:5]
-    by_text = endpoint.generate(PROMPT, max_new_tokens=12, sampling_seed=5, ignore_eos=True, stop=[stop])
-    assert by_text["text"] == text[: text.find(stop)]
-    assert by_text["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"input_ids": []}, "input_ids"),
-        ({"input_ids": [[]]}, "empty"),
-        ({"input_ids": [VOCABULARY]}, "vocabulary"),
-        ({"input_ids": [-1]}, "vocabulary"),
-        ({"input_ids": ["5"]}, "integers"),
-        ({"text": "hello"}, "input_ids"),
-        ({"input_ids": [5], "sampling_params": {"temprature": 1}}, "temprature"),
-        ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
-        ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
-        ({"input_ids": [5], "sampling_params": {"max_new_tokens": "many"}}, "max_new_tokens"),
-        ({"input_ids": [5], "sampling_params": {"regex": "a+"}}, "regex"),
-        ({"input_ids": [5], "sampling_params": {"stop_token_ids": 5}}, "stop_token_ids"),
-        ({"input_ids": [[5], [6]], "sampling_params": [{}]}, "sampling_params"),
-    ],
-)
-def test_bad_requests_are_answered_and_survived(endpoint: Endpoint, body: dict, words: str) -> None:
-    status, answer = endpoint.request("/generate", body)
-    assert status == 400, answer
-    assert words in answer["error"]["message"]
-    assert endpoint.generate([5], max_new_tokens=1)["output_ids"]
-
-
 def test_a_body_that_is_not_json_is_a_bad_request(endpoint: Endpoint) -> None:
     assert endpoint.request("/generate", raw=b"{not json")[0] == 400
 
@@ -187,9 +129,248 @@ def test_pausing_with_abort_returns_what_there_is(endpoint: Endpoint) -> None:
     assert "abort" in reasons
 
 
+@pytest.mark.parametrize("how", ["stop_token_ids", "stop"])
+def test_a_stop_ends_a_response_and_is_named(endpoint: Endpoint, how: str) -> None:
+    free = endpoint.generate(PROMPT, max_new_tokens=12, temperature=0, ignore_eos=True)
+    assert free["meta_info"]["finish_reason"] == {"type": "length", "length": 12}
+    ids, text = free["output_ids"], free["text"]
+    assert EOS not in ids
+    assert len(text) == 12
+    if how == "stop_token_ids":
+        stopped = endpoint.generate(PROMPT, max_new_tokens=12, temperature=0, stop_token_ids=[ids[4]])
+        assert stopped["output_ids"] == ids[: ids.index(ids[4]) + 1]
+        assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": ids[4]}
+    else:
+        stop = text[3:5]
+        stopped = endpoint.generate(PROMPT, max_new_tokens=12, temperature=0, ignore_eos=True, stop=[stop])
+        assert stopped["output_ids"] == ids[: text.find(stop) + 2]
+        assert stopped["text"] == text[: text.find(stop)]
+        assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+
+def test_the_end_token_stops_and_is_kept(endpoint: Endpoint) -> None:
+    answers = endpoint.generate(PROMPT, max_new_tokens=200, temperature=1.0, n=16)
+    stopped = [a for a in answers if a["meta_info"]["finish_reason"]["type"] == "stop"]
+    assert stopped
+    for answer in stopped:
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS}
+        assert answer["output_ids"].index(EOS) == len(answer["output_ids"]) - 1
+
+
+def test_top_p_leaves_the_rest_out(endpoint: Endpoint, reference: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        chances = reference(input_ids=torch.tensor([PROMPT])).logits[0, -1].softmax(-1).sort(descending=True)
+    kept = int((chances.values.cumsum(0) - chances.values < 0.5).sum())
+    answers = endpoint.generate(PROMPT, max_new_tokens=1, top_p=0.5, n=100)
+    assert {a["output_ids"][0] for a in answers} <= set(chances.indices[:kept].tolist())
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [5], "sampling_params": {"temprature": 1}}, "temprature"),
+        ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
+        ({"input_ids": [[5], [6]], "sampling_params": [{}]}, "sampling_params"),
+    ],
+)
+def test_bad_requests_are_answered_and_survived(endpoint: Endpoint, body: dict, word: str) -> None:
+    status, answer = endpoint.request("/generate", body)
+    assert status == 400, answer
+    assert word in answer["error"]["message"]
+    assert endpoint.generate([5], max_new_tokens=1)["output_ids"]
+
+
+# -- while something runs ---------------------------------------------------------------------------------------------
+
+
+def _in_background(endpoint: Endpoint, body: dict, check: Callable[[], None]) -> list[dict]:
+    """The answers to a long /generate call, during which `check` is called."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(endpoint.request, "/generate", {"return_logprob": True, **body})
+        time.sleep(0.3)
+        check()
+        status, answers = pending.result(60)
+    assert status == 200, answers
+    return answers
+
+
+LONG = {"max_new_tokens": 240, "ignore_eos": True}
+
+
+def test_one_of_a_call_is_aborted_by_its_id(endpoint: Endpoint) -> None:
+    def abort() -> None:
+        assert endpoint.request("/abort_request", {"rid": "first"})[0] == 200
+
+    body = {"input_ids": [PROMPT, PROMPT], "rid": ["first", "second"], "sampling_params": LONG}
+    first, second = _in_background(endpoint, body, abort)
+    assert [first["meta_info"]["id"], second["meta_info"]["id"]] == ["first", "second"]
+    assert first["meta_info"]["finish_reason"]["type"] == "abort"
+    ids, _ = _scored(first)
+    assert len(ids) == first["meta_info"]["completion_tokens"] < 240
+    assert len(second["output_ids"]) == 240
+
+
+def test_everything_is_aborted(endpoint: Endpoint) -> None:
+    def abort() -> None:
+        assert endpoint.request("/abort_request", {"abort_all": True})[0] == 200
+
+    answers = _in_background(endpoint, {"input_ids": [PROMPT, PROMPT[:3]], "sampling_params": LONG}, abort)
+    assert [a["meta_info"]["finish_reason"]["type"] for a in answers] == ["abort", "abort"]
+    assert endpoint.generate(PROMPT, max_new_tokens=2, ignore_eos=True)["output_ids"]
+
+
+def test_aborting_what_is_not_there_is_no_error(endpoint: Endpoint) -> None:
+    assert endpoint.request("/abort_request", {"rid": "nobody"})[0] == 200
+
+
+def test_the_cache_of_requests_paused_in_place_cannot_be_flushed(endpoint: Endpoint) -> None:
+    def pause() -> None:
+        assert endpoint.request("/pause_generation", {"mode": "in_place"})[0] == 200
+        assert endpoint.request("/flush_cache", {})[0] == 400
+        assert endpoint.request("/continue_generation", {})[0] == 200
+
+    (answer,) = _in_background(endpoint, {"input_ids": [PROMPT], "sampling_params": LONG}, pause)
+    assert len(answer["output_ids"]) == 240
+
+
+def test_an_unknown_pause_mode_is_refused(endpoint: Endpoint) -> None:
+    assert endpoint.request("/pause_generation", {"mode": "later"})[0] in (400, 422)
+    assert endpoint.generate(PROMPT, max_new_tokens=1)["output_ids"]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changing(endpoint: Endpoint, model_path: Path) -> Iterator[Endpoint]:
+    """The endpoint, given its weights back afterwards."""
+    yield endpoint
+    _load(endpoint, model_path, "default")
+
+
+def _load(endpoint: Endpoint, path: Path, version: str) -> None:
+    status, answer = endpoint.request("/update_weights_from_disk", {"model_path": str(path), "weight_version": version})
+    assert status == 200, answer
+    assert answer["success"] is True
+
+
+def _assert_by(model: PreTrainedModel, endpoint: Endpoint, version: str) -> None:
+    answer = endpoint.generate(PROMPT, max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    ids, logprobs = _scored(answer)
+    np.testing.assert_allclose(logprobs, token_logprobs(model, PROMPT + ids)[len(PROMPT) - 1 :], atol=1e-4)
+    assert answer["meta_info"]["weight_version"] == version
+    assert answer["meta_info"]["weight_versions"] == [{"version": version, "start": 0, "end": 12}]
+    assert endpoint.request("/model_info")[1]["weight_version"] == version
+
+
+def test_weights_from_disk(changing: Endpoint, other_path: Path, other_model: PreTrainedModel) -> None:
+    _load(changing, other_path, "7")
+    _assert_by(other_model, changing, "7")
+
+
+def test_the_weight_version_can_be_set(changing: Endpoint, reference: PreTrainedModel) -> None:
+    body = {"new_version": "12", "abort_all_requests": False}
+    status, answer = changing.request("/update_weight_version", body)
+    assert (status, answer["success"]) == (200, True)
+    _assert_by(reference, changing, "12")
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+def test_weights_by_broadcast(changing: Endpoint, other_model: PreTrainedModel, load_format: str | None) -> None:
+    tensors = [(name, p.detach()) for name, p in other_model.named_parameters()]
+    with _group(changing) as channel, ThreadPoolExecutor(1) as pool:
+        assert changing.request("/begin_weight_update", {"selector": "all"})[0] == 200
+        body = {
+            "names": [name for name, _ in tensors],
+            "dtypes": ["float32" for _ in tensors],
+            "shapes": [list(t.shape) for _, t in tensors],
+            "group_name": channel.group_name,
+            "load_format": load_format,
+            "flush_cache": False,
+            "weight_version": "8",
+        }
+        pending = pool.submit(changing.request, "/update_weights_from_distributed", body)
+        sent = [torch.cat([t.contiguous().view(-1).view(torch.uint8) for _, t in tensors])]
+        channel.send(sent if load_format else [t for _, t in tensors])
+        status, answer = pending.result(60)
+        assert (status, answer["success"]) == (200, True), answer
+        status, answer = changing.request("/end_weight_update", {})
+        assert (status, answer["success"]) == (200, True), answer
+    assert changing.request("/flush_cache", {})[0] == 200
+    _assert_by(other_model, changing, "8")
+
+
+@contextmanager
+def _group(endpoint: Endpoint) -> Iterator[Channel]:
+    """A weight update group of this process and the server."""
+    channel = Channel()
+    address, port = channel.open(2)
+    body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(endpoint.request, "/init_weights_update_group", body | {"group_name": channel.group_name})
+        channel.join()
+        status, answer = pending.result(60)
+        assert (status, answer["success"]) == (200, True), answer
+    try:
+        yield channel
+    finally:
+        status, answer = endpoint.request("/destroy_weights_update_group", {"group_name": channel.group_name})
+        channel.close()
+    assert (status, answer["success"]) == (200, True), answer
+
+
+def test_tokens_after_an_update_are_the_new_weights(
+    changing: Endpoint, reference: PreTrainedModel, other_path: Path, other_model: PreTrainedModel
+) -> None:
+    def update() -> None:
+        assert changing.request("/pause_generation", {"mode": "retract"})[0] == 200
+        assert changing.request("/flush_cache", {})[0] == 200
+        _load(changing, other_path, "9")
+        assert changing.request("/continue_generation", {})[0] == 200
+
+    answers = _in_background(changing, {"input_ids": [PROMPT, PROMPT[:4]], "sampling_params": LONG}, update)
+    for prompt, answer in zip([PROMPT, PROMPT[:4]], answers, strict=True):
+        ids, logprobs = _scored(answer)
+        spans = answer["meta_info"]["weight_versions"]
+        assert [span["version"] for span in spans] == ["default", "9"]
+        assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 240)
+        assert answer["meta_info"]["weight_version"] == "9"
+        for span, model in zip(spans, (reference, other_model), strict=True):
+            expected = token_logprobs(model, prompt + ids)[len(prompt) - 1 :][span["start"] : span["end"]]
+            np.testing.assert_allclose(logprobs[span["start"] : span["end"]], expected, atol=1e-4)
+
+
 def test_weight_updates_need_a_session(endpoint: Endpoint) -> None:
     body = {"names": [], "dtypes": [], "shapes": [], "group_name": "none"}
     status, answer = endpoint.request("/update_weights_from_distributed", body)
     assert status == 400
-    assert "begin_weight_update" in answer["error"]["message"]
+    assert "begin_weight_update" in str(answer)
     assert endpoint.request("/end_weight_update", {})[0] == 400
+    assert endpoint.request("/begin_weight_update", {"selector": "all"})[0] == 200
+    assert endpoint.request("/begin_weight_update", {"selector": "all"})[0] == 400
+    assert endpoint.request("/end_weight_update", {})[0] == 200
+
+
+def test_a_group_that_is_not_there_cannot_be_left(endpoint: Endpoint) -> None:
+    status, answer = endpoint.request("/destroy_weights_update_group", {"group_name": "nobody"})
+    assert status == 400
+    assert answer["success"] is False
+
+
+def test_checksums_name_what_the_weights_are(changing: Endpoint, model_path: Path, other_path: Path) -> None:
+    def checksums() -> dict[str, str]:
+        status, answer = changing.request("/weights_checker", {"action": "checksum"})
+        assert status == 200, answer
+        assert answer["success"] is True
+        (rank,) = answer["ranks"]
+        assert rank["parallelism_info"]["tp_rank"] == 0
+        return rank["checksums"]
+
+    before = checksums()
+    assert all(len(checksum) == 16 and int(checksum, 16) >= 0 for checksum in before.values())
+    _load(changing, other_path, "1")
+    assert all(value != before[name] for name, value in checksums().items() if name.endswith("_proj.weight"))
+    _load(changing, model_path, "2")
+    assert checksums() == before

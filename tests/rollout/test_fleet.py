@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from served_model import START_S, VOCABULARY, endpoint_of, make_model, start_server, token_logprobs
+from served_model import START_S, VOCABULARY, Channel, endpoint_of, start_server, token_logprobs
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rloop_mcore.platform.process_group import host_store, join_group, leave_group
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
@@ -22,40 +20,6 @@ from rloop_mcore.rollout.sync import Buffers
 from rloop_mcore.types import SampleRequest, Sampling
 
 SAMPLING = Sampling(max_tokens=12, temperature=0.9)
-
-
-class Channel:
-    """protocols.WeightChannel over a plain gloo group; `damage` spoils what is sent, `fail_at` the n-th send."""
-
-    group_name = "test-weights"
-
-    def __init__(self) -> None:
-        self.group: dist.ProcessGroup | None = None
-        self.sends = 0
-
-    def open(self, world_size: int) -> tuple[str, int]:
-        self.store, self.world_size = host_store("127.0.0.1", 30.0), world_size
-        return "127.0.0.1", self.store.port
-
-    def join(self) -> None:
-        self.group = join_group("gloo", "127.0.0.1", self.store.port, self.world_size, 0, self.group_name, 30.0)
-
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.sends += 1
-        for tensor in tensors:
-            dist.broadcast(tensor, group=self.group, group_src=0)
-
-    def close(self) -> None:
-        if self.group is not None:
-            leave_group(self.group)
-        self.group = None
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    """Another policy of the same shape: what the engines are synced to."""
-    folder = make_model(tmp_path_factory.mktemp("other"), seed=1)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module")

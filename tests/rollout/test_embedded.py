@@ -1,0 +1,59 @@
+"""What the embedded engine does beyond SGLang's contract (docs/sglang.md lists these differences)."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from served_model import VOCABULARY, Endpoint
+
+PROMPT = [12, 13, 2, 5, 6, 7, 20]
+
+
+def test_one_seed_one_sample_whatever_else_is_asked(endpoint: Endpoint) -> None:
+    def ask(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        settings = [{"max_new_tokens": 16, "sampling_seed": seed} for seed in seeds]
+        return [
+            a["output_ids"]
+            for a in endpoint.request("/generate", {"input_ids": prompts, "sampling_params": settings})[1]
+        ]
+
+    prompts = [PROMPT, PROMPT, PROMPT[:4], [5, 6, 7]]
+    together = ask(prompts, [1, 2, 3, 4])
+    assert together[0] != together[1]
+    assert ask(prompts[::-1], [4, 3, 2, 1]) == together[::-1]
+
+    alone: dict[int, list[list[int]]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: alone.update({i: ask([prompts[i]], [i + 1])})) for i in range(len(prompts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [alone[i][0] for i in range(len(prompts))] == together
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[]]}, "empty"),
+        ({"input_ids": [VOCABULARY]}, "vocabulary"),
+        ({"input_ids": [-1]}, "vocabulary"),
+        ({"input_ids": ["5"]}, "integers"),
+        ({"text": "hello"}, "input_ids"),
+        ({"input_ids": [5], "sampling_params": {"temprature": 1}}, "temprature"),
+        ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
+        ({"input_ids": [5], "sampling_params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+        ({"input_ids": [5], "sampling_params": {"regex": "a+"}}, "regex"),
+        ({"input_ids": [5], "sampling_params": {"stop_token_ids": 5}}, "stop_token_ids"),
+        ({"input_ids": [[5], [6]], "sampling_params": [{}]}, "sampling_params"),
+    ],
+)
+def test_what_sglang_takes_or_dies_of_is_refused(endpoint: Endpoint, body: dict, words: str) -> None:
+    status, answer = endpoint.request("/generate", body)
+    assert status == 400, answer
+    assert words in answer["error"]["message"]
+    assert endpoint.generate([5], max_new_tokens=1)["output_ids"]
