@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install install-trl install-sglang quickstart test test-core check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core test-sglang check format bench
 
 install: $(STAMP)
 
@@ -58,6 +58,10 @@ test: install
 # What the fallback stack must pass too: everything but the whole-run tests.
 test-core: install
 	$(PYTEST) -m "not system"
+
+# The engines' contract, byte for byte the tests that the embedded engine passes, against the real server on this CPU.
+test-sglang: install install-sglang
+	RLOOP_TEST_ENGINE=sglang $(PYTHON) -m pytest --timeout 1200 tests/rollout/test_contract.py tests/rollout/test_sglang.py
 
 check: install
 	$(VENV)/bin/ruff check .

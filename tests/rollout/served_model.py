@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -62,6 +63,31 @@ def token_logprobs(reference: PreTrainedModel, ids: list[int], temperature: floa
     with torch.inference_mode():
         logits = reference(input_ids=torch.tensor([ids])).logits[0, :-1].float() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def tile_checksum(words: np.ndarray) -> str:
+    """SGLang's checksum of a CUDA tensor of these 32-bit words, as its formula stands."""
+    mask = 0xFFFFFFFF
+
+    def fmix32(x: np.ndarray) -> np.ndarray:
+        x = x & mask
+        x = (x ^ x >> 16) * 0x85EBCA6B & mask
+        x = (x ^ x >> 13) * 0xC2B2AE35 & mask
+        return x ^ x >> 16
+
+    total, seed = 0, 0x243F6A88
+    lanes = ((seed, 0x27D4EB2D, 15), ((seed * 0x9E3779B1 ^ 0xDEADBEEF) & mask, 0x165667B1, 13))
+    for begin in range(0, len(words), 8192):
+        tile = words[begin : begin + 8192].astype(np.uint64)
+        place = np.arange(begin, begin + len(tile), dtype=np.uint64)
+        for (lane_seed, factor, turn), shift in zip(lanes, (32, 0), strict=True):
+            scrambled = (place * factor + lane_seed) & mask ^ (place << turn | place >> (32 - turn)) & mask
+            lane = fmix32(tile ^ scrambled).sum(dtype=np.uint64)
+            total += int(fmix32(lane & mask ^ 4 * len(words))) << shift
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        total &= 2**64 - 1
+        total = (total ^ total >> shift) * factor
+    return f"{total & 2**64 - 1:016x}"
 
 
 @dataclass

@@ -1,0 +1,149 @@
+"""The checksums expected of an engine: their formula, and SGLang's fusing, padding and splitting of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from served_model import tile_checksum
+
+from rloop_mcore.rollout.checksums import (
+    Engine,
+    ExpectedChecksums,
+    TileHasher,
+    difference,
+    embedded_hasher,
+    sglang_cpu_hasher,
+)
+
+
+def _words(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 2**32, count, dtype=np.uint32)
+
+
+@pytest.mark.parametrize("count", [1, 255, 8191, 8192, 8193, 3 * 8192, 100_000])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_the_tile_hash_is_its_formula_however_the_tensor_comes(count: int, parts: int) -> None:
+    words = _words(count)
+    hasher = TileHasher()
+    for part in torch.from_numpy(words.view(np.int32)).chunk(parts):
+        hasher.update(part)
+    assert hasher.hexdigest() == tile_checksum(words)
+
+
+def test_the_tile_hash_takes_its_words_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TileHasher, "_WORDS", 5000)
+    words = _words(30_000)
+    hasher = TileHasher()
+    hasher.update(torch.from_numpy(words.view(np.int32)))
+    assert hasher.hexdigest() == tile_checksum(words)
+
+
+def test_the_tile_hash_of_nothing_and_of_odd_sizes() -> None:
+    assert TileHasher().hexdigest() == "0" * 16
+    with pytest.raises(ValueError, match="multiple of 4 bytes"):
+        TileHasher().update(torch.zeros(3, dtype=torch.bfloat16))
+
+
+def _sha(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _expected(engine: Engine, tensors: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+    checksums = ExpectedChecksums(engine)
+    for name, tensor in tensors.items():
+        checksums.add(name, tensor)
+    return checksums.by_rank()
+
+
+def _layer(heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
+    """The tensors of one layer of hidden size 8 and head size 4, in a checkpoint's order."""
+    torch.manual_seed(0)
+    place = "model.layers.0."
+    return {
+        f"{place}self_attn.q_proj.weight": torch.randn(heads * 4, 8),
+        f"{place}self_attn.q_proj.bias": torch.randn(heads * 4),
+        f"{place}self_attn.k_proj.weight": torch.randn(kv_heads * 4, 8),
+        f"{place}self_attn.k_proj.bias": torch.randn(kv_heads * 4),
+        f"{place}self_attn.v_proj.weight": torch.randn(kv_heads * 4, 8),
+        f"{place}self_attn.v_proj.bias": torch.randn(kv_heads * 4),
+        f"{place}self_attn.o_proj.weight": torch.randn(8, heads * 4),
+        f"{place}mlp.gate_proj.weight": torch.randn(12, 8),
+        f"{place}mlp.up_proj.weight": torch.randn(12, 8),
+        f"{place}mlp.down_proj.weight": torch.randn(8, 12),
+        f"{place}input_layernorm.weight": torch.randn(8),
+    }
+
+
+def test_the_embedded_engine_keeps_what_it_is_sent() -> None:
+    (found,) = _expected(Engine(embedded_hasher, fused=False), _layer(4, 2))
+    assert found.keys() == _layer(4, 2).keys()
+
+
+def test_fused_tensors_are_in_the_order_of_the_stream() -> None:
+    tensors = _layer(4, 2)
+    q, qb, k, kb, v, vb, o, gate, up, down, norm = tensors.values()
+    (found,) = _expected(Engine(sglang_cpu_hasher, fused=True, query_heads=4, kv_heads=2), tensors)
+    place = "model.layers.0."
+    assert found == {
+        f"{place}self_attn.qkv_proj.weight": _sha(torch.cat([q, k, v])),
+        f"{place}self_attn.qkv_proj.bias": _sha(torch.cat([qb, kb, vb])),
+        f"{place}self_attn.o_proj.weight": _sha(o),
+        f"{place}mlp.gate_up_proj.weight": _sha(torch.cat([gate, up])),
+        f"{place}mlp.down_proj.weight": _sha(down),
+        f"{place}input_layernorm.weight": _sha(norm),
+    }
+
+
+@pytest.mark.parametrize(("kv_heads", "kv_parts"), [(4, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (1, [0, 0, 0, 0])])
+def test_four_ranks_share_a_layer(kv_heads: int, kv_parts: list[int]) -> None:
+    """With fewer key and value heads than ranks, several ranks keep the same head."""
+    tensors = _layer(4, kv_heads)
+    q, _, k, _, v, _, o, gate, up, down, norm = tensors.values()
+    ranks = _expected(Engine(sglang_cpu_hasher, fused=True, tp=4, query_heads=4, kv_heads=kv_heads), tensors)
+    place = "model.layers.0."
+    for rank, (found, kv) in enumerate(zip(ranks, kv_parts, strict=True)):
+        rows = slice(4 * kv, 4 * kv + 4)
+        own = slice(4 * rank, 4 * rank + 4)
+        third = slice(3 * rank, 3 * rank + 3)
+        assert found[f"{place}self_attn.qkv_proj.weight"] == _sha(torch.cat([q[own], k[rows], v[rows]]))
+        assert found[f"{place}self_attn.o_proj.weight"] == _sha(o[:, own])
+        assert found[f"{place}mlp.gate_up_proj.weight"] == _sha(torch.cat([gate[third], up[third]]))
+        assert found[f"{place}mlp.down_proj.weight"] == _sha(down[:, third])
+        assert found[f"{place}input_layernorm.weight"] == _sha(norm)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_vocabulary_is_padded_with_zeros(tp: int) -> None:
+    table = torch.randn(70, 8)
+    padded = torch.cat([table, torch.zeros(58, 8)])
+    ranks = _expected(Engine(sglang_cpu_hasher, fused=True, tp=tp), {"model.embed_tokens.weight": table})
+    assert [r["model.embed_tokens.weight"] for r in ranks] == [_sha(part) for part in padded.chunk(tp)]
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["expert parallel", "tensor parallel"])
+def test_the_experts_of_a_layer_are_two_tensors(split: bool) -> None:
+    torch.manual_seed(1)
+    place = "model.layers.0.mlp.experts."
+    gate, up, down = torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.randn(4, 8, 6)
+    tensors = {
+        f"{place}{expert}.{kind}_proj.weight": tensor[expert]
+        for expert in range(4)
+        for kind, tensor in (("gate", gate), ("up", up), ("down", down))
+    }
+    engine = Engine(sglang_cpu_hasher, fused=True, tp=2, experts_split=split, experts=4)
+    for rank, found in enumerate(_expected(engine, tensors)):
+        experts = slice(2 * rank, 2 * rank + 2) if split else slice(None)
+        width = slice(None) if split else slice(3 * rank, 3 * rank + 3)
+        assert found == {
+            f"{place}w13_weight": _sha(torch.cat([gate[experts, width], up[experts, width]], dim=1)),
+            f"{place}w2_weight": _sha(down[experts, :, width]),
+        }
+
+
+def test_a_difference_is_one_sentence() -> None:
+    assert difference({"a": "1"}, {"a": "1"}) is None
+    found = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"})
+    assert found == "1 with other values (e.g. b) and 1 missing (e.g. c) and 1 that were not sent (e.g. d) of 3 tensors"
