@@ -25,6 +25,7 @@ _POLL_S = 0.05
 _STOP_S = 10.0
 _HEALTH_S = 30.0  # SGLang's /health generates a token
 _LOG_LINES = 15
+_PORTS = range(20000, 32000)
 
 STUBS_VARIABLE = "RLOOP_SGLANG_STUBS"  # a folder with a stub of sgl_kernel, for SGLang on a CPU (tests/sglang_cpu)
 
@@ -203,7 +204,9 @@ class SGLangServer(_ChildServer):
         command += ["--max-running-requests", str(max_running), "--skip-server-warmup"]
         command += ["--log-level", "warning"]  # below it SGLang logs all of its settings, the key among them
         self.command = [*command, *(_SGLANG_ON_CPU if device == "cpu" else ()), *arguments]
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        # torchrun's variables are the trainer's: older torch takes its store for that of any group.
+        torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)} | {"HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
             if STUBS_VARIABLE in os.environ:
@@ -213,9 +216,7 @@ class SGLangServer(_ChildServer):
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = _free_port()
         with open(self.secrets, "w", opener=_private) as file:
             file.write(f"api-key: {self.api_key}\n")
         return self._spawn([*self.command, "--port", str(self.port)], self.environment)
@@ -233,6 +234,15 @@ class SGLangServer(_ChildServer):
 
     def _clean_up(self) -> None:
         self.secrets.unlink(missing_ok=True)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on. SGLang binds it half a minute later, so it is none that the kernel gives away."""
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _private(path: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from served_model import START_S, start_server
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.rollout.client import EngineError
-from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, _free_port, running_servers
 
 PARENT = """
 import asyncio, sys
@@ -77,3 +78,14 @@ def test_every_server_has_its_own_key(model_path: Path, tmp_path: Path) -> None:
 def test_endpoints_must_be_urls() -> None:
     with pytest.raises(UserError, match=r"rollout\.endpoints: 'host:30000'"):
         running_servers(["host:30000"])
+
+
+def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        port = _free_port()
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        monkeypatch.setattr("rloop_mcore.rollout.launch._PORTS", [port] * 9 + [port + 1])
+        assert _free_port() != port
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert port < lowest
