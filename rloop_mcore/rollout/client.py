@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
+_SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
 class EngineError(Fault):
@@ -86,7 +87,13 @@ class EngineClient:
             request.cancel()
 
     async def health(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
-        await self._call("GET", "/health", timeout_s=timeout_s)
+        """Raises EngineError unless the server lives. SGLang's /health waits for a token: 503 while it is paused."""
+        try:
+            await self._call("GET", "/health", timeout_s=timeout_s)
+        except EngineError as error:
+            if error.status != 503:
+                raise
+            await self.server_info()  # its scheduler answers this one, paused or not
 
     async def check_server(self, timeout_s: float) -> None:
         """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
@@ -108,7 +115,9 @@ class EngineClient:
         return await self._json("GET", "/model_info")
 
     async def server_info(self) -> dict[str, Any]:
-        return await self._json("GET", "/server_info")
+        """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
+        info = await self._json("GET", "/server_info")
+        return {k: v for k, v in info.items() if k not in _SECRET} if isinstance(info, dict) else info
 
     async def weight_version(self) -> str:
         return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
@@ -230,10 +239,10 @@ class EngineClient:
         answer = await self._json("POST", path, {"action": "checksum"}, timeout_s)
         try:
             return [
-                (int(rank["parallelism_info"]["tp_rank"]), {str(k): str(v) for k, v in rank["checksums"].items()})
+                (_tp_rank(rank["parallelism_info"]), {str(k): str(v) for k, v in rank["checksums"].items()})
                 for rank in answer["ranks"]
             ]
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
             raise self._error(path, f"the answer is not that of SGLang: {_short(answer)}") from error
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
@@ -288,6 +297,11 @@ class EngineClient:
 
     def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
         return EngineError(f"{self.url}{path}: {text}", status, self.url)
+
+
+def _tp_rank(place: Any) -> int:
+    """From a `parallelism_info`: an object, or since 0.5.21 a list of one for each model of the server."""
+    return int((place[0] if isinstance(place, list) else place)["tp_rank"])
 
 
 def parse_completion(answer: Any, where: str) -> Completion:

@@ -290,7 +290,7 @@ class Server:
             raise BadRequest(f"action {action!r}: the embedded engine knows 'checksum' only")
         sums = await self._on_worker(self.weights.checksums)
         place = {"tp_rank": 0, "tp_size": 1}
-        return web.json_response({"success": True, "ranks": [{"checksums": sums, "parallelism_info": place}]})
+        return web.json_response({"success": True, "ranks": [{"checksums": sums, "parallelism_info": [place]}]})
 
 
 @web.middleware

@@ -1,0 +1,192 @@
+"""The real server under this project's own code: started, synced, verified, stopped. Runs in `make test-sglang`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from served_model import (
+    REAL,
+    SGLANG_PYTHON,
+    START_S,
+    VOCABULARY,
+    Channel,
+    Endpoint,
+    endpoint_of,
+    start_server,
+    tile_checksum,
+    token_logprobs,
+)
+from transformers import PreTrainedModel
+
+from rloop_mcore.rollout.checksums import TileHasher
+from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.launch import SGLangServer
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.types import SampleRequest, Sampling
+
+pytestmark = pytest.mark.skipif(not REAL, reason="make test-sglang runs it")
+
+MODEL = ServedModel(VOCABULARY, query_heads=4, kv_heads=2)
+SAMPLING = Sampling(max_tokens=24, temperature=0.9)
+REQUESTS = [SampleRequest(tuple(range(2, 6 + i)), seed=10 * i + j) for i in range(4) for j in range(3)]
+
+
+class _Kept:
+    """A server that outlives the fleet of one test."""
+
+    def __init__(self, server: SGLangServer) -> None:
+        self.ready, self.failure, self.restart = server.ready, server.failure, server.restart
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fleet(server: SGLangServer) -> Iterator[Fleet]:
+    with Fleet(
+        [_Kept(server)],  # type: ignore[list-item]
+        Channel(),
+        model=MODEL,
+        bucket_mib=1,
+        start_timeout_s=START_S,
+        request_timeout_s=120.0,
+    ) as fleet:
+        yield fleet
+
+
+def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
+    for request, completion in zip(REQUESTS, fleet.generate(REQUESTS, SAMPLING), strict=True):
+        ids = [*request.prompt_ids, *completion.response_ids]
+        expected = token_logprobs(model, ids, SAMPLING.temperature)[len(request.prompt_ids) - 1 :]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+        assert completion.weight_versions == ((version, len(completion.response_ids)),)
+
+
+def test_a_sync_is_verified_by_the_servers_own_checksums(
+    fleet: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel
+) -> None:
+    fleet._sync.buffers.bucket_bytes = 8000
+    metrics = fleet.sync(lambda: iter(other_model.named_parameters()), 7)
+    assert metrics["sync_bytes"] == sum(p.nbytes for p in other_model.parameters())
+    assert metrics["sync_buckets"] > 3
+    _assert_by(other_model, fleet, 7)
+    fleet.sync(lambda: iter(reference.named_parameters()), 8)  # the group is kept
+    _assert_by(reference, fleet, 8)
+
+
+def test_weights_that_were_not_sent_are_noticed(fleet: Fleet, reference: PreTrainedModel) -> None:
+    """The server accepts half a model; its checksums don't."""
+    with pytest.raises(EngineError, match=r"does not hold the weights it was sent: \d+ that were not sent"):
+        fleet._sync.run([_connected(fleet)], iter(list(reference.named_parameters())[:5]), 5, fleet._submit)
+
+
+def _connected(fleet: Fleet) -> object:
+    fleet.wait_ready()
+    return fleet._controller.engines[0].client
+
+
+def test_a_paused_server_is_healthy(fleet: Fleet) -> None:
+    """Its /health is not: a token is what it waits for."""
+    client = _connected(fleet)
+    fleet._submit(client.pause("retract")).result()  # type: ignore[attr-defined]
+    try:
+        fleet._submit(client.health()).result()  # type: ignore[attr-defined]
+    finally:
+        fleet._submit(client.resume()).result()  # type: ignore[attr-defined]
+
+
+def test_the_key_is_in_no_command_line_no_log_and_no_open_file(server: SGLangServer, endpoint: Endpoint) -> None:
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert len(processes) > 2
+    assert all(server.api_key not in " ".join(process.cmdline()) for process in processes)
+    assert server.api_key not in server.log.read_text(errors="replace")
+    assert server.secrets.stat().st_mode & 0o077 == 0
+
+
+_PARENT = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from served_model import START_S, start_server
+server = start_server(Path(sys.argv[2]), Path(sys.argv[3]), "orphan")
+asyncio.run(server.ready(START_S))
+print(server.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_process_of_a_server_outlives_its_parent(model_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PARENT, str(Path(__file__).parent), str(model_path), str(tmp_path)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    server = psutil.Process(int(parent.stdout.readline()))
+    family = [server, *server.children(recursive=True)]
+    parent.kill()
+    parent.communicate()
+    _assert_gone(family)
+
+
+def test_a_restart_and_a_stop_leave_no_process_behind(model_path: Path, tmp_path: Path) -> None:
+    server = start_server(model_path, tmp_path, "engine")
+    assert isinstance(server, SGLangServer)
+    first = endpoint_of(server)
+    family = _family(server)
+    server.restart()
+    _assert_gone(family)
+    second = endpoint_of(server)
+    assert first.url != second.url
+    family = _family(server)
+    assert second.generate([5], max_new_tokens=1)["output_ids"]
+    server.stop()
+    _assert_gone(family)
+    assert not server.secrets.exists()
+
+
+def _family(server: SGLangServer) -> list[psutil.Process]:
+    process = psutil.Process(server.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _assert_gone(family: list[psutil.Process]) -> None:
+    assert len(family) > 2
+    deadline = time.monotonic() + 20
+    while left := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+_KERNEL = """
+import sys, numpy, torch
+from sglang.kernels.ops.memory import gpu_tensor_hash as h
+words = torch.from_numpy(numpy.load(sys.argv[1]))
+seed, tiles = 0x243F6A88, -(-words.numel() // 8192)
+sums = torch.empty(tiles, dtype=torch.uint64)
+h.hash_tiles32_kernel_blocked[(tiles,)](
+    words, sums, words.numel(), seed1=seed, seed2=((seed * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF, FM_C1=h.FMIX32_C1,
+    FM_C2=h.FMIX32_C2, POS_A=h.POS_C1, POS_B=h.POS_C2, TILE=8192, BLOCK=256, USE_CG=False)
+total = torch.empty(1, dtype=torch.uint64)
+h.add_tree_reduce_u64_kernel[(1,)](sums, total, tiles, CHUNK=1024)
+print(f"{h._final_splitmix64(int(total.item())):016x}")
+"""
+
+
+@pytest.mark.parametrize("count", [100, 20_000])
+def test_the_tile_hash_is_that_of_sglangs_kernel(tmp_path: Path, count: int) -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, count, dtype=np.uint32)
+    np.save(tmp_path / "words.npy", words)
+    environment = {"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "1"}
+    command = [str(SGLANG_PYTHON), "-c", _KERNEL, str(tmp_path / "words.npy")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    hasher = TileHasher()
+    hasher.update(torch.from_numpy(words.view(np.int32)))
+    assert ran.stdout.split()[-1] == hasher.hexdigest() == tile_checksum(words)
