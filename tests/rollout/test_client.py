@@ -220,3 +220,30 @@ def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, w
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])
 def test_a_server_that_can_is_taken(version: str, lacks: str) -> None:
     _ask(_server(version, lacks), lambda client: client.check_server(30.0))
+
+
+@pytest.mark.parametrize("place", [{"tp_rank": 1}, [{"tp_rank": 1}]], ids=["before 0.5.21", "since"])
+def test_the_rank_of_checksums_is_read_in_both_forms(place: object) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"success": True, "ranks": [{"checksums": {"a": "1f"}, "parallelism_info": place}]})
+
+    assert _ask(handler, lambda client: client.checksums()) == [(1, {"a": "1f"})]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_server_that_generates_nothing_now_is_asked_what_it_is(alive: bool) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({}, status=200 if alive and request.path == "/server_info" else 503)
+
+    if alive:
+        _ask(handler, lambda client: client.health())
+        return
+    with pytest.raises(EngineError, match="/server_info: status 503"):
+        _ask(handler, lambda client: client.health())
+
+
+def test_the_keys_in_a_servers_info_are_dropped() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"api_key": "secret", "launch_command": "--api-key secret", "tp_size": 2})
+
+    assert _ask(handler, lambda client: client.server_info()) == {"tp_size": 2}
