@@ -12,8 +12,10 @@ from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServ
 
 
 def weight_backend(config: Config) -> str:
-    """Of the weight broadcast: the embedded engine shares a GPU with rank 0, and NCCL refuses two ranks on one."""
-    return "gloo" if config.rollout.engine == "embedded" else platform.backend()
+    """Of the weight broadcast: gloo where an engine shares a GPU with rank 0, since NCCL refuses two ranks on one."""
+    rollout = config.rollout
+    colocated = rollout.engine == "embedded" or not (rollout.endpoints or rollout.gpus)
+    return "gloo" if colocated else platform.backend()
 
 
 def start_servers(
