@@ -132,7 +132,7 @@ class RolloutConfig:
     engines: int = 1  # servers that the run starts
     python: str | None = None  # the interpreter that has SGLang, e.g. .venv-sglang/bin/python
     tp: int = 1  # GPUs of an SGLang server: its matrices are split over them
-    dp: int = 1  # of them, groups with their own attention and cache
+    dp: int = 1  # of them, groups with their own attention and cache; 1 only, for now
     ep: int = 1  # of them, groups that share the experts
     memory_fraction: float | None = None  # of a GPU's memory for SGLang's weights and cache; null: its own choice
     gpus: list[int] = field(

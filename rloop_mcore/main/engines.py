@@ -56,8 +56,6 @@ def _sglang_arguments(config: Config, device: str, number: int) -> list[str]:
     """The flags of server `number` that its configuration decides."""
     rollout = config.rollout
     arguments = ["--tp-size", str(rollout.tp), "--ep-size", str(rollout.ep)]
-    if rollout.dp > 1:
-        arguments += ["--dp-size", str(rollout.dp), "--enable-dp-attention"]
     if device == "cuda":
         arguments += ["--base-gpu-id", str(number * rollout.tp)]
     if rollout.memory_fraction is not None:
