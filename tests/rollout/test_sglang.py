@@ -27,7 +27,7 @@ from served_model import (
 from transformers import PreTrainedModel
 
 from rloop_mcore.rollout.checksums import TileHasher
-from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import SGLangServer
 from rloop_mcore.rollout.served import ServedModel
@@ -84,24 +84,31 @@ def test_a_sync_is_verified_by_the_servers_own_checksums(
 
 
 def test_weights_that_were_not_sent_are_noticed(fleet: Fleet, reference: PreTrainedModel) -> None:
-    """The server accepts half a model; its checksums don't."""
-    with pytest.raises(EngineError, match=r"does not hold the weights it was sent: \d+ that were not sent"):
-        fleet._sync.run([_connected(fleet)], iter(list(reference.named_parameters())[:5]), 5, fleet._submit)
+    """The server takes half a model for an update; its checksums tell."""
+    client = _connected(fleet)
+    half = iter(list(reference.named_parameters())[:5])
+    try:
+        with pytest.raises(EngineError, match=r"does not hold the weights it was sent: .*that were not sent"):
+            fleet._sync.run([client], half, 5, fleet._submit)
+    finally:
+        fleet._submit(client.resume()).result()
 
 
-def _connected(fleet: Fleet) -> object:
+def _connected(fleet: Fleet) -> EngineClient:
     fleet.wait_ready()
-    return fleet._controller.engines[0].client
+    client = fleet._controller.engines[0].client
+    assert client is not None
+    return client
 
 
 def test_a_paused_server_is_healthy(fleet: Fleet) -> None:
     """Its /health is not: a token is what it waits for."""
     client = _connected(fleet)
-    fleet._submit(client.pause("retract")).result()  # type: ignore[attr-defined]
+    fleet._submit(client.pause("retract")).result()
     try:
-        fleet._submit(client.health()).result()  # type: ignore[attr-defined]
+        fleet._submit(client.health()).result()
     finally:
-        fleet._submit(client.resume()).result()  # type: ignore[attr-defined]
+        fleet._submit(client.resume()).result()
 
 
 def test_the_key_is_in_no_command_line_no_log_and_no_open_file(server: SGLangServer, endpoint: Endpoint) -> None:
