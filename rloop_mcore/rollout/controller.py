@@ -19,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 from rloop_mcore.rollout.client import EngineClient, EngineError
@@ -32,6 +32,7 @@ _ATTEMPTS = 5  # engines that may fail one call before it is an error
 _FAILURES = 3  # calls in a row that an engine may fail (with 500s, broken answers) before it is lost
 _RESTARTS = 3  # restarts in a row without a good answer before an engine is dead
 _POLL_S = 0.2
+_ABORT_AGAIN_S = 2.0  # an abort that overtakes its call is lost
 _FAULTS_OF_THE_REQUEST = (400, 401, 403, 404, 413, 422)
 
 
@@ -73,8 +74,10 @@ class Engine:
 class _Call:
     requests: list[SampleRequest]
     rid: str
-    granted: asyncio.Future[Engine] | None = None
+    granted: asyncio.Future[Engine | None] | None = None  # done while in the queue: cancelled or aborted there
     engine: Engine | None = None
+    failed_by: Engine | None = None  # the last one
+    aborted: bool = False
     answer: list[Completion] | None = None
 
     @property
@@ -142,7 +145,7 @@ class Controller:
             if engine.state in ("waiting", "serving"):
                 engine.state = "serving"
                 self._offer(engine)
-        everyone = len(engines) == len(self.in_state("serving"))
+        everyone = set(self.in_state("serving")) <= set(engines)
         self._versions = (version if everyone else min(self._versions[0], version), version)
         self._dispatch()
 
@@ -161,15 +164,13 @@ class Controller:
         calls = [_Call([requests[i] for i in rows], f"{run}-{number}") for number, rows in enumerate(cut)]
         tasks = [asyncio.ensure_future(self._serve(call, sampling)) for call in calls]
         try:
-            pending = set(tasks)
-            while pending and (enough is None or len(tasks) - len(pending) < enough):
-                until = asyncio.FIRST_EXCEPTION if enough is None else asyncio.FIRST_COMPLETED
-                done, pending = await asyncio.wait(pending, return_when=until)
-                for task in done:
-                    task.result()
-            if pending:
-                await self._abort([call for call, task in zip(calls, tasks, strict=True) if task in pending])
-                await together(*pending)
+            for finished in islice(asyncio.as_completed(tasks), enough):
+                await finished
+            while rest := [(call, task) for call, task in zip(calls, tasks, strict=True) if not task.done()]:
+                await self._abort([call for call, _ in rest])
+                await asyncio.wait([task for _, task in rest], timeout=_ABORT_AGAIN_S)
+            for task in tasks:
+                task.result()
         finally:
             for task in tasks:
                 task.cancel()
@@ -211,9 +212,11 @@ class Controller:
             call.engine, client = engine, engine.client
             assert client is not None
             try:
+                if call.aborted:
+                    return
                 answer = await client.generate(call.requests, sampling, call.rid)
-                for completion in answer:
-                    self._check(client.url, completion, sampling, oldest)
+                for request, completion in zip(call.requests, answer, strict=True):
+                    self._check(client.url, request, completion, sampling, oldest)
                 call.answer = answer
                 engine.failures = engine.restarts = 0
                 engine.heard = asyncio.get_running_loop().time()
@@ -224,92 +227,109 @@ class Controller:
                 engine.failures += 1
                 if error.status is None or engine.failures >= _FAILURES or engine.server.failure() is not None:
                     self.lose(engine, str(error))
+                if call.aborted:
+                    return
                 if attempt == _ATTEMPTS:
                     raise EngineError(f"{attempt} engines failed one call; the last: {error}", error.status) from error
+                call.failed_by = engine
                 self.counters.retries += 1
                 log.warning("a call is sent again, to another engine if there is one: %s", error)
             finally:
                 call.engine = None
-                engine.running -= len(call.requests)
-                self._offer(engine)
-                self._dispatch()
+                self._release(engine, call)
 
     async def _acquire(self, call: _Call, first: bool) -> Engine | None:
         """The engine that is to serve `call`; None where the call was aborted before one was free."""
-        call.granted = asyncio.get_running_loop().create_future()
-        self._queue.insert(0, call) if first else self._queue.append(call)
+        granted = call.granted = asyncio.get_running_loop().create_future()
+        self._queue.appendleft(call) if first else self._queue.append(call)
         self._dispatch()
         try:
-            return await call.granted
+            return await granted
         except asyncio.CancelledError:
-            if call in self._queue:
-                self._queue.remove(call)
-            elif call.granted.done() and not call.granted.cancelled() and call.granted.exception() is None:
-                engine = call.granted.result()  # granted and cancelled in the same turn of the loop
-                engine.running -= len(call.requests)
-                self._offer(engine)
+            if not granted.cancelled() and granted.exception() is None and (engine := granted.result()) is not None:
+                self._release(engine, call)  # granted and cancelled in the same turn of the loop
+            else:
+                self._dispatch()  # those behind it may fit
             raise
+
+    def _release(self, engine: Engine, call: _Call) -> None:
+        """`call` no longer runs at `engine`."""
+        engine.running -= len(call.requests)
+        self._offer(engine)
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Give the calls in the queue, oldest first, to the least loaded engines, as far as these take more."""
         while self._queue:
-            engine = self._least_loaded()
+            call = self._queue[0]
+            granted, count = call.granted, len(call.requests)
+            assert granted is not None
+            if granted.done():
+                self._queue.popleft()
+                continue
+            engine = self._least_loaded(call.failed_by)
             if engine is None:
-                if all(e.state == "dead" for e in self.engines):
-                    reason = self.counters.reasons[-1]
-                    for call in self._queue:
-                        assert call.granted is not None
-                        call.granted.set_exception(EngineError(f"no engine is left; the last failed so: {reason}"))
-                    self._queue.clear()
-                return
-            count = len(self._queue[0].requests)
+                if not all(e.state == "dead" for e in self.engines):
+                    return
+                reason = self.counters.reasons[-1]
+                granted.set_exception(EngineError(f"no engine is left; the last failed so: {reason}"))
+                continue
             if engine.running and engine.running + count > self._limit:
                 return
-            call = self._queue.popleft()
+            self._queue.popleft()
             engine.running += count
             self._offer(engine)
-            assert call.granted is not None
-            call.granted.set_result(engine)
+            granted.set_result(engine)
 
     def _offer(self, engine: Engine) -> None:
+        """Enter the load of an engine, which has changed."""
         if engine.state == "serving":
             heapq.heappush(self._loads, (engine.running, engine.number))
+        if len(self._loads) > 4 * len(self.engines):  # mostly outdated
+            self._loads = [(e.running, e.number) for e in self.in_state("serving")]
+            heapq.heapify(self._loads)
 
-    def _least_loaded(self) -> Engine | None:
-        while self._loads:
+    def _least_loaded(self, last: Engine | None) -> Engine | None:
+        """The serving engine that has least to do; `last` only where no other serves."""
+        passed = found = None
+        while self._loads and found is None:
             running, number = self._loads[0]
             engine = self.engines[number]
-            if engine.state == "serving" and engine.running == running:
-                return engine
+            if engine.state == "serving" and engine.running == running and engine is not last:
+                found = engine
+                continue
+            if engine.state == "serving" and engine is last:
+                passed = engine
             heapq.heappop(self._loads)
-        return None
+        if passed is not None:
+            self._offer(passed)
+        return found or passed
 
     async def _abort(self, calls: Sequence[_Call]) -> None:
         """End these calls: those in the queue unanswered, those at an engine with what it has sampled."""
-        self.counters.aborted += len(calls)
         for call in calls:
-            if call in self._queue:
-                self._queue.remove(call)
-                assert call.granted is not None
-                call.granted.set_result(None)  # type: ignore[arg-type]
+            self.counters.aborted += not call.aborted
+            call.aborted = True
+            if call.granted is not None and not call.granted.done():
+                call.granted.set_result(None)
         at_engines = [(call, call.engine.client) for call in calls if call.engine is not None]
         await asyncio.gather(
             *(client.abort(call.rid, len(call.requests)) for call, client in at_engines if client is not None),
-            return_exceptions=True,  # an engine that fails here fails the call, which is sent again
+            return_exceptions=True,  # an engine that fails here fails the call, which then ends unanswered
         )
 
-    def _check(self, url: str, completion: Completion, sampling: Sampling, oldest: int) -> None:
+    def _check(self, url: str, request: SampleRequest, completion: Completion, sampling: Sampling, oldest: int) -> None:
         if completion.finish_reason not in ("stop", "length", "abort"):
             raise EngineError(f"{url}: a sample ended with finish reason {completion.finish_reason!r}", engine=url)
         tokens = len(completion.response_ids)
         if not (completion.finish_reason == "abort" or tokens) or tokens > sampling.max_tokens:
             raise EngineError(f"{url}: a sample has {tokens} tokens, 1..{sampling.max_tokens} were asked", engine=url)
-        if completion.weight_versions and not oldest <= completion.weight_versions[-1][0] <= self._versions[1]:
-            raise EngineError(
-                f"{url}: a sample has weight version {completion.weight_versions[-1][0]}, synced were {oldest} to "
-                f"{self._versions[1]}",
-                engine=url,
-            )
+        if tokens == (len(request.partial.response_ids) if request.partial else 0):
+            return  # aborted before its first token: no version sampled anything here
+        version, newest = completion.weight_versions[-1][0], self._versions[1]
+        if not oldest <= version <= newest:
+            text = f"{url}: a sample has weight version {version}, synced were {oldest} to {newest}"
+            raise EngineError(text, engine=url)
 
     # -- engines --------------------------------------------------------------------------------------------------
 
@@ -344,7 +364,7 @@ class Controller:
             try:
                 engine.server.restart()
                 await self._reach(engine)
-            except EngineError as error:
+            except (EngineError, OSError) as error:  # OSError: no process or port is to be had
                 log.warning("engine %d does not come back: %s", engine.number, error)
                 reason = str(error)
                 continue

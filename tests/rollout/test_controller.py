@@ -1,0 +1,422 @@
+"""The controller over simulated engines on a virtual clock: who gets what, when, and what if an engine fails."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools" / "bench"))
+
+from simulated_fleet import SimulatedFleet, length_of, make_requests, run_virtually
+
+from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.controller import _Call
+from rloop_mcore.types import Completion, SampleRequest, Sampling
+
+SAMPLING = Sampling(max_tokens=2048)
+HOUR = 3600.0
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _groups(completions: Sequence[Completion], size: int) -> list[Sequence[Completion]]:
+    return [completions[i : i + size] for i in range(0, len(completions), size)]
+
+
+def _assert_answered(requests: Sequence[SampleRequest], completions: Sequence[Completion], size: int) -> None:
+    """Every request has its own whole answer; those of a group of `size` come from one engine."""
+    assert len(completions) == len(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.response_ids == (request.seed,) * length_of(request.seed, SAMPLING.max_tokens)
+        assert completion.finish_reason in ("stop", "length")
+    for group in _groups(completions, size):
+        assert len({engine for completion in group for engine in completion.logprobs}) == 1
+
+
+def _assert_idle(fleet: SimulatedFleet) -> None:
+    assert {engine.running for engine in fleet.controller.engines} == {0}
+    assert not fleet.controller._queue
+
+
+async def _ends(fleet: SimulatedFleet, number: int) -> None:
+    """Wait for the end of the one call at this engine: until the turn of the loop in which its caller learns of it."""
+    client = fleet.servers[number].client
+    assert client is not None
+    (job,) = client._jobs.values()
+    await job.done
+
+
+def test_each_engine_gets_as_much_and_groups_stay_together() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(8) as fleet:
+            requests = make_requests(groups=24, size=4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            assert len(fleet.sent) == 24  # a call a group
+            assert set(Counter(number for ((_, number),) in fleet.sent.values()).values()) == {3}
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_a_call_goes_to_the_engine_with_the_least_to_do() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3) as fleet:
+            sizes = (5, 1, 3, 1, 1, 1)  # to engines 0, 1, 2, then 1 (has 1), 1 (has 2), 1 or 2 (have 3)
+            requests = [r for g, size in enumerate(sizes) for r in make_requests(1, size, first=g)]
+            await fleet.controller.generate(requests, SAMPLING)
+            assert [number for ((_, number),) in fleet.sent.values()] == [0, 1, 2, 1, 1, 1]
+
+    run_virtually(work())
+
+
+def test_an_engine_has_no_more_than_the_limit_and_waiting_calls_go_in_order() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(4, limit=32) as fleet:
+            requests = make_requests(groups=40, size=16)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 16)
+            assert [server.batch.most for server in fleet.servers] == [32] * 4
+            numbers = [int(rid.rsplit("-", 1)[1]) for rid in fleet.sent]
+            assert numbers == list(range(40))
+            times = [when for ((when, _),) in fleet.sent.values()]
+            assert times == sorted(times)
+            assert times[0] == times[7] < times[8]
+
+    run_virtually(work())
+
+
+def test_a_call_above_the_limit_has_an_engine_to_itself() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=0) as fleet:
+            requests = make_requests(groups=6, size=4)
+            await fleet.controller.generate(requests, SAMPLING, shares=3)
+            assert len(fleet.sent) == 3
+            assert [server.batch.most for server in fleet.servers] == [8, 8]
+
+    run_virtually(work())
+
+
+def test_two_callers_share_the_engines_in_the_order_of_their_calls() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=4) as fleet:
+            first, second = make_requests(3, 4), make_requests(3, 4, first=3)
+            both = asyncio.gather(*(fleet.controller.generate(r, SAMPLING) for r in (first, second)))
+            for requests, completions in zip((first, second), await both, strict=True):
+                _assert_answered(requests, completions, 4)
+            callers = [rid.split("-")[0] for rid in fleet.sent]
+            assert len(set(callers[:3])) == len(set(callers[3:])) == 1
+
+    run_virtually(work())
+
+
+@pytest.mark.parametrize(("fault", "within_s"), [("dead", 1.0), ("hung", 45.0), ("stuck", 601.0), ("errors", 120.0)])
+def test_the_calls_of_a_broken_engine_go_to_another_and_it_rejoins(fault: str, within_s: float) -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3, limit=16) as fleet:
+            requests = make_requests(groups=30, size=8)
+            running = asyncio.ensure_future(fleet.controller.generate(requests, SAMPLING))
+            await asyncio.sleep(5.0)
+            fleet.servers[1].fail(fault)
+            began, engine = _now(), fleet.controller.engines[1]
+            while engine.state == "serving":
+                await asyncio.sleep(0.1)
+            assert engine.state == "lost"
+            assert _now() - began <= within_s
+            _assert_answered(requests, await running, 8)
+            assert fleet.controller.counters.retries >= 1
+            _assert_idle(fleet)
+            await asyncio.sleep(300.0)
+            assert engine.state == "serving"
+            fleet.sent.clear()
+            await fleet.controller.generate(make_requests(3, 8), SAMPLING)
+            assert {number for ((_, number),) in fleet.sent.values()} == {0, 1, 2}
+
+    run_virtually(work())
+
+
+def test_a_call_that_one_engine_failed_goes_to_another_though_that_has_more_to_do() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3) as fleet:
+            fleet.servers[0].fail("errors")
+            requests = make_requests(groups=30, size=4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            for tries in fleet.sent.values():
+                assert [number for _, number in tries].count(0) <= 1
+            assert fleet.controller.counters.lost == 1  # three 500s in a row
+
+    run_virtually(work())
+
+
+def test_an_engine_that_fails_now_and_then_is_kept() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1) as fleet:
+            for first in range(5):
+                fleet.servers[0].fault = "errors"
+                running = asyncio.ensure_future(fleet.controller.generate(make_requests(1, 4, first), SAMPLING))
+                await asyncio.sleep(0.015)  # the second try is under way
+                fleet.servers[0].fault = None
+                await running
+            assert fleet.controller.counters.retries == 10
+            assert fleet.controller.counters.lost == 0
+
+    run_virtually(work())
+
+
+def test_a_fault_of_the_request_is_raised_at_once_and_harms_no_engine() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=8) as fleet:
+            requests = [*make_requests(6, 4), SampleRequest((-1,), 999)]
+            with pytest.raises(EngineError, match="outside the vocabulary"):
+                await fleet.controller.generate(requests, SAMPLING)
+            assert sum(1 for tries in fleet.sent.values() for _ in tries) <= 7
+            assert fleet.controller.counters.lost == fleet.controller.counters.retries == 0
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_an_engine_with_other_weights_is_fenced_and_its_samples_not_used() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            fleet.sync(7)
+            fleet.servers[0].version = 6
+            completions = await fleet.controller.generate(make_requests(4, 4), SAMPLING)
+            assert {c.weight_versions[0][0] for c in completions} == {7}
+            assert fleet.controller.engines[0].state == "lost"
+            (reason,) = fleet.controller.counters.reasons
+            assert "weight version 6, synced were 7 to 7" in reason
+
+    run_virtually(work())
+
+
+def test_a_sync_may_fall_into_a_call() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            running = asyncio.ensure_future(fleet.controller.generate(make_requests(4, 4), SAMPLING))
+            await asyncio.sleep(1.0)
+            fleet.sync(2)
+            await running
+            assert fleet.controller.counters.lost == 0
+
+    run_virtually(work())
+
+
+def test_engines_that_catch_up_to_newer_weights_leave_the_others_valid() -> None:
+    """Engine 2 is lost between its catch-up and its promotion: as many engines serve as were to be promoted."""
+
+    async def work() -> None:
+        async with SimulatedFleet(3) as fleet:
+            engines = fleet.controller.engines
+            for engine in engines[1:]:
+                engine.state, fleet.servers[engine.number].version = "waiting", 2
+            fleet.controller.lose(engines[2], "it died")
+            fleet.controller.promote(engines[1:], 2)
+            await fleet.controller.generate(make_requests(4, 4), SAMPLING)
+            assert [engine.state for engine in engines] == ["serving", "serving", "lost"]
+            fleet.sync(3)  # brings all that serve to 3, so 2 is wrong from here on
+            assert fleet.controller._versions == (3, 3)
+
+    run_virtually(work())
+
+
+def test_an_engine_that_never_comes_back_is_dead_after_three_restarts() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            fleet.servers[0].comes_back = False
+            fleet.servers[0].fail("dead")
+            requests = make_requests(4, 4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            await asyncio.sleep(4 * 600.0)
+            assert fleet.controller.engines[0].state == "dead"
+            assert fleet.controller.counters.restarts == 3
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+
+    run_virtually(work())
+
+
+def test_a_restart_that_the_system_refuses_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    async def work() -> None:
+        async with SimulatedFleet(1) as fleet:
+            monkeypatch.setattr(fleet.servers[0], "restart", refuse)
+            fleet.servers[0].fail("dead")
+            with pytest.raises(EngineError, match="Resource temporarily unavailable"):
+                await asyncio.wait_for(fleet.controller.generate(make_requests(1, 4), SAMPLING), HOUR)
+
+    run_virtually(work())
+
+
+def test_when_all_are_dead_every_call_fails_with_the_reason() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3, limit=4) as fleet:
+            running = asyncio.ensure_future(fleet.controller.generate(make_requests(9, 4), SAMPLING))
+            await asyncio.sleep(1.0)
+            for server in fleet.servers:
+                server.comes_back = False
+                server.fail("dead")
+            with pytest.raises(EngineError, match=r"no engine is left; the last failed so: .* was not ready within"):
+                await running
+            assert _now() < HOUR
+            _assert_idle(fleet)
+            with pytest.raises(EngineError, match="no engine is left"):
+                await fleet.controller.generate(make_requests(1, 4), SAMPLING)
+
+    run_virtually(work())
+
+
+def test_enough_ends_the_slowest_with_what_they_have() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=16) as fleet:
+            requests = make_requests(groups=12, size=8)  # 4 at once
+            completions = await fleet.controller.generate(requests, SAMPLING, enough=5)
+            groups = _groups(completions, 8)
+            assert sum(all(c.finish_reason != "abort" for c in group) for group in groups) == 5
+            aborted = [c for c in completions if c.finish_reason == "abort"]
+            assert any(c.response_ids for c in aborted)
+            assert any(not c.response_ids for c in aborted)
+            assert fleet.controller.counters.aborted == 7
+            _assert_idle(fleet)
+            resumed = [
+                SampleRequest(r.prompt_ids, r.seed, c) if c.finish_reason == "abort" else r
+                for r, c in zip(requests, completions, strict=True)
+            ]
+            fleet.sync(2)
+            finished = await fleet.controller.generate(resumed, SAMPLING)
+            assert any([v for v, _ in c.weight_versions] == [1, 2] for c in finished)
+            assert [len(c.response_ids) for c in finished] == [length_of(r.seed, 2048) for r in requests]
+
+    run_virtually(work())
+
+
+def test_an_aborted_call_is_not_sent_again_and_one_just_granted_is_aborted_too() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3, limit=4) as fleet:
+            requests = make_requests(groups=6, size=4)
+            hung = fleet.servers[0]
+            running = asyncio.ensure_future(fleet.controller.generate(requests, SAMPLING, enough=3))
+            await asyncio.sleep(1.0)
+            hung.fail("hung")  # its abort is not answered either
+            completions = await running
+            assert sum(all(c.finish_reason != "abort" for c in group) for group in _groups(completions, 4)) == 3
+            first = fleet.sent[next(iter(fleet.sent))]
+            assert [number for _, number in first] == [0]
+            assert fleet.controller.engines[0].state == "lost"
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_a_partial_response_that_is_aborted_before_its_next_token_is_no_fault_of_the_engine() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            fleet.sync(2)
+            fleet.servers[1].batch.set_speed(1e-6)
+            partial = Completion((1,), (0.0,), "abort", ((1, 1),))
+            requests = [SampleRequest((g,), g, partial) for g in range(2)]
+            completions = await fleet.controller.generate(requests, SAMPLING, enough=1)
+            assert completions[1] == partial
+            assert [v for v, _ in completions[0].weight_versions] == [1, 2]
+            assert fleet.controller.counters.lost == 0
+
+    run_virtually(work())
+
+
+def test_a_cancelled_run_leaves_no_load_behind_and_others_go_on() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(4, limit=8) as fleet:
+            cancelled = asyncio.ensure_future(fleet.controller.generate(make_requests(40, 4), SAMPLING))
+            kept = make_requests(20, 4, first=40)
+            other = asyncio.ensure_future(fleet.controller.generate(kept, SAMPLING))
+            await asyncio.sleep(7.0)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            _assert_answered(kept, await other, 4)
+            _assert_idle(fleet)
+            assert fleet.controller.counters.lost == 0
+
+    run_virtually(work())
+
+
+def test_a_call_cancelled_as_it_is_granted_makes_way_for_the_next() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=0) as fleet:
+            controller = fleet.controller
+            first = asyncio.ensure_future(controller.generate(make_requests(1, 4), SAMPLING))
+            await asyncio.sleep(0.1)
+            second = asyncio.ensure_future(controller._serve(_Call(make_requests(1, 4, 1), "second"), SAMPLING))
+            requests = make_requests(1, 4, first=2)
+            third = asyncio.ensure_future(controller.generate(requests, SAMPLING))
+            await asyncio.sleep(0.1)
+            await _ends(fleet, 0)
+            assert controller.engines[0].running == 4  # the second has the engine, and does not know yet
+            second.cancel()
+            _assert_answered(requests, await third, 4)
+            assert "second" not in fleet.sent
+            await first
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_calls_cancelled_while_another_ends_do_not_break_that_one() -> None:
+    """The queue then holds calls that are cancelled and have not been told yet."""
+
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=0) as fleet:
+            controller = fleet.controller
+            requests = make_requests(1, 4)
+            first = asyncio.ensure_future(controller.generate(requests, SAMPLING))
+            await asyncio.sleep(0.1)
+            second = asyncio.ensure_future(controller.generate(make_requests(5, 4, first=1), SAMPLING))
+            await asyncio.sleep(0.1)
+            await _ends(fleet, 0)
+            second.cancel()
+            await first
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_the_heap_of_loads_does_not_grow_with_the_calls() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(4, limit=8) as fleet:
+            for step in range(20):
+                await fleet.controller.generate(make_requests(50, 4, first=50 * step), SAMPLING)
+            assert len(fleet.controller._loads) <= 20
+
+    run_virtually(work())
+
+
+@pytest.mark.parametrize("enough", [None, 1000])
+def test_512_engines_that_fail_often_answer_everything_in_time(enough: int | None) -> None:
+    """Two failures an engine and hour, of all kinds, for a step that takes minutes; a step has 1,024 groups of 16."""
+
+    async def work() -> None:
+        async with SimulatedFleet(512, limit=16, failures_per_hour=2.0, seed=3) as fleet:
+            for step in range(3):
+                requests, began = make_requests(1024, 16, first=1024 * step), _now()
+                completions = await fleet.controller.generate(requests, SAMPLING, enough=enough)
+                assert _now() - began < 400.0
+                if enough is None:
+                    _assert_answered(requests, completions, 16)
+                else:
+                    whole = sum(all(c.finish_reason != "abort" for c in group) for group in _groups(completions, 16))
+                    assert enough <= whole < 1024
+                _assert_idle(fleet)
+            assert fleet.controller.counters.lost > 20
+            assert fleet.controller.counters.retries > 20
+            assert not fleet.controller.in_state("dead")
+            assert all(len(tries) <= 5 for tries in fleet.sent.values())
+
+    run_virtually(work())
