@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,15 @@ from rloop_mcore.rollout.embedded.engine import Engine
 from rloop_mcore.rollout.embedded.generation import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.params import Sample, SamplingParams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On matrices this small a second thread only waits, and where cores are taken it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,18 @@ def test_logprobs_equal_a_plain_forward(
     samples = _samples(_prompts(4, common), group, temperature=0.8, stop_token_ids=(5, 9, 13, 17, 21))
     call = _run(model, samples)
     assert len(set(call.lengths.tolist())) > 1  # rows left at different times
+    for sample, ids, logprobs in zip(samples, _ids(call), call.logprobs, strict=True):
+        np.testing.assert_allclose(logprobs[: len(ids)], _expected(reference, sample, ids), atol=1e-4)
+
+
+def test_uneven_groups_and_prompts_read_in_parts(
+    model: CausalModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest group's prompt is kept in several copies; a forward takes two or three prompts."""
+    monkeypatch.setattr("rloop_mcore.rollout.embedded.model._PREFILL_TOKENS", 60)
+    groups = zip(_prompts(5, 20), (1, 9, 2, 1, 1), strict=True)
+    samples = [sample for prompt, size in groups for sample in _samples([prompt], size, ignore_eos=True)]
+    call = _run(model, samples)
     for sample, ids, logprobs in zip(samples, _ids(call), call.logprobs, strict=True):
         np.testing.assert_allclose(logprobs[: len(ids)], _expected(reference, sample, ids), atol=1e-4)
 

@@ -46,50 +46,58 @@ class Entries:
 
 
 class SharedSegment:
-    """Entries that rows share: row r of the batch reads entry `owner[r]`."""
+    """Entries that rows share: row r of the batch reads entry `owner[r]`.
+
+    The rows of an entry sit in places, `width` to a copy of it: as many as entries have rows on average. One with more
+    rows is copied, so however uneven the groups, there are at most four places a row and two copies an entry in use.
+    """
 
     def __init__(self, entries: Entries, owner: np.ndarray) -> None:
-        self.entries, self.owner = entries, owner
-        self.length = entries.keys[0].shape[2]
         device = entries.keys[0].device
-        padded = np.arange(self.length) >= entries.lengths[:, None]
-        self.mask = _mask(padded, device)  # [entries, 1, 1, length]
-        # Every row gets a place among its entry's; entries with fewer rows than the fullest are padded with row 0.
-        count = len(entries.lengths)
+        count, rows = len(entries.lengths), len(owner)
         counts = np.bincount(owner, minlength=count)
-        self.width = int(counts.max())
+        self.width = -(-rows // int(np.count_nonzero(counts)))
+        copies = np.maximum(1, -(-counts // self.width))
+        self.keys, self.values, lengths = entries.keys, entries.values, entries.lengths
+        if copies.max() > 1:
+            copied = np.repeat(np.arange(count), copies)
+            self.keys, self.values = _select(self.keys, copied), _select(self.values, copied)
+            lengths = lengths[copied]
+        padded = np.arange(self.keys[0].shape[2]) >= lengths[:, None]
+        self.mask = _mask(padded, device)  # [copies, 1, 1, length]
         order = np.argsort(owner, kind="stable")
-        rank = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner[order]]
-        place = np.empty(len(owner), dtype=np.int64)
-        place[order] = owner[order] * self.width + rank
-        self.in_order = len(owner) == count * self.width and bool((place == np.arange(len(owner))).all())
-        rows = np.zeros(count * self.width, dtype=np.int64)
-        rows[place] = np.arange(len(owner))
-        self.rows, self.place = torch.from_numpy(rows).to(device), torch.from_numpy(place).to(device)
+        rank = np.arange(rows) - (np.cumsum(counts) - counts)[owner[order]]
+        place = np.empty(rows, dtype=np.int64)
+        place[order] = (np.cumsum(copies) - copies)[owner[order]] * self.width + rank
+        places = len(lengths) * self.width
+        self.in_order = rows == places and bool((place == np.arange(rows)).all())
+        in_place = np.zeros(places, dtype=np.int64)  # places that no row has are padded with row 0
+        in_place[place] = np.arange(rows)
+        self.rows, self.place = torch.from_numpy(in_place).to(device), torch.from_numpy(place).to(device)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """[rows, kv, q, x] -> [entries, kv, width * q, x]."""
+        """[rows, kv, q, x] -> [copies, kv, width * q, x]."""
         kv, q, x = rows.shape[1:]
         if not self.in_order:
             rows = rows.index_select(0, self.rows)
         return rows.view(-1, self.width, kv, q, x).transpose(1, 2).reshape(-1, kv, self.width * q, x)
 
     def _scatter(self, places: torch.Tensor, q: int) -> torch.Tensor:
-        """[entries, kv, width * q, x] -> [rows, kv, q, x]."""
+        """[copies, kv, width * q, x] -> [rows, kv, q, x]."""
         kv, x = places.shape[1], places.shape[3]
         places = places.view(-1, kv, self.width, q, x).transpose(1, 2).reshape(-1, kv, q, x)
         return places if self.in_order else places.index_select(0, self.place)
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """query [rows, kv, q, head_dim] -> fp32 [rows, kv, q, length], padding at -inf."""
-        scores = torch.matmul(self._gather(query), self.entries.keys[layer].transpose(2, 3)).float()
+        scores = torch.matmul(self._gather(query), self.keys[layer].transpose(2, 3)).float()
         if self.mask is not None:
             scores += self.mask
         return self._scatter(scores, query.shape[2])
 
     def mix(self, layer: int, weights: torch.Tensor) -> torch.Tensor:
         """weights [rows, kv, q, length] -> [rows, kv, q, head_dim]."""
-        return self._scatter(torch.matmul(self._gather(weights), self.entries.values[layer]), weights.shape[2])
+        return self._scatter(torch.matmul(self._gather(weights), self.values[layer]), weights.shape[2])
 
 
 class OwnSegment:
