@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).parent
-NO_BENCHMARKS = ("common.py", "run_all.py", "trl_step.py")
+NO_BENCHMARKS = ("common.py", "run_all.py", "simulated_fleet.py", "trl_step.py")
 MISSING = 77  # exit code of a benchmark whose baseline or GPU is not here; it has said so
 DEADLINE_S = 1800
 
