@@ -91,6 +91,7 @@ def test_weights_that_were_not_sent_are_noticed(fleet: Fleet, reference: PreTrai
         with pytest.raises(EngineError, match=r"does not hold the weights it was sent: .*that were not sent"):
             fleet._sync.run([client], half, 5, fleet._submit)
     finally:
+        fleet._submit(client.leave_group(Channel.group_name)).result()
         fleet._submit(client.resume()).result()
 
 
