@@ -162,11 +162,6 @@ def _check_rollout(config: Config) -> None:
             raise UserError(f"rollout.endpoints holds {endpoint!r}: an endpoint looks like http://HOST:PORT.")
         if parts.username is not None or parts.password is not None:
             raise UserError("rollout.endpoints holds a password: give the key in the environment (RLOOP_ENGINE_KEY).")
-        if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise UserError(
-                f"rollout.endpoints holds {endpoint!r}: engines on another host than the trainer's are not supported "
-                "yet."
-            )
 
 
 def _check_lag(config: Config, deterministic: bool) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rloop_mcore import platform
 from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.process_group import address_towards
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer, running_servers
 
 
@@ -16,6 +20,22 @@ def weight_backend(config: Config) -> str:
     rollout = config.rollout
     colocated = rollout.engine == "embedded" or not (rollout.endpoints or rollout.gpus)
     return "gloo" if colocated else platform.backend()
+
+
+def meeting_address(config: Config) -> str:
+    """Where the engines meet the trainer for the weight broadcast: on loopback, or where `rollout.endpoints` reach it.
+
+    Raises UserError for an endpoint on a host that is unknown or that no route leads to.
+    """
+    for endpoint in config.rollout.endpoints:
+        host = urlsplit(endpoint).hostname or ""
+        try:
+            address = address_towards(host)
+        except OSError as error:
+            raise UserError(f"rollout.endpoints: {host} cannot be reached ({error}).") from error
+        if not ipaddress.ip_address(address).is_loopback:
+            return address
+    return "127.0.0.1"
 
 
 def start_servers(

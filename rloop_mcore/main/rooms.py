@@ -17,7 +17,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
-from rloop_mcore.main.engines import start_servers, weight_backend
+from rloop_mcore.main.engines import meeting_address, start_servers, weight_backend
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
@@ -41,7 +41,7 @@ def conduct(config: Config, run: RunDirectory) -> None:
     with RewardPool(config.reward, platform.deterministic(config.run.deterministic)) as rewards:
         bridge = HfBridge(Path(config.model.path), config.model.family)
         backend = weight_backend(config)
-        channel = BroadcastChannel(backend, "weights", config.rollout.start_timeout_s)
+        channel = BroadcastChannel(backend, "weights", config.rollout.start_timeout_s, meeting_address(config))
         with (
             conducted_actor(config, bridge) as actor,
             Fleet(

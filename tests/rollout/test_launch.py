@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from served_model import START_S, start_server
+from served_model import START_S, VOCABULARY, start_server
+from transformers import PreTrainedModel
 
+from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
+from rloop_mcore.main.engines import meeting_address
+from rloop_mcore.platform.process_group import address_towards
 from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.embedded import KEY_VARIABLE
+from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, _free_port, running_servers
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.types import SampleRequest, Sampling
+from rloop_mcore.weights.channel import BroadcastChannel
 
 PARENT = """
 import asyncio, sys
@@ -89,3 +101,47 @@ def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away(monkeypatch:
         assert _free_port() != port
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert port < lowest
+
+
+def test_an_engine_on_another_address_is_adopted_and_meets_the_trainer_there(
+    model_path: Path, tmp_path: Path, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine of another host: neither end listens on loopback."""
+    own = next((a.address for a in addresses() if a.address != "127.0.0.1"), None)
+    if own is None:
+        pytest.skip("this machine has no address but loopback")
+    assert address_towards(own) == own
+    assert address_towards("localhost") in ("127.0.0.1", "::1")
+    port_file = tmp_path / "port"
+    command = [sys.executable, "-m", "rloop_mcore.rollout.embedded", "--model-path", str(model_path), "--host", own]
+    command += ["--port-file", str(port_file), "--threads", "1", "--parent", str(os.getpid())]
+    process = subprocess.Popen(command, env={**os.environ, KEY_VARIABLE: "secret"})
+    try:
+        while not port_file.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        url = f"http://{own}:{port_file.read_text().strip()}"
+        monkeypatch.setenv(KEY_VARIABLE, "secret")
+        overrides = ["run.dir=r", "model.path=m", "data.train=d", "rollout.engine=sglang"]
+        address = meeting_address(load_config([*overrides, f"rollout.endpoints=['{url}']"]))
+        assert address == own
+        with Fleet(
+            running_servers([url]),
+            BroadcastChannel("gloo", "weights", 30.0, address),
+            model=ServedModel(VOCABULARY),
+            bucket_mib=1,
+            start_timeout_s=START_S,
+            request_timeout_s=30.0,
+        ) as fleet:
+            fleet.sync(lambda: iter(reference.named_parameters()), 1)
+            (completion,) = fleet.generate([SampleRequest((5, 6), 0)], Sampling(max_tokens=4))
+            assert completion.weight_versions == ((1, len(completion.response_ids)),)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def addresses() -> list[Any]:
+    """This machine's IPv4 addresses."""
+    found = [a for of_interface in psutil.net_if_addrs().values() for a in of_interface]
+    return [a for a in found if a.family == socket.AF_INET]
