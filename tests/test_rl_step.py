@@ -235,3 +235,52 @@ def test_replay_records_a_forward_pass_and_keeps_the_engines_logprobs() -> None:
     assert asked == [2 * GROUP]
     assert {row.old_logprobs for batch in step.actor.batches for row in batch} == {(-0.5,)}
     assert "seconds_logprobs" in metrics
+
+
+class SlowForP0(SeedEcho):
+    """Aborts the groups of p0 after one token while it may; what is asked again goes on to the end."""
+
+    def submit(self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None) -> Future:
+        assert enough == 2
+        self.requests += requests
+        future: Future = Future()
+        future.set_result([self._one(request) for request in requests])
+        return future
+
+    def _one(self, request: SampleRequest) -> Completion:
+        version = len(self.requests)
+        if request.partial is not None:
+            ids, runs = request.partial.response_ids, request.partial.weight_versions
+            return Completion((*ids, 9), (-0.5,) * (len(ids) + 1), "stop", (*runs, (version, 1)))
+        if request.prompt_ids == (0,) and request.seed % 2:
+            return Completion((request.seed,), (-0.5,), "abort", ((version, 1),))
+        return Completion((request.seed,), (-0.5,), "stop", ((version, 1),))
+
+
+def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> None:
+    step = make(first_only, sampled_per_step=2, prompts_per_step=1, sampling_rounds=1)
+    step.config.rollout.overprovision = 0.5
+    rollout = step.rollout = SlowForP0()
+    first = step.collect(0, 0, 0)
+    assert first.position == 3  # 1.5 times what is wanted
+    aborted = [r for r in rollout.requests if r.prompt_ids == (0,) and r.seed % 2]
+    assert aborted
+    assert "p0" not in {group.problem_id for group in first.sampled}
+    asked = len(rollout.requests)
+    second = step.collect(0, 1, first.position)
+    assert second.position == 5  # one group less is drawn
+    again = [r for r in rollout.requests[asked:] if r.partial is not None]
+    assert [r.seed for r in again] == [r.seed for r in aborted]  # what was finished is not asked again
+    (group,) = [g for g in second.sampled if g.problem_id == "p0"][:1]
+    assert [t.sample for t in group.trajectories] == list(range(GROUP))
+    assert {len(t.weight_versions) for t in group.trajectories} == {1, 2}
+    assert all(len(t.response_ids) == sum(n for _, n in t.weight_versions) for t in group.trajectories)
+
+
+def test_samples_of_older_weights_are_told_and_not_held_to_the_gate() -> None:
+    step = make(first_only, RecordingActor(mismatch=0.02))
+    batch = step.collect(0, 0, 0)
+    with pytest.raises(MismatchError):
+        step.train(0, 0, batch, version=1)
+    metrics = step.train(0, 0, batch, version=3)
+    assert (metrics["lag_mean"], metrics["lag_max"], metrics["spanning_share"]) == (2.0, 2.0, 0.0)
