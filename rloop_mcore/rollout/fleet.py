@@ -97,15 +97,16 @@ class Fleet:
         """
         self.wait_ready()
         self.version = None
+        failed: set[Engine] = set()
         for attempt in range(1, _SYNC_ATTEMPTS + 1):
-            engines = self._answering()
+            clients = {engine: _client(engine) for engine in self._answering(failed)}
             try:
-                metrics = self._bring(engines, export, version)
+                metrics = self._bring(clients, export, version)
                 break
             except (EngineError, TimeoutError) as error:
                 if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
                     raise
-                self._lose_culprits(engines, error)
+                failed |= self._lose_culprits(clients, error)
                 if attempt == _SYNC_ATTEMPTS:
                     raise
         self.version, self._export = version, export
@@ -119,9 +120,9 @@ class Fleet:
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""
         self.wait_ready()
-        engines = self._controller.in_state("waiting")
-        self._submit(together(*(_client(e).set_weight_version("0") for e in engines))).result()
-        self._submit(self._promote(engines, 0)).result()
+        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
+        self._submit(together(*(client.set_weight_version("0") for client in clients.values()))).result()
+        self._submit(self._promote(clients, 0)).result()
         self.version = 0
 
     def submit(
@@ -173,42 +174,51 @@ class Fleet:
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def _bring(self, engines: Sequence[Engine], export: Callable[[], NamedTensors], version: int) -> dict[str, float]:
-        metrics = self._sync.run([_client(e) for e in engines], export(), version, self._submit)
-        self._submit(self._promote(engines, version)).result()
+    def _bring(
+        self, clients: dict[Engine, EngineClient], export: Callable[[], NamedTensors], version: int
+    ) -> dict[str, float]:
+        metrics = self._sync.run(list(clients.values()), export(), version, self._submit)
+        self._submit(self._promote(clients, version)).result()
         return metrics
 
     def _catch_up(self, version: int | None) -> None:
         """Bring engines that came back to the current weights, while the others go on generating."""
-        engines = self._controller.in_state("waiting")
-        if not engines or self._export is None or version is None:
+        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
+        if not clients or self._export is None or version is None:
             return
         try:
-            self._bring(engines, self._export, version)
+            self._bring(clients, self._export, version)
         except (EngineError, TimeoutError) as error:
-            if not self._lose_culprits(engines, error):
-                for engine in engines:
+            if not self._lose_culprits(clients, error):
+                for engine in clients:
                     self._lose(engine, str(error))
 
-    def _answering(self) -> list[Engine]:
-        """The engines a sync can reach; waits for one to come back where there is none. Raises EngineError."""
+    def _answering(self, failed: set[Engine]) -> list[Engine]:
+        """The engines a sync can reach, those that failed in it only where there is no other; waits for one to come
+        back where there is none. Raises EngineError."""
         while True:
             engines = self._controller.in_state("waiting", "serving")
             if engines:
-                return engines
+                return [engine for engine in engines if engine not in failed] or engines
             if not self._controller.in_state("lost", "starting"):
                 raise EngineError(f"no engine is left; the last failed so: {self._controller.counters.reasons[-1]}")
             wait([self._news], timeout=_POLL_S)
             if self._news.done():
                 self._news = Future()
 
-    def _lose_culprits(self, engines: Sequence[Engine], error: Exception) -> bool:
-        """Fence the engine that `error` names and those that don't answer; whether there was one."""
-        named = getattr(error, "engine", None)
-        culprits = [engine for engine in engines if engine.client is not None and engine.client.url == named]
-        for engine in culprits:
-            self._lose(engine, str(error))
-        return bool(culprits or self._submit(self._controller.check_health()).result())
+    def _lose_culprits(self, clients: dict[Engine, EngineClient], error: Exception) -> set[Engine]:
+        """Fence the engines that don't answer, and the one that `error` names; returns all that were lost meanwhile.
+
+        An engine that answered with an error is spared where another is lost: a broadcast fails for all its members.
+        """
+        self._submit(self._controller.check_health()).result()
+        culprits = {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
+        if not culprits or getattr(error, "status", None) is None:
+            named = getattr(error, "engine", None)
+            for engine in [e for e, client in clients.items() if e not in culprits and client.url == named]:
+                self._lose(engine, str(error))
+                culprits.add(engine)
+        return culprits
 
     def _lose(self, engine: Engine, reason: str) -> None:
         async def lose() -> None:
@@ -216,8 +226,9 @@ class Fleet:
 
         self._submit(lose()).result()
 
-    async def _promote(self, engines: Sequence[Engine], version: int) -> None:
-        self._controller.promote(engines, version)
+    async def _promote(self, clients: dict[Engine, EngineClient], version: int) -> None:
+        """One that was lost since, and is back, has another client, and other weights."""
+        self._controller.promote([engine for engine, client in clients.items() if engine.client is client], version)
 
     # -- the event loop's thread ----------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class WeightSync:
         self.channel, self.backend, self.timeout_s, self.model = channel, backend, timeout_s, model
         self.buffers = Buffers(bucket_bytes, host=backend == "gloo")
         self._members: list[EngineClient] = []  # of the group, in the order of their ranks
+        self._closing = asyncio.Lock()
         self._sessions = False
         self._kept: list[Engine] = []  # how each member keeps its weights
         self._dtype = torch.float32
@@ -73,6 +74,7 @@ class WeightSync:
             self._members = []
             if sending is not None:
                 sending.cancel()
+            submit(self._close_channel())  # engines that wait in a broadcast are freed by it
             raise
         finally:
             for _ in weights:  # the other ranks go through the whole export; rank 0 must too
@@ -89,7 +91,12 @@ class WeightSync:
         """Leave the group on both ends; an engine that is gone already is no error."""
         members, self._members = self._members, []
         await asyncio.gather(*(c.leave_group(self.channel.group_name) for c in members), return_exceptions=True)
-        self.channel.close()
+        await self._close_channel()
+
+    async def _close_channel(self) -> None:
+        """In a thread: it waits for a broadcast under way, until that fails or its deadline is over."""
+        async with self._closing:
+            await _in_thread(self.channel.close)
 
     async def _open(self, clients: list[EngineClient]) -> None:
         await _each(clients, lambda c: c.pause("retract"))
@@ -102,7 +109,7 @@ class WeightSync:
     async def _connect(self, clients: list[EngineClient]) -> None:
         if self._members:
             await self.close()
-        self.channel.close()
+        await self._close_channel()
         await _each(clients, self._leave_old_group)
         infos = await together(*(c.server_info() for c in clients))
         self._sessions = await _agree(clients)
