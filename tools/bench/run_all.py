@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import rollout
 from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).parent
-NO_BENCHMARKS = ("common.py", "run_all.py", "simulated_fleet.py", "trl_step.py")
+PARTS = tuple(f"{part}.py" for part in rollout.PARTS)  # rollout.py runs them
+NO_BENCHMARKS = ("common.py", "run_all.py", "simulated_fleet.py", "sync_ranks.py", "trl_step.py", *PARTS)
 MISSING = 77  # exit code of a benchmark whose baseline or GPU is not here; it has said so
 DEADLINE_S = 1800
 

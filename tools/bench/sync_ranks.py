@@ -1,4 +1,4 @@
-"""Run by torchrun for rollout.py: rank 0 of a TP2 actor syncs two embedded engines, and broadcasts as many raw bytes.
+"""Run by torchrun for sync.py: rank 0 of a TP2 actor syncs two embedded engines, and broadcasts as many raw bytes.
 
 usage: sync_ranks.py MODEL OUT REPEATS
 """
@@ -6,9 +6,11 @@ usage: sync_ranks.py MODEL OUT REPEATS
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,9 @@ def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, fl
         start_timeout_s=TIMEOUT_S,
         request_timeout_s=TIMEOUT_S,
     ) as fleet:
-        fleet.sync(actor.export, 1)  # joins the group and touches the memory
-        before = psutil.Process().memory_info().rss
+        fleet.wait_ready()
+        with PeakMemory() as memory:
+            fleet.sync(actor.export, 1)  # joins the group and touches the memory
         found: dict[str, list[float]] = {"sync": [], "verify": [], "raw": []}
         raw = RawBroadcast(int(sum(t.nbytes for _, t in actor.export())))
         for version in range(2, repeats + 2):
@@ -78,15 +81,33 @@ def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, fl
             found["raw"].append(raw.seconds())
         raw.close()
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    return medians | {"bytes": metrics["sync_bytes"], "extra": float(psutil.Process().memory_info().rss - before)}
+    return medians | {"bytes": metrics["sync_bytes"], "extra": float(memory.extra)}
+
+
+class PeakMemory:
+    """How far this process's resident memory rises inside the block, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._peak = psutil.Process().memory_info().rss
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.extra = self._peak - self._before
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.002):
+            self._peak = max(self._peak, psutil.Process().memory_info().rss)
 
 
 class RawBroadcast:
     """The same bytes from one process to as many others, in buffers of a bucket's size, and nothing else."""
 
     def __init__(self, size: int) -> None:
-        import multiprocessing
-
         self._counts = [BUCKET_MIB * 2**20] * (size // (BUCKET_MIB * 2**20)) + [size % (BUCKET_MIB * 2**20)]
         self._store = host_store("127.0.0.1", TIMEOUT_S)
         context = multiprocessing.get_context("spawn")

@@ -1,0 +1,60 @@
+"""The weight sync of a TP2 actor and two engines against a raw broadcast of the same bytes, checksums on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import Metric, arguments, at_least, at_most, report
+from sync_ranks import BUCKET_MIB
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+DEADLINE_S = 900
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    with tempfile.TemporaryDirectory() as folder:
+        model, out = Path(folder) / "model", Path(folder) / "result.json"
+        write_model(model, layers=6 if options.quick else 20)
+        ranks = Path(__file__).with_name("sync_ranks.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ranks)]
+        subprocess.run([*command, str(model), str(out), "3" if options.quick else "7"], check=True, timeout=DEADLINE_S)
+        found = json.loads(out.read_text(encoding="utf-8"))
+    print(
+        f"{found['bytes'] / 1e9:.2f} GB of fp32 weights in buckets of {BUCKET_MIB} MiB: sync {found['sync']:.2f} s, "
+        f"raw broadcast {found['raw']:.2f} s, checksums {found['verify'] * 1e3:.0f} ms of it"
+    )
+    buckets = found["extra"] / (BUCKET_MIB * 2**20)
+    metrics: list[Metric] = [
+        at_least("sync_vs_raw", found["raw"] / found["sync"], 0.85, "raw gloo broadcast of the same bytes"),
+        at_most("verify_cost", found["verify"] / found["sync"], 0.05, "the whole sync"),
+        at_most("sync_extra_buckets", buckets, 2.0, "a bucket: peak memory beyond rank 0's before"),
+    ]
+    report("sync", metrics, options.json)
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """A random Qwen2 of 15 M parameters a layer, fp32, as an HF folder."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
