@@ -250,6 +250,8 @@ class RLStep:
         gate = rollout.mismatch_gate
         if gate is None:
             gate = _MISMATCH_GATE_FP32 if self.config.precision == "fp32" else _MISMATCH_GATE
+        if gate / 2 < largest <= gate:
+            log.warning("step %d: trainer and engine logprobs differ by %.3g; the gate is %.3g", step, largest, gate)
         if not (largest <= gate and mean <= rollout.mismatch_mean_gate):
             raise MismatchError(
                 f"step {step}: trainer and engine logprobs of the same tokens differ by up to {largest:.3g} (mean "
