@@ -29,15 +29,26 @@ _PORTS = range(20000, 32000)
 
 STUBS_VARIABLE = "RLOOP_SGLANG_STUBS"  # a folder with a stub of sgl_kernel, for SGLang on a CPU (tests/sglang_cpu)
 
-# `python -m sglang.launch_server` that the kernel ends with its parent (argument 1); SGLang's helpers end with it.
+# Starts `python -m sglang.launch_server` and ends it with its parent (argument 1). SGLang's own helpers end with it as
+# soon as they are up, but those that are still importing would stay: hence the whole process group.
 _LAUNCH = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which exec keeps
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
+prctl, watcher = ctypes.CDLL(None).prctl, os.getpid()
 for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings reach every process; they are for the trainer
     signal.signal(number, signal.SIG_IGN)
-os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *sys.argv[2:]])
+server = os.fork()
+if server == 0:
+    prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which exec keeps
+    if os.getppid() != watcher:
+        os._exit(1)
+    os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *sys.argv[2:]])
+signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGTERM))
+signal.signal(signal.SIGHUP, lambda *_: os.killpg(watcher, signal.SIGKILL))
+prctl(1, signal.SIGHUP, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    os.killpg(watcher, signal.SIGKILL)
+code = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
+sys.exit(code if code >= 0 else 128 - code)
 """
 _SGLANG_ON_CPU = (
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
@@ -78,7 +89,7 @@ class _ChildServer:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = secrets.token_hex(32)  # no "-" to begin with: SGLang would read it as a flag
         self.log = run_dir / f"{name}.log"
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -218,7 +229,7 @@ class SGLangServer(_ChildServer):
     def _start(self) -> subprocess.Popen[bytes]:
         self.port = _free_port()
         with open(self.secrets, "w", opener=_private) as file:
-            file.write(f"api-key: {self.api_key}\n")
+            file.write(f'api-key: "{self.api_key}"\n')
         return self._spawn([*self.command, "--port", str(self.port)], self.environment)
 
     async def _answers(self) -> str | None:

@@ -145,7 +145,10 @@ class Channel:
         self.group = None
 
 
-def start_server(model_path: Path, run_dir: Path, name: str, max_running: int = 64) -> EmbeddedServer | SGLangServer:
+def start_server(
+    model_path: Path, run_dir: Path, name: str, max_running: int = 64, arguments: Sequence[str] = ()
+) -> EmbeddedServer | SGLangServer:
+    """arguments: further flags of a real server."""
     if REAL:
         os.environ.setdefault(STUBS_VARIABLE, str(ROOT / "tests/sglang_cpu"))
         return SGLangServer(
@@ -157,6 +160,7 @@ def start_server(model_path: Path, run_dir: Path, name: str, max_running: int = 
             threads=1,
             dtype="float32",
             device="cpu",
+            arguments=arguments,
         )
     return EmbeddedServer(model_path, run_dir, name, max_running=max_running, threads=1, dtype="float32", device="cpu")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -145,3 +146,41 @@ def addresses() -> list[Any]:
     """This machine's IPv4 addresses."""
     found = [a for of_interface in psutil.net_if_addrs().values() for a in of_interface]
     return [a for a in found if a.family == socket.AF_INET]
+
+
+STANDIN = """
+import os, pathlib, subprocess, sys
+helper = subprocess.Popen(["sleep", "1000"])  # one that does not watch over its parent (yet)
+settings = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+pathlib.Path("pids").write_text(f"{os.getpid()} {helper.pid}\\n{settings}")
+helper.wait()
+"""
+SGLANG_PARENT = """
+import sys
+from pathlib import Path
+from rloop_mcore.rollout.launch import SGLangServer
+folder = Path(sys.argv[1])
+python = Path(sys.executable)
+SGLangServer(folder, folder, "x", python=python, max_running=4, threads=1, dtype="float32", device="cuda")
+sys.stdin.read()
+"""
+
+
+def test_sglangs_helpers_die_with_the_trainer_even_while_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/launch_server.py").write_text(STANDIN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    parent = subprocess.Popen([sys.executable, "-c", SGLANG_PARENT, str(tmp_path)], stdin=subprocess.PIPE, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() or "\n" not in (tmp_path / "pids").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pids, settings = (tmp_path / "pids").read_text().split("\n", 1)
+    assert re.fullmatch(r'api-key: "[0-9a-f]{64}"\n', settings)
+    family = [psutil.Process(int(pid)) for pid in pids.split()]
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]

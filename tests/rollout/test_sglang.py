@@ -52,15 +52,19 @@ class _Kept:
 
 @pytest.fixture
 def fleet(server: SGLangServer) -> Iterator[Fleet]:
-    with Fleet(
-        [_Kept(server)],  # type: ignore[list-item]
+    with _fleet(_Kept(server)) as fleet:
+        yield fleet
+
+
+def _fleet(server: object) -> Fleet:
+    return Fleet(
+        [server],  # type: ignore[list-item]
         Channel(),
         model=MODEL,
         bucket_mib=1,
         start_timeout_s=START_S,
         request_timeout_s=120.0,
-    ) as fleet:
-        yield fleet
+    )
 
 
 def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
@@ -81,6 +85,17 @@ def test_a_sync_is_verified_by_the_servers_own_checksums(
     _assert_by(other_model, fleet, 7)
     fleet.sync(lambda: iter(reference.named_parameters()), 8)  # the group is kept
     _assert_by(reference, fleet, 8)
+
+
+def test_each_rank_of_a_tensor_parallel_server_is_verified(
+    model_path: Path, tmp_path: Path, other_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # a core a rank
+    monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")  # or it uses NCCL, if torch was built for CUDA
+    with _fleet(start_server(model_path, tmp_path, "engine", arguments=("--tp-size", "2"))) as fleet:
+        fleet.sync(lambda: iter(other_model.named_parameters()), 7)
+        assert [rank for rank, _ in fleet._submit(_connected(fleet).checksums()).result()] == [0, 1]  # type: ignore[attr-defined]
+        _assert_by(other_model, fleet, 7)
 
 
 def test_weights_that_were_not_sent_are_noticed(fleet: Fleet, reference: PreTrainedModel) -> None:
