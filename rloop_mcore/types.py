@@ -54,6 +54,11 @@ class SampleRequest:
     seed: int
     partial: Completion | None = None  # go on from here: an aborted answer to the same request
 
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """The response ids there are already."""
+        return self.partial.response_ids if self.partial is not None else ()
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, RolloutConfig
@@ -208,8 +209,7 @@ def _check_sglang(rollout: RolloutConfig) -> None:
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
-    deterministic = config.run.deterministic
-    _check_lag(config, device == "cpu" if deterministic is None else deterministic)
+    _check_lag(config, platform.deterministic(config.run.deterministic, device))
     if actor.precision_aware_optimizer and not actor.distributed_optimizer:
         raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)

@@ -42,7 +42,7 @@ class MegatronActor(Conducted):
     def __init__(self, config: Config, bridge: WeightBridge) -> None:
         parallel.initialize(config.layout, config.run.seed, config.cluster.collective_timeout_s)
         super().__init__(config.cluster.collective_timeout_s)
-        if platform.deterministic(config.run.deterministic):
+        if platform.deterministic(config.run.deterministic, platform.device().type):
             platform.make_deterministic()
         self._config = config
         self._bridge = bridge

@@ -93,7 +93,6 @@ def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
     """An engine that serves the policy folder as it is: no actor, no weight sync."""
     servers = start_servers(config, policy, folder)
     model = ServedModel.of(validate.read_hf_config(policy), policy)
-    setting = config.run.deterministic
     with Fleet(
         servers,
         BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s),
@@ -101,7 +100,7 @@ def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
         bucket_mib=config.rollout.bucket_mib,
         start_timeout_s=config.rollout.start_timeout_s,
         request_timeout_s=config.rollout.request_timeout_s,
-        deterministic=platform.choose(config.cluster.device) == "cpu" if setting is None else setting,
+        deterministic=platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device)),
         max_running=config.rollout.max_running,
     ) as fleet:
         fleet.adopt_weights()

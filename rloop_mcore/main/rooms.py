@@ -38,7 +38,8 @@ from rloop_mcore.weights.digest import digest_of
 def conduct(config: Config, run: RunDirectory) -> None:
     """Rank 0: build the rooms and run Algorithm 1. The engines start while Megatron does."""
     servers = start_servers(config, Path(config.model.path), run.path)
-    with RewardPool(config.reward, platform.deterministic(config.run.deterministic)) as rewards:
+    deterministic = platform.deterministic(config.run.deterministic, platform.device().type)
+    with RewardPool(config.reward, deterministic) as rewards:
         bridge = HfBridge(Path(config.model.path), config.model.family)
         backend = weight_backend(config)
         channel = BroadcastChannel(backend, "weights", config.rollout.start_timeout_s, meeting_address(config))
@@ -52,7 +53,7 @@ def conduct(config: Config, run: RunDirectory) -> None:
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,
                 backend=backend,
-                deterministic=platform.deterministic(config.run.deterministic),
+                deterministic=deterministic,
                 max_running=config.rollout.max_running,
             ) as fleet,
         ):

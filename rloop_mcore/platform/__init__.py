@@ -86,9 +86,9 @@ def backend() -> str:
     return "nccl" if device().type == "cuda" else "gloo"
 
 
-def deterministic(setting: bool | None) -> bool:
-    """`run.deterministic`, where null means on if there is no GPU."""
-    return device().type == "cpu" if setting is None else setting
+def deterministic(setting: bool | None, device: str) -> bool:
+    """`run.deterministic` on `device`, cpu or cuda: null means on if there is no GPU."""
+    return device == "cpu" if setting is None else setting
 
 
 def make_deterministic() -> None:

@@ -142,14 +142,14 @@ class EngineClient:
         """
         self._check_ids(requests)
         body = {
-            "input_ids": [[*r.prompt_ids, *(r.partial.response_ids if r.partial else ())] for r in requests],
+            "input_ids": [[*r.prompt_ids, *r.drawn] for r in requests],
             "sampling_params": [
                 {
-                    "max_new_tokens": sampling.max_tokens - (len(r.partial.response_ids) if r.partial else 0),
+                    "max_new_tokens": sampling.max_tokens - len(r.drawn),
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
                     "stop": list(sampling.stop),
-                    "sampling_seed": (r.seed + (len(r.partial.response_ids) if r.partial else 0)) & (2**63 - 1),
+                    "sampling_seed": (r.seed + len(r.drawn)) & (2**63 - 1),
                 }
                 for r in requests
             ],
@@ -181,12 +181,10 @@ class EngineClient:
         """An id outside the vocabulary kills an SGLang server, so none is sent."""
         for prompt in {r.prompt_ids for r in requests}:
             if not prompt:
-                raise EngineError(f"{self.url}/generate: a prompt is empty", 400)
+                raise self._error("/generate", "a prompt is empty", 400)
             if min(prompt) < 0 or max(prompt) >= self.vocabulary:
                 wrong = next(i for i in prompt if not 0 <= i < self.vocabulary)
-                raise EngineError(
-                    f"{self.url}/generate: id {wrong} is outside the vocabulary of {self.vocabulary}", 400
-                )
+                raise self._error("/generate", f"id {wrong} is outside the vocabulary of {self.vocabulary}", 400)
 
     async def pause(self, mode: str) -> None:
         """mode: abort, retract (calls wait and forget their cache) or in_place."""

@@ -194,11 +194,9 @@ class Controller:
             engine.client.give_up(reason)
         self._spawn(self._recover(engine, reason))
 
-    async def check_health(self) -> list[Engine]:
-        """Ask every engine that should answer now; those that don't are lost, and returned."""
-        asked = self.in_state("waiting", "serving")
-        await asyncio.gather(*(self._ask_health(engine) for engine in asked))
-        return [engine for engine in asked if engine.state == "lost"]
+    async def check_health(self) -> None:
+        """Ask every engine that should answer now; those that don't are lost."""
+        await asyncio.gather(*(self._ask_health(engine) for engine in self.in_state("waiting", "serving")))
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -324,7 +322,7 @@ class Controller:
         tokens = len(completion.response_ids)
         if not (completion.finish_reason == "abort" or tokens) or tokens > sampling.max_tokens:
             raise EngineError(f"{url}: a sample has {tokens} tokens, 1..{sampling.max_tokens} were asked", engine=url)
-        if tokens == (len(request.partial.response_ids) if request.partial else 0):
+        if tokens == len(request.drawn):
             return  # aborted before its first token: no version sampled anything here
         version, newest = completion.weight_versions[-1][0], self._versions[1]
         if not oldest <= version <= newest:

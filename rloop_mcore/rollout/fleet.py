@@ -55,7 +55,6 @@ class Fleet:
         self.servers = list(servers)
         self.version: int | None = None
         self._shares = len(self.servers) if deterministic else 0
-        self._start_timeout_s = start_timeout_s
         self._export: Callable[[], NamedTensors] | None = None
         self._sync = WeightSync(channel, backend, start_timeout_s, bucket_mib * 2**20, model)
         self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up

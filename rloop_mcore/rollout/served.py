@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.rollout import checksums
+from rloop_mcore.rollout.checksums import KeptWeights
+from rloop_mcore.rollout.hashers import TileHasher, embedded_hasher, sglang_cpu_hasher
 
 EMBEDDED = "+rloop.embedded"  # how the version of the embedded engine ends
 _DTYPES = {
@@ -57,13 +58,13 @@ def kept_dtype(info: dict[str, Any], model: ServedModel, where: str) -> torch.dt
     return _DTYPES[named]
 
 
-def kept_weights(info: dict[str, Any], model: ServedModel) -> checksums.Engine:
+def kept_weights(info: dict[str, Any], model: ServedModel) -> KeptWeights:
     """Which checksums the engine will answer with."""
     if str(info.get("version")).endswith(EMBEDDED):
-        return checksums.Engine(checksums.embedded_hasher, fused=False)
+        return KeptWeights(embedded_hasher, fused=False)
     on_gpu = info.get("device") != "cpu"
-    return checksums.Engine(
-        checksums.TileHasher if on_gpu else checksums.sglang_cpu_hasher,
+    return KeptWeights(
+        TileHasher if on_gpu else sglang_cpu_hasher,
         fused=True,
         tp=int(info.get("tp_size") or 1),
         experts_split=int(info.get("ep_size") or 1) > 1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rloop_mcore.protocols import WeightChannel
-from rloop_mcore.rollout.checksums import Engine, ExpectedChecksums, difference
+from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
 from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
 from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
 from rloop_mcore.rollout.together import together
@@ -45,7 +45,7 @@ class WeightSync:
         self._members: list[EngineClient] = []  # of the group, in the order of their ranks
         self._closing = asyncio.Lock()
         self._sessions = False
-        self._kept: list[Engine] = []  # how each member keeps its weights
+        self._kept: list[KeptWeights] = []  # how each member keeps its weights
         self._dtype = torch.float32
 
     def run(
@@ -118,7 +118,7 @@ class WeightSync:
         if len(dtypes) > 1:
             raise EngineError(f"the engines differ in dtype ({', '.join(sorted(map(str, dtypes)))}): start them alike")
         self._dtype = dtypes.pop()
-        ranks = [engine_ranks(info) for info in infos]
+        ranks = [kept.tp for kept in self._kept]
         world_size = 1 + sum(ranks)
         address, port = self.channel.open(world_size)
         offsets = [1 + sum(ranks[:i]) for i in range(len(ranks))]
@@ -150,7 +150,7 @@ class WeightSync:
             _in_thread(lambda: self.channel.send([bucket.data])),
         )
 
-    async def _finish(self, version: int, expected: dict[Engine, ExpectedChecksums]) -> float:
+    async def _finish(self, version: int, expected: dict[KeptWeights, ExpectedChecksums]) -> float:
         """Returns the seconds the engines' checksums took."""
         if self._sessions:
             await _each(self._members, lambda c: c.end_update())
@@ -175,11 +175,6 @@ async def _agree(clients: Sequence[EngineClient]) -> bool:
     if len(set(answers)) > 1:
         raise EngineError("engines from before and after SGLang 0.5.21 cannot be synced together")
     return answers[0]
-
-
-def engine_ranks(info: dict[str, Any]) -> int:
-    """Ranks a server takes in a weight update group: its tensor parallel size."""
-    return int(info.get("tp_size") or 1)
 
 
 async def _begin(client: EngineClient) -> None:

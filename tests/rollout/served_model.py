@@ -22,7 +22,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+from rloop_mcore.protocols import WeightChannel
+from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import STUBS_VARIABLE, EmbeddedServer, SGLangServer
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.types import Completion, SampleRequest
 
 ROOT = Path(__file__).parents[2]
 REAL = os.environ.get("RLOOP_TEST_ENGINE") == "sglang"
@@ -30,6 +34,8 @@ SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
 CHARACTERS = "0123456789+-*=, QA:\nabcdefghijklmnopqrstuvw"
 VOCABULARY = 2 + len(CHARACTERS)  # <pad>, <eos>, then the characters
 EOS = 1
+TEMPERATURE = 0.9  # at which the fleets of the tests sample
+MODEL = ServedModel(VOCABULARY, query_heads=4, kv_heads=2)
 START_S = 600.0 if REAL else 120.0
 
 
@@ -163,6 +169,35 @@ def start_server(
             arguments=arguments,
         )
     return EmbeddedServer(model_path, run_dir, name, max_running=max_running, threads=1, dtype="float32", device="cpu")
+
+
+class Borrowed:
+    """A server that outlives the fleet of one test."""
+
+    def __init__(self, server: EmbeddedServer | SGLangServer) -> None:
+        self.ready, self.failure, self.restart = server.ready, server.failure, server.restart
+
+    def stop(self) -> None:
+        pass
+
+
+def make_fleet(servers: Sequence[Any], channel: WeightChannel | None = None, **options: Any) -> Fleet:
+    """options: those of `Fleet` that are to differ from the tests' usual ones."""
+    usual = {"model": MODEL, "bucket_mib": 1, "start_timeout_s": START_S, "request_timeout_s": 30.0}
+    return Fleet(servers, channel or Channel(), **usual | options)
+
+
+def assert_by(
+    model: PreTrainedModel, requests: Sequence[SampleRequest], answers: Sequence[Completion], version: int
+) -> None:
+    """Each request has one answer, drawn at TEMPERATURE by these weights alone (at most 30 or so are recomputed)."""
+    assert len(answers) == len(requests)
+    for request, completion in list(zip(requests, answers, strict=True))[:: max(1, len(requests) // 30)]:
+        ids = [*request.prompt_ids, *completion.response_ids]
+        expected = token_logprobs(model, ids, TEMPERATURE)[len(request.prompt_ids) - 1 :]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+    for completion in answers:
+        assert completion.weight_versions == ((version, len(completion.response_ids)),)
 
 
 def endpoint_of(server: EmbeddedServer | SGLangServer) -> Endpoint:

@@ -9,14 +9,8 @@ import pytest
 import torch
 from served_model import tile_checksum
 
-from rloop_mcore.rollout.checksums import (
-    Engine,
-    ExpectedChecksums,
-    TileHasher,
-    difference,
-    embedded_hasher,
-    sglang_cpu_hasher,
-)
+from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
+from rloop_mcore.rollout.hashers import TileHasher, embedded_hasher, sglang_cpu_hasher
 
 
 def _words(count: int) -> np.ndarray:
@@ -51,7 +45,7 @@ def _sha(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _expected(engine: Engine, tensors: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+def _expected(engine: KeptWeights, tensors: dict[str, torch.Tensor]) -> list[dict[str, str]]:
     checksums = ExpectedChecksums(engine)
     for name, tensor in tensors.items():
         checksums.add(name, tensor)
@@ -78,14 +72,14 @@ def _layer(heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
 
 
 def test_the_embedded_engine_keeps_what_it_is_sent() -> None:
-    (found,) = _expected(Engine(embedded_hasher, fused=False), _layer(4, 2))
+    (found,) = _expected(KeptWeights(embedded_hasher, fused=False), _layer(4, 2))
     assert found.keys() == _layer(4, 2).keys()
 
 
 def test_fused_tensors_are_in_the_order_of_the_stream() -> None:
     tensors = _layer(4, 2)
     q, qb, k, kb, v, vb, o, gate, up, down, norm = tensors.values()
-    (found,) = _expected(Engine(sglang_cpu_hasher, fused=True, query_heads=4, kv_heads=2), tensors)
+    (found,) = _expected(KeptWeights(sglang_cpu_hasher, fused=True, query_heads=4, kv_heads=2), tensors)
     place = "model.layers.0."
     assert found == {
         f"{place}self_attn.qkv_proj.weight": _sha(torch.cat([q, k, v])),
@@ -102,7 +96,7 @@ def test_four_ranks_share_a_layer(kv_heads: int, kv_parts: list[int]) -> None:
     """With fewer key and value heads than ranks, several ranks keep the same head."""
     tensors = _layer(4, kv_heads)
     q, _, k, _, v, _, o, gate, up, down, norm = tensors.values()
-    ranks = _expected(Engine(sglang_cpu_hasher, fused=True, tp=4, query_heads=4, kv_heads=kv_heads), tensors)
+    ranks = _expected(KeptWeights(sglang_cpu_hasher, fused=True, tp=4, query_heads=4, kv_heads=kv_heads), tensors)
     place = "model.layers.0."
     for rank, (found, kv) in enumerate(zip(ranks, kv_parts, strict=True)):
         rows = slice(4 * kv, 4 * kv + 4)
@@ -119,7 +113,7 @@ def test_four_ranks_share_a_layer(kv_heads: int, kv_parts: list[int]) -> None:
 def test_the_vocabulary_is_padded_with_zeros(tp: int) -> None:
     table = torch.randn(70, 8)
     padded = torch.cat([table, torch.zeros(58, 8)])
-    ranks = _expected(Engine(sglang_cpu_hasher, fused=True, tp=tp), {"model.embed_tokens.weight": table})
+    ranks = _expected(KeptWeights(sglang_cpu_hasher, fused=True, tp=tp), {"model.embed_tokens.weight": table})
     assert [r["model.embed_tokens.weight"] for r in ranks] == [_sha(part) for part in padded.chunk(tp)]
 
 
@@ -133,7 +127,7 @@ def test_the_experts_of_a_layer_are_two_tensors(split: bool) -> None:
         for expert in range(4)
         for kind, tensor in (("gate", gate), ("up", up), ("down", down))
     }
-    engine = Engine(sglang_cpu_hasher, fused=True, tp=2, experts_split=split, experts=4)
+    engine = KeptWeights(sglang_cpu_hasher, fused=True, tp=2, experts_split=split, experts=4)
     for rank, found in enumerate(_expected(engine, tensors)):
         experts = slice(2 * rank, 2 * rank + 2) if split else slice(None)
         width = slice(None) if split else slice(3 * rank, 3 * rank + 3)

@@ -31,19 +31,27 @@ from faulty_proxy import (
     succeed_without_doing,
     times,
 )
-from served_model import START_S, VOCABULARY, Endpoint, endpoint_of, make_model, start_server, token_logprobs
+from served_model import (
+    TEMPERATURE,
+    VOCABULARY,
+    Endpoint,
+    assert_by,
+    endpoint_of,
+    make_fleet,
+    make_model,
+    start_server,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer
-from rloop_mcore.rollout.served import ServedModel
-from rloop_mcore.types import Completion, SampleRequest, Sampling
+from rloop_mcore.types import SampleRequest, Sampling
 from rloop_mcore.weights.channel import BroadcastChannel
 
-SHORT = Sampling(max_tokens=12, temperature=0.9)
-LONG = Sampling(max_tokens=200, temperature=0.9)
+SHORT = Sampling(max_tokens=12, temperature=TEMPERATURE)
+LONG = Sampling(max_tokens=200, temperature=TEMPERATURE)
 PROBE = Probe(every_s=0.5, deadline_s=4.0)  # a busy machine may let a healthy engine wait for seconds
 BUCKET_S = 20.0
 HANG_S = 120.0  # far above what is expected: a restart on a busy machine takes half of it
@@ -58,13 +66,8 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def fleet_of(servers: Sequence[Any], name: str, **options: Any) -> Fleet:
-    fleet = Fleet(
-        servers,
-        BroadcastChannel("gloo", name, BUCKET_S),
-        model=ServedModel(VOCABULARY),
-        bucket_mib=1,
-        **{"start_timeout_s": START_S, "request_timeout_s": 60.0, "probe": PROBE} | options,
-    )
+    usual = {"request_timeout_s": 60.0, "probe": PROBE}
+    fleet = make_fleet(servers, BroadcastChannel("gloo", name, BUCKET_S), **usual | options)
     fleet._sync.buffers.bucket_bytes = 3000  # smaller than some tensors: many buckets
     return fleet
 
@@ -91,19 +94,6 @@ def requests_of(prompts: int, samples: int = 3) -> list[SampleRequest]:
     rng = np.random.default_rng(0)
     ids = [tuple(rng.integers(2, VOCABULARY, 4 + i % 5).tolist()) for i in range(prompts)]
     return [SampleRequest(p, seed=100 * i + j) for i, p in enumerate(ids) for j in range(samples)]
-
-
-def assert_by(
-    model: PreTrainedModel, requests: Sequence[SampleRequest], answers: Sequence[Completion], version: int
-) -> None:
-    """Each request has one answer, sampled by these weights and no others (at most 30 are recomputed)."""
-    assert len(answers) == len(requests)
-    for request, completion in list(zip(requests, answers, strict=True))[:: max(1, len(requests) // 30)]:
-        ids = [*request.prompt_ids, *completion.response_ids]
-        expected = token_logprobs(model, ids, 0.9)[len(request.prompt_ids) - 1 :]
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-    for completion in answers:
-        assert completion.weight_versions == ((version, len(completion.response_ids)),)
 
 
 def assert_all_serve(fleet: Fleet, model: PreTrainedModel, version: int) -> None:

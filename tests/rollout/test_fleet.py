@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from served_model import START_S, VOCABULARY, Channel, endpoint_of, start_server, token_logprobs
+from served_model import (
+    TEMPERATURE,
+    VOCABULARY,
+    Borrowed,
+    assert_by,
+    endpoint_of,
+    make_fleet,
+    start_server,
+    token_logprobs,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
-from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import Buffers
 from rloop_mcore.types import SampleRequest, Sampling
 
-SAMPLING = Sampling(max_tokens=12, temperature=0.9)
+SAMPLING = Sampling(max_tokens=12, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")
@@ -31,32 +39,10 @@ def servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         server.stop()
 
 
-class _Borrowed:
-    """A server that outlives the fleet of one test."""
-
-    def __init__(self, server: EmbeddedServer) -> None:
-        self.server = server
-        self.ready, self.failure, self.restart = server.ready, server.failure, server.restart
-
-    def stop(self) -> None:
-        pass
-
-
 @pytest.fixture
 def fleet(servers: list[EmbeddedServer]) -> Iterator[Fleet]:
-    with _fleet([_Borrowed(s) for s in servers]) as fleet:
+    with make_fleet([Borrowed(s) for s in servers]) as fleet:
         yield fleet
-
-
-def _fleet(servers: Sequence[object], request_timeout_s: float = 30.0) -> Fleet:
-    return Fleet(
-        servers,  # type: ignore[arg-type]
-        Channel(),
-        model=ServedModel(VOCABULARY),
-        bucket_mib=1,
-        start_timeout_s=START_S,
-        request_timeout_s=request_timeout_s,
-    )
 
 
 def _weights(model: PreTrainedModel) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
@@ -71,11 +57,7 @@ def _requests() -> list[SampleRequest]:
 
 def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
     requests = _requests()
-    for request, completion in zip(requests, fleet.generate(requests, SAMPLING), strict=True):
-        ids = [*request.prompt_ids, *completion.response_ids]
-        expected = token_logprobs(model, ids, SAMPLING.temperature)[len(request.prompt_ids) - 1 :]
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-        assert completion.weight_versions == ((version, len(completion.response_ids)),)
+    assert_by(model, requests, fleet.generate(requests, SAMPLING), version)
 
 
 def test_a_sync_changes_the_policy_and_stamps_it(
@@ -108,11 +90,11 @@ def test_dtypes_are_converted_and_aligned(fleet: Fleet, other_model: PreTrainedM
 def test_results_do_not_depend_on_the_number_of_engines(
     servers: list[EmbeddedServer], reference: PreTrainedModel
 ) -> None:
-    with _fleet([_Borrowed(s) for s in servers]) as two:
+    with make_fleet([Borrowed(s) for s in servers]) as two:
         two.sync(_weights(reference), 1)
         both = two.generate(_requests(), SAMPLING)
         assert two.generate(_requests(), SAMPLING) == both  # bit-identical
-    with _fleet([_Borrowed(servers[1])]) as one:
+    with make_fleet([Borrowed(servers[1])]) as one:
         one.sync(_weights(reference), 1)
         alone = one.generate(_requests(), SAMPLING)
     assert [c.response_ids for c in alone] == [c.response_ids for c in both]
@@ -123,12 +105,12 @@ def test_running_servers_are_adopted(
 ) -> None:
     endpoint = endpoint_of(servers[0])
     monkeypatch.setenv("RLOOP_ENGINE_KEY", str(endpoint.key))
-    with _fleet(running_servers([endpoint.url])) as fleet:
+    with make_fleet(running_servers([endpoint.url])) as fleet:
         fleet.sync(_weights(reference), 1)
         assert len(fleet.generate(_requests(), SAMPLING)) == 15
     assert endpoint.request("/health")[0] == 200  # not ours to stop
     monkeypatch.setenv("RLOOP_ENGINE_KEY", "wrong")
-    with _fleet(running_servers([endpoint.url])) as fleet, pytest.raises(EngineError, match="status 401"):
+    with make_fleet(running_servers([endpoint.url])) as fleet, pytest.raises(EngineError, match="status 401"):
         fleet.wait_ready()
 
 
@@ -218,7 +200,7 @@ def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_
     model_path: Path, tmp_path: Path, reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:
     own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
-    with _fleet(own, request_timeout_s=300.0) as fleet:
+    with make_fleet(own, request_timeout_s=300.0) as fleet:
         fleet.sync(_weights(other_model), 1)
         undisturbed = fleet.generate(_requests(), SAMPLING)
         own[1].process.kill()

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from served_model import START_S, VOCABULARY, start_server
+from served_model import START_S, make_fleet, start_server
 from transformers import PreTrainedModel
 
 from rloop_mcore.compose import load_config
@@ -23,9 +23,7 @@ from rloop_mcore.main.engines import meeting_address
 from rloop_mcore.platform.process_group import address_towards
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
-from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, _free_port, running_servers
-from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.types import SampleRequest, Sampling
 from rloop_mcore.weights.channel import BroadcastChannel
 
@@ -126,14 +124,7 @@ def test_an_engine_on_another_address_is_adopted_and_meets_the_trainer_there(
         overrides = ["run.dir=r", "model.path=m", "data.train=d", "rollout.engine=sglang"]
         address = meeting_address(load_config([*overrides, f"rollout.endpoints=['{url}']"]))
         assert address == own
-        with Fleet(
-            running_servers([url]),
-            BroadcastChannel("gloo", "weights", 30.0, address),
-            model=ServedModel(VOCABULARY),
-            bucket_mib=1,
-            start_timeout_s=START_S,
-            request_timeout_s=30.0,
-        ) as fleet:
+        with make_fleet(running_servers([url]), BroadcastChannel("gloo", "weights", 30.0, address)) as fleet:
             fleet.sync(lambda: iter(reference.named_parameters()), 1)
             (completion,) = fleet.generate([SampleRequest((5, 6), 0)], Sampling(max_tokens=4))
             assert completion.weight_versions == ((1, len(completion.response_ids)),)

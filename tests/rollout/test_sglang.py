@@ -15,64 +15,38 @@ import torch
 from served_model import (
     REAL,
     SGLANG_PYTHON,
-    START_S,
-    VOCABULARY,
+    TEMPERATURE,
+    Borrowed,
     Channel,
     Endpoint,
+    assert_by,
     endpoint_of,
+    make_fleet,
     start_server,
     tile_checksum,
-    token_logprobs,
 )
 from transformers import PreTrainedModel
 
-from rloop_mcore.rollout.checksums import TileHasher
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.hashers import TileHasher
 from rloop_mcore.rollout.launch import SGLangServer
-from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.types import SampleRequest, Sampling
 
 pytestmark = pytest.mark.skipif(not REAL, reason="make test-sglang runs it")
 
-MODEL = ServedModel(VOCABULARY, query_heads=4, kv_heads=2)
-SAMPLING = Sampling(max_tokens=24, temperature=0.9)
+SAMPLING = Sampling(max_tokens=24, temperature=TEMPERATURE)
 REQUESTS = [SampleRequest(tuple(range(2, 6 + i)), seed=10 * i + j) for i in range(4) for j in range(3)]
-
-
-class _Kept:
-    """A server that outlives the fleet of one test."""
-
-    def __init__(self, server: SGLangServer) -> None:
-        self.ready, self.failure, self.restart = server.ready, server.failure, server.restart
-
-    def stop(self) -> None:
-        pass
 
 
 @pytest.fixture
 def fleet(server: SGLangServer) -> Iterator[Fleet]:
-    with _fleet(_Kept(server)) as fleet:
+    with make_fleet([Borrowed(server)], request_timeout_s=120.0) as fleet:
         yield fleet
 
 
-def _fleet(server: object) -> Fleet:
-    return Fleet(
-        [server],  # type: ignore[list-item]
-        Channel(),
-        model=MODEL,
-        bucket_mib=1,
-        start_timeout_s=START_S,
-        request_timeout_s=120.0,
-    )
-
-
 def _assert_by(model: PreTrainedModel, fleet: Fleet, version: int) -> None:
-    for request, completion in zip(REQUESTS, fleet.generate(REQUESTS, SAMPLING), strict=True):
-        ids = [*request.prompt_ids, *completion.response_ids]
-        expected = token_logprobs(model, ids, SAMPLING.temperature)[len(request.prompt_ids) - 1 :]
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-        assert completion.weight_versions == ((version, len(completion.response_ids)),)
+    assert_by(model, REQUESTS, fleet.generate(REQUESTS, SAMPLING), version)
 
 
 def test_a_sync_is_verified_by_the_servers_own_checksums(
@@ -92,7 +66,8 @@ def test_each_rank_of_a_tensor_parallel_server_is_verified(
 ) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # a core a rank
     monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")  # or it uses NCCL, if torch was built for CUDA
-    with _fleet(start_server(model_path, tmp_path, "engine", arguments=("--tp-size", "2"))) as fleet:
+    split = start_server(model_path, tmp_path, "engine", arguments=("--tp-size", "2"))
+    with make_fleet([split], request_timeout_s=120.0) as fleet:
         fleet.sync(lambda: iter(other_model.named_parameters()), 7)
         assert [rank for rank, _ in fleet._submit(_connected(fleet).checksums()).result()] == [0, 1]  # type: ignore[attr-defined]
         _assert_by(other_model, fleet, 7)

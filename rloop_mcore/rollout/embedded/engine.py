@@ -18,11 +18,9 @@ import numpy as np
 import torch
 
 from rloop_mcore.rollout.embedded.attention import Decode, Entries
-from rloop_mcore.rollout.embedded.generation import RUNNING, STOP_STRING, Generation
+from rloop_mcore.rollout.embedded.generation import RUNNING, Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.sampling import draw, uniforms
-
-__all__ = ["STOP_STRING", "Engine", "Generation"]
 
 _REFILL = 1 / 16  # share of the places that must be free before waiting samples are read: many at once is cheaper
 _COMPACT = 0.9  # with nothing waiting, finished rows leave when this share or less still runs

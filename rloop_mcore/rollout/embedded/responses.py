@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rloop_mcore.rollout.embedded.engine import STOP_STRING, Generation
+from rloop_mcore.rollout.embedded.generation import STOP_STRING, Generation
 from rloop_mcore.rollout.embedded.params import GenerateRequest
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rloop_mcore.platform.process_group import join_group, leave_group
-from rloop_mcore.rollout.checksums import embedded_hasher
 from rloop_mcore.rollout.embedded.params import BadRequest
+from rloop_mcore.rollout.hashers import embedded_hasher
 
 Layout = list[tuple[tuple[int, ...], torch.dtype]]
 
