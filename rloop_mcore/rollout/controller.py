@@ -34,6 +34,7 @@ _RESTARTS = 3  # restarts in a row without a good answer before an engine is dea
 _POLL_S = 0.2
 _ABORT_AGAIN_S = 2.0  # an abort that overtakes its call is lost
 _FAULTS_OF_THE_REQUEST = (400, 401, 403, 404, 413, 422)
+_NOTHING = Completion((), (), "abort", ())  # of a request that no engine was asked
 
 
 class Server(Protocol):
@@ -68,6 +69,7 @@ class Engine:
     failures: int = 0
     restarts: int = 0
     heard: float = 0.0  # when it last answered
+    asked: bool = False  # for its health, now
 
 
 @dataclass(eq=False)
@@ -83,7 +85,7 @@ class _Call:
     @property
     def unfinished(self) -> list[Completion]:
         """The answer of a call that no engine was asked: what each request had already."""
-        return [r.partial or Completion((), (), "abort", ()) for r in self.requests]
+        return [r.partial or _NOTHING for r in self.requests]
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Controller:
         await together(*(self._reach(engine) for engine in self.engines))
         for engine in self.engines:
             engine.state = "waiting"
-            self._spawn(self._watch(engine))
+        self._spawn(self._watch())
 
     async def close(self) -> None:
         """End the background work and the connections; the servers are the caller's."""
@@ -164,21 +166,25 @@ class Controller:
         calls = [_Call([requests[i] for i in rows], f"{run}-{number}") for number, rows in enumerate(cut)]
         tasks = [asyncio.ensure_future(self._serve(call, sampling)) for call in calls]
         try:
-            for finished in islice(asyncio.as_completed(tasks), enough):
-                await finished
+            if enough is None:
+                await asyncio.gather(*tasks)
+            else:
+                for finished in islice(asyncio.as_completed(tasks), enough):
+                    await finished
             while rest := [(call, task) for call, task in zip(calls, tasks, strict=True) if not task.done()]:
                 await self._abort([call for call, _ in rest])
                 await asyncio.wait([task for _, task in rest], timeout=_ABORT_AGAIN_S)
             for task in tasks:
                 task.result()
         finally:
-            for task in tasks:
+            for task in (unfinished := [task for task in tasks if not task.done()]):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        completions: dict[int, Completion] = {}
+            await asyncio.gather(*unfinished, return_exceptions=True)
+        completions = [_NOTHING] * len(requests)
         for rows, call in zip(cut, calls, strict=True):
-            completions.update(zip(rows, call.answer or call.unfinished, strict=True))
-        return [completions[i] for i in range(len(requests))]
+            for row, completion in zip(rows, call.answer or call.unfinished, strict=True):
+                completions[row] = completion
+        return completions
 
     def lose(self, engine: Engine, reason: str) -> None:
         """Fence an engine: nothing is asked of it any more; its server is started anew."""
@@ -376,23 +382,27 @@ class Controller:
         self._on_waiting()
         self._dispatch()
 
-    async def _watch(self, engine: Engine) -> None:
-        """Ask an engine that has said nothing for a while for its health."""
+    async def _watch(self) -> None:
+        """Ask engines that have said nothing for a while for their health."""
         loop = asyncio.get_running_loop()
-        while engine.state != "dead":
+        while True:
             await asyncio.sleep(self._probe.every_s)
-            if engine.state in ("waiting", "serving") and loop.time() - engine.heard >= self._probe.every_s:
-                await self._ask_health(engine)
+            for engine in self.in_state("waiting", "serving"):
+                if not engine.asked and loop.time() - engine.heard >= self._probe.every_s:
+                    self._spawn(self._ask_health(engine))
 
     async def _ask_health(self, engine: Engine) -> None:
         client = engine.client
         assert client is not None
+        engine.asked = True
         try:
             await client.health(self._probe.deadline_s)
             engine.heard = asyncio.get_running_loop().time()
         except EngineError as error:
             if engine.client is client:
                 self.lose(engine, str(error))
+        finally:
+            engine.asked = False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

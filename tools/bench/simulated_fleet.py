@@ -103,7 +103,9 @@ class _Job:
 class _Batch:
     """What an engine decodes: all samples advance at one speed, which is the lower the more there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_per_s: float) -> None:
+        """tokens_per_s: of a sample alone."""
+        self.tokens_per_s = tokens_per_s
         self.decoded = 0.0  # tokens that a sample would have which had been there from the beginning
         self.busy_s = 0.0
         self.speed = 1.0  # 0: it stands still
@@ -142,7 +144,7 @@ class _Batch:
         self._arm()
 
     def _rate(self) -> float:
-        return self.speed * TOKENS_PER_S / (1 + (len(self._samples) - 1) / HALVED_BY)
+        return self.speed * self.tokens_per_s / (1 + (len(self._samples) - 1) / HALVED_BY)
 
     def _advance(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -176,12 +178,12 @@ class SimulatedServer:
     answers 500), or None.
     """
 
-    def __init__(self, number: int, restart_s: float) -> None:
+    def __init__(self, number: int, restart_s: float, tokens_per_s: float) -> None:
         self.number, self.url, self.restart_s = number, f"sim://{number}", restart_s
         self.version = -1
         self.fault: str | None = None
         self.comes_back = True
-        self.batch = _Batch()
+        self.batch = _Batch(tokens_per_s)
         self.client: SimulatedClient | None = None
         self._up_at = 0.0
 
@@ -299,10 +301,11 @@ class SimulatedFleet:
         restart_s: float = 180.0,
         catch_up_s: float = 10.0,
         timeout_s: float = 600.0,
+        tokens_per_s: float = TOKENS_PER_S,
         seed: int = 0,
     ) -> None:
         """failures_per_hour: of an engine; catch_up_s: until an engine that is back holds the weights."""
-        self.servers = [SimulatedServer(number, restart_s) for number in range(engines)]
+        self.servers = [SimulatedServer(number, restart_s, tokens_per_s) for number in range(engines)]
         self.version = 1
         self.sent: dict[str, list[tuple[float, int]]] = {}  # a call's name: when it was sent to which engine
         self.controller = Controller(
