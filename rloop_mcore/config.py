@@ -139,6 +139,7 @@ class RolloutConfig:
         default_factory=list
     )  # devices of the SGLang servers, tp each; []: from the trainer's first on
     server_args: list[str] = field(default_factory=list)  # further flags of SGLang's launch_server, as they stand
+    sleep: bool = False  # engines give up their memory (weights and cache) while the policy trains
     max_tokens: int = 2048
     temperature: float = 1.0
     top_p: float = 1.0

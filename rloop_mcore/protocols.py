@@ -45,6 +45,9 @@ class Actor(Protocol):
     def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
         """One SFT update: negative log-likelihood of the responses, weighted as `rft.loss` says. Returns metrics."""
 
+    def make_room(self) -> None:
+        """Give back the device memory that is kept for later: engines on the same devices need it now."""
+
     def export(self) -> NamedTensors:
         """Stream the full weights as (HF name, tensor), in the family's fixed order."""
 
@@ -100,6 +103,9 @@ class WeightChannel(Protocol):
 
 class Rollout(Protocol):
     """The engines, behind SGLang's HTTP contract."""
+
+    def sleep(self) -> None:
+        """Have the engines give up their memory until the next sync; nothing may be under way."""
 
     def sync(self, export: Callable[[], NamedTensors], version: int) -> dict[str, float]:
         """Bring every engine to the weights that `export` streams, stamped `version`. Returns metrics (seconds, bytes).

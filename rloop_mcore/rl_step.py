@@ -127,6 +127,9 @@ class RLStep:
         watch = Stopwatch(self.timeline, step)
         self.cache.append([trajectory for group in batch.sampled for trajectory in group.trajectories])
         lag = _lag(batch.kept, version)
+        if self.config.rollout.sleep:
+            with watch("sleep"):
+                self.rollout.sleep()
         metrics = self.update(iteration, step, batch.kept, watch, stale=lag["lag_max"] > 0)
         # What overlaps takes as long as the longer of the two.
         both = sum(batch.seconds.values()), sum(watch.seconds.values())

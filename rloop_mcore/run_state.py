@@ -74,6 +74,8 @@ class RunState:
     ) -> int:
         """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done."""
         self._synced = None
+        if self.config.rollout.sleep:
+            self.rollout.sleep()
         self.actor.begin(start.path, optimizer, steps * updates_per_step)
         commit = self.journal.last_commit(iteration, phase)
         if commit is None:
@@ -139,6 +141,8 @@ class RunState:
         version = self.version(iteration, step)
         if version == self._synced:
             return {}
+        if self.config.rollout.sleep:
+            self.actor.make_room()
         with self.timeline.span("trainer", "sync", version=version):
             metrics = self.rollout.sync(self.actor.export, version)
         self._synced = version

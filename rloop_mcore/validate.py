@@ -157,6 +157,10 @@ def _check_rollout(config: Config) -> None:
         _check_sglang(rollout)
     if config.rollout.engine == "embedded" and config.rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
+    if rollout.sleep and (rollout.endpoints or rollout.max_lag > 0):
+        key = "endpoints" if rollout.endpoints else "max_lag"
+        reason = "a server that others started" if rollout.endpoints else "an engine that generates meanwhile"
+        raise UserError(f"rollout.sleep=true with rollout.{key}: {reason} cannot sleep while the policy trains.")
     for endpoint in config.rollout.endpoints:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or parts.hostname is None:

@@ -130,6 +130,9 @@ class NumberRollout:
     def __init__(self) -> None:
         self.number = ""
 
+    def sleep(self) -> None:
+        self.number = ""
+
     def sync(self, export: Callable[[], Iterator[tuple[str, Any]]], version: int) -> dict[str, float]:
         self.number = next(export())[0]
         return {}

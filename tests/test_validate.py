@@ -57,6 +57,13 @@ def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[st
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["max_lag=1", "endpoints=[http://127.0.0.1:30000]"])
+def test_engines_that_cannot_sleep_are_refused_by_the_key_that_says_so(key: str) -> None:
+    overrides = ["rollout.engine=sglang", f"rollout.python={sys.executable}", "rollout.sleep=true", f"rollout.{key}"]
+    with pytest.raises(UserError, match=f"rollout.sleep=true with rollout.{key.partition('=')[0]}"):
+        check_values(load_config([*NEEDED, *overrides]))
+
+
 @pytest.mark.parametrize(
     ("endpoint", "word"),
     [

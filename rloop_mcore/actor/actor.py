@@ -73,6 +73,11 @@ class MegatronActor(Conducted):
             self._reference = Reference(self._chunks)
 
     @collective
+    def make_room(self) -> None:
+        """Give back the device memory that torch keeps for later: engines on the same devices need it now."""
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+    @collective
     def logprobs(self, batch: Sequence[Trajectory], of_reference: bool) -> list[tuple[float, ...]]:
         """log pi(response) [response] of each trajectory under the policy, or under the one `begin` took.
 

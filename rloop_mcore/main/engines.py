@@ -48,6 +48,8 @@ def start_servers(
     threads = config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // engines)
     dtype = "float32" if config.precision == "fp32" else "bfloat16"
     device = platform.choose(config.cluster.device)
+    if config.rollout.sleep and config.rollout.engine == "sglang" and device == "cpu":
+        raise UserError("rollout.sleep=true: SGLang can do that on a GPU only; set rollout.sleep=false here.")
 
     def start(number: int) -> EmbeddedServer | SGLangServer:
         name = f"engine-{number}" if engines > 1 else "engine"
@@ -78,6 +80,8 @@ def _sglang_arguments(config: Config, device: str, number: int) -> list[str]:
     arguments = ["--tp-size", str(rollout.tp), "--ep-size", str(rollout.ep)]
     if device == "cuda":
         arguments += ["--base-gpu-id", str(number * rollout.tp)]
+    if rollout.sleep and device == "cuda":
+        arguments += ["--enable-memory-saver"]
     if rollout.memory_fraction is not None:
         arguments += ["--mem-fraction-static", str(rollout.memory_fraction)]
     return [*arguments, *rollout.server_args]

@@ -66,6 +66,7 @@ class EngineClient:
         self._requests: set[asyncio.Task[bytes]] = set()
         self._given_up: str | None = None
         self._stamped: str | None = None  # the weight version that was set last
+        self._released: set[str] = set()  # what it has given up its memory of
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -88,6 +89,9 @@ class EngineClient:
 
     async def health(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """Raises EngineError unless the server lives. SGLang's /health waits for a token: 503 while it is paused."""
+        if self.asleep:  # and there is no memory for a token
+            await self.server_info(timeout_s)
+            return
         try:
             await self._call("GET", "/health", timeout_s=timeout_s)
         except EngineError as error:
@@ -114,9 +118,9 @@ class EngineClient:
     async def model_info(self) -> dict[str, Any]:
         return await self._json("GET", "/model_info")
 
-    async def server_info(self) -> dict[str, Any]:
+    async def server_info(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
-        info = await self._json("GET", "/server_info")
+        info = await self._json("GET", "/server_info", timeout_s=timeout_s)
         return {k: v for k, v in info.items() if k not in _SECRET} if isinstance(info, dict) else info
 
     async def weight_version(self) -> str:
@@ -198,6 +202,22 @@ class EngineClient:
 
     async def abort_all(self) -> None:
         await self._call("POST", "/abort_request", {"abort_all": True})
+
+    @property
+    def asleep(self) -> bool:
+        return bool(self._released)
+
+    async def sleep(self) -> None:
+        """Give up the memory of the weights and of the cache, contents and all. Nothing may be under way."""
+        await self.flush_cache()  # refused while something is; SGLang dies of a release then
+        self._released = {"kv_cache", "weights"}
+        await self._call("POST", "/release_memory_occupation", {"tags": sorted(self._released)})
+
+    async def wake(self, tag: str) -> None:
+        """Take memory for the `weights`, which have to be written anew, or the `kv_cache`; none where it has it."""
+        if tag in self._released:  # SGLang dies of a second time
+            await self._call("POST", "/resume_memory_occupation", {"tags": [tag]})
+            self._released.discard(tag)
 
     async def begin_update(self) -> None:
         await self._succeed("/begin_weight_update", {"selector": "all"})

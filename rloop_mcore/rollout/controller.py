@@ -151,6 +151,19 @@ class Controller:
         self._versions = (version if everyone else min(self._versions[0], version), version)
         self._dispatch()
 
+    async def sleep(self) -> None:
+        """Have the engines give up their memory; they wait for weights then. Nothing may be under way."""
+
+        async def put(engine: Engine, client: EngineClient) -> None:
+            engine.state = "waiting"
+            try:
+                await client.sleep()
+            except EngineError as error:
+                self.lose(engine, str(error))
+
+        awake = [(e, e.client) for e in self.in_state("waiting", "serving") if e.client and not e.client.asleep]
+        await asyncio.gather(*(put(engine, client) for engine, client in awake))
+
     async def generate(
         self, requests: Sequence[SampleRequest], sampling: Sampling, shares: int = 0, enough: int | None = None
     ) -> list[Completion]:

@@ -116,6 +116,13 @@ class Fleet:
             "engine_retries": float(counters.retries),
         }
 
+    def sleep(self) -> None:
+        """Have the engines give up their memory until the next sync. Nothing may be under way; an engine that fails is
+        left to its restart."""
+        if self._started:
+            self.version = None
+            self._submit(self._controller.sleep()).result()
+
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""
         self.wait_ready()

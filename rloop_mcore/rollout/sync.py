@@ -101,6 +101,7 @@ class WeightSync:
     async def _open(self, clients: list[EngineClient]) -> None:
         await _each(clients, lambda c: c.pause("retract"))
         await _each(clients, lambda c: c.flush_cache())
+        await _each(clients, lambda c: c.wake("weights"))
         if clients != self._members:
             await self._connect(clients)
         if self._sessions:
@@ -162,6 +163,7 @@ class WeightSync:
         seconds = time.monotonic() - begun
         await _each(self._members, lambda c: c.set_weight_version(str(version)))
         await _each(self._members, lambda c: _check_version(c, version))
+        await _each(self._members, lambda c: c.wake("kv_cache"))
         await _each(self._members, lambda c: c.resume())
         return seconds
 

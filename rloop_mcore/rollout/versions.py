@@ -20,6 +20,8 @@ ROUTES = (
     "/pause_generation",
     "/continue_generation",
     "/flush_cache",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weights_from_distributed",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 from served_model import VOCABULARY, Endpoint
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from rloop_mcore.rollout.embedded.params import BadRequest
+from rloop_mcore.rollout.embedded.weights import WeightReceiver
 
 PROMPT = [12, 13, 2, 5, 6, 7, 20]
 
@@ -57,3 +62,26 @@ def test_what_sglang_takes_or_dies_of_is_refused(endpoint: Endpoint, body: dict,
     assert status == 400, answer
     assert words in answer["error"]["message"]
     assert endpoint.generate([5], max_new_tokens=1)["output_ids"]
+
+
+def test_released_weights_take_no_memory_and_come_back_under_the_same_names() -> None:
+    """A mixture's experts are views of one parameter, which is a new one afterwards."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8, "vocab_size": 40}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2))
+    receiver = WeightReceiver(model, group_timeout_s=1.0)
+    shapes = {name: tensor.shape for name, tensor in receiver.tensors.items()}
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in shapes
+    receiver.release()
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
+    with pytest.raises(BadRequest, match="released already"):
+        receiver.release()
+    receiver.restore()
+    assert {name: tensor.shape for name, tensor in receiver.tensors.items()} == shapes
+    assert receiver.broken is not None
+    receiver.begin("all")
+    for name, shape in shapes.items():
+        receiver._write(name, torch.full(shape, 2.0))
+    receiver.end()
+    assert receiver.broken is None
+    assert all((p == 2.0).all() for p in model.parameters())

@@ -72,6 +72,35 @@ def test_a_sync_changes_the_policy_and_stamps_it(
     _assert_by(reference, fleet, 8)
 
 
+def test_engines_sleep_until_the_next_sync(
+    fleet: Fleet, servers: list[EmbeddedServer], other_model: PreTrainedModel
+) -> None:
+    fleet.sync(_weights(other_model), 1)
+    for version in (2, 3):
+        fleet.sleep()
+        fleet.sleep()
+        with pytest.raises(EngineError, match="sync before generating"):
+            fleet.generate(_requests(), SAMPLING)
+        status, answer = endpoint_of(servers[0]).request("/health_generate")
+        assert (status, "released" in str(answer)) == (503, True)
+        fleet.sync(_weights(other_model), version)
+        _assert_by(other_model, fleet, version)
+    assert fleet._controller.counters.lost == 0
+
+
+def test_an_engine_that_cannot_sleep_is_lost_and_the_sync_waits_for_it(
+    model_path: Path, tmp_path: Path, other_model: PreTrainedModel
+) -> None:
+    server = start_server(model_path, tmp_path, "engine", max_running=16)
+    with make_fleet([server]) as fleet:
+        fleet.sync(_weights(other_model), 1)
+        server.process.kill()
+        fleet.sleep()
+        fleet.sync(_weights(other_model), 2)
+        _assert_by(other_model, fleet, 2)
+        assert fleet._controller.counters.lost == 1
+
+
 def test_many_small_buckets_equal_one(fleet: Fleet, other_model: PreTrainedModel) -> None:
     fleet._sync.buffers.bucket_bytes = 3000  # smaller than some tensors
     assert fleet.sync(_weights(other_model), 3)["sync_buckets"] > 5

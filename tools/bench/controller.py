@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
-from common import arguments, at_most, report
 import simulated_fleet
+from common import arguments, at_most, report
 from simulated_fleet import SimulatedFleet, make_requests, run_virtually
 
 from rloop_mcore.rollout.client import EngineClient
@@ -57,7 +57,7 @@ def _steps(engines: int) -> list[list[list[SampleRequest]]]:
 async def _controlled(engines: int, limit: int) -> Run:
     run, loop = Run(), asyncio.get_running_loop()
     steps = [[request for group in step for request in group] for step in _steps(engines)]
-    options = dict(limit=limit, failures_per_hour=FAILURES_PER_HOUR, tokens_per_s=TOKENS_PER_S)
+    options = {"limit": limit, "failures_per_hour": FAILURES_PER_HOUR, "tokens_per_s": TOKENS_PER_S}
     async with SimulatedFleet(engines, **options) as fleet:
         gc.collect()
         began, cpu = loop.time(), time.process_time()

@@ -60,6 +60,8 @@ class Server:
             self.pause_generation,
             self.continue_generation,
             self.flush_cache,
+            self.release_memory_occupation,
+            self.resume_memory_occupation,
             self.begin_weight_update,
             self.end_weight_update,
             self.init_weights_update_group,
@@ -229,6 +231,20 @@ class Server:
             raise BadRequest("cannot flush: there are running requests; pause with mode abort or retract first")
         return web.Response(text="Cache flushed.\n")
 
+    async def release_memory_occupation(self, request: web.Request) -> web.Response:
+        """The memory of the weights; the cache's is the calls', and there may be none."""
+        tags = _tags(await _body(request))
+        if self.calls:
+            raise BadRequest("the memory cannot be released: there are requests under way")
+        if "weights" in tags:
+            await self._on_worker(self.weights.release)
+        return web.Response()
+
+    async def resume_memory_occupation(self, request: web.Request) -> web.Response:
+        if "weights" in _tags(await _body(request)):
+            await self._on_worker(self.weights.restore)
+        return web.Response()
+
     # -- weights --------------------------------------------------------------------------------------------------
 
     async def begin_weight_update(self, request: web.Request) -> web.Response:
@@ -305,6 +321,15 @@ async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse
     except Exception as error:
         log.exception("%s failed", request.path)
         return _failed(f"{type(error).__name__}: {error}", 500)
+
+
+def _tags(body: dict[str, Any]) -> set[str]:
+    """Which memory is meant: all that there is where none is named."""
+    known = {"weights", "kv_cache", "cuda_graph"}
+    tags = set(body.get("tags") or known)
+    if not tags <= known:
+        raise BadRequest(f"tags {sorted(tags - known)} are not known: there are {', '.join(sorted(known))}")
+    return tags
 
 
 def _failed(message: str, status: int) -> web.Response:

@@ -30,12 +30,14 @@ class WeightReceiver:
 
     def __init__(self, model: torch.nn.Module, group_timeout_s: float) -> None:
         self.timeout_s = group_timeout_s
+        self.model = model
         # named_parameters() names a tied tensor once; its other names are accepted for it too.
         self.tensors = dict(_checkpoint_tensors(model.named_parameters()))
         self.names = {name: name for name in self.tensors}
         by_storage = {t.data_ptr(): name for name, t in self.tensors.items()}
         for name, tensor in _checkpoint_tensors(model.named_parameters(remove_duplicate=False)):
             self.names[name] = by_storage[tensor.data_ptr()]
+        self._released: dict[str, torch.Size] | None = None  # shapes of the parameters, which have no memory
         self._buffer = torch.empty(0, dtype=torch.uint8)  # of the last bucket: fresh memory is slow on its first use
         self.broken: str | None = None
         self.missing: set[str] | None = None  # None: no session is open
@@ -113,6 +115,27 @@ class WeightReceiver:
             self.broken = None
         finally:
             self.missing = before
+
+    def release(self) -> None:
+        """Give up the memory of the parameters and their values."""
+        if self._released is not None:
+            raise BadRequest("the weights are released already")
+        self._released = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self.tensors.clear()  # views of some of them
+        self._checksums.clear()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.broken = "the weights were released"
+
+    def restore(self) -> None:
+        """Take memory for the parameters again; they stay `broken` until a session has written them all."""
+        if self._released is None:
+            raise BadRequest("the weights were not released")
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.new_empty(self._released[name])
+        self.tensors.update(_checkpoint_tensors(self.model.named_parameters()))
+        self._released = None
 
     def checksums(self) -> dict[str, str]:
         """XXH3 of every tensor's bytes, by HF name, as read back after it was last written."""
