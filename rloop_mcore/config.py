@@ -21,7 +21,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING  # HF folder: config.json, safetensors, tokenizer files
-    family: str = "auto"  # auto: from config.json; otherwise qwen2, qwen3, qwen3_moe or llama
+    family: str = "auto"  # auto: from config.json; otherwise qwen2, qwen3, qwen3_moe, llama or mistral
 
 
 @dataclass

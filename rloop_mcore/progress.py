@@ -18,6 +18,7 @@ _FIGURES = {
     "response_length": "length {:.0f}",
     "entropy": "entropy {:.2f}",
     "tokens_per_s": "{:,.0f} tokens/s",
+    "mb_per_s": "{:,.0f} MB/s",
 }
 
 

@@ -62,6 +62,26 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
 
+    convert = commands.add_parser(
+        "convert",
+        help="a Hugging Face folder to a Megatron checkpoint, or back",
+        description="Convert a Hugging Face folder to a Megatron checkpoint (torch_dist) that any layout loads, or a "
+        "checkpoint to a folder. Needs no GPU. Ends by mapping every tensor back from the disk and comparing.",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST", help="appears when it is complete and verified")
+    convert.add_argument("--to", choices=("mcore", "hf"), help="default: the other one than SRC is")
+    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: each tensor's own")
+    for option, what in (("tp", "tensor parallel"), ("pp", "pipeline"), ("ep", "expert parallel")):
+        convert.add_argument(
+            f"--{option}", type=int, default=1, metavar="N", help=f"files for N {what} ranks (to mcore)"
+        )
+    convert.add_argument("--config", type=Path, metavar="FOLDER", help="config and tokenizer files (to hf)")
+    convert.add_argument("--family", default="auto", help="default: the one config.json names")
+    convert.add_argument("--trust", action="store_true", help="take a checkpoint that rloop did not write (to hf)")
+    convert.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core, at most 8")
+    convert.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+
     status = commands.add_parser(
         "status", help="where a run stands", description="Where a run stands: state, phase, step, cache, last metrics."
     )
@@ -100,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.evaluate import evaluate
 
             return evaluate(options)
+        if options.command == "convert":
+            from rloop_mcore.main.convert import convert
+
+            return convert(options)
         if options.command == "report":
             from rloop_mcore.main.report import report
 

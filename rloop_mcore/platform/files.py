@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_ABANDONED_S = 60.0
 
 
 def fsync_path(path: Path) -> None:
@@ -46,6 +49,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what a killed process left of an unfinished `path`: nothing has changed in it for a minute."""
+    for temporary in path.parent.glob(f".tmp-*-{path.name}"):
+        found = [temporary, *temporary.rglob("*")]
+        if max(entry.stat().st_mtime for entry in found) < time.time() - _ABANDONED_S:
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -12,13 +12,10 @@ from megatron.core import parallel_state
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.precision import assign
 from rloop_mcore.types import Policy
-from rloop_mcore.weights import llama, qwen2, qwen3, qwen3_moe
-from rloop_mcore.weights.family import Family, HfConfig, canonical_name
+from rloop_mcore.weights.families import choose_family
+from rloop_mcore.weights.family import HfConfig, canonical_name
 from rloop_mcore.weights.gather import gather, shard_number
 from rloop_mcore.weights.hf_folder import TensorReader, write_folder
-
-FAMILIES = (qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, llama.FAMILY)
-_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama files carry
 
 
 def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -35,10 +32,11 @@ class HfBridge:
     def __init__(self, folder: Path, family: str = "auto") -> None:
         self.folder = folder
         config = HfConfig.read(folder)
-        self._family = _choose_family(config, family)
+        self._family = choose_family(config, family)
         self._architecture = self._family.architecture(config)
         self._parameters = self._family.parameters(config)
-        self._shapes = {s.name: s.shape for p in self._parameters if not p.copy for s in p.sources}
+        self._exported = self._family.exported(config)
+        self._shapes, self._ignored = self._family.shapes(config), self._family.ignored(config)
 
     def architecture(self) -> dict[str, Any]:
         """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
@@ -53,14 +51,13 @@ class HfBridge:
         if self._family.architecture(HfConfig.read(path)) != self._architecture:
             raise UserError(f"{path}/config.json describes another model than {self.folder}/config.json.")
         reader = TensorReader(path)
-        tied = self._architecture["gpt"]["share_embeddings_and_output_weights"]
-        reader.check(self._shapes, ignored=(*_IGNORED, *(["lm_head.weight"] if tied else [])))
+        reader.check(self._shapes, self._ignored)
         held = _named_parameters(chunks)
         known = {parameter.name: parameter for parameter in self._parameters}
         for name, tensor in held.items():
             if name not in known:
                 raise RuntimeError(f"family {self._family.name} does not describe Megatron parameter {name}")
-            shard = known[name].shard(reader.tensor, tensor.shape, *shard_number(known[name]))
+            shard = known[name].shard(reader.tensor, *shard_number(known[name]))
             if shard.shape != tensor.shape:
                 raise RuntimeError(f"{name}: read {tuple(shard.shape)} for a shard of {tuple(tensor.shape)}")
             assign(tensor, shard)
@@ -75,37 +72,12 @@ class HfBridge:
         has to be whole on the lowest rank that holds the parameter. The gradient of tied embeddings is the first
         stage's, to which Megatron's finalize_model_grads has added the last one's.
         """
-        exported = [parameter for parameter in self._parameters if not parameter.copy]
-        for parameter, shards in gather(exported, _named_parameters(chunks), of):
+        for parameter, shards in gather(self._exported, _named_parameters(chunks), of):
             yield from zip((source.name for source in parameter.sources), parameter.merge(shards), strict=True)
 
     def save(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""
-        return write_folder(path, self._whole(tensors), self.folder)
-
-    def _whole(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass the tensors through; raise at the end unless they were the whole model."""
-        seen = {}
-        for name, tensor in tensors:
-            seen[name] = tuple(tensor.shape)
-            yield name, tensor
-        if seen != self._shapes:
-            wrong = sorted(name for name, _ in seen.items() ^ self._shapes.items())
-            raise RuntimeError(f"not the tensors of {self.folder}: {', '.join(wrong[:5])} missing or of another shape")
-
-
-def _choose_family(config: HfConfig, family: str) -> Family:
-    if family != "auto":
-        named = {candidate.name: candidate for candidate in FAMILIES}
-        if family not in named:
-            raise UserError(f"model.family is {family!r}; it is one of auto, {', '.join(sorted(named))}.")
-        return named[family]
-    architectures = config["architectures"]
-    for candidate in FAMILIES:
-        if architectures == [candidate.hf_architecture]:
-            return candidate
-    supported = ", ".join(candidate.hf_architecture for candidate in FAMILIES)
-    raise UserError(f"{config.file}: architectures is {architectures}; supported are {supported}.")
+        return write_folder(path, self._shapes, tensors, self.folder)
 
 
 def _named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

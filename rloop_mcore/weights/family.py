@@ -36,6 +36,18 @@ class HfTensor:
     shape: tuple[int, ...]
 
 
+_ALL = (slice(None),)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block that an HF tensor and a shard of a Megatron parameter have in common: where it is in either."""
+
+    source: int  # of the parameter's `sources`
+    in_source: tuple[slice, ...]
+    in_shard: tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One Megatron parameter and the HF tensors it is made of.
@@ -53,42 +65,69 @@ class Parameter:
     copy: bool = False
     expert: bool = False
 
-    def shard(self, read: Callable[[str], Any], shape: torch.Size, rank: int, ranks: int) -> torch.Tensor:
-        """This rank's shard, of `shape`. `read` gives an HF tensor by name; only the slices needed are taken."""
-        sources = [read(source.name) for source in self.sources]
-        if self.split is Split.REPLICATED:
-            return sources[0][:]
+    def shape(self, ranks: int) -> tuple[int, ...]:
+        """Of each of the `ranks` shards."""
+        first = self.sources[0].shape
         if self.split is Split.INPUT:
-            return sources[0][:, rank * shape[1] : (rank + 1) * shape[1]]
-        first, last = rank * shape[0], (rank + 1) * shape[0]
-        if self.split is Split.VOCABULARY:
-            rows = self.sources[0].shape[0]
-            part = sources[0][min(first, rows) : min(last, rows)]
-            return torch.cat([part, part.new_zeros(shape[0] - len(part), *shape[1:])])
-        groups = self.groups or ranks
-        group_rows = shape[0] * ranks // groups
-        begin, end = first // group_rows, -(-last // group_rows)  # the groups this shard touches
-        fused = torch.cat([self._group(sources, g, groups) for g in range(begin, end)])
-        return fused[first - begin * group_rows : last - begin * group_rows]
+            return (first[0], first[1] // ranks)
+        rows = sum(source.shape[0] for source in self.sources)
+        divisor = 1 if self.split is Split.REPLICATED else ranks
+        return (-(-rows // divisor), *first[1:])  # the vocabulary's is padded, the others divide
+
+    def pieces(self, rank: int, ranks: int) -> list[Piece]:
+        """What shard `rank` of `ranks` has of the sources; rows of a vocabulary's padding are in none."""
+        if self.split is Split.REPLICATED:
+            return [Piece(0, _ALL, _ALL)]
+        if self.split is Split.INPUT:
+            columns = self.shape(ranks)[1]
+            return [Piece(0, (slice(None), slice(rank * columns, (rank + 1) * columns)), _ALL)]
+        rows = self.shape(ranks)[0]
+        first, last = rank * rows, (rank + 1) * rows
+        groups = 1 if self.split is Split.VOCABULARY else self.groups or ranks
+        sizes = [source.shape[0] // groups for source in self.sources]
+        found = []
+        for group in range(first // sum(sizes), min(-(-last // sum(sizes)), groups)):
+            begin = group * sum(sizes)  # of this group's part of the source, in the fused rows of all shards
+            for source, size in enumerate(sizes):
+                low, high = max(begin, first), min(begin + size, last)
+                if low < high:
+                    in_source = slice(group * size + low - begin, group * size + high - begin)
+                    found.append(Piece(source, (in_source,), (slice(low - first, high - first),)))
+                begin += size
+        return found
+
+    def shard(
+        self, read: Callable[[str], Any], rank: int, ranks: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Shard `rank` of `ranks`, in `dtype` (None: the sources').
+
+        `read` gives an HF tensor by name; only the slices needed are taken.
+        """
+        pieces = self.pieces(rank, ranks)
+        parts = [_part(read(self.sources[piece.source].name), piece.in_source) for piece in pieces]
+        if len(parts) == 1 and parts[0].shape == self.shape(ranks):
+            return parts[0].to(dtype or parts[0].dtype)
+        make = torch.zeros if self.split is Split.VOCABULARY else torch.empty
+        shard = make(self.shape(ranks), dtype=dtype or read(self.sources[0].name)[:0].dtype)
+        for piece, part in zip(pieces, parts, strict=True):
+            shard[piece.in_shard] = part
+        return shard
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The full HF tensors, in the order of `sources`, from the shards of all tensor-parallel ranks."""
-        if self.split is Split.REPLICATED:
-            return [shards[0]]
-        if self.split is Split.INPUT:
-            return [torch.cat(tuple(shards), dim=1)]
-        if self.split is Split.VOCABULARY:
-            return [torch.cat(tuple(shards))[: self.sources[0].shape[0]]]
-        groups = self.groups or len(shards)
-        if groups % len(shards):  # a group is spread over several shards
-            shards = [torch.cat(tuple(shards))]
-        rows = [source.shape[0] // groups for source in self.sources]
-        parts = [shard.unflatten(0, (groups // len(shards), -1)).split(rows, dim=1) for shard in shards]
-        return [torch.cat(of_source).flatten(0, 1) for of_source in zip(*parts, strict=True)]
+        pieces = [(piece, shard) for rank, shard in enumerate(shards) for piece in self.pieces(rank, len(shards))]
+        if len(pieces) == len(self.sources):  # each is one block of one shard
+            return [_part(shard, piece.in_shard) for piece, shard in pieces]
+        tensors = [shards[0].new_empty(source.shape) for source in self.sources]
+        for piece, shard in pieces:
+            tensors[piece.source][piece.in_source] = _part(shard, piece.in_shard)
+        return tensors
 
-    def _group(self, sources: Sequence[Any], group: int, groups: int) -> torch.Tensor:
-        rows = [source.shape[0] // groups for source in self.sources]
-        return torch.cat([source[group * n : (group + 1) * n] for source, n in zip(sources, rows, strict=True)])
+
+def _part(tensor: Any, block: tuple[slice, ...]) -> torch.Tensor:
+    """The block of a tensor, or of one that is read when it is sliced."""
+    part: torch.Tensor = tensor[block if len(block) > 1 else block[0]]
+    return part
 
 
 @dataclass(frozen=True)
@@ -137,6 +176,43 @@ class Family:
     hf_architecture: str  # config.json's `architectures`
     architecture: Callable[[HfConfig], dict[str, Any]]
     parameters: Callable[[HfConfig], list[Parameter]]
+
+    def exported(self, config: HfConfig) -> list[Parameter]:
+        """The parameters that an HF folder is made of, in order: all but copies."""
+        return [parameter for parameter in self.parameters(config) if not parameter.copy]
+
+    def shapes(self, config: HfConfig) -> dict[str, tuple[int, ...]]:
+        """The HF tensors that the model is made of."""
+        return {source.name: source.shape for parameter in self.exported(config) for source in parameter.sources}
+
+    def ignored(self, config: HfConfig) -> tuple[str, ...]:
+        """What names of tensors end with that a folder may hold beside them."""
+        tied = ("lm_head.weight",) if config.get("tie_word_embeddings", False) else ()
+        return ("rotary_emb.inv_freq", *tied)  # the first is a buffer that old Llama files carry
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is in a Megatron checkpoint: layers, and a layer's experts, are stacked in one tensor a key."""
+
+    keys: tuple[str, ...]  # where Transformer Engine's modules look for it, then where Megatron's local ones do too
+    stack: tuple[int, ...]  # sizes of the dimensions before the parameter's own
+    index: tuple[int, ...]  # its own in these
+
+
+def place(parameter: Parameter, layers: int, experts: int) -> Place:
+    """The place of a parameter of a model with so many layers, and experts a layer (0: dense)."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter.name)
+    if found is None:
+        return Place((parameter.name,), (), ())
+    layer, name = int(found[1]), found[2]
+    expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", name)
+    if expert is not None:
+        key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
+        return Place((key,), (layers, experts), (layer, int(expert[1])))
+    own = {norm: fused for fused, norm in _FUSED_NORMS.items()}.get(name, name)
+    names = [name, own] if experts and name.startswith("pre_mlp_layernorm") else [own]
+    return Place(tuple(f"decoder.layers.{alternative}" for alternative in names), (layers,), (layer,))
 
 
 _FUSED_NORMS = {

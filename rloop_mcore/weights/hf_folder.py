@@ -1,17 +1,19 @@
-"""Hugging Face folders: read tensors lazily, slice by slice; write a folder that transformers and SGLang open."""
+"""Hugging Face folders: read tensors slice by slice; write a folder that transformers, SGLang and vLLM open."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import atomic_path
@@ -19,9 +21,9 @@ from rloop_mcore.types import Policy
 from rloop_mcore.weights.digest import combine
 from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue, read_json
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_COPIED = (
-    "generation_config.json",
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SHARD_BYTES = 4 << 30
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -31,15 +33,18 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
 )
+CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a folder in order: dtype and shape
 
 
 class TensorReader:
-    """The tensors of an HF folder, read lazily and slice by slice."""
+    """The tensors of an HF folder, mapped into memory: what is not touched is not read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries = catalogue(folder)
-        self._open_files: dict[Path, Any] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
         """Raise UserError unless exactly the tensors `expected` (name -> shape) are here, as floating-point numbers.
@@ -54,81 +59,153 @@ class TensorReader:
                 raise UserError(
                     f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json calls for {list(shape)}."
                 )
-            if entry.dtype not in _DTYPES.values():
+            if entry.dtype not in DTYPES.values():
                 raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}; it has to be F32, BF16 or F16.")
         suffixes = tuple(ignored)
         for name in sorted(self.entries.keys() - expected.keys()):
             if not name.endswith(suffixes):
                 raise UserError(f"{self.entries[name].file} holds tensor {name}, which this family does not know.")
 
-    def tensor(self, name: str) -> Any:
-        """A tensor to slice; a slice is read from the file when it is taken."""
-        file = self.entries[name].file
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
-        return self._open_files[file].get_slice(name)
+    def dtype(self, name: str) -> torch.dtype:
+        return next(dtype for dtype, word in DTYPES.items() if word == self.entries[name].dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor over the file's bytes, in a storage of its own. Writing to it does not change the file."""
+        entry = self.entries[name]
+        if entry.file not in self._maps:
+            with entry.file.open("rb") as file:
+                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype = self.dtype(name)
+        if not prod(entry.shape):
+            return torch.empty(entry.shape, dtype=dtype)
+        flat = torch.frombuffer(self._maps[entry.file], dtype=dtype, count=prod(entry.shape), offset=entry.begin)
+        return flat.view(entry.shape)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in host memory, row-major."""
+    return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+
+
+class TensorWriter:
+    """The safetensors of an HF folder, laid out from a plan and filled in any order, by several threads if need be."""
+
+    def __init__(self, folder: Path, plan: Plan, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the headers, and the index where there are several files of at most `shard_bytes` (or one tensor)."""
+        self.plan = plan
+        self.files = files_of(plan, shard_bytes)
+        self._missing = set(plan)
+        self._places: dict[str, tuple[int, int]] = {}  # file descriptor and offset
+        self._descriptors: list[int] = []
+        for file_name, names in self.files.items():
+            fd = os.open(folder / file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._descriptors.append(fd)
+            header, offsets = _header(plan, names)
+            os.write(fd, header)
+            self._places |= {name: (fd, len(header) + offset) for name, offset in offsets.items()}
+        if len(self.files) > 1:
+            sizes = [prod(shape) * dtype.itemsize for dtype, shape in plan.values()]
+            weight_map = {name: file_name for file_name, names in self.files.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor to its place. Raises ValueError unless it is the plan's, and has not been written before."""
+        if self.plan.get(name) != (tensor.dtype, tuple(tensor.shape)) or name not in self._missing:
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not in the plan, or the name came twice")
+        self._missing.discard(name)
+        fd, offset = self._places[name]
+        data = bytes_of(tensor)
+        while data:  # one call writes 2 GiB at most
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+
+    def close(self) -> None:
+        """Make it durable. Raises ValueError where a tensor was not written."""
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
+        for fd in self._descriptors:
+            os.fsync(fd)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if error[0] is None:
+                self.close()
+        finally:
+            for fd in self._descriptors:
+                os.close(fd)
 
 
 def write_folder(
-    path: Path, tensors: Iterable[tuple[str, torch.Tensor]], source: Path, shard_bytes: int = 4 << 30
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source: Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Policy:
     """Write an HF folder atomically: the tensors as they stream by, config and tokenizer files copied from `source`.
 
-    At most `shard_bytes` of tensors (or one tensor) are held in memory and go to a file. The same tensors give the
-    same bytes. All tensors have one dtype, which becomes config.json's.
+    `shapes` are those of the tensors; all have one dtype. The same tensors give the same bytes. Raises ValueError
+    unless exactly these tensors come.
+    """
+    stream = iter(tensors)
+    first = next(stream)
+    dtype = first[1].dtype
+    written: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    plan = {name: (dtype, shape) for name, shape in shapes.items()}
+    with new_folder(path, source, {dtype}) as folder, TensorWriter(folder, plan, shard_bytes) as writer:
+        for name, tensor in chain([first], stream):
+            writer.write(name, tensor)
+            written[name] = (DTYPES[dtype], tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
+    return Policy(path, combine(written))
+
+
+@contextmanager
+def new_folder(path: Path, source: Path, dtypes: set[torch.dtype]) -> Iterator[Path]:
+    """A folder with the config and tokenizer files of `source`, which becomes `path` when it is complete.
+
+    dtypes: of the tensors; where it is one, it is config.json's too.
     """
     with atomic_path(path) as folder:
         folder.mkdir()
-        writer = _ShardWriter(folder, shard_bytes)
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.finish()
-        for name in _COPIED:
+        for name in CONFIG_FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
         config = read_json(source / "config.json")
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(writer.dtype).removeprefix("torch.")
+        if len(dtypes) == 1:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(*dtypes).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return Policy(path, combine(writer.written))
+        yield folder
 
 
-class _ShardWriter:
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.written: dict[str, tuple[str, tuple[int, ...], str]] = {}
-        self.dtype: torch.dtype | None = None
-        self._shard: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+def files_of(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """The names of the files, and of the tensors in each."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in plan.items():
+        of_tensor = prod(shape) * dtype.itemsize
+        if files[-1] and size + of_tensor > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += of_tensor
+    if len(files) == 1:
+        return {SINGLE_FILE: files[0]}
+    count = len(files)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(files)}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.detach().to("cpu", copy=True).contiguous()  # a copy: parameters may share one DDP buffer
-        self.dtype = self.dtype or tensor.dtype
-        if tensor.dtype != self.dtype or name in self.written:
-            raise ValueError(f"{name}: {tensor.dtype} after {self.dtype}, or the name came twice")
-        if self._shard and sum(t.nbytes for t in self._shard.values()) + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        sha256 = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()
-        self.written[name] = (_DTYPES[tensor.dtype], tuple(tensor.shape), sha256)
-        self._shard[name] = tensor
-        self._total_bytes += tensor.nbytes
 
-    def _flush(self) -> None:
-        save_file(self._shard, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._shard))
-        self._shard = {}
-
-    def finish(self) -> None:
-        """Write what is left and give the shards their names, which say how many there are."""
-        self._flush()
-        if len(self._shards) == 1:
-            (self.folder / "shard-0").rename(self.folder / SINGLE_FILE)
-            return
-        weight_map = {}
-        for i, names in enumerate(self._shards):
-            file_name = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _header(plan: Plan, names: Iterable[str]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where each tensor begins after it. Wide types first: each is aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name in sorted(names, key=lambda name: -plan[name][0].itemsize):
+        dtype, shape = plan[name]
+        offsets[name], end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets

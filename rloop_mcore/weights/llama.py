@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rloop_mcore.weights import decoder
-from rloop_mcore.weights.family import Family, HfConfig, Parameter
+from rloop_mcore.weights.family import Family, HfConfig
 
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
@@ -13,8 +13,4 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
     return decoder.architecture(config)
 
 
-def _parameters(config: HfConfig) -> list[Parameter]:
-    return decoder.parameters(config)
-
-
-FAMILY = Family("llama", "LlamaForCausalLM", _architecture, _parameters)
+FAMILY = Family("llama", "LlamaForCausalLM", _architecture, decoder.parameters)

@@ -56,6 +56,7 @@ def main(folder: Path) -> None:
 @torch.no_grad()
 def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
     """Save the case's model as `out`; returns the largest difference of the logits (none over split sequences)."""
+    import mcore_checkpoint
     from megatron_model import build_chunks, logits_of
 
     from rloop_mcore.weights.bridge import HfBridge
@@ -78,6 +79,15 @@ def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
     if dist.get_rank() == 0:
         tensors = load_file(case / "model.safetensors")
         assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in doubled.items())
+    for converted in sorted(case.glob("mcore-*")):
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.zero_()
+        mcore_checkpoint.load(chunks, converted)
+        loaded = {name: tensor.clone() for name, tensor in bridge.export(chunks)}
+        if dist.get_rank() == 0:
+            assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.items()), converted
+    mcore_checkpoint.save(chunks, out.with_name(f"{out.name}-mcore"))
     return difference
 
 

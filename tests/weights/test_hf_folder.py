@@ -21,6 +21,7 @@ TENSORS = {
     "a": torch.linspace(-1, 1, 5),
     "c": torch.ones(2, 2, 2),
 }
+SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_one_file(source: Path, tmp_path: Path) -> None:
-    policy = write_folder(tmp_path / "out", iter(TENSORS.items()), source)
+    policy = write_folder(tmp_path / "out", SHAPES, iter(TENSORS.items()), source)
     names = {path.name for path in policy.path.iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
     for name, tensor in load_file(policy.path / "model.safetensors").items():
@@ -45,9 +46,11 @@ def test_one_file(source: Path, tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
-    whole = write_folder(tmp_path / "whole", iter(TENSORS.items()), source)
-    again = write_folder(tmp_path / "again", iter(TENSORS.items()), source)
-    reordered = write_folder(tmp_path / "sharded", iter(sorted(TENSORS.items())), source, shard_bytes=60)
+    whole = write_folder(tmp_path / "whole", SHAPES, iter(TENSORS.items()), source)
+    again = write_folder(tmp_path / "again", SHAPES, iter(TENSORS.items()), source)
+    reordered = write_folder(
+        tmp_path / "sharded", dict(sorted(SHAPES.items())), iter(sorted(TENSORS.items())), source, shard_bytes=60
+    )
     files = [path.name for path in sorted(reordered.path.glob("*.safetensors"))]
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert whole.digest == again.digest == reordered.digest == digest_of(reordered.path)
@@ -60,7 +63,7 @@ def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
 
 
 def test_digest_is_what_it_says(source: Path, tmp_path: Path) -> None:
-    policy = write_folder(tmp_path / "out", iter(TENSORS.items()), source)
+    policy = write_folder(tmp_path / "out", SHAPES, iter(TENSORS.items()), source)
     total = hashlib.sha256()
     for name in ("a", "b", "c"):
         array = TENSORS[name].numpy()
@@ -80,9 +83,20 @@ def test_digest_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the name came twice"):
-        write_folder(tmp_path / "out", [("a", TENSORS["a"]), ("a", TENSORS["a"])], source)
+@pytest.mark.parametrize(
+    ("stream", "sentence"),
+    [
+        ([("a", TENSORS["a"]), ("a", TENSORS["a"])], "the name came twice"),
+        ([("a", TENSORS["a"]), ("c", TENSORS["c"])], "1 tensors were not written, e.g. b"),
+        ([("a", TENSORS["a"][:2])], "not in the plan"),
+        ([*TENSORS.items(), ("d", TENSORS["a"])], "not in the plan"),
+    ],
+)
+def test_a_failed_write_leaves_nothing(
+    source: Path, tmp_path: Path, stream: list[tuple[str, torch.Tensor]], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        write_folder(tmp_path / "out", SHAPES, stream, source)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 

@@ -19,6 +19,7 @@ LLAMA3_ROPE = {
 FAMILIES = {  # what a family's config has beside the common sizes
     "qwen2": lambda heads: {"hidden_size": heads * 8},
     "llama": lambda heads: {"hidden_size": heads * 8, "head_dim": 16, "rms_norm_eps": 1e-5},
+    "mistral": lambda heads: {"hidden_size": heads * 8, "head_dim": 16, "sliding_window": None},
     "qwen3": lambda heads: {"hidden_size": 24, "head_dim": 8},
     "qwen3_moe": lambda heads: {
         "hidden_size": 24,

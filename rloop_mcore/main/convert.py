@@ -1,0 +1,117 @@
+"""`rloop convert SRC DST`: a Hugging Face folder to a Megatron checkpoint, or back."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import torch
+from rich.filesize import decimal
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import remove_abandoned
+from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
+from rloop_mcore.weights.conversion import Conversion
+from rloop_mcore.weights.sections import Layout
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_THREADS = 8
+_MB = 1e6
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Plan, say what the plan is, convert. Raises UserError before anything is written."""
+    source, target = options.source, options.target
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; give a Hugging Face folder or a Megatron checkpoint.")
+    torch.set_num_threads(1)  # the threads are the conversion's own
+    conversion = _plan(options, options.to or _other_than(source))
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it, or choose another.")
+    free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
+    if conversion.bytes > free:
+        raise UserError(f"{target}: {decimal(conversion.bytes)} are to be written, and {decimal(free)} are free there.")
+    display = ProgressDisplay()
+    for warning in conversion.warnings:
+        display.message(f"warning: {warning}")
+    if options.dry_run:
+        display.message(describe(conversion))
+        return 0
+    remove_abandoned(target)
+    meter = _Meter(display, conversion.bytes)
+    try:
+        conversion.run(meter.add)
+    finally:
+        display.close()
+    display.message(
+        f"{target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in {time.monotonic() - meter.begun:.1f} s, "
+        "verified."
+    )
+    return 0
+
+
+def _plan(options: argparse.Namespace, to: str) -> Conversion:
+    dtype = _DTYPES.get(options.dtype)
+    threads = options.threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    if threads < 1:
+        raise UserError(f"--threads {threads}: it is at least 1.")
+    if to == "mcore":
+        if options.config or options.trust:
+            raise UserError("--config and --trust are for conversions to a Hugging Face folder.")
+        layout = Layout(options.tp, options.pp, options.ep)
+        return hf_to_mcore.plan(options.source, options.target, layout, dtype, threads, options.family)
+    if (options.tp, options.pp, options.ep) != (1, 1, 1):
+        raise UserError("--tp, --pp and --ep are for conversions to a Megatron checkpoint: a folder has no layout.")
+    return mcore_to_hf.plan(
+        options.source, options.target, dtype, threads, options.config, options.trust, options.family
+    )
+
+
+def _other_than(source: Path) -> str:
+    """mcore for an HF folder, hf for a checkpoint. Raises UserError for neither."""
+    if (source / "metadata.json").exists():
+        return "hf"
+    if (source / "config.json").exists():
+        return "mcore"
+    raise UserError(
+        f"{source} has neither config.json nor metadata.json: it is no Hugging Face folder and no Megatron checkpoint."
+    )
+
+
+def describe(conversion: Conversion) -> str:
+    """What would be written, and what that takes."""
+    files = [f"  {name}  {decimal(size)}" for name, size in conversion.files.items()]
+    return "\n".join(
+        [
+            f"{conversion.source} -> {conversion.target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in "
+            f"{len(files)} files",
+            *files,
+            f"largest tensor {decimal(conversion.largest)}; memory for copies of tensors at most {decimal(conversion.memory)}",
+        ]
+    )
+
+
+class _Meter:
+    """Shows how far a conversion is; its threads tell."""
+
+    def __init__(self, display: ProgressDisplay, total: int) -> None:
+        self._display, self._total, self._done = display, total, 0
+        self._lock = threading.Lock()
+        self.begun = time.monotonic()
+        self.add(0)
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            passed = max(time.monotonic() - self.begun, 1e-6)
+            speed = self._done / passed
+            left = (self._total - self._done) / speed if self._done else None
+            figures = {"mb_per_s": speed / _MB} if self._done else {}
+            done = int(self._done / _MB) if self._done < self._total else math.ceil(self._total / _MB)
+            self._display.show("MB", done, math.ceil(self._total / _MB), left, figures)

@@ -1,0 +1,95 @@
+"""What the conversions in both directions share: the plan, threads within a bound of memory, checksums."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from rloop_mcore.errors import Fault
+from rloop_mcore.weights.hf_folder import TOKENIZER_FILES, bytes_of
+
+HF_FILES = "hf"  # folder in a checkpoint of ours: the config and tokenizer files of the model
+_AT_ONCE = 2  # of the largest tensor, in memory
+
+Progress = Callable[[int], None]  # told how many bytes more are done
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion is going to do."""
+
+    source: Path
+    target: Path
+    tensors: int  # of the HF side
+    files: dict[str, int]  # of the result, with their bytes of tensors
+    largest: int  # bytes of the largest tensor
+    warnings: list[str]
+    run: Callable[[Progress], None]  # raises Fault where what was written is not what was read
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def memory(self) -> int:
+        """Bytes that copies of tensors may take at once."""
+        return _AT_ONCE * self.largest
+
+
+class Memory:
+    """Copies of tensors that exist at one time, in bytes; threads wait for room."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = self._limit = limit
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Room for `size` bytes, for the block; all there is where it is more than that."""
+        size = min(size, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def in_threads(work: Sequence[Callable[[], None]], threads: int) -> None:
+    """Run all of it. Raises the first error; what has not begun then does not begin."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(item) for item in work]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Of the bytes of a tensor in host memory."""
+    return xxhash.xxh3_128(bytes_of(tensor)).hexdigest()
+
+
+def compare(name: str, tensor: torch.Tensor, expected: str, target: Path) -> None:
+    """Raises Fault where a tensor that was written to `target` is not the one that was read."""
+    if checksum(tensor) != expected:
+        raise Fault(f"{target} was not written: {name}, mapped back from the disk, is not what was read.")
+
+
+def warnings(files: Path) -> list[str]:
+    """What the user should know of the folder that has the model's config and tokenizer files."""
+    if any((files / name).exists() for name in TOKENIZER_FILES):
+        return []
+    return [f"{files} has no tokenizer files, so the result has none either."]

@@ -1,0 +1,156 @@
+"""A Hugging Face folder into a Megatron checkpoint, section by section, without Megatron.
+
+The source is mapped into memory, and most sections are written straight from there: only rows that are interleaved,
+cut across or cast are copied. It ends by mapping every tensor back from the written files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.weights.conversion import (
+    HF_FILES,
+    Conversion,
+    Memory,
+    Progress,
+    checksum,
+    compare,
+    in_threads,
+    warnings,
+)
+from rloop_mcore.weights.family import Split
+from rloop_mcore.weights.hf_folder import CONFIG_FILES, TensorReader
+from rloop_mcore.weights.sections import Layout, Model, Section
+from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard of a section, to be written."""
+
+    section: Section
+    rank: int
+    bytes: int
+
+
+def plan(
+    source: Path,
+    target: Path,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    threads: int = 1,
+    family: str = "auto",
+) -> Conversion:
+    """Check everything that can be; `dtype` None: each tensor's own. Raises UserError, with nothing written."""
+    model = Model(source, family)
+    model.check(layout)
+    reader = TensorReader(source)
+    reader.check(model.family.shapes(model.config), model.family.ignored(model.config))
+    dtypes = {section.key: _dtype(section, reader, dtype) for section in model.sections}
+    for section in model.sections:
+        if dtypes[section.key] != _dtype(section, reader, dtype):
+            raise UserError(f"{source}: the tensors of {section.key} differ in dtype: give --dtype.")
+    shards = _by_file(model, layout, dtypes, threads)
+    return Conversion(
+        source,
+        target,
+        tensors=sum(len(section.names) for section in model.sections),
+        files={name: sum(shard.bytes for shard in of_file) for name, of_file in shards.items()},
+        largest=max(section.elements * dtypes[section.key].itemsize for section in model.sections),
+        warnings=warnings(source),
+        run=lambda progress: _Run(model, layout, reader, dtypes, threads, target).convert(shards, progress),
+    )
+
+
+def _dtype(section: Section, reader: TensorReader, wanted: torch.dtype | None) -> torch.dtype:
+    """What a section becomes. Raises UserError where its tensors differ."""
+    own = {reader.dtype(name) for name in section.names}
+    if wanted is None and len(own) > 1:
+        raise UserError(f"{reader.folder}: {', '.join(section.names)} differ in dtype, and become one: give --dtype.")
+    return wanted or own.pop()
+
+
+def _by_file(model: Model, layout: Layout, dtypes: dict[str, torch.dtype], threads: int) -> dict[str, list[_Shard]]:
+    """The shards of each file: one a rank, or so many that every thread has one."""
+    ranks = layout.tp * layout.pp * layout.ep
+    of_rank: list[list[_Shard]] = [[] for _ in range(ranks)]
+    for section in model.sections:
+        for tp_rank in range(layout.tp):
+            rank = model.writer(section, tp_rank, layout)
+            if rank is not None:
+                size = prod(section.parameter.shape(layout.tp)) * dtypes[section.key].itemsize
+                of_rank[rank].append(_Shard(section, tp_rank, size))
+    parts = -(-threads // ranks)
+    files: dict[str, list[_Shard]] = {}
+    for rank, shards in enumerate(of_rank):
+        total, before = sum(shard.bytes for shard in shards), 0
+        for shard in shards:
+            files.setdefault(f"__{rank}_{before * parts // max(total, 1)}.distcp", []).append(shard)
+            before += shard.bytes
+    return files
+
+
+@dataclass
+class _Run:
+    model: Model
+    layout: Layout
+    reader: TensorReader
+    dtypes: dict[str, torch.dtype]
+    threads: int
+    target: Path
+
+    def __post_init__(self) -> None:
+        largest = max(section.elements * self.dtypes[section.key].itemsize for section in self.model.sections)
+        self.memory = Memory(2 * largest)
+
+    def convert(self, shards: dict[str, list[_Shard]], progress: Progress) -> None:
+        with atomic_path(self.target) as folder:
+            folder.mkdir()
+            files = [BlockFile(folder / name) for name in shards]
+            for key in self.model.extra_states():
+                files[0].add_nothing(key)
+            pairs = zip(files, shards.values(), strict=True)
+            in_threads([partial(self._write, file, of_file, progress) for file, of_file in pairs], self.threads)
+            tensors = {
+                key: (self.dtypes[section.key], self.model.global_shape(section, self.layout.tp))
+                for section in self.model.sections
+                for key in section.place.keys
+            }
+            finish(folder, files, tensors)
+            (folder / HF_FILES).mkdir()
+            for name in CONFIG_FILES:
+                if (self.reader.folder / name).exists():
+                    shutil.copyfile(self.reader.folder / name, folder / HF_FILES / name)
+            written, count = BlockReader(folder), self.threads
+            in_threads([partial(self._verify, written, self.model.sections[n::count]) for n in range(count)], count)
+
+    def _write(self, file: BlockFile, shards: Sequence[_Shard], progress: Progress) -> None:
+        for shard in shards:
+            parameter, dtype = shard.section.parameter, self.dtypes[shard.section.key]
+            cast = any(self.reader.dtype(name) != dtype for name in shard.section.names)
+            cut = self.layout.tp > 1 and parameter.split in (Split.INPUT, Split.VOCABULARY)
+            with self.memory.of(shard.bytes * (cast or cut or shard.section.interleaved)):
+                tensor = parameter.shard(self.reader.tensor, shard.rank, self.layout.tp, dtype)
+                for key in shard.section.place.keys:
+                    file.add(key, *shard.section.box(shard.rank, self.layout.tp), tensor)
+            progress(shard.bytes)
+        file.close()
+
+    def _verify(self, written: BlockReader, sections: Sequence[Section]) -> None:
+        """Compare every HF tensor with what the checkpoint has of it."""
+        for section in sections:
+            dtype = self.dtypes[section.key]
+            copies = section.interleaved + (not written.is_one_block(section.key, section.box()))
+            with self.memory.of(section.elements * dtype.itemsize * max(copies, 1)):
+                whole = written.read(section.key, section.box()).view(section.parameter.shape(1))
+                for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):
+                    compare(name, tensor, checksum(self.reader.tensor(name).to(dtype)), self.target)
