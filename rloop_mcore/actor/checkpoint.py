@@ -25,6 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from rloop_mcore.actor.optimizer import PolicyOptimizer
 from rloop_mcore.errors import Fault
 from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.manifest import check_manifest, write_manifest
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -49,7 +50,8 @@ class PendingSave:
         # Megatron's default starts a manager process for this queue; our writer is in the same process.
         filesystem_async._results_queue = queue.Queue()
         with ExitStack() as stack:
-            target = [str(stack.enter_context(_new_directory(path)))] if dist.get_rank() == 0 else [""]
+            self._folder = stack.enter_context(_new_directory(path)) if dist.get_rank() == 0 else None
+            target = [str(self._folder)]
             dist.broadcast_object_list(target, src=0)
             self._request = dist_checkpointing.save(
                 _state(chunks, optimizer, is_loading=False),
@@ -80,6 +82,8 @@ class PendingSave:
                 raise Fault(f"the checkpoint {self._path} was not written: {'; '.join(reasons)}")
             for finalize in self._request.finalize_fns:
                 finalize()
+            if self._folder is not None:
+                write_manifest(self._folder)
         dist.barrier()
 
     def _failure(self, timeout_s: float) -> str | None:
@@ -116,7 +120,11 @@ def _write(request: Any, written: Future[None]) -> None:
 
 
 def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer) -> None:
-    """Collective: restore what was saved at this or another layout, into a model and optimizer already built."""
+    """Collective: restore what was saved at this or another layout, into a model and optimizer already built.
+
+    Raises UserError where the checkpoint is not what was saved.
+    """
+    check_manifest(path)
     state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"])

@@ -49,9 +49,9 @@ def convert(options: argparse.Namespace) -> int:
         conversion.run(meter.add)
     finally:
         display.close()
+    seconds = time.monotonic() - meter.begun
     display.message(
-        f"{target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in {time.monotonic() - meter.begun:.1f} s, "
-        "verified."
+        f"{target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in {seconds:.1f} s, verified."
     )
     return 0
 
@@ -92,7 +92,7 @@ def describe(conversion: Conversion) -> str:
             f"{conversion.source} -> {conversion.target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in "
             f"{len(files)} files",
             *files,
-            f"largest tensor {decimal(conversion.largest)}; memory for copies of tensors at most {decimal(conversion.memory)}",
+            f"largest tensor {decimal(conversion.largest)}; copies of tensors at most {decimal(conversion.memory)}",
         ]
     )
 
@@ -101,7 +101,8 @@ class _Meter:
     """Shows how far a conversion is; its threads tell."""
 
     def __init__(self, display: ProgressDisplay, total: int) -> None:
-        self._display, self._total, self._done = display, total, 0
+        self._display, self._total, self._done, self._shown = display, math.ceil(total / _MB), 0, -1
+        self._bytes = total
         self._lock = threading.Lock()
         self.begun = time.monotonic()
         self.add(0)
@@ -109,9 +110,10 @@ class _Meter:
     def add(self, size: int) -> None:
         with self._lock:
             self._done += size
-            passed = max(time.monotonic() - self.begun, 1e-6)
-            speed = self._done / passed
-            left = (self._total - self._done) / speed if self._done else None
-            figures = {"mb_per_s": speed / _MB} if self._done else {}
-            done = int(self._done / _MB) if self._done < self._total else math.ceil(self._total / _MB)
-            self._display.show("MB", done, math.ceil(self._total / _MB), left, figures)
+            shown = int(self._done / _MB) if self._done < self._bytes else self._total
+            if shown == self._shown:
+                return
+            self._shown = shown
+            speed = self._done / max(time.monotonic() - self.begun, 1e-6)
+            left = (self._bytes - self._done) / speed if speed else None
+            self._display.show("MB", shown, self._total, left, {"mb_per_s": speed / _MB} if speed else {})

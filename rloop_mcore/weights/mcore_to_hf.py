@@ -96,6 +96,7 @@ def _found(section: Section, model: Model, reader: BlockReader) -> Section:
 def _check_extra(model: Model, sections: Sequence[Section], reader: BlockReader) -> None:
     """Raises UserError where the checkpoint has a tensor of the model that the config does not know."""
     known = {section.key for section in sections}
+    known |= {key for section in model.sections for key in section.place.keys}
     if model.config.get("tie_word_embeddings", False):
         known.add("output_layer.weight")
     for key in sorted(reader.tensors.keys() - known):

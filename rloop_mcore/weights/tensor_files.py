@@ -90,6 +90,9 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
         raise UserError(f"{index} has no weight_map (tensor name to file name).")
     if any(not isinstance(file_name, str) or Path(file_name).name != file_name for file_name in weight_map.values()):
         raise UserError(f"{index}: weight_map has to name files of its own folder.")
+    for file in sorted(index.parent.glob("model-*-of-*.safetensors")):
+        if file.name not in weight_map.values():
+            raise UserError(f"{index} does not name {file.name}, which is in the folder.")
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
         file = index.parent / file_name

@@ -2,13 +2,12 @@
 
 A checkpoint is a folder. Its `.distcp` files hold blocks of tensors, each as torch.save writes it, one behind the
 other; `.metadata` says which block of which tensor is where, `common.pt` holds what is no tensor, `metadata.json` names
-the format. The first two are pickles: `manifest.json`, which is ours, has their digests.
+the format. The first two are pickles: see `platform/manifest.py`.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 import io
 import json
 import mmap
@@ -35,11 +34,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.manifest import check_manifest, write_manifest
 from rloop_mcore.weights.hf_folder import bytes_of
 from rloop_mcore.weights.tensor_files import read_json
 
-_METADATA, _COMMON, _BACKEND, _MANIFEST = ".metadata", "common.pt", "metadata.json", "manifest.json"
-_PICKLES = (_METADATA, _COMMON)
+_METADATA, _COMMON, _BACKEND = ".metadata", "common.pt", "metadata.json"
 _NAMES = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -105,41 +104,6 @@ def finish(
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / _COMMON)
     (folder / _BACKEND).write_text(json.dumps(_NAMES), encoding="utf-8")
     write_manifest(folder)
-
-
-def write_manifest(folder: Path) -> None:
-    """Say what the files of a checkpoint are, so that `check_manifest` finds what was changed or is missing."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    pickles = {name: _sha256(folder / name) for name in _PICKLES if (folder / name).exists()}
-    text = json.dumps({"format": "rloop torch_dist 1", "files": files, "sha256": pickles}, indent=2)
-    (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def check_manifest(folder: Path, trust: bool = False) -> None:
-    """Raises UserError unless the checkpoint is as it was written; `trust`: one without our manifest will do."""
-    if not (folder / _MANIFEST).exists():
-        if trust:
-            return
-        raise UserError(
-            f"{folder} has no {_MANIFEST}: rloop did not write it, so nothing says what its {_METADATA}, a pickle, "
-            "should be. Give --trust if you know where it comes from."
-        )
-    manifest = read_json(folder / _MANIFEST)
-    for name, size in dict(manifest.get("files", {})).items():
-        if not (folder / name).exists():
-            raise UserError(f"{folder} lacks {name}, which its {_MANIFEST} lists.")
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise UserError(
-                f"{folder / name} has {found} bytes, and {size} in {_MANIFEST}: it is not what was written."
-            )
-    for name, sha256 in dict(manifest.get("sha256", {})).items():
-        if _sha256(folder / name) != sha256:
-            raise UserError(f"{folder / name} is not the file that {_MANIFEST} has the digest of.")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _offsets(chunk: ChunkStorageMetadata) -> tuple[int, ...]:

@@ -30,6 +30,11 @@ LAYOUTS = {
         "tp2-ep2-etp2-dp2": LayoutConfig(tp=2, ep=2, etp=2, dp=2),
         "tp2-pp2-vpp2": LayoutConfig(tp=2, pp=2, vpp=2),
         "tp2-pp2-ep2": LayoutConfig(tp=2, pp=2, ep=2),
+        "tp4": LayoutConfig(tp=4, etp=4),
+    },
+    8: {
+        "tp4-pp2": LayoutConfig(tp=4, etp=4, pp=2),
+        "tp4-pp2-ep2": LayoutConfig(tp=4, pp=2, ep=2),
     },
 }
 

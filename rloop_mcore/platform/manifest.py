@@ -1,0 +1,52 @@
+"""What the files of a checkpoint are: some are pickles, which run what they say, so they are checked before loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from rloop_mcore.errors import UserError
+
+_MANIFEST = "manifest.json"
+_PICKLES = (".metadata", "common.pt")  # of Megatron's torch_dist; the rest is looked at for its size only
+
+
+def write_manifest(folder: Path) -> None:
+    """Say what the files of a checkpoint are, so that `check_manifest` finds what was changed or is missing."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    sha256 = {name: _sha256(folder / name) for name in _PICKLES if name in files}
+    text = json.dumps({"format": "rloop checkpoint 1", "files": files, "sha256": sha256}, indent=2)
+    (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path, trust: bool = False) -> None:
+    """Raises UserError unless the checkpoint is as it was written; `trust`: one without our manifest will do."""
+    file = folder / _MANIFEST
+    if not file.exists() and trust:
+        return
+    if not file.exists():
+        raise UserError(
+            f"{folder} has no {_MANIFEST}: rloop did not write it, so nothing says what its .metadata, a pickle, "
+            "should hold (`rloop convert --trust` takes it all the same)."
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        files, digests = dict(manifest["files"]), dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no manifest of a checkpoint ({type(error).__name__}: {error}).") from error
+    for name, size in files.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else None
+        if found is None:
+            raise UserError(f"{folder} lacks {name}, which its {_MANIFEST} lists.")
+        if found != size:
+            raise UserError(
+                f"{folder / name} has {found} bytes, and {size} in {_MANIFEST}: it is not what was written."
+            )
+    for name in _PICKLES:
+        if (folder / name).exists() and _sha256(folder / name) != digests.get(name):
+            raise UserError(f"{folder / name} is not the file that {_MANIFEST} has the digest of.")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

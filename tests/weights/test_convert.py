@@ -1,0 +1,395 @@
+"""`rloop convert` as a user calls it. That Megatron loads what it writes, and it reads what Megatron saves at every
+layout, is test_bridge_parallel's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_folder
+
+from rloop_mcore.main.cli import main
+from rloop_mcore.weights import conversion, hf_to_mcore
+from rloop_mcore.weights.digest import digest_of
+from rloop_mcore.weights.hf_folder import TensorWriter
+from rloop_mcore.weights.sections import Layout
+from rloop_mcore.weights.torch_dist import BlockReader
+
+CASES = {
+    "qwen2": {"family": "qwen2", "kv_heads": 2, "ratio": 7, "tied": False},
+    "qwen2-bf16": {"family": "qwen2", "kv_heads": 1, "ratio": 4, "tied": True, "dtype": torch.bfloat16},
+    "llama": {"family": "llama", "kv_heads": 2, "ratio": 1, "tied": True},
+    "mistral": {"family": "mistral", "kv_heads": 2, "ratio": 4, "tied": False},
+    "qwen3": {"family": "qwen3", "kv_heads": 2, "ratio": 2, "tied": True},
+    "qwen3-moe": {"family": "qwen3_moe", "kv_heads": 2, "ratio": 2, "tied": False},
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    make_folder(tmp_path / "source", "qwen2", kv_heads=2, ratio=2, tied=False)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    return tmp_path / "source"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_is_bit_identical(name: str, tmp_path: Path) -> None:
+    source, mcore, back = tmp_path / "source", tmp_path / "mcore", tmp_path / "back"
+    make_folder(source, **CASES[name])
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    assert main(["convert", str(source), str(mcore), "--threads", "3"]) == 0
+    assert main(["convert", str(mcore), str(back), "--threads", "3"]) == 0
+    before, after = tensors_of(source), tensors_of(back)
+    assert before.keys() == after.keys()
+    for tensor in before:
+        assert before[tensor].dtype == after[tensor].dtype
+        assert torch.equal(before[tensor].view(torch.uint8), after[tensor].view(torch.uint8)), tensor
+    assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert (back / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("options", [["--tp", "2"], ["--pp", "2"], ["--tp", "4", "--pp", "4"]])
+def test_files_are_cut_as_the_ranks_of_a_layout_would(source: Path, tmp_path: Path, options: list[str]) -> None:
+    mcore, back = tmp_path / "mcore", tmp_path / "back"
+    assert main(["convert", str(source), str(mcore), *options, "--threads", "1"]) == 0
+    ranks = {file.name.split("_")[2] for file in mcore.glob("*.distcp")}
+    tp = int(options[1]) if options[0] == "--tp" else 1
+    pp = int(options[-1]) if "--pp" in options else 1
+    assert ranks == {str(rank) for rank in range(tp * pp)}
+    blocks = BlockReader(mcore).tensors["decoder.layers.mlp.linear_fc2.weight"].boxes
+    assert {sizes for _, sizes in blocks} == {(1, 32, 40 // tp)}
+    assert main(["convert", str(mcore), str(back)]) == 0
+    assert digest_of(back) == digest_of(source)
+
+
+def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
+    mcore, back, direct = tmp_path / "mcore", tmp_path / "back", tmp_path / "direct"
+    assert main(["convert", str(source), str(mcore), "--dtype", "bf16", "--tp", "2"]) == 0
+    assert main(["convert", str(mcore), str(back)]) == 0
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    found = tensors_of(back)
+    for name, tensor in tensors_of(source).items():
+        assert torch.equal(found[name], tensor.bfloat16()), name
+    assert main(["convert", str(mcore), str(direct), "--dtype", "fp32"]) == 0
+    assert all(torch.equal(tensor, found[name].float()) for name, tensor in tensors_of(direct).items())
+
+
+def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
+    mixed = {n: t.bfloat16() if n.endswith("_proj.weight") else t for n, t in tensors_of(source).items()}
+    save_file(mixed, source / "model.safetensors")
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main(["convert", str(source), str(tmp_path / "mcore"), "--pp", "2", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "51 tensors" in said
+    assert "__1_0.distcp" in said
+    assert "largest tensor" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_source_without_tokenizer_files_converts_with_a_warning(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (source / "tokenizer.json").unlink()
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert "warning: " in (said := capsys.readouterr().out)
+    assert "has no tokenizer files" in said
+
+
+# -- what cannot be converted -----------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def in_two_shards(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    (folder / "model.safetensors").unlink()
+    with TensorWriter(folder, plan, sum(t.nbytes for t in tensors.values()) * 2 // 3) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def without_second_shard(folder: Path) -> None:
+    in_two_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_third_shard(folder: Path) -> None:
+    in_two_shards(folder)
+    shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
+
+
+def truncated(folder: Path) -> None:
+    in_two_shards(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+MALFORMED_FOLDERS = {
+    "another size in the config": (
+        lambda f: edit_config(f, intermediate_size=48),
+        r"gate_proj.weight has shape [40, 32], config.json calls for [48, 32]",
+    ),
+    "fewer layers in the config": (lambda f: edit_config(f, num_hidden_layers=3), "holds tensor model.layers.3."),
+    "a tensor missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")),
+        "lacks tensor model.norm.weight [32]",
+    ),
+    "a tensor too many": (
+        lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(2))),
+        "holds tensor extra, which this family does not know",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})),
+        "tensor model.norm.weight is I8",
+    ),
+    "a shard missing": (without_second_shard, "names model-00002-of-00002.safetensors, which is not in the folder"),
+    "a shard too many": (with_third_shard, "does not name model-00003-of-00003.safetensors"),
+    "a shard cut off": (truncated, "model-00002-of-00002.safetensors is cut off"),
+    "another architecture": (
+        lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
+        "architectures is ['GPT2LMHeadModel']; supported are Qwen2ForCausalLM",
+    ),
+    "an activation that is not supported": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "pickles": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "has its weights in .bin files, which are pickles",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "has neither config.json nor metadata.json"),
+    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+}
+
+
+def refused(arguments: list[object], sentence: str, target: Path, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    before = sorted(target.parent.iterdir())
+    assert main(["convert", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+    assert sorted(target.parent.iterdir()) == before  # nothing written
+
+
+@pytest.mark.parametrize("how", MALFORMED_FOLDERS)
+def test_a_malformed_folder_is_one_sentence(
+    source: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture
+) -> None:
+    damage, sentence = MALFORMED_FOLDERS[how]
+    damage(source)
+    refused([source, tmp_path / "mcore"], sentence, tmp_path / "mcore", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tp", "3"], "--tp 3 does not divide"),
+        (["--pp", "3"], "--pp 3 does not divide the 4 layers"),
+        (["--ep", "2"], "--ep 2 does not divide the no experts"),
+        (["--tp", "0"], "--tp 0: it is at least 1"),
+        (["--threads", "-1"], "--threads -1"),
+        (["--family", "lama"], "model.family is 'lama'"),
+        (["--family", "llama"], "holds tensor model.layers.0.self_attn"),
+        (["--trust"], "--config and --trust are for conversions to a Hugging Face folder"),
+    ],
+)
+def test_an_impossible_option_is_one_sentence(
+    source: Path, tmp_path: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture
+) -> None:
+    refused([source, tmp_path / "mcore", *options], sentence, tmp_path / "mcore", capsys)
+
+
+def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mcore").mkdir()
+    refused([source, tmp_path / "mcore"], "exists already", tmp_path / "mcore", capsys)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch evil_was_here",)
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def cut_file(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def evil_metadata(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+MALFORMED_CHECKPOINTS = {
+    "a file missing": (drop("*.distcp"), [], "which its manifest.json lists"),
+    "a file cut off": (cut_file, [], "it is not what was written"),
+    "metadata changed": (
+        lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:-1] + b"x"),
+        [],
+        ".metadata is not the file that manifest.json has the digest of",
+    ),
+    "somebody else's": (drop("manifest.json"), [], "has no manifest.json: rloop did not write it"),
+    "somebody else's, which runs code": (evil_metadata, ["--trust"], "it asks for posix.system"),
+    "no metadata": (drop(".metadata"), [], "is no Megatron checkpoint of format torch_dist"),
+    "another size in the config": (
+        lambda f: edit_config(f / "hf", vocab_size=64),
+        [],
+        "tensor embedding.word_embeddings.weight has shape [61, 32]",
+    ),
+    "more layers in the config": (
+        lambda f: edit_config(f / "hf", num_hidden_layers=5),
+        [],
+        "has shape [4, 32], ",
+    ),
+    "no config": (lambda f: shutil.rmtree(f / "hf"), [], "give --config"),
+    "another family": (lambda f: edit_config(f / "hf", architectures=["Qwen3ForCausalLM"]), [], "q_layernorm"),
+}
+
+
+@pytest.mark.parametrize("how", MALFORMED_CHECKPOINTS)
+def test_a_malformed_checkpoint_is_one_sentence(
+    source: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage, options, sentence = MALFORMED_CHECKPOINTS[how]
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    damage(tmp_path / "mcore")
+    refused([tmp_path / "mcore", tmp_path / "back", *options], sentence, tmp_path / "back", capsys)
+    assert not (tmp_path / "evil_was_here").exists()
+
+
+# -- what goes wrong on the way ---------------------------------------------------------------------------------------
+
+
+def test_a_byte_that_was_written_wrongly_is_found(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = hf_to_mcore.finish
+
+    def damaged(folder: Path, *arguments: object) -> None:
+        key = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
+        for other in folder.glob("*.distcp"):
+            content = bytearray(other.read_bytes())
+            at = content.find(key)
+            if at >= 0:
+                content[at + 10] ^= 1
+                other.write_bytes(content)
+        finish(folder, *arguments)
+
+    monkeypatch.setattr(hf_to_mcore, "finish", damaged)
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 1
+    said = capsys.readouterr().err
+    assert "model.layers.2.mlp.up_proj.weight, mapped back from the disk, is not what was read" in said
+    assert not (tmp_path / "mcore").exists()
+
+
+SLOW = """
+import sys, time
+from rloop_mcore.main.cli import main
+from rloop_mcore.weights import torch_dist
+add = torch_dist.BlockFile.add
+def slow(*arguments):
+    add(*arguments)
+    print("block", flush=True)
+    time.sleep(0.2)
+torch_dist.BlockFile.add = slow
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mcore"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, source, target], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "block" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    assert not target.exists()
+    (left,) = tmp_path.glob(".tmp-*-mcore")
+    for path in [left, *left.rglob("*")]:
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    assert main(["convert", str(source), str(target)]) == 0
+    assert not left.exists()
+    assert main(["convert", str(target), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_what_another_process_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / ".tmp-1-mcore"
+    other.mkdir()
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert other.exists()
+
+
+def test_copies_wait_for_room() -> None:
+    memory, held = conversion.Memory(10), []
+
+    def work(size: int) -> None:
+        with memory.of(size):
+            held.append(size)
+            assert sum(held) <= 10 or held == [25]
+            time.sleep(0.01)
+            held.remove(size)
+
+    conversion.in_threads([lambda n=n: work(n) for n in (4, 6, 3, 25, 7, 10, 1)], 4)
+
+
+SMOLLM2 = Path(os.environ.get("RLOOP_SMOLLM2", "runs/smollm2/model"))
+GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.float().generate(**ids, max_new_tokens=24, do_sample=False)[0]))
+"""
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason=f"no {SMOLLM2}: tools/prepare_smollm2.py makes it")
+def test_real_weights_generate_the_same_text_after_there_and_back(tmp_path: Path) -> None:
+    hf_to_mcore.plan(SMOLLM2, tmp_path / "mcore", Layout(tp=3, pp=2)).run(lambda size: None)
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(SMOLLM2)
+    texts = [
+        subprocess.run([sys.executable, "-c", GENERATE, folder], capture_output=True, text=True, check=True).stdout
+        for folder in (SMOLLM2, tmp_path / "back")
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0].split()) > 10
