@@ -39,6 +39,11 @@ LAYOUTS = {
 }
 
 
+def fits(case: str, heads: int, layout: LayoutConfig) -> bool:
+    """Whether Megatron can cut the case's model so."""
+    return heads % layout.tp == 0 and (layout.ep == 1 or "moe" in case)
+
+
 def main(folder: Path) -> None:
     import megatron_model
     from megatron.core import parallel_state
@@ -49,7 +54,8 @@ def main(folder: Path) -> None:
     for name, layout in LAYOUTS[world].items():
         megatron_model.open_groups(layout)
         for case in cases:
-            if layout.ep == 1 or "moe" in case.name:
+            heads = json.loads((case / "config.json").read_text())["num_attention_heads"]
+            if fits(case.name, heads, layout):
                 differences[f"{case.name}-{name}"] = run(case, layout, folder / f"{case.name}-{name}")
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:

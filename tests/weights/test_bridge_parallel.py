@@ -1,5 +1,9 @@
 """The bridge over ranks, in two and four processes: transformers' logits and the folder's tensors, bit for bit; and the
-conversions: Megatron loads what they write, and they read what Megatron saves, at every layout."""
+conversions: Megatron loads what they write, and they read what Megatron saves, at every layout. Run it to print the
+table of logits.
+
+python tests/weights/test_bridge_parallel.py
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import functools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from bridge_ranks import LAYOUTS
+from bridge_ranks import LAYOUTS, fits
 from safetensors.torch import save_file
 from tiny_models import make_folder, some_ids
 
@@ -30,17 +35,20 @@ CASES = {
     "qwen3-moe-tied": {"family": "qwen3_moe", "kv_heads": 2, "ratio": 1, "tied": True, "norm_topk_prob": False},
 }
 RUNS = [
-    (world, layout, case)
+    (world, layout, name)
     for world, layouts in LAYOUTS.items()
     for layout in layouts
-    for case in CASES
-    if layouts[layout].ep == 1 or "moe" in case
+    for name, case in CASES.items()
+    if fits(name, case["kv_heads"] * case["ratio"], layouts[layout])
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cases")
+    return make_cases(tmp_path_factory.mktemp("cases"))
+
+
+def make_cases(folder: Path) -> Path:
     for name, case in CASES.items():
         model = make_folder(folder / name, **case)
         with torch.no_grad():
@@ -56,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def differences(folder: Path, world: int) -> dict[str, float | None]:
     script = Path(__file__).with_name("bridge_ranks.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run([*torchrun, str(script), str(folder)], timeout=150, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, str(script), str(folder)], timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / f"differences-{world}.json").read_text())
 
@@ -70,3 +78,19 @@ def test_same_as_transformers(folder: Path, world: int, layout: str, case: str) 
     assert digest_of(back) == digest_of(folder / case)
     if not layout.startswith("cp"):
         assert difference <= (0.25 if case.endswith("bf16") else 1e-4)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        found: dict[str, float | None] = {}
+        folder = make_cases(Path(temporary))
+        for world in LAYOUTS:
+            found |= differences(folder, world)
+    print("| layout | " + " | ".join(CASES) + " |\n" + "|---" * (len(CASES) + 1) + "|")
+    for layout in (layout for layouts in LAYOUTS.values() for layout in layouts):
+        values = [found.get(f"{name}-{layout}") for name in CASES]
+        print(f"| {layout} | " + " | ".join("" if value is None else f"{value:.1e}" for value in values) + " |")
+
+
+if __name__ == "__main__":
+    main()
