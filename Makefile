@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install install-trl install-sglang quickstart test test-core test-sglang check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge check format bench
 
 install: $(STAMP)
 
@@ -62,6 +62,14 @@ test-core: install
 # The engines' contract, byte for byte the tests that the embedded engine passes, against the real server on this CPU.
 test-sglang: install install-sglang
 	RLOOP_TEST_ENGINE=sglang $(PYTHON) -m pytest --timeout 1200 tests/rollout/test_contract.py tests/rollout/test_sglang.py
+
+# Names and layouts of parameters against an independent description of the same families. Its own dependencies (TE) are
+# not installed: what is asked of it needs none.
+MBRIDGE := .venv-mbridge
+
+test-mbridge: install
+	@$(VENV)/bin/uv pip install -q --no-deps --python $(PYTHON) --target $(MBRIDGE) mbridge==0.15.1 einops
+	PYTHONPATH=$(MBRIDGE) $(PYTHON) -m pytest tests/weights/test_mbridge.py
 
 check: install
 	$(VENV)/bin/ruff check .
