@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import torch
 
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.process_group import address_towards
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer, running_servers
+from rloop_mcore.weights.channel import BroadcastChannel
+
+_SHARED_BUCKETS = 3  # in /dev/shm: two, and room for others
 
 
-def weight_backend(config: Config) -> str:
-    """Of the weight broadcast: gloo where an engine shares a GPU with rank 0, since NCCL refuses two ranks on one."""
+def weight_channel(config: Config, largest: int) -> BroadcastChannel | None:
+    """How weights get to the engines: None, from the trainer's memory, where the run starts them beside the trainer.
+
+    On a GPU of its own an engine gets them by NCCL, which refuses two ranks on one GPU. Where /dev/shm is too small for
+    the buckets, and for servers that others started on a machine without a GPU: by gloo. largest: elements of the
+    largest tensor.
+    """
     rollout = config.rollout
-    colocated = rollout.engine == "embedded" or not (rollout.endpoints or rollout.gpus)
-    return "gloo" if colocated else platform.backend()
+    beside = rollout.engine == "embedded" or not (rollout.endpoints or rollout.gpus)
+    backend = "gloo" if beside else platform.backend()
+    needed = _SHARED_BUCKETS * max(rollout.bucket_mib * 2**20, largest * torch.float32.itemsize)
+    if beside and (platform.device().type == "cuda" or shutil.disk_usage("/dev/shm").free >= needed):
+        return None
+    return BroadcastChannel(backend, "weights", rollout.start_timeout_s, meeting_address(config))
 
 
 def meeting_address(config: Config) -> str:

@@ -26,7 +26,6 @@ from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.served import ServedModel
-from rloop_mcore.weights.channel import BroadcastChannel
 from rloop_mcore.weights.tensor_files import catalogue
 
 
@@ -95,7 +94,7 @@ def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
     model = ServedModel.of(validate.read_hf_config(policy), policy)
     with Fleet(
         servers,
-        BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s),
+        None,
         model=model,
         bucket_mib=config.rollout.bucket_mib,
         start_timeout_s=config.rollout.start_timeout_s,

@@ -17,7 +17,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
-from rloop_mcore.main.engines import meeting_address, start_servers, weight_backend
+from rloop_mcore.main.engines import start_servers, weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
@@ -31,7 +31,6 @@ from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Policy
 from rloop_mcore.validate import read_hf_config
 from rloop_mcore.weights.bridge import HfBridge
-from rloop_mcore.weights.channel import BroadcastChannel
 from rloop_mcore.weights.digest import digest_of
 
 
@@ -41,8 +40,7 @@ def conduct(config: Config, run: RunDirectory) -> None:
     deterministic = platform.deterministic(config.run.deterministic, platform.device().type)
     with RewardPool(config.reward, deterministic) as rewards:
         bridge = HfBridge(Path(config.model.path), config.model.family)
-        backend = weight_backend(config)
-        channel = BroadcastChannel(backend, "weights", config.rollout.start_timeout_s, meeting_address(config))
+        channel = weight_channel(config, bridge.largest)
         with (
             conducted_actor(config, bridge) as actor,
             Fleet(
@@ -52,7 +50,7 @@ def conduct(config: Config, run: RunDirectory) -> None:
                 bucket_mib=config.rollout.bucket_mib,
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,
-                backend=backend,
+                backend=channel.backend if channel is not None else "gloo",
                 deterministic=deterministic,
                 max_running=config.rollout.max_running,
             ) as fleet,

@@ -243,6 +243,11 @@ class EngineClient:
         }
         await self._succeed("/update_weights_from_distributed", body, timeout_s)
 
+    async def update_from_tensors(self, handles: Sequence[str], timeout_s: float) -> None:
+        """Copy tensors of this host. handles: for each tensor parallel rank of the server, what `handles_of` gave."""
+        body = {"serialized_named_tensors": list(handles), "flush_cache": False}
+        await self._succeed("/update_weights_from_tensor", body, timeout_s)
+
     async def update_from_disk(self, model_path: str, weight_version: str, timeout_s: float) -> None:
         body = {"model_path": model_path, "weight_version": weight_version}
         await self._succeed("/update_weights_from_disk", body, timeout_s)

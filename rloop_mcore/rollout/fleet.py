@@ -36,7 +36,7 @@ class Fleet:
     def __init__(
         self,
         servers: Sequence[Server],
-        channel: WeightChannel,
+        channel: WeightChannel | None,
         *,
         model: ServedModel,
         bucket_mib: int,
@@ -47,7 +47,8 @@ class Fleet:
         max_running: int = 256,
         probe: Probe | None = None,
     ) -> None:
-        """backend: of the weight broadcast, gloo or nccl; start_timeout_s: also for a sync's group, and a bucket.
+        """channel: None where the engines take the weights from this process's memory, as those of one host can.
+        backend: of the channel, gloo or nccl; start_timeout_s: also for a sync's group, and a bucket.
 
         deterministic: a batch is cut into as many calls as there are engines, whatever becomes of these, and an engine
         has one call at a time; else a call a group, with about `max_running` samples at an engine at once at most.

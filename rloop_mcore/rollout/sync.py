@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
 from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
+from rloop_mcore.rollout.handles import handles_of, shared_memory
 from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
 from rloop_mcore.rollout.together import together
 
@@ -27,21 +29,32 @@ Submit = Callable[[Coroutine[Any, Any, T]], "Future[T]"]  # runs a coroutine on 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel as one uint8 broadcast, one right behind the other."""
+    """Tensors that travel together, as one uint8 broadcast: one right behind the other."""
 
     tensors: list[TensorSpec]
     data: torch.Tensor  # uint8 [bytes]
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors as views of the data."""
+        found, begin = [], 0
+        for spec in self.tensors:
+            dtype: torch.dtype = getattr(torch, spec.dtype)
+            end = begin + prod(spec.shape) * dtype.itemsize
+            found.append((spec.name, self.data[begin:end].view(dtype).view(spec.shape)))
+            begin = end
+        return found
 
 
 class WeightSync:
     """Keeps the broadcast group between syncs; a failed sync gives it up and leaves the engines paused."""
 
     def __init__(
-        self, channel: WeightChannel, backend: str, timeout_s: float, bucket_bytes: int, model: ServedModel
+        self, channel: WeightChannel | None, backend: str, timeout_s: float, bucket_bytes: int, model: ServedModel
     ) -> None:
-        """backend: gloo or nccl; timeout_s: for joining the group, and for one bucket."""
+        """channel: None where the engines take the weights from this process's memory (`handles.py`); backend: of the
+        channel, gloo or nccl; timeout_s: for joining the group, and for one bucket."""
         self.channel, self.backend, self.timeout_s, self.model = channel, backend, timeout_s, model
-        self.buffers = Buffers(bucket_bytes, host=backend == "gloo")
+        self.buffers = Buffers(bucket_bytes, host=channel is not None and backend == "gloo", shared=channel is None)
         self._members: list[EngineClient] = []  # of the group, in the order of their ranks
         self._closing = asyncio.Lock()
         self._sessions = False
@@ -90,13 +103,16 @@ class WeightSync:
     async def close(self) -> None:
         """Leave the group on both ends; an engine that is gone already is no error."""
         members, self._members = self._members, []
-        await asyncio.gather(*(c.leave_group(self.channel.group_name) for c in members), return_exceptions=True)
+        if self.channel is not None:
+            name = self.channel.group_name
+            await asyncio.gather(*(c.leave_group(name) for c in members), return_exceptions=True)
         await self._close_channel()
 
     async def _close_channel(self) -> None:
         """In a thread: it waits for a broadcast under way, until that fails or its deadline is over."""
         async with self._closing:
-            await _in_thread(self.channel.close)
+            if self.channel is not None:
+                await _in_thread(self.channel.close)
 
     async def _open(self, clients: list[EngineClient]) -> None:
         await _each(clients, lambda c: c.pause("retract"))
@@ -110,8 +126,6 @@ class WeightSync:
     async def _connect(self, clients: list[EngineClient]) -> None:
         if self._members:
             await self.close()
-        await self._close_channel()
-        await _each(clients, self._leave_old_group)
         infos = await together(*(c.server_info() for c in clients))
         self._sessions = await _agree(clients)
         self._kept = [kept_weights(info, self.model) for info in infos]
@@ -119,36 +133,38 @@ class WeightSync:
         if len(dtypes) > 1:
             raise EngineError(f"the engines differ in dtype ({', '.join(sorted(map(str, dtypes)))}): start them alike")
         self._dtype = dtypes.pop()
+        if self.channel is not None:
+            await self._join(clients, self.channel)
+        self._members = clients
+
+    async def _join(self, clients: list[EngineClient], channel: WeightChannel) -> None:
+        """Make the broadcast group of this process and the engines' ranks."""
+        await self._close_channel()
+        await together(*(_leave_old_group(client, channel.group_name) for client in clients))
         ranks = [kept.tp for kept in self._kept]
         world_size = 1 + sum(ranks)
-        address, port = self.channel.open(world_size)
+        address, port = channel.open(world_size)
         offsets = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         await together(
-            _in_thread(self.channel.join),
+            _in_thread(channel.join),
             *(
                 client.join_group(
-                    GroupSpec(address, port, offset, world_size, self.channel.group_name, self.backend), self.timeout_s
+                    GroupSpec(address, port, offset, world_size, channel.group_name, self.backend), self.timeout_s
                 )
                 for client, offset in zip(clients, offsets, strict=True)
             ),
         )
-        self._members = clients
-
-    async def _leave_old_group(self, client: EngineClient) -> None:
-        """An engine may still be in the group of a failed sync, or of a run that was killed."""
-        try:
-            await client.leave_group(self.channel.group_name)
-        except EngineError as error:
-            if error.status is None:
-                raise
 
     async def _send(self, bucket: Bucket) -> None:
+        channel = self.channel
+        if channel is None:
+            pairs = zip(self._members, self._kept, strict=True)
+            handles = [(client, [handles_of(bucket.named()) for _ in range(kept.tp)]) for client, kept in pairs]
+            await together(*(client.update_from_tensors(h, self.timeout_s) for client, h in handles))
+            return
         await together(
-            *(
-                c.update_from_distributed(bucket.tensors, self.channel.group_name, self.timeout_s)
-                for c in self._members
-            ),
-            _in_thread(lambda: self.channel.send([bucket.data])),
+            *(c.update_from_distributed(bucket.tensors, channel.group_name, self.timeout_s) for c in self._members),
+            _in_thread(lambda: channel.send([bucket.data])),
         )
 
     async def _finish(self, version: int, expected: dict[KeptWeights, ExpectedChecksums]) -> float:
@@ -170,6 +186,15 @@ class WeightSync:
 
 async def _each(clients: Sequence[EngineClient], call: Callable[[EngineClient], Awaitable[None]]) -> None:
     await together(*(call(client) for client in clients))
+
+
+async def _leave_old_group(client: EngineClient, group_name: str) -> None:
+    """An engine may still be in the group of a failed sync, or of a run that was killed."""
+    try:
+        await client.leave_group(group_name)
+    except EngineError as error:
+        if error.status is None:
+            raise
 
 
 async def _agree(clients: Sequence[EngineClient]) -> bool:
@@ -237,9 +262,9 @@ class Buffers:
     They are kept from sync to sync, since fresh memory is slow on its first use.
     """
 
-    def __init__(self, bucket_bytes: int, host: bool) -> None:
-        """host: buckets in host memory, wherever the tensors are."""
-        self.bucket_bytes, self._host = bucket_bytes, host
+    def __init__(self, bucket_bytes: int, host: bool, shared: bool = False) -> None:
+        """host: buckets in host memory, wherever the tensors are; shared: in memory that other processes can open."""
+        self.bucket_bytes, self._host, self._shared = bucket_bytes, host, shared
         self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
 
     def fill(
@@ -264,11 +289,14 @@ class Buffers:
                 expected.add(name, place)
             specs.append(TensorSpec(name, str(dtype).removeprefix("torch."), tuple(tensor.shape)))
             end += size
+            del tensor  # before the next one is made
         if specs:
             yield Bucket(specs, self._memory[turn][:end])
 
     def _reserve(self, turn: int, size: int, like: torch.Tensor) -> torch.Tensor:
         device = torch.device("cpu") if self._host else like.device
         if self._memory[turn].numel() < size or self._memory[turn].device != device:
-            self._memory[turn] = torch.empty(size, dtype=torch.uint8, device=device)
+            self._memory[turn] = torch.empty(0, dtype=torch.uint8)  # before there is more of it
+            shared = self._shared and device.type == "cpu"
+            self._memory[turn] = shared_memory(size) if shared else torch.empty(size, dtype=torch.uint8, device=device)
         return self._memory[turn]

@@ -25,6 +25,7 @@ ROUTES = (
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
     "/update_weights_from_disk",
     "/update_weight_version",
     "/weights_checker",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class HfBridge:
         """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
         return self._architecture
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor of the HF folder."""
+        return max(map(prod, self._shapes.values()))
+
     @torch.no_grad()
     def load(self, chunks: Sequence[torch.nn.Module], path: Path) -> None:
         """Fill this rank's shards of every pipeline chunk from the safetensors of the HF folder `path`.
@@ -73,7 +79,10 @@ class HfBridge:
         stage's, to which Megatron's finalize_model_grads has added the last one's.
         """
         for parameter, shards in gather(self._exported, _named_parameters(chunks), of):
-            yield from zip((source.name for source in parameter.sources), parameter.merge(shards), strict=True)
+            tensors = parameter.merge(shards)
+            del shards  # one parameter's memory at a time
+            for source in parameter.sources:
+                yield source.name, tensors.pop(0)
 
     def save(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""

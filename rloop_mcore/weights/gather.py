@@ -41,16 +41,21 @@ def gather(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[tupl
     device = next(iter(held.values())).device
     for parameter, entry in zip(parameters, _directory(parameters, held, of), strict=True):
         mine = of(held[parameter.name]).detach().contiguous() if rank in entry.owners else None
-        if rank != 0:
-            _transfer([dist.P2POp(dist.isend, mine, 0)] if mine is not None else [])
-            continue
-        shards = [
-            mine if mine is not None and owner == 0 else torch.empty(entry.shape, dtype=entry.dtype, device=device)
-            for owner in entry.owners
-        ]
-        pairs = zip(shards, entry.owners, strict=True)
-        _transfer([dist.P2POp(dist.irecv, shard, owner) for shard, owner in pairs if owner != 0])
-        yield parameter, shards
+        if rank == 0:
+            yield parameter, _collect(entry, mine, device)
+        elif mine is not None:
+            _transfer([dist.P2POp(dist.isend, mine, 0)])
+
+
+def _collect(entry: _Entry, mine: torch.Tensor | None, device: torch.device) -> list[torch.Tensor]:
+    """Rank 0: all shards of a parameter. Nothing here holds on to them: memory for one parameter at a time."""
+    shards = [
+        mine if mine is not None and owner == 0 else torch.empty(entry.shape, dtype=entry.dtype, device=device)
+        for owner in entry.owners
+    ]
+    pairs = zip(shards, entry.owners, strict=True)
+    _transfer([dist.P2POp(dist.irecv, shard, owner) for shard, owner in pairs if owner != 0])
+    return shards
 
 
 def _transfer(operations: list[dist.P2POp]) -> None:

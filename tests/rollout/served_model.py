@@ -181,10 +181,10 @@ class Borrowed:
         pass
 
 
-def make_fleet(servers: Sequence[Any], channel: WeightChannel | None = None, **options: Any) -> Fleet:
+def make_fleet(servers: Sequence[Any], channel: WeightChannel | str | None = "broadcast", **options: Any) -> Fleet:
     """options: those of `Fleet` that are to differ from the tests' usual ones."""
     usual = {"model": MODEL, "bucket_mib": 1, "start_timeout_s": START_S, "request_timeout_s": 30.0}
-    return Fleet(servers, channel or Channel(), **usual | options)
+    return Fleet(servers, Channel() if isinstance(channel, str) else channel, **usual | options)
 
 
 def assert_by(

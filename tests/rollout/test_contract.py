@@ -15,6 +15,8 @@ import torch
 from served_model import EOS, VOCABULARY, Channel, Endpoint, token_logprobs
 from transformers import PreTrainedModel
 
+from rloop_mcore.rollout.handles import handles_of
+
 PROMPT = [12, 13, 2, 5, 6, 7, 20]
 
 
@@ -266,6 +268,7 @@ def test_an_unknown_pause_mode_is_refused(endpoint: Endpoint) -> None:
 def changing(endpoint: Endpoint, model_path: Path) -> Iterator[Endpoint]:
     """The endpoint, given its weights back afterwards."""
     yield endpoint
+    endpoint.request("/end_weight_update", {})  # where the test failed before it could
     _load(endpoint, model_path, "default")
 
 
@@ -368,6 +371,22 @@ def test_tokens_after_an_update_are_the_new_weights(
         for span, model in zip(spans, (reference, other_model), strict=True):
             expected = token_logprobs(model, prompt + ids)[len(prompt) - 1 :][span["start"] : span["end"]]
             np.testing.assert_allclose(logprobs[span["start"] : span["end"]], expected, atol=1e-4)
+
+
+def test_weights_by_handles_of_shared_memory(changing: Endpoint, other_model: PreTrainedModel) -> None:
+    tensors = [(name, p.detach().clone()) for name, p in other_model.named_parameters()]
+    body = {"serialized_named_tensors": [handles_of(tensors)]}
+    assert changing.request("/update_weights_from_tensor", body)[0] == 400  # no session is open
+    assert changing.request("/begin_weight_update", {})[0] == 200
+    half = len(tensors) // 2
+    for part in (tensors[:half], tensors[half:]):
+        status, answer = changing.request(
+            "/update_weights_from_tensor", {"serialized_named_tensors": [handles_of(part)]}
+        )
+        assert (status, answer["success"]) == (200, True), answer
+    assert changing.request("/end_weight_update", {})[0] == 200
+    changing.request("/update_weight_version", {"new_version": "8", "abort_all_requests": False})
+    _assert_by(other_model, changing, "8")
 
 
 def test_weight_updates_need_a_session(endpoint: Endpoint) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import os
+import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +89,21 @@ def test_released_weights_take_no_memory_and_come_back_under_the_same_names() ->
     receiver.end()
     assert receiver.broken is None
     assert all((p == 2.0).all() for p in model.parameters())
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch /tmp/rloop_evil_was_here",)
+
+
+@pytest.mark.parametrize("what", [Evil(), [("a", Evil())], [1, 2], [("a", 1)], None])
+def test_handles_that_are_no_tensors_are_refused(endpoint: Endpoint, what: object) -> None:
+    text = base64.b64encode(pickle.dumps(what)).decode() if what is not None else "not base64!"
+    assert endpoint.request("/begin_weight_update", {})[0] == 200
+    try:
+        status, answer = endpoint.request("/update_weights_from_tensor", {"serialized_named_tensors": [text]})
+        assert status == 400
+        assert "serialized_named_tensors" in answer["message"]
+    finally:
+        endpoint.request("/end_weight_update", {})
+    assert not Path("/tmp/rloop_evil_was_here").exists()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.client import EngineClient, EngineError
+from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
 from rloop_mcore.rollout.sync import Buffers
@@ -39,9 +42,10 @@ def servers(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         server.stop()
 
 
-@pytest.fixture
-def fleet(servers: list[EmbeddedServer]) -> Iterator[Fleet]:
-    with make_fleet([Borrowed(s) for s in servers]) as fleet:
+@pytest.fixture(params=["broadcast", "handles"])
+def fleet(servers: list[EmbeddedServer], request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    channel = {"broadcast": "broadcast", "handles": None}[request.param]
+    with make_fleet([Borrowed(s) for s in servers], channel) as fleet:
         yield fleet
 
 
@@ -245,4 +249,35 @@ def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_
         for server in own:  # now none is left, and the trainer is waiting
             server.process.kill()
             server.process.wait()
+        _assert_by(other_model, fleet, 3)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_fails_among_the_handles_of_a_sync_is_left_out_and_rejoins(
+    model_path: Path,
+    tmp_path: Path,
+    reference: PreTrainedModel,
+    other_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
+) -> None:
+    own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
+    with make_fleet(own, None, probe=Probe(every_s=1.0, deadline_s=2.0)) as fleet:
+        fleet.sync(_weights(other_model), 1)
+        fleet._sync.buffers.bucket_bytes = 3000
+        fleet._sync.timeout_s = 5.0
+        update, calls = EngineClient.update_from_tensors, []
+
+        async def third_fails(client: EngineClient, *arguments: Any) -> None:
+            calls.append(client)
+            if len(calls) == 3:
+                own[0].process.send_signal(how)
+            await update(client, *arguments)
+
+        monkeypatch.setattr(EngineClient, "update_from_tensors", third_fails)
+        assert fleet.sync(_weights(reference), 2)["engines_lost"] == 1
+        _assert_by(reference, fleet, 2)
+        while fleet._controller.in_state("lost"):
+            time.sleep(0.1)
+        assert fleet.sync(_weights(other_model), 3)["engines_serving"] == 2
         _assert_by(other_model, fleet, 3)

@@ -1,6 +1,6 @@
 """Run by torchrun for sync.py: rank 0 of a TP2 actor syncs two embedded engines, and broadcasts as many raw bytes.
 
-usage: sync_ranks.py MODEL OUT REPEATS
+usage: sync_ranks.py MODEL OUT REPEATS handles|broadcast
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, fl
         EmbeddedServer(model, folder, f"engine-{n}", max_running=1, threads=1, dtype="float32", device="cpu")
         for n in range(ENGINES)
     ]
-    channel = BroadcastChannel("gloo", "weights", TIMEOUT_S)
+    channel = BroadcastChannel("gloo", "weights", TIMEOUT_S) if sys.argv[4] == "broadcast" else None
     with Fleet(
         servers,
         channel,

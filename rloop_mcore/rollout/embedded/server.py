@@ -67,6 +67,7 @@ class Server:
             self.init_weights_update_group,
             self.destroy_weights_update_group,
             self.update_weights_from_distributed,
+            self.update_weights_from_tensor,
             self.update_weights_from_disk,
             self.update_weight_version,
             self.weights_checker,
@@ -283,6 +284,17 @@ class Server:
             _field(body, "group_name", str),
             body.get("load_format"),
         )
+        self._stamp(body.get("weight_version"))
+        return _done("weights updated")
+
+    async def update_weights_from_tensor(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        if body.get("load_format") is not None:
+            raise BadRequest(f"load_format {body['load_format']!r} is not known; leave it out")
+        handles = _field(body, "serialized_named_tensors", list)
+        if len(handles) != 1:
+            raise BadRequest(f"serialized_named_tensors has {len(handles)} entries; this server has one rank")
+        await self._on_worker(self.weights.take, handles[0])
         self._stamp(body.get("weight_version"))
         return _done("weights updated")
 

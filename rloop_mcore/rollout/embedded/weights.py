@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rloop_mcore.platform.process_group import join_group, leave_group
+from rloop_mcore.rollout.embedded.handles import open_handles
 from rloop_mcore.rollout.embedded.params import BadRequest
 from rloop_mcore.rollout.hashers import embedded_hasher
 
@@ -97,6 +98,14 @@ class WeightReceiver:
             receive = self._receive_bucket if load_format else _receive_each
             tensors = receive(layout, group, device)
             for name, tensor in zip(names, tensors, strict=True):
+                self._write(name, tensor)
+
+    def take(self, handles: str) -> None:
+        """Copy tensors of another process of this host into the parameters of their names."""
+        if self.missing is None:
+            raise BadRequest("a weight update must stand between /begin_weight_update and /end_weight_update")
+        with self._breaks_on_error():
+            for name, tensor in open_handles(handles):
                 self._write(name, tensor)
 
     def load(self, path: Path) -> None:
