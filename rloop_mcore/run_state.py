@@ -74,8 +74,7 @@ class RunState:
     ) -> int:
         """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done."""
         self._synced = None
-        if self.config.rollout.sleep:
-            self.rollout.sleep()
+        self._engines_sleep()
         self.actor.begin(start.path, optimizer, steps * updates_per_step)
         commit = self.journal.last_commit(iteration, phase)
         if commit is None:
@@ -148,6 +147,11 @@ class RunState:
         self._synced = version
         return metrics
 
+    def _engines_sleep(self) -> None:
+        """With `rollout.sleep`: before the actor takes memory."""
+        if self.config.rollout.sleep:
+            self.rollout.sleep()
+
     def version(self, iteration: int, step: int) -> int:
         """The weight version of the policy after `step` RL steps of `iteration`."""
         return self._global_step(iteration, "explore", step) + iteration + 1
@@ -184,6 +188,7 @@ class RunState:
         metrics: dict[str, float] = {}
         if self.evaluator is not None:
             if phase != "explore":
+                self._engines_sleep()
                 self.actor.begin(policy.path, self.config.optimizer, 1)
                 self._synced = None
             self.sync(iteration + (phase == "exploit"), step)

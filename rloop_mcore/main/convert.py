@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import resource
 import shutil
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.platform.files import remove_abandoned
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
@@ -22,31 +23,35 @@ from rloop_mcore.weights.sections import Layout
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_THREADS = 8
+_LONGEST_NAME = 200  # what is unfinished has a longer one
 _MB = 1e6
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Plan, say what the plan is, convert. Raises UserError before anything is written."""
+    """Plan, say what the plan is, convert. Raises UserError before anything is written, Fault where it goes wrong."""
     source, target = options.source, options.target
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give a Hugging Face folder or a Megatron checkpoint.")
     torch.set_num_threads(1)  # the threads are the conversion's own
-    conversion = _plan(options, options.to or _other_than(source))
-    if target.exists():
-        raise UserError(f"{target} exists already: remove it, or choose another.")
-    free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
-    if conversion.bytes > free:
-        raise UserError(f"{target}: {decimal(conversion.bytes)} are to be written, and {decimal(free)} are free there.")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # every file of a checkpoint is open at once
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        conversion = _plan(options, options.to or _other_than(source))
+        _check_target(target, conversion.bytes)
+    except OSError as error:
+        raise UserError(f"{error.filename or source} cannot be read: {error.strerror or error}.") from error
     display = ProgressDisplay()
     for warning in conversion.warnings:
         display.message(f"warning: {warning}")
     if options.dry_run:
         display.message(describe(conversion))
         return 0
-    remove_abandoned(target)
-    meter = _Meter(display, conversion.bytes)
+    meter = _Meter(display, 2 * conversion.bytes)
     try:
+        remove_abandoned(target)
         conversion.run(meter.add)
+    except OSError as error:
+        raise Fault(f"{target} was not written: {error}.") from error
     finally:
         display.close()
     seconds = time.monotonic() - meter.begun
@@ -56,11 +61,25 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_target(target: Path, size: int) -> None:
+    """Raises UserError where `target` cannot be made, or `size` bytes have no room there."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already: remove it, or choose another.")
+    parent = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or target.name in ("", ".."):
+        raise UserError(f"{target} cannot be made: {parent} is no folder that can be written to.")
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise UserError(f"{target}: its name is longer than {_LONGEST_NAME} bytes.")
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise UserError(f"{target}: {decimal(size)} are to be written, and {decimal(free)} are free there.")
+
+
 def _plan(options: argparse.Namespace, to: str) -> Conversion:
     dtype = _DTYPES.get(options.dtype)
     threads = options.threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    if threads < 1:
-        raise UserError(f"--threads {threads}: it is at least 1.")
+    if not 1 <= threads <= 256:
+        raise UserError(f"--threads {threads}: it is a number from 1 to 256.")
     if to == "mcore":
         if options.config or options.trust:
             raise UserError("--config and --trust are for conversions to a Hugging Face folder.")
@@ -92,7 +111,7 @@ def describe(conversion: Conversion) -> str:
             f"{conversion.source} -> {conversion.target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in "
             f"{len(files)} files",
             *files,
-            f"largest tensor {decimal(conversion.largest)}; copies of tensors at most {decimal(conversion.memory)}",
+            f"largest tensor {decimal(conversion.largest)}; copies of tensors take about {decimal(conversion.memory)}",
         ]
     )
 
@@ -116,4 +135,6 @@ class _Meter:
             self._shown = shown
             speed = self._done / max(time.monotonic() - self.begun, 1e-6)
             left = (self._bytes - self._done) / speed if speed else None
-            self._display.show("MB", shown, self._total, left, {"mb_per_s": speed / _MB} if speed else {})
+            self._display.show(
+                "MB written and checked", shown, self._total, left, {"mb_per_s": speed / _MB} if speed else {}
+            )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_ABANDONED_S = 60.0
+_QUIET_S = 60.0
 
 
 def fsync_path(path: Path) -> None:
@@ -22,11 +24,12 @@ def fsync_path(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling to write as a file or fill as a directory; on success it becomes `path`.
 
-    Everything is fsynced before the rename and the parent directory after it. A directory already at `path` is
-    replaced. On an exception the temporary is removed and `path` is untouched.
+    Everything is fsynced before the rename and the parent directory after it. What is already at `path` is replaced;
+    with `replace` off FileExistsError is raised instead. On an exception the temporary is removed and `path` is
+    untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
@@ -37,10 +40,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 for name in files:
                     fsync_path(Path(root) / name)
                 fsync_path(Path(root))
-            if path.exists():
-                shutil.rmtree(path)
         else:
             fsync_path(temporary)
+        if not replace and os.path.lexists(path):
+            raise FileExistsError(f"{path} was made by somebody else meanwhile")
+        if temporary.is_dir() and path.exists():
+            shutil.rmtree(path)
         os.replace(temporary, path)
         fsync_path(path.parent)
     except BaseException:
@@ -51,12 +56,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory that becomes `path`, which must not exist, when it is complete; see `remove_abandoned`."""
+    with atomic_path(path, replace=False) as temporary:
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+        finally:
+            os.close(lock)
+
+
 def remove_abandoned(path: Path) -> None:
-    """Remove what a killed process left of an unfinished `path`: nothing has changed in it for a minute."""
-    for temporary in path.parent.glob(f".tmp-*-{path.name}"):
-        found = [temporary, *temporary.rglob("*")]
-        if max(entry.stat().st_mtime for entry in found) < time.time() - _ABANDONED_S:
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    """Remove what a killed process left of an unfinished `path`: nobody locks it, and it was quiet for a minute."""
+    for temporary in path.parent.iterdir() if path.parent.is_dir() else ():
+        if re.fullmatch(rf"\.tmp-\d+-{re.escape(path.name)}", temporary.name) and temporary.is_dir():
+            lock = os.open(temporary, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if max(entry.lstat().st_mtime for entry in (temporary, *temporary.rglob("*"))) < time.time() - _QUIET_S:
+                    shutil.rmtree(temporary)
+            except BlockingIOError:
+                pass  # it is being written
+            finally:
+                os.close(lock)
 
 
 def write_atomic(path: Path, text: str) -> None:

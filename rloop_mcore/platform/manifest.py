@@ -14,7 +14,9 @@ _PICKLES = (".metadata", "common.pt")  # of Megatron's torch_dist; the rest is l
 
 def write_manifest(folder: Path) -> None:
     """Say what the files of a checkpoint are, so that `check_manifest` finds what was changed or is missing."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {
+        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name != _MANIFEST
+    }
     sha256 = {name: _sha256(folder / name) for name in _PICKLES if name in files}
     text = json.dumps({"format": "rloop checkpoint 1", "files": files, "sha256": sha256}, indent=2)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
+_FLUSHES, _FLUSH_AGAIN_S = 20, 0.5  # a health probe may still be under way
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -209,8 +210,15 @@ class EngineClient:
 
     async def sleep(self) -> None:
         """Give up the memory of the weights and of the cache, contents and all. Nothing may be under way."""
-        await self.flush_cache()  # refused while something is; SGLang dies of a release then
-        self._released = {"kv_cache", "weights"}
+        self._released = {"kv_cache", "weights"}  # from now on no /health, which is a token
+        for attempt in range(_FLUSHES):  # refused while something is under way; SGLang dies of a release then
+            try:
+                await self.flush_cache()
+                break
+            except EngineError as error:
+                if error.status != 400 or attempt == _FLUSHES - 1:
+                    raise
+                await asyncio.sleep(_FLUSH_AGAIN_S)
         await self._call("POST", "/release_memory_occupation", {"tags": sorted(self._released)})
 
     async def wake(self, tag: str) -> None:

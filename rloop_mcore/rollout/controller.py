@@ -119,6 +119,7 @@ class Controller:
         self._on_waiting = on_waiting
         self._queue: deque[_Call] = deque()
         self._loads: list[tuple[int, int]] = []  # heap of (running, engine number); outdated entries are skipped
+        self._sleeping = False
         self._versions = (-1, -1)  # oldest and newest weights that a serving engine holds
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -143,6 +144,7 @@ class Controller:
 
     def promote(self, engines: Sequence[Engine], version: int) -> None:
         """These engines hold the weights `version`, verified: they get calls from now on."""
+        self._sleeping = False
         for engine in engines:
             if engine.state in ("waiting", "serving"):
                 engine.state = "serving"
@@ -153,6 +155,8 @@ class Controller:
 
     async def sleep(self) -> None:
         """Have the engines give up their memory; they wait for weights then. Nothing may be under way."""
+
+        self._sleeping = True
 
         async def put(engine: Engine, client: EngineClient) -> None:
             engine.state = "waiting"
@@ -381,6 +385,8 @@ class Controller:
             try:
                 engine.server.restart()
                 await self._reach(engine)
+                if self._sleeping and engine.client is not None:
+                    await engine.client.sleep()
             except (EngineError, OSError) as error:  # OSError: no process or port is to be had
                 log.warning("engine %d does not come back: %s", engine.number, error)
                 reason = str(error)

@@ -120,9 +120,9 @@ class Fleet:
     def sleep(self) -> None:
         """Have the engines give up their memory until the next sync. Nothing may be under way; an engine that fails is
         left to its restart."""
-        if self._started:
-            self.version = None
-            self._submit(self._controller.sleep()).result()
+        self.wait_ready()
+        self.version = None
+        self._submit(self._controller.sleep()).result()
 
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""

@@ -37,7 +37,7 @@ class HfBridge:
         self._architecture = self._family.architecture(config)
         self._parameters = self._family.parameters(config)
         self._exported = self._family.exported(config)
-        self._shapes, self._ignored = self._family.shapes(config), self._family.ignored(config)
+        self._shapes = self._family.shapes(config)
 
     def architecture(self) -> dict[str, Any]:
         """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
@@ -57,7 +57,7 @@ class HfBridge:
         if self._family.architecture(HfConfig.read(path)) != self._architecture:
             raise UserError(f"{path}/config.json describes another model than {self.folder}/config.json.")
         reader = TensorReader(path)
-        reader.check(self._shapes, self._ignored)
+        self._family.check(HfConfig.read(path), reader)
         held = _named_parameters(chunks)
         known = {parameter.name: parameter for parameter in self._parameters}
         for name, tensor in held.items():

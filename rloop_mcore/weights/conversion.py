@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from rloop_mcore.errors import Fault
 from rloop_mcore.weights.hf_folder import TOKENIZER_FILES, bytes_of
 
 HF_FILES = "hf"  # folder in a checkpoint of ours: the config and tokenizer files of the model
-_AT_ONCE = 2  # of the largest tensor, in memory
+AT_ONCE = 2  # of the largest tensor, in memory
 
 Progress = Callable[[int], None]  # told how many bytes more are done
 
@@ -39,23 +39,30 @@ class Conversion:
 
     @property
     def memory(self) -> int:
-        """Bytes that copies of tensors may take at once."""
-        return _AT_ONCE * self.largest
+        """Bytes that copies of tensors take at once, but for one that needs more by itself."""
+        return AT_ONCE * self.largest
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user gave up."""
 
 
 class Memory:
-    """Copies of tensors that exist at one time, in bytes; threads wait for room."""
+    """Copies of tensors that exist at one time, in bytes; threads wait for room, and end here once they are to stop."""
 
     def __init__(self, limit: int) -> None:
         self._free = self._limit = limit
         self._changed = threading.Condition()
+        self._stopped = False
 
     @contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Room for `size` bytes, for the block; all there is where it is more than that."""
+        """Room for `size` bytes, for the block; all there is where it is more than that. Raises Stopped."""
         size = min(size, self._limit)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
+            self._changed.wait_for(lambda: self._stopped or self._free >= size)
+            if self._stopped:
+                raise Stopped
             self._free -= size
         try:
             yield
@@ -64,17 +71,23 @@ class Memory:
                 self._free += size
                 self._changed.notify_all()
 
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
-def in_threads(work: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run all of it. Raises the first error; what has not begun then does not begin."""
+
+def in_threads(work: Sequence[Callable[[], None]], threads: int, memory: Memory) -> None:
+    """Run all of it. At the first error, or Ctrl-C, the rest ends where it next asks for `memory`; raises it."""
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(item) for item in work]
         try:
-            for future in futures:
+            done, _ = wait([pool.submit(item) for item in work], return_when=FIRST_EXCEPTION)
+            for future in done:
                 future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        except BaseException:
+            memory.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -85,7 +98,7 @@ def checksum(tensor: torch.Tensor) -> str:
 def compare(name: str, tensor: torch.Tensor, expected: str, target: Path) -> None:
     """Raises Fault where a tensor that was written to `target` is not the one that was read."""
     if checksum(tensor) != expected:
-        raise Fault(f"{target} was not written: {name}, mapped back from the disk, is not what was read.")
+        raise Fault(f"{target} was not written: {name}, mapped back from its files, is not what was read.")
 
 
 def warnings(files: Path) -> list[str]:

@@ -34,15 +34,20 @@ class Sizes:
     @classmethod
     def of(cls, config: HfConfig) -> Sizes:
         """Read config.json's. Raises UserError where one is missing."""
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        kv_heads = config.size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UserError(
+                f"{config.file}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}."
+            )
         return cls(
-            layers=config["num_hidden_layers"],
+            layers=config.size("num_hidden_layers", most=10_000),
             hidden=hidden,
-            ffn=config["intermediate_size"],
+            ffn=config.size("intermediate_size"),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim", hidden // heads),
-            vocabulary=config["vocab_size"],
+            kv_heads=kv_heads,
+            head_dim=config.size("head_dim", max(1, hidden // heads)),
+            vocabulary=config.size("vocab_size"),
         )
 
 
@@ -67,9 +72,9 @@ def architecture(config: HfConfig) -> dict[str, Any]:
         },
         "gpt": {
             "vocab_size": sizes.vocabulary,
-            "max_sequence_length": config["max_position_embeddings"],
+            "max_sequence_length": config.size("max_position_embeddings"),
             "position_embedding_type": "rope",
-            "share_embeddings_and_output_weights": config.get("tie_word_embeddings", False),
+            "share_embeddings_and_output_weights": config.flag("tie_word_embeddings"),
             **_rotary(config),
         },
     }
@@ -77,7 +82,7 @@ def architecture(config: HfConfig) -> dict[str, Any]:
 
 def dense_mlp(config: HfConfig, mcore: str, hf: str) -> list[Parameter]:
     """The dense MLP of a layer."""
-    return swiglu(mcore, hf, config["hidden_size"], config["intermediate_size"])
+    return swiglu(mcore, hf, config.size("hidden_size"), config.size("intermediate_size"))
 
 
 def parameters(
@@ -92,7 +97,7 @@ def parameters(
     """
     sizes = Sizes.of(config)
     embedding = HfTensor("model.embed_tokens.weight", (sizes.vocabulary, sizes.hidden))
-    tied = config.get("tie_word_embeddings", False)
+    tied = config.flag("tie_word_embeddings")
     output = embedding if tied else HfTensor("lm_head.weight", embedding.shape)
     found = [Parameter("embedding.word_embeddings.weight", (embedding,), Split.VOCABULARY)]
     for layer in range(sizes.layers):
@@ -143,6 +148,8 @@ def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool, qk_norm: bool)
 def _rotary(config: HfConfig) -> dict[str, Any]:
     """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling."""
     rope = config.get("rope_parameters", config.get("rope_scaling", {}))
+    if not isinstance(rope, dict):
+        raise UserError(f"{config.file}: the rotary parameters are {rope!r}; they have to be an object.")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     arguments = {"rotary_base": theta, "rotary_percent": 1.0}

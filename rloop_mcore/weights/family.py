@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.weights.hf_folder import TensorReader
 from rloop_mcore.weights.tensor_files import read_json
 
 
@@ -156,6 +157,20 @@ class HfConfig:
         value = self.values.get(key)
         return default if value is None else value
 
+    def size(self, key: str, default: int | None = None, most: int = 10**7) -> int:
+        """A number of things. Raises UserError where it is none, or missing without a default."""
+        value = self[key] if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise UserError(f"{self.file}: {key} is {value!r}; it has to be a whole number from 1 to {most}.")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """False where it is missing. Raises UserError where it is neither true nor false."""
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.file}: {key} is {value!r}; it has to be true or false.")
+        return value
+
     def honour(self, supported: Mapping[str, Any]) -> None:
         """Raise UserError where a key is set to anything but the one value that is supported, {key: value}."""
         for key, value in supported.items():
@@ -186,9 +201,20 @@ class Family:
         return {source.name: source.shape for parameter in self.exported(config) for source in parameter.sources}
 
     def ignored(self, config: HfConfig) -> tuple[str, ...]:
-        """What names of tensors end with that a folder may hold beside them."""
-        tied = ("lm_head.weight",) if config.get("tie_word_embeddings", False) else ()
-        return ("rotary_emb.inv_freq", *tied)  # the first is a buffer that old Llama files carry
+        """Names of tensors that a folder may hold beside them; one that begins with a dot is the end of a name."""
+        tied = ("lm_head.weight",) if config.flag("tie_word_embeddings") else ()
+        return (".rotary_emb.inv_freq", *tied)  # the first is a buffer that old Llama files carry
+
+    def check(self, config: HfConfig, reader: TensorReader) -> None:
+        """Raises UserError unless a folder holds exactly the tensors of the model that `config` describes."""
+        reader.check(self.shapes(config), self.ignored(config))
+        embedding = "model.embed_tokens.weight"
+        tied = config.flag("tie_word_embeddings") and "lm_head.weight" in reader.entries
+        if tied and not torch.equal(reader.tensor("lm_head.weight"), reader.tensor(embedding)):
+            raise UserError(
+                f"{config.file} ties lm_head.weight to {embedding}, and {reader.folder} has another one: set "
+                "tie_word_embeddings to false, or remove it."
+            )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -49,7 +48,7 @@ class TensorReader:
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
         """Raise UserError unless exactly the tensors `expected` (name -> shape) are here, as floating-point numbers.
 
-        Tensors whose name ends with one of `ignored` may be here too.
+        Those in `ignored` may be here too, and those whose name ends with one of them that begins with a dot.
         """
         for name, shape in expected.items():
             entry = self.entries.get(name)
@@ -61,8 +60,9 @@ class TensorReader:
                 )
             if entry.dtype not in DTYPES.values():
                 raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}; it has to be F32, BF16 or F16.")
-        suffixes = tuple(ignored)
-        for name in sorted(self.entries.keys() - expected.keys()):
+        names = tuple(ignored)
+        suffixes = tuple(name for name in names if name.startswith("."))
+        for name in sorted(self.entries.keys() - expected.keys() - set(names)):
             if not name.endswith(suffixes):
                 raise UserError(f"{self.entries[name].file} holds tensor {name}, which this family does not know.")
 
@@ -87,6 +87,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
 
 
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:  # one call writes 2 GiB at most
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
 class TensorWriter:
     """The safetensors of an HF folder, laid out from a plan and filled in any order, by several threads if need be."""
 
@@ -101,7 +107,7 @@ class TensorWriter:
             fd = os.open(folder / file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self._descriptors.append(fd)
             header, offsets = _header(plan, names)
-            os.write(fd, header)
+            _write_at(fd, memoryview(header), 0)
             self._places |= {name: (fd, len(header) + offset) for name, offset in offsets.items()}
         if len(self.files) > 1:
             sizes = [prod(shape) * dtype.itemsize for dtype, shape in plan.values()]
@@ -115,10 +121,7 @@ class TensorWriter:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not in the plan, or the name came twice")
         self._missing.discard(name)
         fd, offset = self._places[name]
-        data = bytes_of(tensor)
-        while data:  # one call writes 2 GiB at most
-            written = os.pwrite(fd, data, offset)
-            data, offset = data[written:], offset + written
+        _write_at(fd, bytes_of(tensor), offset)
 
     def close(self) -> None:
         """Make it durable. Raises ValueError where a tensor was not written."""
@@ -156,29 +159,25 @@ def write_folder(
     dtype = first[1].dtype
     written: dict[str, tuple[str, tuple[int, ...], str]] = {}
     plan = {name: (dtype, shape) for name, shape in shapes.items()}
-    with new_folder(path, source, {dtype}) as folder, TensorWriter(folder, plan, shard_bytes) as writer:
-        for name, tensor in chain([first], stream):
-            writer.write(name, tensor)
-            written[name] = (DTYPES[dtype], tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
+    with atomic_path(path) as folder:
+        folder.mkdir()
+        write_config(folder, source, {dtype})
+        with TensorWriter(folder, plan, shard_bytes) as writer:
+            for name, tensor in chain([first], stream):
+                writer.write(name, tensor)
+                written[name] = (DTYPES[dtype], tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
     return Policy(path, combine(written))
 
 
-@contextmanager
-def new_folder(path: Path, source: Path, dtypes: set[torch.dtype]) -> Iterator[Path]:
-    """A folder with the config and tokenizer files of `source`, which becomes `path` when it is complete.
-
-    dtypes: of the tensors; where it is one, it is config.json's too.
-    """
-    with atomic_path(path) as folder:
-        folder.mkdir()
-        for name in CONFIG_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
-        config = read_json(source / "config.json")
-        if len(dtypes) == 1:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(*dtypes).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        yield folder
+def write_config(folder: Path, source: Path, dtypes: set[torch.dtype]) -> None:
+    """Copy config and tokenizer files. dtypes: of the tensors; where it is one, it is config.json's too."""
+    for name in CONFIG_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = read_json(source / "config.json")
+    if len(dtypes) == 1:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(*dtypes).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def files_of(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:

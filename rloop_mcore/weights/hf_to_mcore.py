@@ -6,7 +6,6 @@ cut across or cast are copied. It ends by mapping every tensor back from the wri
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,9 @@ from pathlib import Path
 import torch
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.files import new_directory
 from rloop_mcore.weights.conversion import (
+    AT_ONCE,
     HF_FILES,
     Conversion,
     Memory,
@@ -28,7 +28,7 @@ from rloop_mcore.weights.conversion import (
     warnings,
 )
 from rloop_mcore.weights.family import Split
-from rloop_mcore.weights.hf_folder import CONFIG_FILES, TensorReader
+from rloop_mcore.weights.hf_folder import TensorReader, write_config
 from rloop_mcore.weights.sections import Layout, Model, Section
 from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
 
@@ -54,20 +54,22 @@ def plan(
     model = Model(source, family)
     model.check(layout)
     reader = TensorReader(source)
-    reader.check(model.family.shapes(model.config), model.family.ignored(model.config))
+    model.family.check(model.config, reader)
     dtypes = {section.key: _dtype(section, reader, dtype) for section in model.sections}
     for section in model.sections:
         if dtypes[section.key] != _dtype(section, reader, dtype):
             raise UserError(f"{source}: the tensors of {section.key} differ in dtype: give --dtype.")
     shards = _by_file(model, layout, dtypes, threads)
+    largest = max(section.elements * dtypes[section.key].itemsize for section in model.sections)
+    run = _Run(model, layout, reader, dtypes, threads, target, Memory(AT_ONCE * largest))
     return Conversion(
         source,
         target,
         tensors=sum(len(section.names) for section in model.sections),
         files={name: sum(shard.bytes for shard in of_file) for name, of_file in shards.items()},
-        largest=max(section.elements * dtypes[section.key].itemsize for section in model.sections),
+        largest=largest,
         warnings=warnings(source),
-        run=lambda progress: _Run(model, layout, reader, dtypes, threads, target).convert(shards, progress),
+        run=lambda progress: run.convert(shards, progress),
     )
 
 
@@ -107,19 +109,17 @@ class _Run:
     dtypes: dict[str, torch.dtype]
     threads: int
     target: Path
-
-    def __post_init__(self) -> None:
-        largest = max(section.elements * self.dtypes[section.key].itemsize for section in self.model.sections)
-        self.memory = Memory(2 * largest)
+    memory: Memory
 
     def convert(self, shards: dict[str, list[_Shard]], progress: Progress) -> None:
-        with atomic_path(self.target) as folder:
-            folder.mkdir()
-            files = [BlockFile(folder / name) for name in shards]
-            for key in self.model.extra_states():
-                files[0].add_nothing(key)
-            pairs = zip(files, shards.values(), strict=True)
-            in_threads([partial(self._write, file, of_file, progress) for file, of_file in pairs], self.threads)
+        with new_directory(self.target) as folder:
+            files: list[BlockFile] = []
+            first = next(iter(shards))
+            writes = [
+                partial(self._write, folder / name, of_file, files, name == first, progress)
+                for name, of_file in shards.items()
+            ]
+            in_threads(writes, self.threads, self.memory)
             tensors = {
                 key: (self.dtypes[section.key], self.model.global_shape(section, self.layout.tp))
                 for section in self.model.sections
@@ -127,30 +127,41 @@ class _Run:
             }
             finish(folder, files, tensors)
             (folder / HF_FILES).mkdir()
-            for name in CONFIG_FILES:
-                if (self.reader.folder / name).exists():
-                    shutil.copyfile(self.reader.folder / name, folder / HF_FILES / name)
-            written, count = BlockReader(folder), self.threads
-            in_threads([partial(self._verify, written, self.model.sections[n::count]) for n in range(count)], count)
+            write_config(folder / HF_FILES, self.reader.folder, set(self.dtypes.values()))
+            written, sections, count = BlockReader(folder), self.model.sections, self.threads
+            checks = [partial(self._verify, written, sections[n::count], progress) for n in range(count)]
+            in_threads(checks, count, self.memory)
 
-    def _write(self, file: BlockFile, shards: Sequence[_Shard], progress: Progress) -> None:
+    def _write(
+        self, path: Path, shards: Sequence[_Shard], files: list[BlockFile], is_first: bool, progress: Progress
+    ) -> None:
+        """One file of shards, appended to `files`. The first holds the extra states too."""
+        file = BlockFile(path)
+        files.append(file)
         for shard in shards:
             parameter, dtype = shard.section.parameter, self.dtypes[shard.section.key]
-            cast = any(self.reader.dtype(name) != dtype for name in shard.section.names)
             cut = self.layout.tp > 1 and parameter.split in (Split.INPUT, Split.VOCABULARY)
-            with self.memory.of(shard.bytes * (cast or cut or shard.section.interleaved)):
+            copied = cut or shard.section.interleaved or self._is_cast(shard.section)
+            with self.memory.of(shard.bytes * copied):
                 tensor = parameter.shard(self.reader.tensor, shard.rank, self.layout.tp, dtype)
                 for key in shard.section.place.keys:
-                    file.add(key, *shard.section.box(shard.rank, self.layout.tp), tensor)
+                    file.add(key, shard.section.box(shard.rank, self.layout.tp), tensor)
             progress(shard.bytes)
+        for key in self.model.extra_states() if is_first else ():
+            file.add_nothing(key)
         file.close()
 
-    def _verify(self, written: BlockReader, sections: Sequence[Section]) -> None:
+    def _is_cast(self, section: Section) -> bool:
+        return any(self.reader.dtype(name) != self.dtypes[section.key] for name in section.names)
+
+    def _verify(self, written: BlockReader, sections: Sequence[Section], progress: Progress) -> None:
         """Compare every HF tensor with what the checkpoint has of it."""
         for section in sections:
-            dtype = self.dtypes[section.key]
-            copies = section.interleaved + (not written.is_one_block(section.key, section.box()))
-            with self.memory.of(section.elements * dtype.itemsize * max(copies, 1)):
-                whole = written.read(section.key, section.box()).view(section.parameter.shape(1))
-                for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):
-                    compare(name, tensor, checksum(self.reader.tensor(name).to(dtype)), self.target)
+            dtype, box = self.dtypes[section.key], section.box()
+            for key in section.place.keys:
+                copies = section.interleaved + self._is_cast(section) + (not written.is_one_block(key, box))
+                with self.memory.of(section.elements * dtype.itemsize * copies):
+                    whole = written.read(key, box).view(section.parameter.shape(1))
+                    for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):
+                        compare(name, tensor, checksum(self.reader.tensor(name).to(dtype)), self.target)
+            progress(section.elements * dtype.itemsize)

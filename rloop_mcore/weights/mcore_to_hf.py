@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import new_directory
 from rloop_mcore.weights.conversion import (
+    AT_ONCE,
     HF_FILES,
     Conversion,
     Memory,
@@ -22,7 +24,7 @@ from rloop_mcore.weights.conversion import (
     warnings,
 )
 from rloop_mcore.weights.family import Place, Split
-from rloop_mcore.weights.hf_folder import Plan, TensorReader, TensorWriter, files_of, new_folder
+from rloop_mcore.weights.hf_folder import Plan, TensorReader, TensorWriter, files_of, write_config
 from rloop_mcore.weights.sections import Model, Section
 from rloop_mcore.weights.torch_dist import BlockReader
 
@@ -45,24 +47,27 @@ def plan(
     reader = BlockReader(source, trust)
     files = config or source / HF_FILES
     if not files.is_dir():
-        raise UserError(f"{files} is not there: give --config, an HF folder with the model's config.json.")
+        raise UserError(f"{files} is no folder: give --config, an HF folder with the model's config.json.")
     model = Model(files, family)
     sections = [_found(section, model, reader) for section in model.sections]
+    for key in {section.key for section in sections}:
+        reader.check(key)
     _check_extra(model, sections, reader)
     tensors: Plan = {
         s.name: (dtype or reader.tensors[section.key].dtype, s.shape)
         for section in sections
         for s in section.parameter.sources
     }
-    run = _Run(sections, reader, tensors, threads, target)
+    largest = max(section.elements * tensors[section.names[0]][0].itemsize for section in sections)
+    run = _Run(sections, reader, tensors, threads, target, Memory(AT_ONCE * largest))
     sizes = {name: prod(shape) * of.itemsize for name, (of, shape) in tensors.items()}
     return Conversion(
         source,
         target,
         tensors=len(tensors),
         files={file: sum(sizes[name] for name in names) for file, names in files_of(tensors).items()},
-        largest=run.largest,
-        warnings=warnings(files),
+        largest=largest,
+        warnings=[*warnings(files), *_dropped(sections, reader)],
         run=lambda progress: run.convert(files, progress),
     )
 
@@ -97,11 +102,30 @@ def _check_extra(model: Model, sections: Sequence[Section], reader: BlockReader)
     """Raises UserError where the checkpoint has a tensor of the model that the config does not know."""
     known = {section.key for section in sections}
     known |= {key for section in model.sections for key in section.place.keys}
-    if model.config.get("tie_word_embeddings", False):
+    output, embedding = reader.tensors.get("output_layer.weight"), "embedding.word_embeddings.weight"
+    if model.config.flag("tie_word_embeddings") and output is not None:
         known.add("output_layer.weight")
+        reader.check("output_layer.weight")
+        whole = ((0,) * len(output.shape), output.shape)
+        same = output.shape == reader.tensors[embedding].shape
+        if not same or not torch.equal(reader.read("output_layer.weight", whole), reader.read(embedding, whole)):
+            raise UserError(
+                f"{reader.folder} has an output_layer.weight of its own, and {model.config.file} ties it to the "
+                "embedding: set tie_word_embeddings to false."
+            )
     for key in sorted(reader.tensors.keys() - known):
         if key.startswith(_OF_THE_MODEL) and "._extra_state" not in key:
             raise UserError(f"{reader.folder} holds tensor {key}, which {model.config.file} does not call for.")
+
+
+def _dropped(sections: Sequence[Section], reader: BlockReader) -> list[str]:
+    """Warnings of rows that a vocabulary has beyond the config's."""
+    found = []
+    for section in sections:
+        rows, wanted = reader.tensors[section.key].shape[0], section.parameter.shape(1)[0]
+        if section.parameter.split is Split.VOCABULARY and rows > wanted:
+            found.append(f"{section.key} has {rows} rows and the config's vocab_size is {wanted}: the rest is dropped.")
+    return found
 
 
 @dataclass
@@ -111,11 +135,8 @@ class _Run:
     tensors: Plan
     threads: int
     target: Path
-
-    def __post_init__(self) -> None:
-        self.largest = max(section.elements * self._dtype(section).itemsize for section in self.sections)
-        self.memory = Memory(2 * self.largest)
-        self.sums: dict[int, str] = {}
+    memory: Memory
+    sums: dict[int, str] = field(default_factory=dict, init=False)
 
     def _dtype(self, section: Section) -> torch.dtype:
         return self.tensors[section.names[0]][0]
@@ -123,11 +144,12 @@ class _Run:
     def convert(self, files: Path, progress: Progress) -> None:
         count = self.threads
         turns = [range(n, len(self.sections), count) for n in range(count)]
-        with new_folder(self.target, files, {dtype for dtype, _ in self.tensors.values()}) as folder:
+        with new_directory(self.target) as folder:
+            write_config(folder, files, {dtype for dtype, _ in self.tensors.values()})
             with TensorWriter(folder, self.tensors) as writer:
-                in_threads([partial(self._write, writer, turn, progress) for turn in turns], count)
+                in_threads([partial(self._write, writer, turn, progress) for turn in turns], count, self.memory)
             written = TensorReader(folder)
-            in_threads([partial(self._verify, written, turn) for turn in turns], count)
+            in_threads([partial(self._verify, written, turn, progress) for turn in turns], count, self.memory)
 
     def _write(self, writer: TensorWriter, turn: Sequence[int], progress: Progress) -> None:
         for number in turn:
@@ -142,10 +164,12 @@ class _Run:
                     writer.write(name, tensor)
             progress(section.elements * dtype.itemsize)
 
-    def _verify(self, written: TensorReader, turn: Sequence[int]) -> None:
+    def _verify(self, written: TensorReader, turn: Sequence[int], progress: Progress) -> None:
         """Compare every part of the checkpoint with what the HF tensors make of it."""
         for number in turn:
             section = self.sections[number]
-            with self.memory.of(section.elements * self._dtype(section).itemsize * section.interleaved):
+            size = section.elements * self._dtype(section).itemsize
+            with self.memory.of(size * section.interleaved):
                 shard = section.parameter.shard(written.tensor, 0, 1)
                 compare(", ".join(section.names), shard, self.sums[number], self.target)
+            progress(size)

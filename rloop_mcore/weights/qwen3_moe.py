@@ -18,8 +18,8 @@ _HONOURED = decoder.HONOURED | {
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
     config.honour(_HONOURED)
-    normalised = config.get("norm_topk_prob", False)
-    if normalised and config["num_experts_per_tok"] == 1:
+    normalised = config.flag("norm_topk_prob")
+    if normalised and config.size("num_experts_per_tok") == 1:
         raise UserError(
             f"{config.file}: norm_topk_prob with num_experts_per_tok 1 gives every expert the weight 1, and the router "
             "nothing to learn; set norm_topk_prob to false."
@@ -28,8 +28,8 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
     settings["transformer"] |= {
         "qk_layernorm": True,
         "num_moe_experts": _experts(config),
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config.size("moe_intermediate_size"),
+        "moe_router_topk": config.size("num_experts_per_tok"),
         "moe_router_pre_softmax": not normalised,  # a softmax over the top k is one over all, normalised to sum to 1
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -41,7 +41,7 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
 
 def _experts(config: HfConfig) -> int:
     """The number of experts: the hub's config files call it num_experts, transformers 5 writes num_local_experts."""
-    return config.get("num_experts", None) or config["num_local_experts"]
+    return config.size("num_experts" if config.get("num_experts", None) else "num_local_experts")
 
 
 def _parameters(config: HfConfig) -> list[Parameter]:
@@ -49,11 +49,11 @@ def _parameters(config: HfConfig) -> list[Parameter]:
 
 
 def _mixture(config: HfConfig, mcore: str, hf: str) -> list[Parameter]:
-    hidden, experts = config["hidden_size"], _experts(config)
+    hidden, experts = config.size("hidden_size"), _experts(config)
     found = [Parameter(f"{mcore}.router.weight", (HfTensor(f"{hf}.gate.weight", (experts, hidden)),), Split.REPLICATED)]
     for expert in range(experts):
         names = f"{mcore}.experts.local_experts.{expert}", f"{hf}.experts.{expert}"
-        found += decoder.swiglu(*names, hidden, config["moe_intermediate_size"], expert=True)
+        found += decoder.swiglu(*names, hidden, config.size("moe_intermediate_size"), expert=True)
     return found
 
 

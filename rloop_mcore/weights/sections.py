@@ -68,7 +68,7 @@ class Model:
         self.family: Family = choose_family(self.config, family)
         self.family.architecture(self.config)
         parameters = self.family.exported(self.config)
-        self.layers = int(self.config["num_hidden_layers"])
+        self.layers = self.config.size("num_hidden_layers")
         self.experts = sum(p.expert for p in parameters) // self.layers // 2  # of each layer; fc1 and fc2 each
         self.sections: list[Section] = []
         self._rows: dict[str, int] = {}  # of the checkpoint's tensors, stacking aside

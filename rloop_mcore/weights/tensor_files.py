@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from rloop_mcore.errors import UserError
 
+_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}  # an element
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -48,8 +61,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -70,25 +85,49 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             name: TensorEntry(
                 file,
                 str(entry["dtype"]),
-                tuple(int(n) for n in entry["shape"]),
-                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+                tuple(_whole(n) for n in entry["shape"]),
+                *(8 + length + _whole(offset) for offset in entry["data_offsets"]),
             )
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a safetensors file: its header is unreadable ({error}).") from None
     end = max((entry.end for entry in entries.values()), default=0)
     if end > size:
         raise UserError(f"{file} is cut off: its header names {end} bytes and it has {size}.")
+    _check_places(file, entries, 8 + length, size)
     return entries
+
+
+def _check_places(file: Path, entries: dict[str, TensorEntry], begin: int, size: int) -> None:
+    """Raises UserError unless the tensors follow one another without gaps, each as long as it has to be."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        wanted = prod(entry.shape) * _BYTES.get(entry.dtype, 0)
+        if entry.begin != begin or (entry.dtype in _BYTES and entry.end - begin != wanted) or entry.end < begin:
+            raise UserError(
+                f"{file}: tensor {name} {entry.dtype} {list(entry.shape)} is at bytes {entry.begin} to {entry.end}; it "
+                f"should begin at {begin} and have {wanted}."
+            )
+        begin = entry.end
+    if begin != size:
+        raise UserError(f"{file} has {size} bytes, and its tensors end at {begin}.")
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def _indexed(index: Path) -> dict[str, TensorEntry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map (tensor name to file name).")
-    if any(not isinstance(file_name, str) or Path(file_name).name != file_name for file_name in weight_map.values()):
+    if any(
+        not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name
+        for file_name in weight_map.values()
+    ):
         raise UserError(f"{index}: weight_map has to name files of its own folder.")
     for file in sorted(index.parent.glob("model-*-of-*.safetensors")):
         if file.name not in weight_map.values():
@@ -96,10 +135,14 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
         file = index.parent / file_name
-        if not file.exists():
+        if not file.is_file():
             raise UserError(f"{index} names {file_name}, which is not in the folder.")
         headers[file_name] = read_header(file)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise UserError(f"{index} places tensor {name} in {file_name}, which does not hold it.")
+    for file_name, header in headers.items():
+        for name in header:
+            if weight_map.get(name) != file_name:
+                raise UserError(f"{index} does not place tensor {name}, which {file_name} holds.")
     return {name: headers[file_name][name] for name, file_name in weight_map.items()}

@@ -15,7 +15,7 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
-from rloop_mcore.weights.hf_folder import bytes_of
+from rloop_mcore.weights.hf_folder import DTYPES, bytes_of
 from rloop_mcore.weights.tensor_files import read_json
 
 _METADATA, _COMMON, _BACKEND = ".metadata", "common.pt", "metadata.json"
@@ -59,24 +60,27 @@ class BlockFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
         self.name = path.name
-        self.blocks: dict[tuple[str, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}  # key, offsets: place, sizes
+        self.boxes: dict[str, list[Box]] = {}  # the blocks of each tensor
         self.stored: dict[MetadataIndex, _StorageInfo] = {}
 
-    def add(self, key: str, offsets: Sequence[int], sizes: Sequence[int], tensor: torch.Tensor) -> None:
+    def add(self, key: str, box: Box, tensor: torch.Tensor) -> None:
         """A block of the tensor `key`; `tensor` has its elements, in row-major order, whatever its shape."""
-        begin = self._file.tell()
         # torch.save writes whole storages: this tensor's has its elements and nothing else
-        own = torch.frombuffer(bytes_of(tensor), dtype=tensor.dtype).view(tuple(sizes))
-        torch.save(own, self._file)
-        index = MetadataIndex(key, torch.Size(offsets))
-        self.stored[index] = _StorageInfo(self.name, begin, self._file.tell() - begin)
-        self.blocks[key, tuple(offsets)] = (begin, tuple(sizes))
+        own = torch.frombuffer(bytes_of(tensor), dtype=tensor.dtype).view(box[1])
+        self._save(own, MetadataIndex(key, torch.Size(box[0])))
+        self.boxes.setdefault(key, []).append(box)
 
     def add_nothing(self, key: str) -> None:
         """An object that is None, in the list that Megatron puts around objects."""
+        self._save([None], MetadataIndex(key))
+
+    def _save(self, value: Any, index: MetadataIndex) -> None:
         begin = self._file.tell()
-        torch.save([None], self._file)
-        self.stored[MetadataIndex(key)] = _StorageInfo(self.name, begin, self._file.tell() - begin)
+        try:
+            torch.save(value, self._file)
+        except RuntimeError as error:  # torch's writer, of a file that takes no more
+            raise OSError(f"{self.name} cannot be written: {str(error).splitlines()[0]}") from error
+        self.stored[index] = _StorageInfo(self.name, begin, self._file.tell() - begin)
 
     def close(self) -> None:
         """Make it durable."""
@@ -93,8 +97,8 @@ def finish(
     stored: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
         stored |= file.stored
-        for (key, offsets), (_, sizes) in file.blocks.items():
-            chunks[key].append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        for key, boxes in file.boxes.items():
+            chunks[key] += [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
     entries: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), sorted(chunks[key], key=_offsets))
         for key, (dtype, shape) in tensors.items()
@@ -122,18 +126,23 @@ class StoredTensor:
     boxes: list[Box]
 
     @cached_property
-    def _by_first(self) -> dict[int, list[Box]]:
-        """The blocks by where they begin in the first dimension."""
-        found: dict[int, list[Box]] = {}
+    def _stacked(self) -> int:
+        """How many dimensions, from the first on, all blocks have one element in: layers, and a layer's experts."""
+        rank = len(self.shape)
+        return next((d for d in range(rank) if any(sizes[d] != 1 for _, sizes in self.boxes)), rank)
+
+    @cached_property
+    def _by_stack(self) -> dict[tuple[int, ...], list[Box]]:
+        found: dict[tuple[int, ...], list[Box]] = {}
         for box in self.boxes:
-            found.setdefault(box[0][0], []).append(box)
+            found.setdefault(box[0][: self._stacked], []).append(box)
         return found
 
     def near(self, box: Box) -> list[Box]:
-        """The blocks that may have something in common with `box`: those of its layer, where layers are stacked."""
-        if box[1][0] == 1 and all(sizes[0] == 1 for _, sizes in self.boxes[:1]):
-            return self._by_first.get(box[0][0], [])
-        return self.boxes
+        """The blocks that may have something in common with `box`: those of its layer and expert."""
+        if any(size != 1 for size in box[1][: self._stacked]):
+            return self.boxes
+        return self._by_stack.get(box[0][: self._stacked], [])
 
 
 class BlockReader:
@@ -142,27 +151,45 @@ class BlockReader:
     def __init__(self, folder: Path, trust: bool = False) -> None:
         """Raises UserError unless it is a whole checkpoint, of ours or (`trust`) of somebody else's."""
         self.folder = folder
-        if not (folder / _METADATA).exists() or read_json(folder / _BACKEND).get("sharded_backend") != "torch_dist":
+        if not (folder / _METADATA).is_file() or read_json(folder / _BACKEND).get("sharded_backend") != "torch_dist":
             raise UserError(f"{folder} is no Megatron checkpoint of format torch_dist ({_METADATA}, {_BACKEND}).")
         check_manifest(folder, trust)
         try:
             with (folder / _METADATA).open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise UserError(f"{folder / _METADATA} cannot be read: {error}.") from error
-        self._stored: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self.tensors = {
-            key: StoredTensor(
-                entry.properties.dtype,
-                tuple(entry.size),
-                [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks],
+                found = _MetadataUnpickler(file).load()
+            self._stored: dict[MetadataIndex, _StorageInfo] = dict(found.storage_data)
+            self.tensors = {
+                str(key): StoredTensor(
+                    entry.properties.dtype,
+                    tuple(map(int, entry.size)),
+                    [(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))) for chunk in entry.chunks],
+                )
+                for key, entry in found.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            names = {str(info.relative_path) for info in self._stored.values()}
+        except Exception as error:  # a pickle that is damaged, or none of a checkpoint, fails in every way there is
+            raise UserError(f"{folder / _METADATA} cannot be read: {type(error).__name__}: {error}.") from error
+        self._maps = {name: self._open(name) for name in names}
+
+    def check(self, key: str) -> None:
+        """Raises UserError unless the blocks of tensor `key` are whole, and make up the whole tensor."""
+        stored, where = self.tensors[key], f"{self.folder}: tensor {key}"
+        if stored.dtype not in DTYPES:
+            raise UserError(f"{where} is {stored.dtype}; it has to be float32, bfloat16 or float16.")
+        for offsets, sizes in stored.boxes:
+            fits = len(offsets) == len(sizes) == len(stored.shape) and all(
+                low >= 0 and size >= 1 and low + size <= whole
+                for low, size, whole in zip(offsets, sizes, stored.shape, strict=True)
             )
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._maps: dict[str, mmap.mmap] = {}
-        for name in {info.relative_path for info in self._stored.values()}:
-            self._maps[name] = self._open(name)
+            if not fits:
+                raise UserError(f"{where} {list(stored.shape)} has a block {list(sizes)} at {list(offsets)}.")
+            info = self._stored.get(MetadataIndex(key, torch.Size(offsets)))
+            if info is None or not 0 <= info.offset <= info.offset + info.length <= len(self._maps[info.relative_path]):
+                raise UserError(f"{where}: its block at {list(offsets)} is in no file, or the file is cut off.")
+        there = sum(prod(sizes) for _, sizes in set(stored.boxes))
+        if there != prod(stored.shape) or len({offsets for offsets, _ in stored.boxes}) != len(stored.boxes):
+            raise UserError(f"{where}: its blocks have {there} elements, and it has {prod(stored.shape)}.")
 
     def _open(self, name: str) -> mmap.mmap:
         if Path(name).name != name:
@@ -213,14 +240,19 @@ class BlockReader:
             record = records[f"data/{saved.record}"]
             head = info.offset + record.header_offset
             name_length, extra_length = (int.from_bytes(whole[head + i : head + i + 2], "little") for i in (26, 28))
-            flat = torch.frombuffer(
-                whole, dtype=saved.dtype, count=saved.elements, offset=head + 30 + name_length + extra_length
+            begin, size = head + 30 + name_length + extra_length, saved.elements * saved.dtype.itemsize
+            if record.compress_type != zipfile.ZIP_STORED or begin + size > info.offset + info.length:
+                raise ValueError("its elements are compressed, or not all there")
+            flat = torch.frombuffer(whole, dtype=saved.dtype, count=saved.elements, offset=begin)
+            tensor = flat.as_strided(saved.shape, saved.stride, saved.offset)
+        except Exception as error:  # as above
+            raise UserError(f"{where} is no tensor of torch.save: {type(error).__name__}: {error}.") from error
+        if tuple(saved.shape) != box[1] or saved.dtype != self.tensors[key].dtype:
+            raise UserError(
+                f"{where} is {saved.dtype} {list(saved.shape)}, its metadata says {self.tensors[key].dtype} "
+                f"{list(box[1])}."
             )
-        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{where} is no tensor of torch.save: {error}.") from error
-        if tuple(saved.shape) != box[1]:
-            raise UserError(f"{where} has shape {list(saved.shape)}, its metadata says {list(box[1])}.")
-        return flat.as_strided(saved.shape, saved.stride, saved.offset)
+        return tensor
 
 
 def _slices(box: Box, of: Box) -> tuple[slice, ...]:
@@ -263,23 +295,30 @@ class _Window(io.RawIOBase):
         return count
 
 
+_CHECKPOINT = "torch.distributed.checkpoint"
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    **{(f"{_CHECKPOINT}.metadata", name): getattr(metadata, name) for name in metadata.__all__},
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+    **{(f"{_CHECKPOINT}.filesystem", name): getattr(filesystem, name) for name in ("_StorageInfo", "_StoragePrefix")},
+    **{
+        (f"{_CHECKPOINT}.planner", name): getattr(planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "BytesIOWriteData", "TensorWriteData")
+    },
+}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint writes, and runs nothing else."""
+    """Reads what torch.distributed.checkpoint writes: data classes, by their exact names, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        ours = module.startswith("torch.distributed.checkpoint.") and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-        plain = {
-            ("torch", "Size"): torch.Size,
-            ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-            ("pathlib", "Path"): pathlib.PurePosixPath,
-            ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
-        }
-        if (module, name) in plain:
-            return plain[module, name]
-        found = super().find_class(module, name) if ours or module == "torch" else None
-        if (ours and isinstance(found, type)) or isinstance(found, torch.dtype):
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
             return found
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 

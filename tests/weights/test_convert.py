@@ -3,6 +3,7 @@ layout, is test_bridge_parallel's."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_folder
 
 from rloop_mcore.main.cli import main
+from rloop_mcore.platform.manifest import write_manifest
 from rloop_mcore.weights import conversion, hf_to_mcore
 from rloop_mcore.weights.digest import digest_of
 from rloop_mcore.weights.hf_folder import TensorWriter
@@ -144,6 +147,24 @@ def in_two_shards(folder: Path) -> None:
             writer.write(name, tensor)
 
 
+def edit_header(folder: Path, name: str, change: Callable[[dict], object]) -> None:
+    """Change what the header says of a tensor, and nothing else."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header[name])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def with_unnamed_tensor(folder: Path) -> None:
+    in_two_shards(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def without_second_shard(folder: Path) -> None:
     in_two_shards(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -161,6 +182,37 @@ def truncated(folder: Path) -> None:
 
 
 MALFORMED_FOLDERS = {
+    "bytes of another tensor": (
+        lambda f: edit_header(f, "model.norm.weight", lambda e: e.update(data_offsets=[0, 128])),
+        "it should begin at",
+    ),
+    "too few bytes": (
+        lambda f: edit_header(f, "model.norm.weight", lambda e: e.update(shape=[64])),
+        "model.norm.weight F32 [64] is at bytes",
+    ),
+    "another size of the elements": (
+        lambda f: edit_header(f, "model.norm.weight", lambda e: e.update(dtype="BF16")),
+        "model.norm.weight BF16 [32] is at bytes",
+    ),
+    "a shape of fractions": (
+        lambda f: edit_header(f, "model.norm.weight", lambda e: e.update(shape=[32.5])),
+        "32.5 is no size",
+    ),
+    "a tensor that the index does not name": (with_unnamed_tensor, "does not place tensor model.norm.weight"),
+    "no layers": (lambda f: edit_config(f, num_hidden_layers=0), "num_hidden_layers is 0; it has to be a whole number"),
+    "a word for a number": (lambda f: edit_config(f, vocab_size="61"), "vocab_size is '61'"),
+    "a word for a flag": (
+        lambda f: edit_config(f, tie_word_embeddings="false"),
+        "tie_word_embeddings is 'false'; it has to be true or false",
+    ),
+    "heads that don't share": (
+        lambda f: edit_config(f, num_key_value_heads=3),
+        "num_key_value_heads 3 does not divide num_attention_heads 4",
+    ),
+    "tied by the config, not by the tensors": (
+        lambda f: edit_config(f, tie_word_embeddings=True),
+        "ties lm_head.weight to model.embed_tokens.weight, and",
+    ),
     "another size in the config": (
         lambda f: edit_config(f, intermediate_size=48),
         r"gate_proj.weight has shape [40, 32], config.json calls for [48, 32]",
@@ -243,6 +295,38 @@ class Evil:
         return os.system, ("touch evil_was_here",)
 
 
+def class_by_a_detour(name: str) -> bytes:
+    """A pickle that reaches a class by the attributes of one that is allowed, and calls it."""
+    module = b"torch.distributed.checkpoint.filesystem"
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(w)]) + w for w in (module, name.encode())) + b"\x93)R."
+
+
+def by_a_detour(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(class_by_a_detour("_StorageInfo.__init__.__class__"))
+    write_manifest(folder)  # whoever sends a checkpoint can send a manifest with it
+
+
+def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(folder)
+
+
+def without_storage(folder: Path) -> None:
+    edit_metadata(folder, lambda metadata: setattr(metadata, "storage_data", None))
+
+
+def without_a_block(folder: Path) -> None:
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    edit_metadata(folder, lambda metadata: metadata.state_dict_metadata[key].chunks.pop())
+
+
+def of_another_dtype(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+    entry.properties.dtype = torch.bfloat16
+
+
 def drop(name: str) -> Callable[[Path], object]:
     return lambda folder: next(folder.glob(name)).unlink()
 
@@ -267,6 +351,14 @@ MALFORMED_CHECKPOINTS = {
     ),
     "somebody else's": (drop("manifest.json"), [], "has no manifest.json: rloop did not write it"),
     "somebody else's, which runs code": (evil_metadata, ["--trust"], "it asks for posix.system"),
+    "classes by a detour": (by_a_detour, [], "it asks for torch.distributed.checkpoint.filesystem._StorageInfo."),
+    "no storage": (without_storage, [], "cannot be read: TypeError"),
+    "a block missing": (without_a_block, [], "its blocks have 3840 elements, and it has 5120"),
+    "tied by the config": (
+        lambda f: edit_config(f / "hf", tie_word_embeddings=True),
+        [],
+        "has an output_layer.weight of its own",
+    ),
     "no metadata": (drop(".metadata"), [], "is no Megatron checkpoint of format torch_dist"),
     "another size in the config": (
         lambda f: edit_config(f / "hf", vocab_size=64),
@@ -295,6 +387,22 @@ def test_a_malformed_checkpoint_is_one_sentence(
     assert not (tmp_path / "evil_was_here").exists()
 
 
+def test_a_dtype_that_the_blocks_do_not_have_is_found(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    edit_metadata(tmp_path / "mcore", of_another_dtype)
+    refused([tmp_path / "mcore", tmp_path / "back"], "its metadata says torch.bfloat16", tmp_path / "back", capsys)
+
+
+def test_rows_beyond_the_vocabulary_are_dropped_with_a_warning(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "mcore"), "--tp", "2"]) == 0  # padded to 62 rows
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert "has 62 rows and the config's vocab_size is 61: the rest is dropped" in capsys.readouterr().out
+
+
 # -- what goes wrong on the way ---------------------------------------------------------------------------------------
 
 
@@ -316,7 +424,7 @@ def test_a_byte_that_was_written_wrongly_is_found(
     monkeypatch.setattr(hf_to_mcore, "finish", damaged)
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 1
     said = capsys.readouterr().err
-    assert "model.layers.2.mlp.up_proj.weight, mapped back from the disk, is not what was read" in said
+    assert "model.layers.2.mlp.up_proj.weight, mapped back from its files, is not what was read" in said
     assert not (tmp_path / "mcore").exists()
 
 
@@ -352,11 +460,45 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
     assert digest_of(tmp_path / "back") == digest_of(source)
 
 
+def test_ctrl_c_ends_it_at_once_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, source, tmp_path / "mcore"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while "block" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130  # all of it would take 10 s
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_target_that_somebody_made_meanwhile_is_left_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = hf_to_mcore.finish
+
+    def late(*arguments: Any) -> None:
+        (tmp_path / "mcore").mkdir()
+        (tmp_path / "mcore" / "precious").write_text("x")
+        finish(*arguments)
+
+    monkeypatch.setattr(hf_to_mcore, "finish", late)
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 1
+    assert "was made by somebody else meanwhile" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mcore").iterdir()] == ["precious"]
+
+
 def test_what_another_process_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
-    other = tmp_path / ".tmp-1-mcore"
-    other.mkdir()
+    others = [tmp_path / name for name in (".tmp-1-mcore", ".tmp-2-mcore", ".tmp-3-my-mcore")]
+    for number, other in enumerate(others):
+        other.mkdir()
+        if number:  # quiet for long: the second is locked, the third has another target
+            os.utime(other, (time.time() - 1000, time.time() - 1000))
+    lock = os.open(others[1], os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
-    assert other.exists()
+    os.close(lock)
+    assert all(other.exists() for other in others)
 
 
 def test_copies_wait_for_room() -> None:
@@ -369,7 +511,7 @@ def test_copies_wait_for_room() -> None:
             time.sleep(0.01)
             held.remove(size)
 
-    conversion.in_threads([lambda n=n: work(n) for n in (4, 6, 3, 25, 7, 10, 1)], 4)
+    conversion.in_threads([lambda n=n: work(n) for n in (4, 6, 3, 25, 7, 10, 1)], 4, memory)
 
 
 SMOLLM2 = Path(os.environ.get("RLOOP_SMOLLM2", "runs/smollm2/model"))
