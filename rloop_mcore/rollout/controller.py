@@ -155,7 +155,6 @@ class Controller:
 
     async def sleep(self) -> None:
         """Have the engines give up their memory; they wait for weights then. Nothing may be under way."""
-
         self._sleeping = True
 
         async def put(engine: Engine, client: EngineClient) -> None:
@@ -193,10 +192,11 @@ class Controller:
                 await asyncio.wait([task for _, task in rest], timeout=_ABORT_AGAIN_S)
             for task in tasks:
                 task.result()
-        finally:
-            for task in (unfinished := [task for task in tasks if not task.done()]):
+        except BaseException:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
         completions = [_NOTHING] * len(requests)
         for rows, call in zip(cut, calls, strict=True):
             for row, completion in zip(rows, call.answer or call.unfinished, strict=True):
