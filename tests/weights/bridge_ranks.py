@@ -30,7 +30,9 @@ LAYOUTS = {
         "tp2-ep2-etp2-dp2": LayoutConfig(tp=2, ep=2, etp=2, dp=2),
         "tp2-pp2-vpp2": LayoutConfig(tp=2, pp=2, vpp=2),
         "tp2-pp2-ep2": LayoutConfig(tp=2, pp=2, ep=2),
+        "pp2-ep2-dp2": LayoutConfig(pp=2, ep=2, dp=2),
         "tp4": LayoutConfig(tp=4, etp=4),
+        "tp4-ep2": LayoutConfig(tp=4, ep=2),
     },
     8: {
         "tp4-pp2": LayoutConfig(tp=4, etp=4, pp=2),
