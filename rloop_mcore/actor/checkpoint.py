@@ -24,7 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer
 from rloop_mcore.errors import Fault
-from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.files import new_directory
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
 
 _METADATA = {
@@ -50,7 +50,7 @@ class PendingSave:
         # Megatron's default starts a manager process for this queue; our writer is in the same process.
         filesystem_async._results_queue = queue.Queue()
         with ExitStack() as stack:
-            self._folder = stack.enter_context(_new_directory(path)) if dist.get_rank() == 0 else None
+            self._folder = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
             target = [str(self._folder)]
             dist.broadcast_object_list(target, src=0)
             self._request = dist_checkpointing.save(
@@ -169,13 +169,6 @@ def _with_steps(state: dict[str, Any], part: MegatronOptimizer, steps: int) -> d
     if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
         inner["state"]["common_step"] = torch.tensor(float(steps))
     return state
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    with atomic_path(path) as temporary:
-        temporary.mkdir()
-        yield temporary
 
 
 @contextmanager

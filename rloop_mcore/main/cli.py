@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "convert",
         help="a Hugging Face folder to a Megatron checkpoint, or back",
         description="Convert a Hugging Face folder to a Megatron checkpoint (torch_dist) that any layout loads, or a "
-        "checkpoint to a folder. Needs no GPU. Ends by mapping every tensor back from the disk and comparing.",
+        "checkpoint to a folder. Needs no GPU. Ends by mapping every tensor back from its files and comparing.",
     )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="appears when it is complete and verified")

@@ -57,9 +57,9 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory that becomes `path`, which must not exist, when it is complete; see `remove_abandoned`."""
-    with atomic_path(path, replace=False) as temporary:
+def new_directory(path: Path, replace: bool = True) -> Iterator[Path]:
+    """An empty directory that becomes `path`, as by `atomic_path`, when it is complete; see `remove_abandoned`."""
+    with atomic_path(path, replace) as temporary:
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY)
         try:

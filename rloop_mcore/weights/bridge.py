@@ -54,10 +54,11 @@ class HfBridge:
 
         The folder is checked whole first: on a UserError no parameter has changed.
         """
-        if self._family.architecture(HfConfig.read(path)) != self._architecture:
+        config = HfConfig.read(path)
+        if self._family.architecture(config) != self._architecture:
             raise UserError(f"{path}/config.json describes another model than {self.folder}/config.json.")
         reader = TensorReader(path)
-        self._family.check(HfConfig.read(path), reader)
+        self._family.check(config, reader)
         held = _named_parameters(chunks)
         known = {parameter.name: parameter for parameter in self._parameters}
         for name, tensor in held.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.files import new_directory
 from rloop_mcore.types import Policy
 from rloop_mcore.weights.digest import combine
 from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue, read_json
@@ -159,8 +159,7 @@ def write_folder(
     dtype = first[1].dtype
     written: dict[str, tuple[str, tuple[int, ...], str]] = {}
     plan = {name: (dtype, shape) for name, shape in shapes.items()}
-    with atomic_path(path) as folder:
-        folder.mkdir()
+    with new_directory(path) as folder:
         write_config(folder, source, {dtype})
         with TensorWriter(folder, plan, shard_bytes) as writer:
             for name, tensor in chain([first], stream):

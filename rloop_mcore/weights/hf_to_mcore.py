@@ -55,9 +55,10 @@ def plan(
     model.check(layout)
     reader = TensorReader(source)
     model.family.check(model.config, reader)
-    dtypes = {section.key: _dtype(section, reader, dtype) for section in model.sections}
+    dtypes: dict[str, torch.dtype] = {}
     for section in model.sections:
-        if dtypes[section.key] != _dtype(section, reader, dtype):
+        own = _dtype(section, reader, dtype)
+        if dtypes.setdefault(section.key, own) != own:
             raise UserError(f"{source}: the tensors of {section.key} differ in dtype: give --dtype.")
     shards = _by_file(model, layout, dtypes, threads)
     largest = max(section.elements * dtypes[section.key].itemsize for section in model.sections)
@@ -112,7 +113,7 @@ class _Run:
     memory: Memory
 
     def convert(self, shards: dict[str, list[_Shard]], progress: Progress) -> None:
-        with new_directory(self.target) as folder:
+        with new_directory(self.target, replace=False) as folder:
             files: list[BlockFile] = []
             first = next(iter(shards))
             writes = [

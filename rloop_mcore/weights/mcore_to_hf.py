@@ -144,7 +144,7 @@ class _Run:
     def convert(self, files: Path, progress: Progress) -> None:
         count = self.threads
         turns = [range(n, len(self.sections), count) for n in range(count)]
-        with new_directory(self.target) as folder:
+        with new_directory(self.target, replace=False) as folder:
             write_config(folder, files, {dtype for dtype, _ in self.tensors.values()})
             with TensorWriter(folder, self.tensors) as writer:
                 in_threads([partial(self._write, writer, turn, progress) for turn in turns], count, self.memory)

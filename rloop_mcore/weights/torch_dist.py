@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
+from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler
 from rloop_mcore.weights.hf_folder import DTYPES, bytes_of
 from rloop_mcore.weights.tensor_files import read_json
 
@@ -156,7 +157,7 @@ class BlockReader:
         check_manifest(folder, trust)
         try:
             with (folder / _METADATA).open("rb") as file:
-                found = _MetadataUnpickler(file).load()
+                found = ListedUnpickler(file, _OF_METADATA).load()
             self._stored: dict[MetadataIndex, _StorageInfo] = dict(found.storage_data)
             self.tensors = {
                 str(key): StoredTensor(
@@ -236,7 +237,7 @@ class BlockReader:
             with zipfile.ZipFile(_Window(whole, info.offset, info.length)) as archive:
                 records = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
                 text = archive.read(records["data.pkl"])
-            saved: _SavedTensor = _TensorUnpickler(io.BytesIO(text)).load()
+            saved: _SavedTensor = _TensorUnpickler(io.BytesIO(text), _OF_TENSORS).load()
             record = records[f"data/{saved.record}"]
             head = info.offset + record.header_offset
             name_length, extra_length = (int.from_bytes(whole[head + i : head + i + 2], "little") for i in (26, 28))
@@ -296,7 +297,7 @@ class _Window(io.RawIOBase):
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
-_PLAIN: dict[tuple[str, str], Any] = {
+_OF_METADATA: dict[tuple[str, str], Any] = TORCH_DTYPES | {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -312,17 +313,6 @@ _PLAIN: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint writes: data classes, by their exact names, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN:
-            return _PLAIN[module, name]
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
-
-
 @dataclass(frozen=True)
 class _SavedTensor:
     """What torch.save says of a tensor: its elements are in the archive's record data/{record}."""
@@ -335,24 +325,22 @@ class _SavedTensor:
     stride: tuple[int, ...]
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads a tensor that torch.save wrote, without its elements, and runs nothing."""
+class _TensorUnpickler(ListedUnpickler):
+    """Reads a tensor that torch.save wrote, without its elements."""
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, str, int]:
         _, dtype, record, _, elements = pid
         return dtype, str(record), int(elements)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _saved_tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a float tensor does not need")
 
 
 def _saved_tensor(
     storage: tuple[torch.dtype, str, int], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> _SavedTensor:
     return _SavedTensor(*storage, offset, shape, stride)
+
+
+_OF_TENSORS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _saved_tensor,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+}

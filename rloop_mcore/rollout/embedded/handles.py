@@ -12,34 +12,30 @@ from typing import Any
 import torch
 from torch.multiprocessing import reductions
 
+from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler
 from rloop_mcore.rollout.embedded.params import BadRequest
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("torch.multiprocessing.reductions", name): getattr(reductions, name)
-    for name in ("rebuild_tensor", "rebuild_typed_storage", "rebuild_cuda_tensor", "rebuild_storage_filename")
-} | {
-    ("torch", "Tensor"): torch.Tensor,
-    ("torch", "Size"): torch.Size,
-    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
-    ("torch", "UntypedStorage"): torch.UntypedStorage,
-    ("torch.storage", "TypedStorage"): torch.TypedStorage,
-    ("collections", "OrderedDict"): OrderedDict,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name} is no handle of a tensor")
+_LISTED: dict[tuple[str, str], Any] = (
+    TORCH_DTYPES
+    | {
+        ("torch.multiprocessing.reductions", name): getattr(reductions, name)
+        for name in ("rebuild_tensor", "rebuild_typed_storage", "rebuild_cuda_tensor", "rebuild_storage_filename")
+    }
+    | {
+        ("torch", "Tensor"): torch.Tensor,
+        ("torch", "Size"): torch.Size,
+        ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+        ("torch", "UntypedStorage"): torch.UntypedStorage,
+        ("torch.storage", "TypedStorage"): torch.TypedStorage,
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+)
 
 
 def open_handles(text: Any) -> list[tuple[str, torch.Tensor]]:
     """The (name, tensor) pairs. Raises BadRequest where it is anything else."""
     try:
-        pairs = _Unpickler(io.BytesIO(base64.b64decode(text, validate=True))).load()
+        pairs = ListedUnpickler(io.BytesIO(base64.b64decode(text, validate=True)), _LISTED).load()
         found = [(str(name), tensor) for name, tensor in pairs]
     except (pickle.UnpicklingError, binascii.Error, EOFError, TypeError, ValueError, RuntimeError) as error:
         raise BadRequest(f"serialized_named_tensors are no handles that can be opened: {error}") from error
