@@ -220,7 +220,7 @@ class MegatronActor(Conducted):
         ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             total, report = loss(batch, logprobs, entropy)
             reports.append(report)
-            tokens = torch.tensor(report.tokens, dtype=torch.int, device=total.device)
+            tokens = torch.full((), report.tokens, dtype=torch.int, device=total.device)
             return total, tokens, {}
 
         self._schedule(batches, result, temperature, forward_only=False, routing=routing)
@@ -248,7 +248,7 @@ class MegatronActor(Conducted):
         """Megatron's pipeline schedule over the micro-batches; on the last stage each ends in `result`."""
 
         def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(data).to(platform.device())
+            batch = next(data)
             if routing is not None:
                 routing.before(model, batch)
             hidden = model(batch.tokens[None], None, None, packed_seq_params=packed_sequences(batch))
@@ -261,6 +261,8 @@ class MegatronActor(Conducted):
 
             return hidden, of_hidden
 
+        # All of them now: a copy waits for the kernels that were launched before it, and holds up those that follow.
+        batches = [batch.to(platform.device()) for batch in batches]
         layout = self._config.layout
         iterators = [iter(batches) for _ in self._chunks]
         with torch.set_grad_enabled(not forward_only):

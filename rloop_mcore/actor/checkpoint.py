@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import queue
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from rloop_mcore.actor.optimizer import PolicyOptimizer
+from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded
 from rloop_mcore.errors import Fault
 from rloop_mcore.platform.files import new_directory
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
+from rloop_mcore.platform.precision import scales, set_scales
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -127,6 +129,7 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
     check_manifest(path, trust=True)  # those from before there were manifests have none
     state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
     for i, chunk in enumerate(chunks):
+        _restore_scales(chunk.module, state[f"model{i}"])
         chunk.load_state_dict(state[f"model{i}"])
     optimizer.update, optimizer.steps = state["update"], state["steps"]
     for i, part in enumerate(optimizer.megatron.chained_optimizers):
@@ -137,6 +140,7 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
         for parameter_state in part.optimizer.state.values():
             if "step" in parameter_state:  # Megatron leaves one tensor for all: steps would count double
                 parameter_state["step"] = parameter_state["step"].clone()
+    copy_to_offloaded(optimizer.megatron)
     torch.set_rng_state(state["rng"])
 
 
@@ -145,6 +149,10 @@ def _state(chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer, is
     state: dict[str, Any] = {"update": optimizer.update, "steps": optimizer.steps, "rng": torch.get_rng_state()}
     metadata = dict(_METADATA)  # Megatron adds the process groups of this moment to it
     models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    for i, chunk in enumerate(chunks):
+        for key, (module, gemm) in _extra_states(chunk.module, models[f"model{i}"]).items():
+            if values := scales(module):
+                models[f"model{i}"][key].data = values[gemm]
     state["optimizer"] = {}
     for i, part in enumerate(optimizer.megatron.chained_optimizers):
         with ExitStack() as stack:
@@ -155,6 +163,23 @@ def _state(chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer, is
     # experts over ep), and the groups' settings are those of the phase, which `begin` gave.
     dict_list_map_inplace(_kept_here, state["optimizer"])
     return state | models
+
+
+def _extra_states(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, int]]:
+    """What Transformer Engine would keep in a pickle: the module of each such key, and which of its GEMMs it is."""
+    found = ((key, re.fullmatch(r"(.*)\._extra_state(\d*)", key)) for key in state)
+    return {key: (model.get_submodule(match[1]), int(match[2] or 0)) for key, match in found if match}
+
+
+def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Take them out of a loaded state, which is then free of anything that might be unpickled."""
+    values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
+    for key, (module, gemm) in _extra_states(model, state).items():
+        value, state[key] = state[key], torch.empty(0, dtype=torch.uint8)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and hasattr(module, "fp8_meta"):
+            values.setdefault(module, {})[gemm] = value
+    for module, of_gemms in values.items():
+        set_scales(module, [of_gemms[gemm] for gemm in sorted(of_gemms)])
 
 
 def _kept_here(value: Any) -> Any:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits of a chunk: enough to keep the GEMM busy
+from rloop_mcore.platform.kernels import add_product, fused, product
+
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk: enough to keep the GEMM busy
 _KEPT = 1 << 24  # at most so many logits are one chunk, and kept for the backward pass: 64 MiB
 _NEVER = -1e30  # logit of a padding row of the vocabulary: finite, so that 0 * logit stays 0 in the entropy
 
@@ -54,15 +56,12 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.logits = None
         for part in _chunks(tokens, weight.size(0), hidden.device):
             logits = _logits(hidden[part], weight, rows, scale)
-            maximum[part] = logits.amax(-1)
             index, mine = _local(targets[part], weight.size(0))
-            target[part] = logits.gather(-1, index).squeeze(-1) * mine
-            shifted = logits - maximum[part].unsqueeze(-1)
+            target[part] = (logits.gather(-1, index) * mine).squeeze(-1)
             if keep:
                 ctx.logits = logits
-            exponentials = torch.exp(shifted, out=None if keep else logits)
-            partition[part] = exponentials.sum(-1)
-            weighted[part] = shifted.mul_(exponentials).sum(-1)
+            scratch = None if keep or logits.is_cuda else logits
+            maximum[part], partition[part], weighted[part] = _statistics(logits, scratch)
         if group.size() > 1:
             maximum, partition, weighted, target = _over_the_vocabulary(maximum, partition, weighted, target, group)
         normaliser = maximum + partition.log()
@@ -75,27 +74,56 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """d log p(t) / d logit_j = [j = t] - p_j and d H / d logit_j = -p_j (log p_j + H)."""
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
+        normaliser, entropy = normaliser.unsqueeze(-1), entropy.unsqueeze(-1)
         of_logprobs, of_entropy = (None if g is None else g.unsqueeze(-1) * ctx.scale for g in gradients)
         if of_logprobs is None:
-            of_logprobs = torch.zeros_like(normaliser).unsqueeze(-1)
+            of_logprobs = torch.zeros_like(normaliser)
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=torch.float32)
         kept, ctx.logits = ctx.logits, None  # they are overwritten
         for part in _chunks(hidden.size(0), weight.size(0), hidden.device):
             logits = _logits(hidden[part], weight, ctx.rows, ctx.scale) if kept is None else kept
-            logprobs = logits.sub_(normaliser[part].unsqueeze(-1))
-            if of_entropy is None:
-                of_logits = logprobs.exp_().mul_(-of_logprobs[part])
-            else:  # - g1 p - g2 p (log p + H), in place
-                probabilities = logprobs.exp()
-                logprobs.add_(entropy[part].unsqueeze(-1)).mul_(of_entropy[part]).add_(of_logprobs[part])
-                of_logits = logprobs.mul_(probabilities).neg_()
             index, mine = _local(targets[part], weight.size(0))
-            of_logits.scatter_add_(-1, index, of_logprobs[part] * mine.unsqueeze(-1))
-            of_logits = of_logits.to(weight.dtype)
+            own = normaliser[part], entropy[part], of_logprobs[part], None if of_entropy is None else of_entropy[part]
+            of_target = _gradient(logits.gather(-1, index), *own, torch.float32, None) + of_logprobs[part]
+            of_logits = _of_logits(logits, *own, weight.dtype, None if logits.is_cuda else logits)
+            of_target = of_target.to(weight.dtype).where(mine, of_logits.gather(-1, index))
+            of_logits.scatter_(-1, index, of_target)
             torch.mm(of_logits, weight, out=of_hidden[part])
-            of_weight += of_logits.T @ hidden[part]
+            add_product(of_weight, of_logits.T, hidden[part])
         return of_hidden, of_weight.to(weight.dtype), None, None, None, None
+
+
+@fused
+def _statistics(logits: torch.Tensor, scratch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row: its greatest logit m, the sum of exp(x - m) and that of (x - m) exp(x - m).
+
+    `scratch`: memory to overwrite, that of `logits` where it is not needed any more; None takes new memory.
+    """
+    maximum = logits.amax(-1)
+    shifted = logits - maximum.unsqueeze(-1)
+    exponentials = torch.exp(shifted, out=scratch)
+    return maximum, exponentials.sum(-1), shifted.mul_(exponentials).sum(-1)
+
+
+def _gradient(
+    logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    entropy: torch.Tensor,
+    of_logprobs: torch.Tensor,
+    of_entropy: torch.Tensor | None,
+    dtype: torch.dtype,
+    scratch: torch.Tensor | None,
+) -> torch.Tensor:
+    """-g1 p - g2 p (log p + H), elementwise: the gradient of the logits, but for g1 at the target."""
+    logprobs = torch.sub(logits, normaliser, out=scratch)
+    if of_entropy is None:
+        return logprobs.exp_().mul_(-of_logprobs).to(dtype)
+    probabilities = logprobs.exp()
+    return logprobs.add_(entropy).mul_(of_entropy).add_(of_logprobs).mul_(probabilities).neg_().to(dtype)
+
+
+_of_logits = fused(_gradient)
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -105,7 +133,7 @@ def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, rows: int, scale: float) -> torch.Tensor:
     """[chunk, vocabulary / tp] in fp32, a tensor of its own."""
-    logits = (hidden @ weight.T).float()
+    logits = product(hidden, weight.T)
     if scale != 1.0:
         logits *= scale
     if rows < weight.size(0):
@@ -114,9 +142,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, rows: int, scale: float)
 
 
 def _local(targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns [tokens, 1] to gather from this shard, and where they are meant."""
+    """Columns [tokens, 1] to gather from this shard, and [tokens, 1] where they are meant."""
     mine = (targets >= 0) & (targets < size)
-    return targets.where(mine, 0).unsqueeze(-1), mine
+    return targets.where(mine, 0).unsqueeze(-1), mine.unsqueeze(-1)
 
 
 def _over_the_vocabulary(

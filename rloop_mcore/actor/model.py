@@ -11,11 +11,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 
+from rloop_mcore import platform
 from rloop_mcore.actor.logprobs import token_logprobs
 from rloop_mcore.actor.packing import MicroBatch
 from rloop_mcore.config import Config, LayoutConfig
 from rloop_mcore.platform import fp8_simulation, precision
-from rloop_mcore.platform.layer_spec import block_spec, transformer_settings
+from rloop_mcore.platform.layer_spec import accumulate_in_gemms, block_spec, transformer_settings
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -66,6 +67,7 @@ def build_model(architecture: dict[str, Any], config: Config) -> list[PolicyChun
                 **gpt,
             )
         )
+        chunks[-1].to(platform.device())  # the router's weight is made on the CPU
         if layout.etp != layout.tp:
             _mark_experts(chunks[-1])
     if config.fp8.simulate:
@@ -80,6 +82,7 @@ def wrap_for_training(chunks: list[PolicyChunk], config: Config) -> list[Distrib
         use_distributed_optimizer=config.actor.distributed_optimizer,
         **precision.ddp_settings(config.precision, config.fp8),
     )
+    accumulate_in_gemms(chunks)
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
     return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
@@ -87,14 +90,13 @@ def wrap_for_training(chunks: list[PolicyChunk], config: Config) -> list[Distrib
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
     """What attention and rotary positions need to know of a micro-batch."""
-    boundaries = torch.tensor([0, *batch.lengths], device=batch.tokens.device).cumsum(0, dtype=torch.int32)
     longest = max(batch.lengths)
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        cu_seqlens_q_padded=boundaries,
-        cu_seqlens_kv_padded=boundaries,
+        cu_seqlens_q=batch.boundaries,
+        cu_seqlens_kv=batch.boundaries,
+        cu_seqlens_q_padded=batch.boundaries,
+        cu_seqlens_kv_padded=batch.boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

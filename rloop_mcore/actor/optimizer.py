@@ -102,15 +102,30 @@ def _placement(actor: ActorConfig) -> dict[str, Any]:
 def allocate_state(megatron: MegatronOptimizer) -> None:
     """Give every parameter its (zero) Adam state now: Megatron can neither save nor load one that isn't there."""
     for optimizer in megatron.chained_optimizers:
+        inner = optimizer.optimizer
         if optimizer.init_state_fn is None:
-            _step_nowhere(optimizer.optimizer)
-            continue
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        if isinstance(optimizer.optimizer, torch.optim.AdamW):  # other Adams keep the step in the group
-            for group in optimizer.optimizer.param_groups:
+            # Where no parameter has a copy in fp32, Megatron looks for one all the same when it loads a checkpoint.
+            inner.param_update_in_fp32 = bool(inner.param_to_fp32_param)
+            _step_nowhere(inner)
+        elif optimizer.config.use_precision_aware_optimizer:  # Megatron's call lacks an argument
+            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+                remainders = inner.store_param_remainders and parameter.dtype == torch.bfloat16
+                inner.initialize_state(parameter, remainders)
+        else:
+            optimizer.init_state_fn(inner, optimizer.config)
+        if isinstance(inner, torch.optim.AdamW):  # other Adams keep the step in the group
+            for group in inner.param_groups:
                 group |= {"fused": True, "foreach": False}  # one pass over the state; Megatron has no key for it
-            for state in optimizer.optimizer.state.values():
+            for state in inner.state.values():
                 state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def copy_to_offloaded(megatron: MegatronOptimizer) -> None:
+    """Give the CPU's main weights the values of the GPU's: Megatron's way to load a checkpoint stops at these."""
+    for optimizer in megatron.chained_optimizers:
+        for parameter, copy in getattr(optimizer.optimizer, "gpu_params_map_cpu_copy", {}).items():
+            if parameter not in optimizer.optimizer.param_to_fp32_param:
+                copy.data.copy_(parameter.data)
 
 
 def _step_nowhere(offloaded: Any) -> None:

@@ -35,7 +35,7 @@ class MicroBatch:
     `places` [tokens] number the tokens of the whole batch, -1 for padding. The tokens at `positions` [n] predict the
     response tokens `targets` [n]; all further tensors are [n] too: `slots` numbers the response tokens of the whole
     batch, `sequences` the sequences of this micro-batch. `lengths` are theirs over all context-parallel ranks; the last
-    one may be padding.
+    one may be padding. `boundaries` [sequences + 1], int32: where they begin and end.
     """
 
     tokens: torch.Tensor
@@ -49,6 +49,7 @@ class MicroBatch:
     old_logprobs: torch.Tensor
     engine_logprobs: torch.Tensor
     reference_logprobs: torch.Tensor
+    boundaries: torch.Tensor
     lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -154,6 +155,7 @@ def _pack(
         old_logprobs=column([_or_zeros(row.old_logprobs, row) for row in rows], np.float32),
         engine_logprobs=column([_or_zeros(row.engine_logprobs, row) for row in rows], np.float32),
         reference_logprobs=column([_or_zeros(row.reference_logprobs, row) for row in rows], np.float32),
+        boundaries=torch.from_numpy(np.cumsum([0, *whole], dtype=np.int32)),
         lengths=tuple(whole),
     )
 

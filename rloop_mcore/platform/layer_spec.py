@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,15 +19,12 @@ from rloop_mcore.platform.attention import CausalAttention
 from rloop_mcore.platform.cpu_kernels import RmsNormFunction
 
 _CUDA_SETTINGS: dict[str, Any] = {
-    # NVIDIA apex's kernel adds a weight's gradient to the fp32 buffer inside the GEMM; apex is never required.
-    "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,
     "bias_activation_fusion": True,  # SwiGLU as one kernel that keeps its input only
     "apply_rope_fusion": True,  # Transformer Engine's kernel; otherwise packed sequences are a loop in Python
     "moe_permute_fusion": True,  # Transformer Engine >= 2.1; only layers with experts read it
 }
 _CPU_SETTINGS: dict[str, Any] = {
     "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
     "bias_activation_fusion": True,  # cpu_kernels.swiglu
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
@@ -64,6 +61,16 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def accumulate_in_gemms(chunks: Iterable[torch.nn.Module]) -> None:
+    """Have Transformer Engine's GEMMs add a weight's gradient to its fp32 `main_grad`, without a bf16 one in between.
+
+    By attribute: the setting of the configuration would reach Megatron's output layer too, which wants apex for it.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 class RMSNorm(torch.nn.Module):

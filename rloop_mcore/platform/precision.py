@@ -5,7 +5,7 @@ Imports no torch: validation uses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rloop_mcore.errors import UserError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 PRECISIONS = ("bf16", "fp32", *RECIPES)
+_TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}  # of a GEMM, as Transformer Engine keeps their scales
 
 
 class Fp8(Protocol):
@@ -174,3 +175,38 @@ def reset_scales(chunks: Iterable[torch.nn.Module], precision: str) -> None:
         for module in (module for chunk in chunks for module in chunk.modules()):
             if hasattr(module, "reset_fp8_meta_tensors"):
                 module.reset_fp8_meta_tensors()  # type: ignore[operator]
+
+
+def scales(module: torch.nn.Module) -> list[torch.Tensor]:
+    """fp8_delayed: of each GEMM of a module of Transformer Engine, what the next update's scales come from.
+
+    [10] in fp32: scale and greatest value of input, weight and output, then of the two gradients. None for a module
+    that has not run yet, or another recipe.
+    """
+    import torch
+
+    meta: Any = getattr(module, "fp8_meta", {})
+    if not all(hasattr(meta.get(key), "amax_history") for key in _TENSORS):
+        return []
+    parts = [part for key in _TENSORS for part in (meta[key].scale, meta[key].amax_history[0])]
+    gemms = meta["num_gemms"]
+    return list(torch.cat([part.view(-1, gemms) for part in parts]).T.cpu().contiguous())
+
+
+def set_scales(module: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
+    """What `scales` gave, into a module of Transformer Engine that may not have run yet.
+
+    Not by its `set_extra_state`, which runs a pickle.
+    """
+    import torch
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    meta: Any = module.fp8_meta
+    meta["num_gemms"] = len(values)
+    meta["recipe"] = get_fp8_recipe(module.config)  # type: ignore[no-untyped-call]
+    module.init_fp8_meta_tensors(meta["recipe"])  # type: ignore[operator]
+    rows = torch.stack(list(values), dim=1)
+    for key, of_tensors in zip(_TENSORS, rows.split([2 * count for count in _TENSORS.values()]), strict=True):
+        scale, history = of_tensors.chunk(2)
+        meta[key].scale.copy_(scale.flatten())
+        meta[key].amax_history[0].copy_(history.flatten())

@@ -29,6 +29,7 @@ from rloop_mcore.types import Experience, Trajectory  # noqa: E402
 
 DEVICE = "cuda"
 DEADLINE_S = 280
+SGLANG_VARIABLE = "RLOOP_GPU_SGLANG"  # the interpreter that has SGLang, for the tests that need one
 VOCABULARY = 512
 # All sizes are multiples of 128, the largest block of an FP8 recipe.
 _SIZES: dict[str, Any] = {
@@ -55,6 +56,10 @@ MODELS: dict[str, Any] = {
         **_SIZES,
     ),
 }
+
+# NCCL refuses two ranks on one GPU of one host; so they say that theirs is another one, and talk over sockets.
+TWO_HOSTS = {"NCCL_HOSTID": "trainer", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+TWO_HOSTS |= {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -96,15 +101,22 @@ def reference(folder: Path, name: str) -> dict[str, Any]:
     return {"logprobs": logprobs, "gradients": hub_named(gradients)}
 
 
-def run(jobs: list[dict[str, Any]], folder: Path, device: str = DEVICE, processes: int = 1) -> Results:
-    """What each job of `worker_gpu.py` came to."""
+def run(
+    jobs: list[dict[str, Any]], folder: Path, device: str = DEVICE, processes: int = 1, two_hosts: bool = False
+) -> Results:
+    """What each job of `worker_gpu.py` came to. two_hosts: NCCL between processes that share the GPU, for one process
+    too."""
     out = folder / f"{jobs[0]['name']}.{device}{processes}.pt"
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "4", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    # A compiler pool of as many processes as cores, each with torch, for a handful of small kernels: no.
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "4", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    if processes > 1 or two_hosts:
+        environment |= TWO_HOSTS
     done = subprocess.run(
         [*command, str(HERE / "worker_gpu.py"), device, json.dumps(jobs), str(out)],
         capture_output=True,

@@ -85,6 +85,20 @@ def test_a_resume_goes_on_as_if_nothing_had_happened(fp8: Results, recipe: str) 
     assert train["resumed"][-1] == pytest.approx(uninterrupted[-1], rel=0.05)
 
 
+def test_another_process_goes_on_with_the_scales(folder: Path) -> None:
+    """It has not run a layer yet when it loads; at scale 1 its first update would be another one."""
+    saved = str(folder / "delayed.checkpoint")
+    name, config = "delayed", {"precision": "fp8_delayed"}
+    common = {"name": name, "task": "checkpointed", "model": "dense", "folder": str(folder), "config": config}
+    before = run([common | {"save": saved}], folder)[name]
+    after = run([common | {"load": saved}], folder)[name]
+    assert relative(after["weights"], before["weights"]) == 0.0
+    wanted = {key: before["next"][key] - weight for key, weight in before["weights"].items()}
+    got = {key: after["next"][key] - weight for key, weight in after["weights"].items()}
+    print(f"fp8_delayed: an update after a resume differs by {relative(got, wanted):.2%}")
+    assert relative(got, wanted) < 0.1
+
+
 def test_a_loss_that_is_not_finite_leaves_weights_and_scales_alone(fp8: Results, recipe: str) -> None:
     result = fp8[f"{recipe} not_finite"]
     assert result["skipped"] == 1.0

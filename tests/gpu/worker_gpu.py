@@ -17,9 +17,8 @@ from typing import Any
 DEVICE = sys.argv[1]
 if DEVICE == "cpu":
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Megatron would take its CUDA kernels
-elif "RANK" in os.environ:  # two ranks on one GPU: for NCCL, two hosts that talk over sockets
-    os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-    os.environ |= {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
+elif "RANK" in os.environ:  # two ranks on one GPU
+    os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_RANK": "0"}
 
 from rloop_mcore import platform  # noqa: E402
 
@@ -27,7 +26,7 @@ platform.setup(DEVICE, 4)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from gpu_jobs import read_batch  # noqa: E402
+from gpu_jobs import SGLANG_VARIABLE, read_batch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from parity_model import CLIP_HIGH, CLIP_LOW, DUAL_CLIP, TEMPERATURE  # noqa: E402
 
@@ -44,14 +43,23 @@ from rloop_mcore.config import (  # noqa: E402
     OptimizerConfig,
     RolloutConfig,
 )
-from rloop_mcore.types import Example  # noqa: E402
+from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
+from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer  # noqa: E402
+from rloop_mcore.rollout.served import ServedModel  # noqa: E402
+from rloop_mcore.types import Example, SampleRequest, Sampling, Trajectory  # noqa: E402
+from rloop_mcore.validate import read_hf_config  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+from rloop_mcore.weights.channel import BroadcastChannel  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=3e-4, weight_decay=0.0)
 FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
 # Adam's update with a great epsilon is the (clipped) gradient: that shows the clipping, which Adam's own scale hides.
 PLAIN_GRADIENT = OptimizerConfig(lr=1e3, eps=1.0, clip_grad=0.01, weight_decay=0.0)
 PROBE_LOGITS = 151_936
+ENGINE_S = 120.0
+# The kernels that docs/gpu.md's kit of SGLang has; a whole installation has them too.
+SGLANG_FLAGS = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")
+SGLANG_FLAGS += ("--disable-cuda-graph", "--mem-fraction-static", "0.3", "--skip-tokenizer-init")
 
 
 def everywhere(method: str, actor: MegatronActor, *arguments: object) -> Any:
@@ -169,7 +177,68 @@ def logprob_memory(job: dict[str, Any], actor: MegatronActor, folder: Path) -> d
     return result
 
 
-TASKS = {task.__name__: task for task in (update, train, clip, not_finite, checkpointed, logprob_memory)}
+def synced(job: dict[str, Any], actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """An engine on the same GPU that is synced, sleeps, and is synced again after an update that changed the weights.
+
+    Of each sync: its metrics, and what the engine and the actor think of the tokens that the engine drew. "stale": what
+    the actor thinks of the last ones after one more update.
+    """
+    batch = read_batch(folder)
+    everywhere("begin", actor, folder, OptimizerConfig(lr=1e-2, weight_decay=0.0), 3)
+    server = server_of(job, folder)
+    channel = BroadcastChannel("nccl", "weights", ENGINE_S) if job["way"] == "nccl" else None
+    requests = [SampleRequest(row.trajectory.prompt_ids, seed=i) for i, row in enumerate(batch) for _ in range(4)]
+    sampling = Sampling(max_tokens=32, temperature=TEMPERATURE)
+    result: dict[str, Any] = {"syncs": [], "engine": [], "actor": [], "free": []}
+    model = ServedModel.of(read_hf_config(folder), folder)
+    times: dict[str, Any] = {"start_timeout_s": ENGINE_S, "request_timeout_s": ENGINE_S}
+    with Fleet([server], channel, model=model, bucket_mib=1, backend="nccl", **times) as fleet:
+        for version in (1, 2):
+            result["syncs"].append(fleet.sync(actor.export, version))
+            found = fleet.generate(requests, sampling)
+            pairs = list(zip(requests, found, strict=True))
+            drawn = [
+                Trajectory(
+                    0, 0, "", i, r.prompt_ids, c.response_ids, c.logprobs, "stop", c.weight_versions, False, 0.0, ""
+                )
+                for i, (r, c) in enumerate(pairs)
+            ]
+            result["engine"].append([c.logprobs for c in found])
+            result["actor"].append(everywhere("logprobs", actor, drawn, False))
+            result["free"].append(free_bytes())
+            if version == 1 and job["sleep"]:
+                fleet.sleep()
+                result["free"].append(free_bytes())
+            everywhere("update", actor, batch)
+            result["stale"] = everywhere("logprobs", actor, drawn, False)
+    return result
+
+
+def server_of(job: dict[str, Any], folder: Path) -> EmbeddedServer | SGLangServer:
+    """The engine, started; for NCCL it is on another host than the trainer."""
+    trainer = dict(os.environ)
+    if job["way"] == "nccl":
+        os.environ["NCCL_HOSTID"] = "engine"
+    common: dict[str, Any] = {"max_running": 64, "threads": 4, "dtype": "bfloat16", "device": DEVICE}
+    log = folder / job["name"].replace(" ", "-")
+    try:
+        if job["engine"] == "embedded":
+            return EmbeddedServer(folder, log, "engine", **common)
+        flags = [*SGLANG_FLAGS, *(["--enable-memory-saver"] if job["sleep"] else [])]
+        python = Path(os.environ[SGLANG_VARIABLE])
+        return SGLangServer(folder, log, "engine", python=python, arguments=flags, **common)
+    finally:
+        os.environ.clear()
+        os.environ.update(trainer)
+
+
+def free_bytes() -> int:
+    """Of the GPU, for anyone; what torch keeps for later counts as free."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else 0
+
+
+TASKS = {task.__name__: task for task in (update, train, clip, not_finite, checkpointed, logprob_memory, synced)}
 
 
 def configuration(job: dict[str, Any]) -> Config:

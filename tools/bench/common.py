@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,12 +85,14 @@ def random_qwen2(folder: Path, quick: bool) -> Qwen2ForCausalLM:
     return model
 
 
-def report(name: str, metrics: list[Metric], out: Path | None) -> None:
-    """Print a line a metric; write the JSON that `make bench` reads."""
+def report(name: str, metrics: list[Metric], out: Path | None, more: Mapping[str, object] | None = None) -> None:
+    """Print a line a metric; write the JSON that `make bench` reads, with `more` in it."""
     for metric in metrics:
         verdict = "met" if metric.met else "MISSED"
         print(f"{metric.name:28} {metric.value:8.3f} {metric.unit}  goal {metric.goal}: {verdict}  ({metric.baseline})")
     if out is not None:
         machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-        content = {"name": name, "machine": machine, "metrics": [asdict(metric) for metric in metrics]}
+        content = {"name": name, "machine": machine, "metrics": [asdict(metric) for metric in metrics]} | dict(
+            more or {}
+        )
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
