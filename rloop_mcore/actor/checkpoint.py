@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import queue
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -56,7 +57,7 @@ class PendingSave:
             target = [str(self._folder)]
             dist.broadcast_object_list(target, src=0)
             self._request = dist_checkpointing.save(
-                _state(chunks, optimizer, is_loading=False),
+                _state(chunks, optimizer),
                 target[0],
                 sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
                 validate_access_integrity=False,
@@ -127,7 +128,8 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
     Raises UserError where the checkpoint is not what was saved.
     """
     check_manifest(path, trust=True)  # those from before there were manifests have none
-    state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
+    saved = load_sharded_metadata(str(path))
+    state = dist_checkpointing.load(_state(chunks, optimizer, saved), str(path))
     for i, chunk in enumerate(chunks):
         _restore_scales(chunk.module, state[f"model{i}"])
         chunk.load_state_dict(state[f"model{i}"])
@@ -144,38 +146,48 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
     torch.set_rng_state(state["rng"])
 
 
-def _state(chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer, is_loading: bool) -> dict[str, Any]:
+def _state(
+    chunks: list[DistributedDataParallel], optimizer: PolicyOptimizer, saved: Container[str] | None = None
+) -> dict[str, Any]:
+    """What to save; or what to load of a checkpoint that has the keys `saved`."""
     # The policy has no dropout: the only generator is the default one, the same on every rank.
     state: dict[str, Any] = {"update": optimizer.update, "steps": optimizer.steps, "rng": torch.get_rng_state()}
     metadata = dict(_METADATA)  # Megatron adds the process groups of this moment to it
     models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     for i, chunk in enumerate(chunks):
-        for key, (module, gemm) in _extra_states(chunk.module, models[f"model{i}"]).items():
-            if values := scales(module):
-                models[f"model{i}"][key].data = values[gemm]
+        _only_scales(chunk.module, models[f"model{i}"], saved)
     state["optimizer"] = {}
     for i, part in enumerate(optimizer.megatron.chained_optimizers):
         with ExitStack() as stack:
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_bucket_padding_kept(part))
-            state["optimizer"][i] = part.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+            state["optimizer"][i] = part.sharded_state_dict(models, is_loading=saved is not None, metadata=metadata)
     # Only tensors travel. How parameters are grouped depends on the layout (Megatron has an optimizer of its own for
     # experts over ep), and the groups' settings are those of the phase, which `begin` gave.
     dict_list_map_inplace(_kept_here, state["optimizer"])
     return state | models
 
 
-def _extra_states(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, int]]:
+def _extra_states(model: torch.nn.Module, state: Iterable[str]) -> dict[str, tuple[torch.nn.Module, int]]:
     """What Transformer Engine would keep in a pickle: the module of each such key, and which of its GEMMs it is."""
     found = ((key, re.fullmatch(r"(.*)\._extra_state(\d*)", key)) for key in state)
     return {key: (model.get_submodule(match[1]), int(match[2] or 0)) for key, match in found if match}
 
 
-def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Take them out of a loaded state, which is then free of anything that might be unpickled."""
-    values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
+def _only_scales(model: torch.nn.Module, state: dict[str, Any], saved: Container[str] | None) -> None:
+    """Leave of the extra states the scales of fp8_delayed that there are, as tensors: each device has others."""
     for key, (module, gemm) in _extra_states(model, state).items():
-        value, state[key] = state[key], torch.empty(0, dtype=torch.uint8)
+        if saved is None and (values := scales(module)):
+            state[key].data = values[gemm]
+        elif saved is None or state[key].unique_key not in saved:
+            del state[key]
+
+
+def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Take them out of a loaded state, which is then free of anything that a module might unpickle."""
+    values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
+    for key, (module, gemm) in _extra_states(model, model.state_dict()).items():
+        value, state[key] = state.get(key), torch.empty(0, dtype=torch.uint8)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and hasattr(module, "fp8_meta"):
             values.setdefault(module, {})[gemm] = value
     for module, of_gemms in values.items():

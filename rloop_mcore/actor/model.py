@@ -67,7 +67,9 @@ def build_model(architecture: dict[str, Any], config: Config) -> list[PolicyChun
                 **gpt,
             )
         )
-        chunks[-1].to(platform.device())  # the router's weight is made on the CPU
+        for parameter in chunks[-1].parameters():
+            if parameter.device.type != platform.device().type:  # the router's, on CUDA
+                parameter.data = parameter.data.to(platform.device())
         if layout.etp != layout.tp:
             _mark_experts(chunks[-1])
     if config.fp8.simulate:

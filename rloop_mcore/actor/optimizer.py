@@ -95,7 +95,8 @@ def _placement(actor: ActorConfig) -> dict[str, Any]:
         settings |= {"optimizer_cpu_offload": True, "optimizer_offload_fraction": actor.optimizer_offload}
     if actor.precision_aware_optimizer:
         settings |= {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16}
-        settings |= {"exp_avg_sq_dtype": torch.bfloat16}
+        # The lower halves of main weights that Transformer Engine can keep instead of them cannot be loaded again.
+        settings |= {"exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False}
     return settings
 
 
@@ -109,8 +110,7 @@ def allocate_state(megatron: MegatronOptimizer) -> None:
             _step_nowhere(inner)
         elif optimizer.config.use_precision_aware_optimizer:  # Megatron's call lacks an argument
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                remainders = inner.store_param_remainders and parameter.dtype == torch.bfloat16
-                inner.initialize_state(parameter, remainders)
+                inner.initialize_state(parameter, store_param_remainders=False)
         else:
             optimizer.init_state_fn(inner, optimizer.config)
         if isinstance(inner, torch.optim.AdamW):  # other Adams keep the step in the group

@@ -66,6 +66,11 @@ def check_precision(
 def _check_parameter_gather(precision: str, fp8: Fp8, distributed_optimizer: bool, optimizer_offload: float) -> None:
     if fp8.simulate:
         raise UserError("fp8.parameter_gather=true cannot be simulated: set it or fp8.simulate to false.")
+    if precision == "fp8_blockwise":
+        raise UserError(
+            "fp8.parameter_gather=true loses the weights at precision=fp8_blockwise (docs/gpu.md): set it to false, or "
+            "use fp8_delayed or fp8_tensorwise."
+        )
     if not distributed_optimizer:
         raise UserError("fp8.parameter_gather=true needs actor.distributed_optimizer=true.")
     if optimizer_offload > 0 and precision != "fp8_delayed":

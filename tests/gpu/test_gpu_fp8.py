@@ -107,8 +107,13 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_scales_alone(fp8: Results,
     assert result["next"]["grad_norm"] < 1e3
 
 
-def test_parameter_gather_trains_from_the_weights_it_was_given(bf16: Results, folder: Path, recipe: str) -> None:
+def test_parameter_gather_trains_from_the_weights_it_was_given(
+    bf16: Results, folder: Path, recipe: str, request: pytest.FixtureRequest
+) -> None:
     """Not from Megatron's own initial values, which it keeps in high precision beside parameters in FP8."""
+    if recipe == "fp8_blockwise":
+        reason = "weights read back as zeros and NaN on an H200: the configuration refuses it"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     name = f"{recipe} gather"
     train = run([job(name, "train", folder, recipe, parameter_gather=True)], folder)[name]
     given = bf16["bf16 train"]["start"]

@@ -42,6 +42,7 @@ platform.setup("cpu", threads=1)
         ("fp8_delayed", Fp8Config(last_bf16_layers=1), "cuda", "fp8.last_bf16_layers=0"),
         ("bf16", Fp8Config(first_bf16_layers=1), "cuda", "has no FP8 for fp8.first_bf16_layers"),
         ("fp32", Fp8Config(parameter_gather=True), "cpu", "fp8.parameter_gather"),
+        ("fp8_blockwise", Fp8Config(parameter_gather=True), "cuda", "fp8.parameter_gather"),
     ],
 )
 def test_refusals_name_the_key(precision: str, fp8: Fp8Config, device: str, key: str) -> None:
