@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes a folder of wheels for a GPU machine that has torch and no package registry: `tools/gpu_kit.sh [FOLDER]` (.whl).
-# Run it where there is a registry, Python 3.12 and Debian's build tools; 7 GB of disk, about 15 minutes on two cores.
+# Run it where there is a registry, Python 3.12 and Debian's build tools; 7 GB of disk, some minutes on two cores.
 # docs/gpu.md says how the wheels are used. The versions belong together: torch is the one of the GPU machine, its
 # extension of Transformer Engine is compiled against it, and the three parts of Transformer Engine must be one version.
 set -eu
@@ -9,6 +9,7 @@ TORCH=2.11.0
 TRANSFORMER_ENGINE=2.16.1
 MEGATRON_CORE=0.19.2
 ARCHITECTURE=90       # of the GPU: sm_90 is Hopper (H100, H200)
+CUDA=13.0             # of that torch
 LIMIT_MIB=60          # what may travel, with a little left for the repository
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +22,7 @@ python=$("$root/tools/find_python.sh" 3.12)
 "$python" -m venv "$work/venv"
 PATH="$work/venv/bin:$PATH"
 echo "== torch $TORCH and build tools"
-pip install -q "torch==$TORCH" setuptools wheel ninja pybind11 packaging
+pip install -q "torch==$TORCH" setuptools wheel ninja pybind11 packaging "nvidia-cuda-crt==$CUDA.*" "nvidia-cuda-cccl==$CUDA.*"
 
 echo "== pure parts"
 pip wheel -q --no-deps -w "$kit" -c "$root/constraints/py312.txt" "megatron-core==$MEGATRON_CORE" \
@@ -33,7 +34,10 @@ pip wheel -q --no-deps -w "$kit" "transformer-engine==$TRANSFORMER_ENGINE" \
 echo "== transformer-engine-cu13 $TRANSFORMER_ENGINE, cut down to sm_$ARCHITECTURE"
 pip download -q --no-deps -d "$work" "transformer-engine-cu13==$TRANSFORMER_ENGINE"
 wheel unpack -d "$work/core" "$work"/transformer_engine_cu13-*.whl >/dev/null
-find "$work/core" -name 'libtransformer_engine.so' -exec python "$root/tools/keep_gpu_code.py" {} "$ARCHITECTURE" \;
+library=$(find "$work/core" -name 'libtransformer_engine.so')
+python "$root/tools/keep_gpu_code.py" "$library" "$ARCHITECTURE"
+# Named for grouped GEMMs, which take another path on Hopper; the cuBLAS of torch 2.11 lacks it.
+python "$root/tools/weaken_symbol.py" "$library" cublasLtGroupedMatrixLayoutInit_internal
 mkdir "$work/packed"
 wheel pack -d "$work/packed" "$work"/core/* >/dev/null
 wheel tags --remove --python-tag py3 --abi-tag none "$work"/packed/*.whl >/dev/null  # pack goes by the tags inside
@@ -43,6 +47,11 @@ echo "== transformer-engine-torch $TRANSFORMER_ENGINE against torch $TORCH"
 nvidia=$(python -c 'import nvidia; print(list(nvidia.__path__)[0])')
 CPATH="$nvidia/cu13/include:$nvidia/cudnn/include:$nvidia/nccl/include" NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$(nproc) \
     pip wheel -q --no-deps --no-build-isolation -w "$kit" "transformer-engine-torch==$TRANSFORMER_ENGINE"
+
+echo "== does it load?"
+pip install -q --no-deps --no-compile --target "$work/site" "$kit"/*.whl
+pip install -q einops onnx onnxscript psutil
+PYTHONPATH="$work/site" python -c 'import transformer_engine.pytorch'
 
 ls -l "$kit"
 mib=$(du -sm "$kit" | cut -f1)
