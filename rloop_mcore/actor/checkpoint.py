@@ -186,12 +186,15 @@ def _only_scales(model: torch.nn.Module, state: dict[str, Any], saved: Container
 def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Take them out of a loaded state, which is then free of anything that a module might unpickle."""
     values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
-    for key, (module, gemm) in _extra_states(model, model.state_dict()).items():
-        value, state[key] = state.get(key), torch.empty(0, dtype=torch.uint8)
+    for key, (module, gemm) in _extra_states(model, list(state)).items():
+        value = state.pop(key)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and hasattr(module, "fp8_meta"):
             values.setdefault(module, {})[gemm] = value
     for module, of_gemms in values.items():
         set_scales(module, [of_gemms[gemm] for gemm in sorted(of_gemms)])
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:  # it asks for one
+            state[f"{name}._extra_state"] = torch.empty(0, dtype=torch.uint8)
 
 
 def _kept_here(value: Any) -> Any:
