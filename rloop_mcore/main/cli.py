@@ -88,6 +88,18 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, metavar="RUN_DIR")
     status.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
+    cache = commands.add_parser(
+        "cache",
+        help="what a run has sampled: counts, a check, rows as text or JSON lines",
+        description="Summarise the trajectory cache of a run; or check it, look at rows, export them.",
+    )
+    cache.add_argument("run", type=Path, metavar="RUN_DIR")
+    cache.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
+    cache.add_argument("--show", type=int, default=0, metavar="N", help="the first N trajectories as text")
+    cache.add_argument("--export", type=Path, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
+    cache.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")
+    cache.add_argument("--problem", metavar="ID", help="for --show and --export: of this problem")
+
     trace = commands.add_parser(
         "trace",
         help="the timeline of a run, for Perfetto",
@@ -132,6 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.status import status
 
             return status(options.run, options.json)
+        if options.command == "cache":
+            from rloop_mcore.main.cache import cache
+
+            return cache(options)
         if options.command == "trace":
             from rloop_mcore.main.trace import trace
 

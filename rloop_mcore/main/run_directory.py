@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
@@ -58,6 +59,12 @@ class RunDirectory:
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
         if not self.journal.exists() and any((self.path / "policies").glob("*")):
             raise UserError(f"{self.journal} is gone but policies/ is not: restore it, or choose another run.dir.")
+
+    def read_config(self) -> Config:
+        """What the run was started with. Raises UserError where there is no run."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not a run directory: it holds no config.yaml.")
+        return read_config(self.config)
 
     def model(self, config: Config) -> Path:
         """The folder of model.path; the generated task's untrained model is a folder of the run."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from rloop_mcore.compose import read_config
-from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
@@ -29,9 +27,7 @@ def status(path: Path, as_json: bool) -> int:
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
-    if not run.config.is_file():
-        raise UserError(f"{run.path} is not a run directory: it holds no config.yaml.")
-    config, records = read_config(run.config), Journal(run.journal).records
+    config, records = run.read_config(), Journal(run.journal).records
     policies = [record for record in records if "digest" in record]
     finished = any(r["event"] == "done" and _is_last(r, config.algorithm.iterations) for r in records)
     place = next((r for r in reversed(records) if r["event"] in ("commit", "done")), None)

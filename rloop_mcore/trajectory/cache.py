@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import fsync_path
-from rloop_mcore.trajectory import digest, manifest, reader, selection
+from rloop_mcore.trajectory import digest, manifest, reader, selection, summary
+from rloop_mcore.trajectory.summary import Phase
 from rloop_mcore.trajectory.writer import write_shard
 from rloop_mcore.types import Trajectory
 
@@ -75,6 +76,18 @@ class TrajectoryCache:
     def select_experts(self, iteration: int, hard_threshold: float, deduplicate: bool) -> list[Trajectory]:
         """D_expert(iteration), ordered by iteration, step, problem id and sample; see `selection.select_experts`."""
         return selection.select_experts(self.directory, self._shards, iteration, hard_threshold, deduplicate)
+
+    def phases(self) -> list[Phase]:
+        """What is sealed of each iteration's exploration."""
+        return summary.phases(self.directory, self._shards)
+
+    def rows(self, iteration: int | None = None, problem_id: str | None = None) -> Iterator[Trajectory]:
+        """The sealed trajectories of an iteration and of a problem, or of all: a row group in memory at a time."""
+        return summary.rows(self.directory, self._shards, iteration, problem_id)
+
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for shard in self._shards)
 
     def success_histogram(self, iteration: int, bins: int = 10) -> list[int]:
         """Problems of the phase by success rate [bins].

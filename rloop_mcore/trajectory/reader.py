@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest
 from pathlib import Path
 
@@ -36,6 +36,18 @@ class ShardFile:
         """The row groups one by one: no more than one is in memory."""
         for group in range(self._file.num_row_groups):
             yield self._read([group], columns)
+
+    def rows_where(
+        self, columns: Sequence[str], condition: Callable[[pa.Table], pa.BooleanArray]
+    ) -> Iterator[pa.Table]:
+        """All columns of the rows that `condition` [rows] chooses by `columns`, row group by row group.
+
+        Of a group without any, nothing else is read.
+        """
+        for group in range(self._file.num_row_groups):
+            wanted = condition(self._read([group], columns))
+            if wanted.true_count:
+                yield self._read([group], SCHEMA.names).filter(wanted)
 
     def take(self, mask: pa.BooleanArray) -> pa.Table:
         """All columns of the rows where `mask` [rows]; row groups without any are not read."""

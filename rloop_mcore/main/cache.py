@@ -1,0 +1,93 @@
+"""`rloop cache`: what a run's trajectory cache holds, whether it is sound, and its rows as text or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rloop_mcore.config import Config
+from rloop_mcore.data.prompts import TextTokenizer
+from rloop_mcore.errors import UserError
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import Trajectory
+
+_BARS = "·▁▂▃▄▅▆▇█"
+
+
+def cache(options: Namespace) -> int:
+    """Do what the options ask for; a summary where they ask for nothing.
+
+    Raises UserError where there is no run, or a shard is damaged.
+    """
+    run = RunDirectory(options.run)
+    config, found = run.read_config(), TrajectoryCache(run.cache)
+    console = Console()
+    if options.verify:
+        if damage := found.verify():
+            raise UserError(f"the trajectory cache {run.cache} is damaged: {'; '.join(damage)}.")
+        console.print(
+            f"{run.cache} is sound: {found.count()} trajectories, every byte as it was sealed", soft_wrap=True
+        )
+    if options.export:
+        count = _export(found, options.export, options.iteration, options.problem)
+        console.print(f"{options.export}: {count} trajectories", soft_wrap=True)
+    if options.show:
+        _show(console, found, run.model(config), options)
+    if not (options.verify or options.export or options.show):
+        console.print(summary(found, config))
+    return 0
+
+
+def summary(found: TrajectoryCache, config: Config) -> Table:
+    """A row a phase. "success": problems by success rate, from 0 on the left to 1, ten bins of equal width."""
+    threshold, deduplicate = config.algorithm.hard_threshold, config.rft.deduplicate
+    title = f"{found.count()} trajectories, {found.bytes() / 1e6:.1f} MB"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("iteration", "steps", "sampled", "problems", "correct", "truncated", "experts", "success"):
+        table.add_column(name, justify="left" if name == "success" else "right", no_wrap=True)
+    for phase in found.phases():
+        histogram = found.success_histogram(phase.iteration)
+        experts = found.select_experts(phase.iteration, threshold, deduplicate)
+        table.add_row(
+            str(phase.iteration),
+            str(len(phase.steps)),
+            str(phase.trajectories),
+            str(sum(histogram)),
+            f"{phase.correct / phase.trajectories:.1%}",
+            f"{phase.truncated / phase.trajectories:.1%}",
+            str(len(experts)),
+            "".join(_BARS[-(-count * 8 // max(histogram))] for count in histogram),
+        )
+    return table
+
+
+def _export(found: TrajectoryCache, out: Path, iteration: int | None, problem: str | None) -> int:
+    """Write the rows as JSON lines, atomically; returns how many."""
+    count = 0
+    with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for count, row in enumerate(found.rows(iteration, problem), start=1):  # noqa: B007
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+    return count
+
+
+def _show(console: Console, found: TrajectoryCache, model: Path, options: Namespace) -> None:
+    """The first trajectories as text, by the tokenizer of the run's model."""
+    tokenizer = TextTokenizer(model)
+    for row in islice(found.rows(options.iteration, options.problem), options.show):
+        console.rule(_heading(row), align="left")
+        prompt, response = (tokenizer.decode(ids) for ids in (row.prompt_ids, row.response_ids))
+        console.print(prompt, style="dim", markup=False, highlight=False, end="")
+        console.print(response, markup=False, highlight=False)
+
+
+def _heading(row: Trajectory) -> str:
+    place = f"iteration {row.iteration}, step {row.step}, {row.problem_id}, sample {row.sample}"
+    return f"{place}: {row.reason}, {len(row.response_ids)} tokens, {row.finish_reason}"

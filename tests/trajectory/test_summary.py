@@ -1,0 +1,110 @@
+"""What `rloop cache` says of a cache, against plain Python over the same trajectories."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from trajectory_rows import phases, step_rows, trajectories
+
+from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.main.cache import summary
+from rloop_mcore.main.cli import main
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import Trajectory
+
+
+def sealed(directory: Path, rows: list[Trajectory], cut: int) -> TrajectoryCache:
+    cache = TrajectoryCache(directory)
+    for part in (rows[:cut], rows[cut:]):
+        cache.append(part)
+        cache.seal()
+    return TrajectoryCache(directory)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=trajectories(), cut=st.integers(0, 30))
+def test_phases_are_counted(rows: list[Trajectory], cut: int) -> None:
+    with TemporaryDirectory() as folder:
+        found = sealed(Path(folder), rows, cut).phases()
+    assert [phase.iteration for phase in found] == sorted({row.iteration for row in rows})
+    for phase in found:
+        mine = [row for row in rows if row.iteration == phase.iteration]
+        assert (phase.trajectories, phase.steps) == (len(mine), {row.step for row in mine})
+        assert phase.correct == sum(row.correct for row in mine)
+        assert phase.truncated == sum(row.finish_reason == "length" for row in mine)
+        assert phase.reasons == Counter(row.reason for row in mine)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=trajectories(),
+    cut=st.integers(0, 30),
+    iteration=st.none() | st.integers(0, 2),
+    problem=st.none() | st.sampled_from(["a", "ü/1", ""]),
+)
+def test_rows_are_those_of_the_iteration_and_the_problem(
+    rows: list[Trajectory], cut: int, iteration: int | None, problem: str | None
+) -> None:
+    def key(row: Trajectory) -> tuple[int, int, str, int]:
+        return row.iteration, row.step, row.problem_id, row.sample
+
+    with TemporaryDirectory() as folder:
+        found = list(sealed(Path(folder), rows, cut).rows(iteration, problem))
+    wanted = [r for r in rows if iteration in (None, r.iteration) and problem in (None, r.problem_id)]
+    assert sorted(found, key=key) == sorted(wanted, key=key)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory that stands after two steps of the first iteration."""
+    folder = tmp_path / "run"
+    write_model(folder / "model", seed=0)
+    (folder / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny"])))
+    sealed(folder / "cache", step_rows(0, 0) + step_rows(0, 1), 16)
+    return folder
+
+
+def test_the_summary_has_a_line_a_phase(tmp_path: Path) -> None:
+    rows = phases(seed=3)
+    cache, config = sealed(tmp_path, rows, 20), load_config(["experiment=tiny", "algorithm.hard_threshold=0.3"])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(summary(cache, config))
+    lines = [line.split() for line in capture.get().splitlines()[2:]]
+    for iteration, line in enumerate(lines):
+        mine = [row for row in rows if row.iteration == iteration]
+        assert line[:2] == [str(iteration), str(len({row.step for row in mine}))]
+        assert line[2:4] == [str(len(mine)), "5"]
+        assert line[4] == f"{sum(row.correct for row in mine) / len(mine):.1%}"
+        assert line[6] == str(len(cache.select_experts(iteration, 0.3, True)))
+        assert len(line[7]) == 10
+    assert len(lines) == 2
+
+
+def test_rows_as_text_and_as_json_lines(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert main(["cache", str(run), "--show", "1", "--export", str(out), "--problem", "p2"]) == 0
+    printed = capsys.readouterr().out
+    assert "iteration 0, step 0, p2, sample 0" in printed
+    wanted = [row for row in step_rows(0, 0) + step_rows(0, 1) if row.problem_id == "p2"]
+    exported = [json.loads(line) for line in out.read_text().splitlines()]
+    assert exported == json.loads(json.dumps([asdict(row) for row in wanted]))
+
+
+def test_a_damaged_shard_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", str(run), "--verify"]) == 0
+    shard = run / "cache" / "shard-000001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["cache", str(run), "--verify"]) == 2
+    assert "shard-000001.parquet has another content than was sealed" in capsys.readouterr().err
