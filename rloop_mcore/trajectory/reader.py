@@ -13,6 +13,8 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.schema import SCHEMA, VERSION, VERSION_KEY
 
+_GROUPS = 16  # row groups read at once: enough for the threads, and some 100 MB of long responses
+
 
 class ShardFile:
     """An open shard; columns are read when asked for."""
@@ -51,19 +53,23 @@ class ShardFile:
 
     def take(self, mask: pa.BooleanArray) -> pa.Table:
         """All columns of the rows where `mask` [rows]; row groups without any are not read."""
-        pieces = []
-        start = 0
+        chosen, masks, start = [], [], 0
         for group in range(self._file.num_row_groups):
             rows = self._file.metadata.row_group(group).num_rows
             piece = mask.slice(start, rows)
             start += rows
             if piece.true_count:
-                pieces.append(self._read([group], SCHEMA.names).filter(piece))
+                chosen.append(group)
+                masks.append(piece)
+        pieces = []
+        for first in range(0, len(chosen), _GROUPS):
+            part = slice(first, first + _GROUPS)
+            pieces.append(self._read(chosen[part], SCHEMA.names).filter(pa.chunked_array(masks[part])))
         return pa.concat_tables(pieces) if pieces else SCHEMA.empty_table()
 
     def _read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
         try:
-            return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+            return self._file.read_row_groups(list(groups), columns=list(columns))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}): restore it from a copy.") from error
 

@@ -13,18 +13,12 @@ from rloop_mcore.trajectory.reader import ShardFile
 from rloop_mcore.trajectory.schema import KEY, SCHEMA, from_table
 from rloop_mcore.types import Trajectory
 
+_OUTCOME = ["iteration", "problem_id", "correct"]
+
 
 def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> pa.Table:
     """Columns problem_id, successes, samples: over all samples of the iteration, whatever the step. Sorted."""
-    pieces = [SCHEMA.empty_table().select(["problem_id", "correct"])]
-    for shard in shards:
-        if shard.holds(iteration):
-            table = ShardFile(directory, shard).read(["iteration", "problem_id", "correct"])
-            pieces.append(table.filter(pc.field("iteration") == iteration).drop(["iteration"]))
-    correct = pa.concat_tables(pieces)
-    correct = correct.set_column(1, "correct", correct["correct"].cast(pa.int64()))
-    grouped = correct.group_by("problem_id").aggregate([("correct", "sum"), ("correct", "count")])
-    return grouped.rename_columns(["problem_id", "successes", "samples"]).sort_by("problem_id")
+    return _counts([file.read(_OUTCOME) for file in _files(directory, shards, iteration)], iteration)
 
 
 def select_experts(
@@ -35,22 +29,33 @@ def select_experts(
     Small columns are read first, tokens only where a row group has a selected row. `deduplicate` drops exact copies
     of a response to the same problem but the first.
     """
-    counts = success_counts(directory, shards, iteration)
+    files = _files(directory, shards, iteration)
+    outcomes = [file.read(_OUTCOME) for file in files]
+    counts = _counts(outcomes, iteration)
     # The same quotient and comparison as algorithm.hard_problems.is_hard, on columns.
     rate = pc.divide(counts["successes"].cast(pa.float64()), counts["samples"].cast(pa.float64()))
     hard = counts["problem_id"].filter(pc.less(rate, hard_threshold))
 
     pieces = [SCHEMA.empty_table()]
-    for shard in shards:
-        if shard.holds(iteration):
-            file = ShardFile(directory, shard)
-            keys = file.read(["iteration", "problem_id", "correct"])
-            wanted = pc.and_(keys["correct"], pc.equal(keys["iteration"], iteration))
-            wanted = pc.and_(wanted, pc.is_in(keys["problem_id"], value_set=hard))
-            pieces.append(file.take(wanted.combine_chunks()))
+    for file, outcome in zip(files, outcomes, strict=True):
+        wanted = pc.and_(outcome["correct"], pc.equal(outcome["iteration"], iteration))
+        wanted = pc.and_(wanted, pc.is_in(outcome["problem_id"], value_set=hard))
+        pieces.append(file.take(wanted.combine_chunks()))
     selected = pa.concat_tables(pieces)
     experts = from_table(selected.sort_by([(name, "ascending") for name in KEY]))
     return _without_copies(experts) if deduplicate else experts
+
+
+def _files(directory: Path, shards: Sequence[Shard], iteration: int) -> list[ShardFile]:
+    return [ShardFile(directory, shard) for shard in shards if shard.holds(iteration)]
+
+
+def _counts(outcomes: Sequence[pa.Table], iteration: int) -> pa.Table:
+    mine = [table.filter(pc.field("iteration") == iteration).drop(["iteration"]) for table in outcomes]
+    correct = pa.concat_tables([SCHEMA.empty_table().select(["problem_id", "correct"]), *mine])
+    correct = correct.set_column(1, "correct", correct["correct"].cast(pa.int64()))
+    grouped = correct.group_by("problem_id").aggregate([("correct", "sum"), ("correct", "count")])
+    return grouped.rename_columns(["problem_id", "successes", "samples"]).sort_by("problem_id")
 
 
 def _without_copies(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

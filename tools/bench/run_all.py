@@ -15,7 +15,15 @@ from rich.table import Table
 
 FOLDER = Path(__file__).parent
 PARTS = tuple(f"{part}.py" for part in rollout.PARTS)  # rollout.py runs them
-NO_BENCHMARKS = ("common.py", "run_all.py", "simulated_fleet.py", "sync_ranks.py", "trl_step.py", *PARTS)
+NO_BENCHMARKS = (
+    "cache_queries.py",
+    "common.py",
+    "run_all.py",
+    "simulated_fleet.py",
+    "sync_ranks.py",
+    "trl_step.py",
+    *PARTS,
+)
 MISSING = 77  # exit code of a benchmark whose baseline or GPU is not here; it has said so
 DEADLINE_S = 1800
 
