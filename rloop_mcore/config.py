@@ -97,6 +97,10 @@ class FineTuneConfig:
 class RftConfig(FineTuneConfig):
     enabled: bool = True  # false: theta_{i+1} is the RL endpoint (vanilla DAPO)
     deduplicate: bool = True  # drop exact copies of a response to the same problem
+    steps: list[int] = field(default_factory=list)  # draw from the RL steps [first, last] only, from 0; []: from all
+    min_tokens: int = 0  # of a response
+    max_per_problem: int = 0  # at most so many experts of a problem, drawn by run.seed; 0: all
+    share: float = 1.0  # of the experts, drawn by run.seed
 
 
 @dataclass

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rloop_mcore.algorithm.experts import narrowed
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.journal import Journal
@@ -158,7 +159,8 @@ class RunState:
 
     def experts(self, iteration: int) -> list[Trajectory]:
         """D_expert(i), in a fixed order."""
-        return self.cache.select_experts(iteration, self.config.algorithm.hard_threshold, self.config.rft.deduplicate)
+        rft, threshold = self.config.rft, self.config.algorithm.hard_threshold
+        return narrowed(self.cache.select_experts(iteration, threshold, rft.deduplicate), rft, self.config.run.seed)
 
     def save_policy(self, name: str) -> Policy:
         """Write the actor's weights as `policies/{name}`."""

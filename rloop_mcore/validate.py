@@ -63,6 +63,8 @@ _NOT_NEGATIVE = (
     "algorithm.clip_high",
     *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),
     "actor.optimizer_offload",
+    "rft.min_tokens",
+    "rft.max_per_problem",
     "rollout.max_lag",
     "rollout.overprovision",
     "evaluation.every",
@@ -75,7 +77,7 @@ _NOT_NEGATIVE = (
         for name in ("warmup_updates", "weight_decay", "clip_grad")
     ),
 )
-_SHARES = ("rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "reward.max_failure_share")
+_SHARES = ("rft.share", "rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "reward.max_failure_share")
 _BELOW_ONE = tuple(
     f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("beta1", "beta2")
 )
@@ -101,6 +103,9 @@ def check_values(config: Config) -> None:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
     if config.actor.optimizer_offload > 1:
         raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
+    steps = config.rft.steps
+    if steps and (len(steps) != 2 or not 0 <= steps[0] <= steps[1]):
+        raise UserError(f"rft.steps={steps} must be [first, last], RL steps from 0 on, or [].")
     for key in _BELOW_ONE:
         if not 0 <= values[key] < 1:
             raise UserError(f"{key}={values[key]} must be at least 0 and below 1.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rloop_mcore.algorithm.experts import narrowed
 from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.errors import UserError
@@ -48,14 +49,14 @@ def cache(options: Namespace) -> int:
 
 def summary(found: TrajectoryCache, config: Config) -> Table:
     """A row a phase. "success": problems by success rate, from 0 on the left to 1, ten bins of equal width."""
-    threshold, deduplicate = config.algorithm.hard_threshold, config.rft.deduplicate
+    threshold = config.algorithm.hard_threshold
     title = f"{found.count()} trajectories, {found.bytes() / 1e6:.1f} MB"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("iteration", "steps", "sampled", "problems", "correct", "truncated", "experts", "success"):
         table.add_column(name, justify="left" if name == "success" else "right", no_wrap=True)
     for phase in found.phases():
         histogram = found.success_histogram(phase.iteration)
-        experts = found.select_experts(phase.iteration, threshold, deduplicate)
+        experts = found.select_experts(phase.iteration, threshold, config.rft.deduplicate)
         table.add_row(
             str(phase.iteration),
             str(len(phase.steps)),
@@ -63,7 +64,7 @@ def summary(found: TrajectoryCache, config: Config) -> Table:
             str(sum(histogram)),
             f"{phase.correct / phase.trajectories:.1%}",
             f"{phase.truncated / phase.trajectories:.1%}",
-            str(len(experts)),
+            str(len(narrowed(experts, config.rft, config.run.seed))),
             "".join(_BARS[-(-count * 8 // max(histogram))] for count in histogram),
         )
     return table
