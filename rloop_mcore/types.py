@@ -76,7 +76,7 @@ class Verdict:
 class Trajectory:
     """Prompt, response, logprobs and reward of one sample.
 
-    `(iteration, step, problem_id, sample)` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
+    `key` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
     `reward` is what the update sees (shaped, perhaps with the overlong penalty). `logprobs` [response] are those
     of the engine that sampled it: the behaviour policy. `weight_versions` are (weight version, how many tokens it
     sampled), in order; more than one where a sync fell into the generation.
@@ -94,6 +94,11 @@ class Trajectory:
     correct: bool
     reward: float
     reason: str
+
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        """(iteration, step, problem_id, sample)."""
+        return self.iteration, self.step, self.problem_id, self.sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ def _only_scales(model: torch.nn.Module, state: dict[str, Any], saved: Container
 def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Take them out of a loaded state, which is then free of anything that a module might unpickle."""
     values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
-    for key, (module, gemm) in _extra_states(model, list(state)).items():
+    for key, (module, gemm) in _extra_states(model, state).items():
         value = state.pop(key)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and hasattr(module, "fp8_meta"):
             values.setdefault(module, {})[gemm] = value

@@ -21,11 +21,6 @@ from rloop_mcore.types import Trajectory
 Key = tuple[int, int, str, int]
 
 
-def key_of(trajectory: Trajectory) -> Key:
-    """What identifies a trajectory."""
-    return trajectory.iteration, trajectory.step, trajectory.problem_id, trajectory.sample
-
-
 class RoutingReplay:
     """The experts [positions, layers, top-k] of each trajectory of the current step, whole on every rank."""
 
@@ -42,11 +37,11 @@ class RoutingReplay:
         """Collective: put together what the ranks recorded, in place of what was kept before."""
         dist.all_reduce(recording.experts)  # a token's choice of a layer is on one rank only
         parts = recording.experts.cpu().split([len(row) for row in rows])
-        self._kept = {key_of(t): part for t, part in zip(trajectories, parts, strict=True)}
+        self._kept = {t.key: part for t, part in zip(trajectories, parts, strict=True)}
 
     def replaying(self, trajectories: Sequence[Trajectory]) -> Replaying:
         """For an update on trajectories of the step that was recorded."""
-        return Replaying(torch.cat([self._kept[key_of(t)] for t in trajectories]).to(platform.device()))
+        return Replaying(torch.cat([self._kept[t.key] for t in trajectories]).to(platform.device()))
 
 
 class Recording:

@@ -31,11 +31,11 @@ def narrowed(experts: Sequence[Trajectory], rft: Narrowing, seed: int) -> list[T
         for trajectory in _drawn(kept, seed, "experts of a problem"):
             taken[trajectory.problem_id] = taken.get(trajectory.problem_id, 0) + 1
             if taken[trajectory.problem_id] <= rft.max_per_problem:
-                chosen.add(_key(trajectory))
-        kept = [t for t in kept if _key(t) in chosen]
+                chosen.add(trajectory.key)
+        kept = [t for t in kept if t.key in chosen]
     if rft.share < 1:
-        chosen = {_key(t) for t in _drawn(kept, seed, "share of the experts")[: math.ceil(rft.share * len(kept))]}
-        kept = [t for t in kept if _key(t) in chosen]
+        chosen = {t.key for t in _drawn(kept, seed, "share of the experts")[: math.ceil(rft.share * len(kept))]}
+        kept = [t for t in kept if t.key in chosen]
     return kept
 
 
@@ -44,8 +44,4 @@ def _within(step: int, steps: Sequence[int]) -> bool:
 
 
 def _drawn(trajectories: Sequence[Trajectory], seed: int, purpose: str) -> list[Trajectory]:
-    return sorted(trajectories, key=lambda t: derive_seed(seed, purpose, *_key(t)))
-
-
-def _key(t: Trajectory) -> tuple[int, int, str, int]:
-    return t.iteration, t.step, t.problem_id, t.sample
+    return sorted(trajectories, key=lambda t: derive_seed(seed, purpose, *t.key))

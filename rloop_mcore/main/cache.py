@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.schema import SCHEMA
 from rloop_mcore.types import Trajectory
 
 _BARS = "·▁▂▃▄▅▆▇█"
@@ -75,7 +75,7 @@ def _export(found: TrajectoryCache, out: Path, iteration: int | None, problem: s
     count = 0
     with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for count, row in enumerate(found.rows(iteration, problem), start=1):  # noqa: B007
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps({name: getattr(row, name) for name in SCHEMA.names}, ensure_ascii=False) + "\n")
     return count
 
 

@@ -43,12 +43,11 @@ _LISTS = ("prompt_ids", "response_ids", "logprobs")
 
 def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
     """The trajectories as rows, in KEY order. Raises ValueError for one whose logprobs don't match its response."""
-    rows = sorted(trajectories, key=lambda row: (row.iteration, row.step, row.problem_id, row.sample))
+    rows = sorted(trajectories, key=lambda row: row.key)
     for row in rows:
         if len(row.logprobs) != len(row.response_ids):
             raise ValueError(
-                f"trajectory {(row.iteration, row.step, row.problem_id, row.sample)} has {len(row.response_ids)} "
-                f"response ids but {len(row.logprobs)} logprobs"
+                f"trajectory {row.key} has {len(row.response_ids)} response ids but {len(row.logprobs)} logprobs"
             )
     columns = []
     for field in SCHEMA:

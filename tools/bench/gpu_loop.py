@@ -76,11 +76,10 @@ def main() -> None:
 def write_model(folder: Path, shape: dict[str, Any]) -> None:
     """A random model of the shape with countdown's tokenizer, whose ids are the first of its vocabulary."""
     write_countdown_model(folder, seed=0)
-    sizes = {key: value for key, value in shape.items() if key != "micro_batch_rows"}
     tokens = {key: CONFIG[key] for key in ("eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(Qwen2Config(**(MODEL | sizes | tokens))).bfloat16()
+        model = Qwen2ForCausalLM(Qwen2Config(**(MODEL | shape | tokens))).bfloat16()
     model.save_pretrained(folder)
 
 
