@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
     """The processes of a run by role: supervisor, torchrun, rank, engine, reward."""
     roles = {"supervisor": psutil.Process(process.pid)}
     for child in roles["supervisor"].children(recursive=True):
-        words = " ".join(child.cmdline())
+        try:
+            words = " ".join(child.cmdline())
+        except psutil.NoSuchProcess:  # it ended meanwhile, as helpers of the compiler and reward workers do
+            continue
         for role, mark in (
             ("torchrun", "torch.distributed.run"),
             ("rank", "rloop_mcore.main.worker"),
@@ -94,5 +98,6 @@ def kill(process: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     victims = everyone if role == "all" else [tree(process)[role]]
     for victim in victims:
-        victim.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile, by itself or with its parent
+            victim.send_signal(signal.SIGKILL)
     return everyone
