@@ -79,7 +79,7 @@ class AlgorithmConfig:
     importance: str = "none"  # trainer/engine weight of a token: none, truncate (TIS) or mask (IcePop); needs trainer
     importance_cap: float = 2.0  # C: the weight is truncated at C, or the token dropped outside [1/C, C]
     off_policy_mask: float = 0.0  # drop A < 0 sequences whose mean log(old/new) is above this (DeepSeek-V3.2); 0 = none
-    hard_threshold: float = 0.1  # hard: success rate over the phase below this
+    hard_threshold: float | None = 0.1  # hard: success rate over the phase below this; null: every problem counts
     reset: bool = True  # exploit from theta_i; false: from the RL endpoint (ablation)
 
 
@@ -101,6 +101,7 @@ class RftConfig(FineTuneConfig):
     min_tokens: int = 0  # of a response
     max_per_problem: int = 0  # at most so many experts of a problem, drawn by run.seed; 0: all
     share: float = 1.0  # of the experts, drawn by run.seed
+    earlier_iterations: int = 0  # draw from the phases of so many iterations before, too
 
 
 @dataclass

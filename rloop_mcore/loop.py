@@ -30,7 +30,7 @@ class RLoop:
             if not done(iteration, "explore"):
                 self.explore(iteration, start)
             if not done(iteration, "select"):
-                self.select(iteration)
+                self.state.select(iteration)  # D_expert(i): the successes of problems that stayed hard over the phase
             if not done(iteration, "exploit"):
                 self.exploit(iteration, start)
             if not done(iteration, "evaluate"):
@@ -65,23 +65,16 @@ class RLoop:
                 self.state.commit(iteration, "explore", step, total, metrics)
         self.state.finish(iteration, "explore")
 
-    def select(self, iteration: int) -> None:
-        """D_expert(i): the successes of the problems that stayed hard over the whole phase."""
-        experts = self.state.experts(iteration) if self.config.rft.enabled else []
-        self.state.finish(iteration, "select", experts=len(experts), problems=len({t.problem_id for t in experts}))
-
     def exploit(self, iteration: int, start: Policy) -> None:
         """theta_{i+1}: theta_i fine-tuned on D_expert(i); an empty set leaves theta_i, and says so."""
-        endpoint = self.state.endpoint(iteration)
-        experts = self.state.experts(iteration) if self.config.rft.enabled else []
+        endpoint, experts = self.state.endpoint(iteration), self.state.experts(iteration)
         origin = start if self.config.algorithm.reset else endpoint
         if not self.config.rft.enabled:
             theta, reason = endpoint, "rft.enabled=false: the RL endpoint"
         elif not experts:
             theta, reason = origin, "no expert trajectory: nothing to fine-tune on"
         else:
-            examples = [Example(t.prompt_ids, t.response_ids, float(t.correct)) for t in experts]
-            theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, examples)
+            theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, experts)
             reason = f"fine-tuned on {len(experts)} expert trajectories"
         self.state.record_theta(iteration + 1, theta, reason)
         self.state.finish(iteration, "exploit", reason=reason)

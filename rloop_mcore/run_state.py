@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.algorithm.experts import narrowed
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.journal import Journal
@@ -18,7 +17,7 @@ from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
-from rloop_mcore.types import Policy, Trajectory
+from rloop_mcore.types import Example, ExpertQuery, Policy
 
 
 class Interrupted(Exception):
@@ -55,7 +54,7 @@ class RunState:
             named.add(record.get("path"))
             if record["event"] == "measured":
                 named |= {f"evaluation/{record['name']}.{suffix}" for suffix in ("json", "parquet")}
-        for folder in ("checkpoints", "policies", "evaluation"):
+        for folder in ("checkpoints", "policies", "evaluation", "experts"):
             for path in (self.directory / folder).glob("*"):
                 if f"{folder}/{path.name}" not in named:
                     _remove(path)
@@ -157,10 +156,19 @@ class RunState:
         """The weight version of the policy after `step` RL steps of `iteration`."""
         return self._global_step(iteration, "explore", step) + iteration + 1
 
-    def experts(self, iteration: int) -> list[Trajectory]:
-        """D_expert(i), in a fixed order."""
-        rft, threshold = self.config.rft, self.config.algorithm.hard_threshold
-        return narrowed(self.cache.select_experts(iteration, threshold, rft.deduplicate), rft, self.config.run.seed)
+    def select(self, iteration: int) -> None:
+        """Write D_expert(i) as files of the run, and record that: the `select` phase. Empty without RFT."""
+        facts: dict[str, Any] = {"experts": 0, "problems": 0}
+        if self.config.rft.enabled:
+            folder = self.directory / "experts" / f"i{iteration}"
+            facts |= self.cache.write_experts(expert_query(self.config, iteration), folder)
+            facts |= {"path": self._name(folder)}
+        self.finish(iteration, "select", **facts)
+
+    def experts(self, iteration: int) -> Sequence[Example]:
+        """D_expert(i) as it was selected, in a fixed order."""
+        done = self.journal.newest("done", iteration, "select")
+        return self.cache.experts(self.directory / done["path"]) if done and "path" in done else []
 
     def save_policy(self, name: str) -> Policy:
         """Write the actor's weights as `policies/{name}`."""
@@ -214,6 +222,21 @@ class RunState:
         """RL steps taken in the run so far: the x axis of every curve."""
         steps = self.config.algorithm.rl_steps
         return {"base": 0, "sft": step, "explore": iteration * steps + step}.get(phase, (iteration + 1) * steps)
+
+
+def expert_query(config: Config, iteration: int) -> ExpertQuery:
+    """What RFT of the iteration draws from."""
+    rft = config.rft
+    return ExpertQuery(
+        iterations=tuple(range(max(0, iteration - rft.earlier_iterations), iteration + 1)),
+        hard_threshold=config.algorithm.hard_threshold,
+        deduplicate=rft.deduplicate,
+        steps=tuple(rft.steps),
+        min_tokens=rft.min_tokens,
+        max_per_problem=rft.max_per_problem,
+        share=rft.share,
+        seed=config.run.seed,
+    )
 
 
 def _remove(path: Path) -> None:

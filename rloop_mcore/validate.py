@@ -22,7 +22,7 @@ from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_
 
 _CHOICES = {
     "precision": PRECISIONS,
-    "model.family": ("auto", "llama", "qwen2", "qwen3", "qwen3_moe"),
+    "model.family": ("auto", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
     "algorithm.advantage": ("group_std", "group_mean", "leave_one_out"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
@@ -65,6 +65,7 @@ _NOT_NEGATIVE = (
     "actor.optimizer_offload",
     "rft.min_tokens",
     "rft.max_per_problem",
+    "rft.earlier_iterations",
     "rollout.max_lag",
     "rollout.overprovision",
     "evaluation.every",
@@ -99,7 +100,7 @@ def check_values(config: Config) -> None:
         if values[key] < 0:
             raise UserError(f"{key}={values[key]} must not be negative.")
     for key in _SHARES:
-        if not 0 < values[key] <= 1:
+        if values[key] is not None and not 0 < values[key] <= 1:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
     if config.actor.optimizer_offload > 1:
         raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
@@ -266,7 +267,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
     algorithm = config.algorithm
-    if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps):
+    if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps and algorithm.hard_threshold):
         return []
     needed = samples_needed(algorithm.hard_threshold)
     drawn = algorithm.rl_steps * algorithm.sampled_per_step * algorithm.sampling_rounds

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from rloop_mcore.compose import load_config
@@ -176,6 +177,7 @@ def start(
     tracker = Tracker(directory, TrackingConfig(tensorboard=False, progress=False))
     if kills is not None:
         calls = [(actor, "start_save"), (actor, "finish_save"), (actor, "save_policy"), (cache, "seal")]
+        calls += [(cache, "write_experts")]
         calls += [(journal, "record"), (tracker, "log"), *([] if evaluator is None else [(evaluator, "evaluate")])]
         for owner, name in calls:
             setattr(owner, name, kills.before(getattr(owner, name)))
@@ -202,6 +204,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "cache": (cache.count(), cache.digest()),
         "metrics": [(line["iteration"], line["phase"], line["step"]) for line in lines],
         "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("number")),
+        "experts": {path.parent.name: list(cache.experts(path.parent)) for path in directory.rglob("lineage.json")},
         "checkpoints": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "evaluations": {path.name: path.read_text() for path in (directory / "evaluation").glob("*.json")},
     }
@@ -233,6 +236,28 @@ def test_an_empty_expert_set_leaves_theta_and_says_so(tmp_path: Path) -> None:
     records = [r for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "policy"]
     assert {record["path"] for record in records} == {str(tmp_path / "base")}
     assert [record["reason"] for record in records[1:]] == ["no expert trajectory: nothing to fine-tune on"] * 2
+
+
+def experts(directory: Path) -> list[tuple[int, set[int]]]:
+    """By iteration: how many experts, and which iterations their trajectories are of."""
+    folders = sorted((directory / "experts").iterdir())
+    tables = [pq.read_table(folder / "shard-000000.parquet") for folder in folders]
+    return [(len(table), set(table["iteration"].to_pylist())) for table in tables]
+
+
+def test_only_the_hard_problem_gives_experts_of_its_own_phase(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure(), evaluated=False)
+    assert experts(tmp_path / "run") == [(3, {0}), (3, {1})]
+
+
+def test_without_the_hard_filter_every_success_is_an_expert(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("algorithm.hard_threshold=null"), evaluated=False)
+    assert experts(tmp_path / "run") == [(15, {0}), (15, {1})]
+
+
+def test_experts_of_earlier_iterations_on_request(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("rft.earlier_iterations=1", "algorithm.iterations=3"), evaluated=False)
+    assert experts(tmp_path / "run") == [(3, {0}), (6, {0, 1}), (6, {1, 2})]
 
 
 def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None:
