@@ -53,6 +53,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
+    skip_grad: float | None = None  # an update is skipped when its norm before clipping is above this; null: never
 
 
 @dataclass
@@ -197,6 +198,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What to do when steps go wrong in a row: half of their updates skipped, or the entropy out of bounds."""
+
+    patience: int = 3  # bad RL steps, or fine-tuning updates, in a row before anything is done
+    policy: str = "stop"  # the run; or end_phase, with what it has come to; or skip: note it and go on
+    entropy_low: float | None = None  # an RL step is bad when its mean token entropy (nats) is below this; null: never
+    entropy_high: float | None = None  # likewise above
+
+
+@dataclass
 class TrackingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
@@ -228,6 +239,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     experiment: str | None = None  # name of the experiment file the run was made from

@@ -45,25 +45,24 @@ class RLoop:
         self.state.finish(0, "base")
 
     def explore(self, iteration: int, start: Policy) -> None:
-        """N_RL steps of DAPO from theta_i; every trajectory goes to the cache."""
+        """N_RL steps of DAPO from theta_i, fewer if the guard ends it; every trajectory goes to the cache."""
         algorithm, every = self.config.algorithm, self.config.evaluation.every
         total = algorithm.rl_steps
         step = self.state.begin(iteration, "explore", start, self.config.optimizer, total, algorithm.updates_per_step)
         with self.rl_step.feed(iteration, step, total, self.state.position) as feed:
-            while True:
+            while not self.state.over(step, total):
                 version = self.state.version(iteration, step)
                 feed.settle(version)
-                if step == total or (step and every and step % every == 0):
+                if step and every and step % every == 0:
                     self.state.measure(iteration, "explore", step)
-                if step == total:
-                    break
                 metrics = self.state.sync(iteration, step)
                 batch = feed.take(step)
                 metrics |= self.rl_step.train(iteration, step, batch, version)
                 self.state.position = batch.position
                 step += 1
                 self.state.commit(iteration, "explore", step, total, metrics)
-        self.state.finish(iteration, "explore")
+        self.state.measure(iteration, "explore", step)
+        self.state.finish(iteration, "explore", step=step)
 
     def exploit(self, iteration: int, start: Policy) -> None:
         """theta_{i+1}: theta_i fine-tuned on D_expert(i); an empty set leaves theta_i, and says so."""
@@ -91,8 +90,10 @@ class RLoop:
         """SFT from `start`: `config.epochs` passes over the examples in seeded order."""
         seed, count, size = self.state.seed(phase, iteration), len(examples), config.batch_size
         total = update_count(count, size, config.epochs)
-        for update in range(self.state.begin(iteration, phase, start, config.optimizer, total), total):
+        update = self.state.begin(iteration, phase, start, config.optimizer, total)
+        while not self.state.over(update, total):
             batch = [examples[i] for i in batch_indices(update, count, size, seed)]
             metrics = self.actor.fine_tune(batch, config.loss)
-            self.state.commit(iteration, phase, update + 1, total, metrics)
+            update += 1
+            self.state.commit(iteration, phase, update, total, metrics)
         return self.state.save_policy(f"theta_{0 if phase == 'sft' else iteration + 1}")

@@ -218,7 +218,7 @@ class RLStep:
         with watch("logprobs"):
             experiences = self.experiences(groups)
         if not experiences:
-            return {"skipped": float(self.config.algorithm.updates_per_step)}
+            return {"skipped": float(self.config.algorithm.updates_per_step), "updates": 0.0}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
         with watch("update"):
@@ -231,7 +231,8 @@ class RLStep:
             metrics[key] = results[0][key]
         for key in ("skipped", "tokens", "seconds_update"):
             metrics[key] = sum(r[key] for r in results)
-        return metrics | {"lr": results[-1]["lr"], "grad_norm_max": max(r["grad_norm"] for r in results)}
+        norm = max((r["grad_norm"] for r in results), key=lambda norm: math.inf if math.isnan(norm) else norm)
+        return metrics | {"updates": float(len(results)), "lr": results[-1]["lr"], "grad_norm_max": norm}
 
     def experiences(self, groups: Sequence[Group]) -> list[Experience]:
         """The trajectories of the groups with their advantages and the logprobs they are compared with."""

@@ -35,6 +35,7 @@ _CHOICES = {
     "rft.optimizer.schedule": ("constant", "cosine"),
     "sft.optimizer.schedule": ("constant", "cosine"),
     "actor.recompute": ("none", "selective", "full"),
+    "guard.policy": ("stop", "end_phase", "skip"),
     "rollout.engine": ("embedded", "sglang"),
     "reward.answer_format": ("boxed", "answer_line"),
     "cluster.device": ("auto", "cpu", "cuda"),
@@ -55,6 +56,12 @@ _POSITIVE = (
     "evaluation.samples",
     "checkpoint.every",
     "checkpoint.keep",
+    "guard.patience",
+)
+_POSITIVE_OR_NULL = (
+    "guard.entropy_low",
+    "guard.entropy_high",
+    *(f"{section}.skip_grad" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
 )
 _NOT_NEGATIVE = (
     "algorithm.iterations",
@@ -96,6 +103,9 @@ def check_values(config: Config) -> None:
     for key in _POSITIVE:
         if values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0.")
+    for key in _POSITIVE_OR_NULL:
+        if values[key] is not None and values[key] <= 0:
+            raise UserError(f"{key}={values[key]} must be greater than 0, or null for none.")
     for key in _NOT_NEGATIVE:
         if values[key] < 0:
             raise UserError(f"{key}={values[key]} must not be negative.")
@@ -115,6 +125,9 @@ def check_values(config: Config) -> None:
             raise UserError(f"{key} is empty: give {key}=VALUE.")
     if not 0 <= config.run.seed < 2**31:
         raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
+    low, high = config.guard.entropy_low, config.guard.entropy_high
+    if low is not None and high is not None and low >= high:
+        raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
     _check_algorithm(config)
     _check_rollout(config)
 

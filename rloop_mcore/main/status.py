@@ -12,6 +12,8 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
+_GUARD = ("iteration", "phase", "step", "policy", "reason")  # where steps went wrong in a row, and what followed
+
 
 def status(path: Path, as_json: bool) -> int:
     """Print the state of the run in `path`. Raises UserError where there is none."""
@@ -44,6 +46,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
             "digest": cache.digest() if cache else None,
         },
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
+        "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],
         "metrics": _last_metrics(run.path / "metrics.jsonl"),
     }
 

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "actor.micro_batch_tokens", "actor.recompute"),
     *("reward.workers", "reward.max_failure_share", "rollout.endpoints", "rollout.mismatch_"),
     *("rollout.start_timeout_s", "rollout.request_timeout_s"),
+    *("guard.", "optimizer.skip_grad", "rft.optimizer.skip_grad", "sft.optimizer.skip_grad"),
 )
 
 
