@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class Fault(RuntimeError):
     """Something outside the program failed, and the message says what: printed as it is, exit code 1."""
+
+
+class DiskFull(Fault):
+    """There is no space for what has to be written; it can be tried again."""

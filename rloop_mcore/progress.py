@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 from rich.console import Console
@@ -45,11 +46,12 @@ class ProgressDisplay:
         elif done in (0, total) or self._clock() - self._last_line >= PLAIN_EVERY_S:
             self._last_line = self._clock()
             words = [time.strftime("%H:%M:%S"), place, f"{done}/{total}", figures, left]
-            self._console.print("  ".join(word for word in words if word), markup=False)
+            self.message("  ".join(word for word in words if word))
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
-        self._console.print(text, markup=False)
+        with suppress(OSError):  # of a log on a full disk: not what a run should end by
+            self._console.print(text, markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it should be; the last state stays readable."""

@@ -13,13 +13,16 @@ from typing import Any
 from rloop_mcore.algorithm.guard import Streak, what_is_wrong
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
-from rloop_mcore.errors import Fault
+from rloop_mcore.errors import DiskFull, Fault
 from rloop_mcore.journal import Journal
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
+from rloop_mcore.space import Space, bytes_of
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.types import Example, ExpertQuery, Policy
+
+_FULL_DISK_WAITS = 12  # collective timeouts that a run waits for space
 
 
 class Interrupted(Exception):
@@ -41,9 +44,17 @@ class RunState:
     stop_requested: Callable[[], bool]
     timeline: Timeline = field(default_factory=Timeline)
     position: int = 0  # prompts drawn so far
+    space: Space = field(init=False)
     _streak: Streak = field(default_factory=Streak, init=False)
     _synced: int | None = field(default=None, init=False)
+    _policy_bytes: int = field(default=0, init=False)  # of the policy that the phase began with
+    _checkpoint_bytes: int = field(default=0, init=False)  # of the last one; 0: none was written yet
     _pending: dict[str, Any] | None = field(default=None, init=False)  # the commit whose checkpoint is being written
+
+    def __post_init__(self) -> None:
+        # The other ranks wait for the next call that long, and longer.
+        patience_s = _FULL_DISK_WAITS * self.config.cluster.collective_timeout_s
+        self.space = Space(self.directory, self.tracker.message, self.stop_requested, patience_s)
 
     def recover(self) -> None:
         """Discard what a killed run left beyond its journal."""
@@ -84,6 +95,7 @@ class RunState:
         if commit is not None:
             self._heed_guard(iteration, phase, commit["step"])
         self._synced = None
+        self._policy_bytes = bytes_of(start.path)
         self._engines_sleep()
         self.actor.begin(start.path, optimizer, steps * updates_per_step)
         if commit is None:
@@ -112,33 +124,55 @@ class RunState:
         self._commit_pending()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
         known = {shard for record in self.journal.records for shard in record.get("shards", ())}
-        shards = self.cache.seal()
-        with self.timeline.span("trainer", "start of the checkpoint", checkpoint=name):
-            self.actor.start_save(self.directory / name)
-        self._pending = {
+        shards = self.space.write("the trajectory cache", self.cache.seal)
+        pending = {
             "iteration": iteration,
             "phase": phase,
             "step": step,
             "checkpoint": name,
             "shards": [shard for shard in shards if shard not in known],
             "position": self.position,
-            "metrics_offset": self.tracker.offset(),
+            "metrics_offset": self._metrics_offset(),
             "streak": asdict(self._streak),
         }
         if needed_now or not self.config.checkpoint.asynchronous:
-            self._commit_pending()
+            self.space.write(name, lambda: self._checkpoint(name), self._checkpoint_bytes)
+            self._record_commit(pending)
+        else:
+            self.space.write(name, lambda: self._start_checkpoint(name), self._checkpoint_bytes)
+            self._pending = pending
         self._heed_guard(iteration, phase, step)
         if stopping:
             raise Interrupted
 
     def _commit_pending(self) -> None:
         """Wait for the checkpoint that is being written, if one is, and journal it as of when it was started."""
-        if self._pending is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        with self.timeline.span("trainer", "end of the checkpoint", checkpoint=self._pending["checkpoint"]):
+        try:
+            self._finish_checkpoint(pending["checkpoint"])
+        except DiskFull as error:  # the state it is of is gone: the commit that follows covers it
+            self.tracker.message(str(error))
+        else:
+            self._record_commit(pending)
+
+    def _start_checkpoint(self, name: str) -> None:
+        with self.timeline.span("trainer", "start of the checkpoint", checkpoint=name):
+            self.actor.start_save(self.directory / name)
+
+    def _finish_checkpoint(self, name: str) -> None:
+        with self.timeline.span("trainer", "end of the checkpoint", checkpoint=name):
             self.actor.finish_save()
-        self.journal.record("commit", **self._pending)
-        self._pending = None
+        self._checkpoint_bytes = bytes_of(self.directory / name)
+
+    def _checkpoint(self, name: str) -> None:
+        self._start_checkpoint(name)
+        self._finish_checkpoint(name)
+
+    def _record_commit(self, pending: Mapping[str, Any]) -> None:
+        """Journal a commit, and remove the checkpoint that it makes obsolete."""
+        self._record("commit", **pending)
         commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
         for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
             _remove(self.directory / obsolete)
@@ -152,7 +186,7 @@ class RunState:
         fields |= {"bad_steps": streak.length, "reason": streak.reason}
         text = f"iteration {iteration} {phase}, step {step}: {streak.length} bad in a row, the last: {streak.reason}"
         if not self._has("guard", fields):
-            self.journal.record("guard", **fields)
+            self._record("guard", **fields)
             self.tracker.message(f"{text} (guard.policy={guard.policy})")
         if guard.policy == "stop":
             raise Fault(
@@ -168,7 +202,7 @@ class RunState:
 
     def finish(self, iteration: int, phase: str, **facts: Any) -> None:
         """Record that a phase of an iteration is complete."""
-        self.journal.record("done", iteration=iteration, phase=phase, **facts)
+        self._record("done", iteration=iteration, phase=phase, **facts)
 
     def sync(self, iteration: int, step: int) -> dict[str, float]:
         """Bring the engines to the actor's weights: the policy after `step` RL steps of `iteration`.
@@ -190,6 +224,12 @@ class RunState:
         if self.config.rollout.sleep:
             self.rollout.sleep()
 
+    def _record(self, event: str, **fields: Any) -> None:
+        self.space.write("the journal", lambda: self.journal.record(event, **fields))
+
+    def _metrics_offset(self) -> int:
+        return self.space.write("the metrics", self.tracker.offset)
+
     def version(self, iteration: int, step: int) -> int:
         """The weight version of the policy after `step` RL steps of `iteration`."""
         return self._global_step(iteration, "explore", step) + iteration + 1
@@ -199,7 +239,8 @@ class RunState:
         facts: dict[str, Any] = {"experts": 0, "problems": 0}
         if self.config.rft.enabled:
             folder = self.directory / "experts" / f"i{iteration}"
-            facts |= self.cache.write_experts(expert_query(self.config, iteration), folder)
+            query = expert_query(self.config, iteration)
+            facts |= self.space.write("the expert trajectories", lambda: self.cache.write_experts(query, folder))
             facts |= {"path": self._name(folder)}
         self.finish(iteration, "select", **facts)
 
@@ -210,14 +251,15 @@ class RunState:
 
     def save_policy(self, name: str) -> Policy:
         """Write the actor's weights as `policies/{name}`."""
-        return self.actor.save_policy(self.directory / "policies" / name)
+        path = self.directory / "policies" / name
+        return self.space.write(f"policies/{name}", lambda: self.actor.save_policy(path), self._policy_bytes)
 
     def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
         """Name theta_index in the journal, once: a crash right after it repeats the end of the phase."""
         fields = {"iteration": index, "path": self._name(policy.path), "digest": policy.digest, "reason": reason}
         if self._has("policy", fields):
             return
-        self.journal.record("policy", **fields)
+        self._record("policy", **fields)
         self.tracker.message(f"theta_{index}: {reason}")
 
     def endpoint(self, iteration: int) -> Policy:
@@ -241,15 +283,16 @@ class RunState:
                 self._synced = None
             self.sync(iteration + (phase == "exploit"), step)
             with self.timeline.span("trainer", "evaluate", measurement=name):
-                metrics = self.evaluator.evaluate(name, self._name(policy.path))
+                evaluate, kept = self.evaluator.evaluate, self._name(policy.path)
+                metrics = self.space.write(f"evaluation/{name}", lambda: evaluate(name, kept))
             self.tracker.log(iteration, "evaluate", step, self._global_step(iteration, phase, step), metrics)
-        self.journal.record(
+        self._record(
             "measured",
             name=name,
             path=self._name(policy.path),
             digest=policy.digest,
             metrics=metrics,
-            metrics_offset=self.tracker.offset(),
+            metrics_offset=self._metrics_offset(),
         )
 
     def _name(self, path: Path) -> str:

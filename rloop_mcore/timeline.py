@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rloop_mcore.platform.files import is_disk_full
+
 FILE = "timeline.jsonl"
 
 
@@ -38,9 +40,13 @@ class Timeline:
         if self._file is None:
             return
         line = {"track": track, "name": name, "begin": round(begin, 6), "seconds": round(seconds, 6), **facts}
-        with self._lock:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        try:
+            with self._lock:
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+        except OSError as error:  # of a full disk: nobody waits for these lines
+            if not is_disk_full(error):
+                raise
 
     def close(self) -> None:
         if self._file is not None:

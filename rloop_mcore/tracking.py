@@ -13,11 +13,13 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rloop_mcore.config import TrackingConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import is_disk_full
 from rloop_mcore.progress import ProgressDisplay
 
 _STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
@@ -40,7 +42,8 @@ class Tracker:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
         self._lines = self.path.read_bytes().count(b"\n")
         self._tensorboard_dir = run_dir / "tensorboard" if config.tensorboard else None
         self._tensorboard: Any = None
@@ -71,11 +74,21 @@ class Tracker:
             "time": round(time.time(), 3),
             **values,
         }
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            self._write_out()
+        except OSError as error:  # of a full disk: the line is kept, and the next commit waits for space
+            if not is_disk_full(error):
+                raise
         self._lines += 1
-        if self._tensorboard_dir is not None:
-            self._write_tensorboard(line)
+        try:
+            if self._tensorboard_dir is not None:
+                self._write_tensorboard(line)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self._tensorboard_dir = None
+            self.message("TensorBoard's files end here, for lack of space; a resume writes them anew")
         if self._wandb is not None:
             named = {f"{phase}/{key}": value for key, value in metrics.items()}
             self._wandb.log({**named, "global_step": global_step}, step=self._lines)
@@ -97,8 +110,8 @@ class Tracker:
             self._display.message(text)
 
     def offset(self) -> int:
-        """Size of metrics.jsonl in bytes, after an fsync: what the journal commits."""
-        self._file.flush()
+        """Size of metrics.jsonl in bytes, after an fsync: what the journal commits. Raises OSError on a full disk."""
+        self._write_out()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -144,6 +157,11 @@ class Tracker:
             return None
         return round((last_time - first_time) / (last_step - first_step) * (total - step), 1)
 
+    def _write_out(self) -> None:
+        while self._unwritten:
+            written = self._file.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
+
     def _write_tensorboard(self, line: Mapping[str, Any]) -> None:
         """RL curves run over RL steps; every fine-tuning is a curve of its own over its updates."""
         if self._tensorboard is None:
@@ -159,7 +177,8 @@ class Tracker:
 
     def _close_tensorboard(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):  # of a disk that was full: what there is can be written anew
+                self._tensorboard.close()
             self._tensorboard = None
 
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"feed", "journal", "timeline", "tracking", "progress", "rl_step", "run_state"}
+RUN = {"feed", "journal", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
@@ -27,7 +27,8 @@ ALLOWED = {
     "compose": {"config", "errors"},
     "validate": {"algorithm", "compose", "config", "errors", "planning", "platform"},
     "feed": SHARED,
-    "timeline": set(),
+    "timeline": {"platform"},
+    "space": {"errors", "platform"},
     "rl_step": SHARED | {"feed", "timeline"},
     "run_state": SHARED | RUN,
     "loop": SHARED | RUN,

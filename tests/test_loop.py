@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,9 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rloop_mcore import space
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
-from rloop_mcore.errors import Fault
+from rloop_mcore.errors import DiskFull, Fault
 from rloop_mcore.feed import Feed
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
@@ -187,7 +189,7 @@ def start(
     tracker = Tracker(directory, TrackingConfig(tensorboard=False, progress=False))
     if kills is not None:
         calls = [(actor, "start_save"), (actor, "finish_save"), (actor, "save_policy"), (cache, "seal")]
-        calls += [(cache, "write_experts")]
+        calls += [(cache, "write_experts"), (tracker, "offset")]
         calls += [(journal, "record"), (tracker, "log"), *([] if evaluator is None else [(evaluator, "evaluate")])]
         for owner, name in calls:
             setattr(owner, name, kills.before(getattr(owner, name)))
@@ -301,6 +303,46 @@ def test_a_kill_before_any_change_leaves_no_trace(
     for directory in sorted(copies.iterdir()):
         start(directory, config, demonstrations=DEMONSTRATIONS)
         assert facts(directory) == expected, f"kill before change {directory.name}"
+
+
+class FullOnce:
+    """The n-th call of those it was put before, and no other, finds no space."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.count = number, 0
+
+    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe_full(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count != self.number + 1:
+                return call(*args, **kwargs)
+            if call.__name__ == "finish_save":  # it ends the checkpoint either way
+                shutil.rmtree(unfinished(call.__self__.saving[0]))  # type: ignore[attr-defined]
+                call.__self__.saving = None  # type: ignore[attr-defined]
+                raise DiskFull("the checkpoint was not written")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        # what `log` has no space for it keeps: tests/test_tracking.py
+        return call if call.__name__ == "log" else maybe_full
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_is_full_for_a_moment_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """Wherever it happens; an asynchronous checkpoint is then covered by the commit that follows."""
+    short = ["algorithm.iterations=1", "algorithm.rl_steps=2", "sft.batch_size=2"]
+    config = configure(f"checkpoint.asynchronous={asynchronous}", *short)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(space.time, "sleep", lambda seconds: None)
+    start(tmp_path / "whole", config, demonstrations=DEMONSTRATIONS)
+    expected, number, reached = facts(tmp_path / "whole"), 0, True
+    while reached:
+        full = FullOnce(number)
+        start(tmp_path / str(number), config, full, demonstrations=DEMONSTRATIONS)  # type: ignore[arg-type]
+        assert facts(tmp_path / str(number)) == expected, f"full at call {number}"
+        reached, number = full.count > number, number + 1
+    assert number > 30
 
 
 def test_an_asynchronous_checkpoint_is_committed_once_it_is_whole(tmp_path: Path) -> None:

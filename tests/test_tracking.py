@@ -48,6 +48,22 @@ def test_a_line_a_step_at_once_on_disk(tmp_path: Path) -> None:
     tracker.close()
 
 
+def test_lines_for_which_there_is_no_space_are_kept_until_there_is(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, QUIET)
+    tracker.log(0, "explore", 1, 1, {}, 10)
+    file, tracker._file = tracker._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for step in (2, 3):
+        tracker.log(0, "explore", step, step, {}, 10)
+    with pytest.raises(OSError, match="No space left on device"):
+        tracker.offset()
+    tracker._file.close()
+    tracker._file = file
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert tracker.offset() == (tmp_path / "metrics.jsonl").stat().st_size
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    tracker.close()
+
+
 def test_the_eta_follows_the_pace_of_the_phase(tmp_path: Path) -> None:
     clock = Clock()
     tracker = Tracker(tmp_path, QUIET, clock=clock)

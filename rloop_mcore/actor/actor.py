@@ -154,11 +154,11 @@ class MegatronActor(Conducted):
     def save_policy(self, path: Path) -> Policy:
         """Write the weights as an HF folder, atomically. The result is rank 0's."""
         tensors = self._bridge.export(self._chunks)
-        if torch.distributed.get_rank() == 0:
-            return self._bridge.save(tensors, path)
-        for _ in tensors:
-            pass
-        return Policy(path, "")
+        try:
+            return self._bridge.save(tensors, path) if torch.distributed.get_rank() == 0 else Policy(path, "")
+        finally:
+            for _ in tensors:  # where the disk is full, rank 0 too gathers to the end what the others do
+                pass
 
     @collective
     def start_save(self, path: Path) -> None:

@@ -25,8 +25,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded
-from rloop_mcore.errors import Fault
-from rloop_mcore.platform.files import new_directory
+from rloop_mcore.errors import DiskFull, Fault
+from rloop_mcore.platform.files import is_disk_full, new_directory
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
 from rloop_mcore.platform.precision import scales, set_scales
 
@@ -76,25 +76,38 @@ class PendingSave:
     def finish(self, timeout_s: float) -> None:
         """Collective: the directory is at its path, whole and durable, when this returns.
 
-        Raises Fault where a rank's file was not written, or not in `timeout_s` seconds: there is no checkpoint then.
+        Raises Fault where a rank's file was not written, or not in `timeout_s` seconds (DiskFull where space was
+        lacking): there is no checkpoint then.
         """
-        with self._directory:
-            failures: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, self._failure(timeout_s))
-            if reasons := [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]:
-                raise Fault(f"the checkpoint {self._path} was not written: {'; '.join(reasons)}")
-            for finalize in self._request.finalize_fns:
-                finalize()
-            if self._folder is not None:
-                write_manifest(self._folder)
-        dist.barrier()
-
-    def _failure(self, timeout_s: float) -> str | None:
+        failure = None
         try:
-            error = self._written.exception(timeout_s)
+            with self._directory:
+                self._agree(self._failure(timeout_s))
+                for finalize in self._request.finalize_fns:
+                    finalize()
+                if self._folder is not None:
+                    write_manifest(self._folder)
+        except OSError as error:
+            failure = error
+        self._agree(failure)
+
+    def _failure(self, timeout_s: float) -> BaseException | None:
+        try:
+            return self._written.exception(timeout_s)
         except TimeoutError:
-            return f"its file took more than {timeout_s:.0f} s"
-        return None if error is None else f"{type(error).__name__}: {error}"
+            return Fault(f"its file took more than {timeout_s:.0f} s")
+
+    def _agree(self, failure: BaseException | None) -> None:
+        """Raise Fault on every rank where one has failed; DiskFull where only space was lacking."""
+        text = f"{failure}" if isinstance(failure, Fault) else f"{type(failure).__name__}: {failure}"
+        mine = None if failure is None else (text, is_disk_full(failure))
+        outcomes: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, mine)
+        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
+        if failed:
+            kind = DiskFull if all(full for _, full in failed.values()) else Fault
+            reasons = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failed.items())
+            raise kind(f"the checkpoint {self._path} was not written: {reasons}")
 
 
 def _copied(bucket: tuple[str, str, tuple[list[Any], list[Any]]]) -> tuple[str, str, tuple[list[Any], list[Any]]]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
+
+from rloop_mcore.errors import DiskFull
+
+log = logging.getLogger(__name__)
 
 _CALLS = 24  # collective timeouts
 
@@ -39,10 +44,13 @@ class Conducted:
             name, arguments = self._next_call()
             if name == "close":
                 return
-            result = getattr(type(self), name).__wrapped__(self, *arguments)
-            if isinstance(result, Iterator):
-                for _ in result:
-                    pass
+            try:
+                result = getattr(type(self), name).__wrapped__(self, *arguments)
+                if isinstance(result, Iterator):
+                    for _ in result:
+                        pass
+            except DiskFull:  # as on rank 0, which may call again
+                log.warning("%s: the disk is full", name)
 
     def close(self) -> None:
         """Rank 0: release the followers."""

@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from rloop_mcore.actor import parallel  # noqa: E402
 from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, LayoutConfig, OptimizerConfig  # noqa: E402
-from rloop_mcore.errors import Fault  # noqa: E402
+from rloop_mcore.errors import DiskFull, Fault  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=1e-3, clip_grad=0.5, warmup_updates=2)
@@ -117,23 +117,64 @@ def fail_to_save(trainer: Trainer) -> dict[str, Any]:
             trainer.actor._pending_save._written.result(60.0)
         trainer.actor._config.cluster.collective_timeout_s = 2.0
         said.append(failure(trainer))
+    with writer_to_a_full_disk() as kind:
+        trainer.call("start_save", folder / "no_space")
+        said.append(failure(trainer, kind))
+    with bridge_to_a_full_disk(trainer) as kind:
+        said.append(failure(trainer, kind, "save_policy", folder / "no_policy"))
     left = sorted(path.name for path in folder.iterdir())
     trainer.actor._config.cluster.collective_timeout_s = 60.0
     dist.barrier()
     trainer.call("start_save", folder / "well")
     trainer.call("finish_save")
+    trainer.call("save_policy", folder / "well_too")
     everyone: list[list[str]] = [[], []]
     dist.all_gather_object(everyone, said)
     return {"said": everyone, "left": left, "then": sorted(path.name for path in folder.iterdir())}
 
 
-def failure(trainer: Trainer) -> str:
+@contextmanager
+def writer_to_a_full_disk() -> Iterator[type[Fault]]:
+    """Rank 1's file is one that has no space, ever."""
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def into_nothing(transforms: Any, process: int, bucket: Any, *rest: Any, **kwargs: Any) -> Any:
+        return write(transforms, process, ("/dev/full", *bucket[1:]), *rest, **kwargs)
+
+    if dist.get_rank() == 1:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(into_nothing)
     try:
-        trainer.call("finish_save")
-    except Fault as fault:
+        yield DiskFull
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+@contextmanager
+def bridge_to_a_full_disk(trainer: Trainer) -> Iterator[type[OSError]]:
+    """Rank 0, which writes, fails at the third tensor; the others must not wait for it."""
+    bridge = trainer.actor._bridge
+
+    def save(tensors: Iterator[Any], path: Path) -> Any:
+        for number, _ in enumerate(tensors):
+            if number == 2:
+                with open("/dev/full", "wb", buffering=0) as file:
+                    file.write(b"x")
+
+    bridge.save = save  # type: ignore[method-assign]
+    try:
+        yield OSError
+    finally:
+        del bridge.save
+
+
+def failure(trainer: Trainer, kind: type[Exception] = Fault, method: str = "finish_save", *arguments: object) -> str:
+    try:
+        trainer.call(method, *arguments)
+    except kind as fault:
         dist.barrier()  # rank 0 has removed what there was
         return str(fault)
-    return "no Fault"
+    dist.barrier()
+    return f"no {kind.__name__}"
 
 
 @record

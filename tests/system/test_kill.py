@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,45 @@ def test_sigterm_checkpoints_and_wants_to_be_started_again(undisturbed: Path, tm
     runs.finish(runs.start(run_dir), run_dir)
     found, expected = runs.status(run_dir), runs.status(undisturbed)
     assert (found["policy_digest"], found["cache"]) == (expected["policy_digest"], expected["cache"])
+    assert metrics_places(run_dir) == metrics_places(undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 40 MiB: a tiny run takes 12."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Take what space there is."""
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.timeout(600)
+def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: Path) -> None:
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    process = runs.start(run_dir)
+    runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
+    fill(filler)
+    time.sleep(10.0)
+    step = len(runs.records(run_dir))
+    time.sleep(5.0)
+    assert process.poll() is None
+    assert len(runs.records(run_dir)) == step, "the run goes on without space"
+    filler.unlink()
+    runs.finish(process, run_dir)
+    assert "is full" in Path(f"{run_dir}.log").read_text()
+    found, expected = runs.status(run_dir), runs.status(undisturbed)
+    for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
+        assert found[key] == expected[key], key
     assert metrics_places(run_dir) == metrics_places(undisturbed)
 
 
