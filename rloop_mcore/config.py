@@ -64,7 +64,7 @@ class AlgorithmConfig:
     prompts_per_step: int = 512  # informative groups an update batch gets
     sampled_per_step: int = 1024  # problems asked of the engines in one sampling round
     sampling_rounds: int = 3  # rounds at most to fill the batch; then on with what there is
-    updates_per_step: int = 16  # mini-batches, one optimizer update each
+    updates_per_step: int = 16  # mini-batches, one optimizer update each; 0: sample only (RFT without RL)
     dynamic_sampling: bool = True  # only groups with right and wrong answers enter the update
     advantage: str = "group_std"  # group_std (GRPO), group_mean (Dr. GRPO) or leave_one_out (RLOO)
     aggregation: str = "token_mean"  # token_mean (DAPO), sequence_mean (GRPO) or dr_grpo

@@ -215,14 +215,15 @@ class RLStep:
 
         The first is held to the mismatch gate, unless the samples are `stale`: of older weights than the trainer's.
         """
+        updates = self.config.algorithm.updates_per_step
         with watch("logprobs"):
-            experiences = self.experiences(groups)
+            experiences = self.experiences(groups) if updates else []
         if not experiences:
-            return {"skipped": float(self.config.algorithm.updates_per_step), "updates": 0.0}
+            return {"skipped": float(updates), "updates": 0.0}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
         with watch("update"):
-            for rows in mini_batches(len(experiences), self.config.algorithm.updates_per_step, seed):
+            for rows in mini_batches(len(experiences), updates, seed):
                 results.append(self.actor.update([experiences[i] for i in rows]))
                 if len(results) == 1 and not stale:
                     self._check_mismatch(step, results[0])

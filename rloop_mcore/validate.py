@@ -42,7 +42,7 @@ _CHOICES = {
 }
 _POSITIVE = (
     *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
-    *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds", "updates_per_step")),
+    *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds")),
     *(f"{section}.{name}" for section in ("rft", "sft") for name in ("epochs", "batch_size")),
     *(f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("lr", "eps")),
     "actor.micro_batch_tokens",
@@ -66,6 +66,7 @@ _POSITIVE_OR_NULL = (
 _NOT_NEGATIVE = (
     "algorithm.iterations",
     "algorithm.rl_steps",
+    "algorithm.updates_per_step",
     "algorithm.clip_low",
     "algorithm.clip_high",
     *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),

@@ -21,6 +21,26 @@ def test_every_shipped_experiment_is_valid(name: str) -> None:
     assert config.experiment == name
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("paper_dapo", {"algorithm.iterations": 1, "algorithm.rl_steps": 600, "rft.enabled": False}),
+        ("paper_rft", {"algorithm.updates_per_step": 0, "algorithm.sampling_rounds": 1}),
+        ("paper_no_hard_filter", {"algorithm.hard_threshold": None}),
+        ("paper_no_reset", {"algorithm.reset": False}),
+        ("paper_nrl_50", {"algorithm.iterations": 12, "algorithm.rl_steps": 50}),
+        ("paper_nrl_100", {"algorithm.iterations": 6, "algorithm.rl_steps": 100}),
+        ("paper_nrl_300", {"algorithm.iterations": 2, "algorithm.rl_steps": 300}),
+    ],
+)
+def test_a_comparison_changes_what_it_is_about_and_nothing_else(name: str, changes: dict[str, object]) -> None:
+    paper, other = (flat(load_config([f"experiment={e}", "model.path=m", "data.train=d"])) for e in ("paper", name))
+    assert other == {**paper, **changes, "experiment": name, "run.dir": f"runs/paper/{name.removeprefix('paper_')}"}
+    assert name == "paper_rft" or paper["algorithm.rl_steps"] * paper["algorithm.iterations"] == (
+        other["algorithm.rl_steps"] * other["algorithm.iterations"]
+    )
+
+
 def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config([*NEEDED, "optimizer.lr=3e-5", "evaluation.k=[1,2]", "run.deterministic=true"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

@@ -158,6 +158,15 @@ def test_without_an_informative_group_no_update_happens(settings: dict[str, obje
     assert what_is_wrong(metrics, 0.1, 10.0) == ""  # the guard leaves it alone
 
 
+def test_without_updates_a_step_only_samples() -> None:
+    step = make(first_only, updates_per_step=0)
+    _, metrics = run(step, 0, 0, 0)
+    assert step.actor.batches == []
+    assert len(step.cache.rows) == 3 * GROUP
+    assert (metrics["updates"], metrics["skipped"], metrics["groups_kept"]) == (0, 0, 2)
+    assert what_is_wrong(metrics, 0.1, 10.0) == ""
+
+
 @pytest.mark.parametrize("norms", [[0.5, float("nan"), 9.0], [9.0, 0.5, float("nan")]])
 def test_a_norm_that_is_not_finite_is_the_largest(norms: list[float]) -> None:
     actor = RecordingActor()
