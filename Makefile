@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge kill-campaign check format bench
 
 install: $(STAMP)
 
@@ -54,6 +54,12 @@ PYTEST := $(PYTHON) -m pytest -n $(shell nproc) --dist loadfile
 
 test: install
 	$(PYTEST)
+
+# The long mode of the kill tests: random processes of real runs, killed at random instants.
+KILLS := 100
+
+kill-campaign: install
+	RLOOP_KILLS=$(KILLS) $(PYTHON) -m pytest -s tests/system/test_campaign.py
 
 # What the fallback stack must pass too: everything but the whole-run tests.
 test-core: install
