@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from common import Metric, arguments, at_least, at_most, report
 
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.trajectory.schema import SCHEMA
+from rloop_mcore.trajectory.schema import FIELDS, SCHEMA
 from rloop_mcore.types import Trajectory
 
 GROUP = 16
@@ -56,7 +55,7 @@ def writing(folder: Path, shards: int) -> list[Metric]:
         seconds["pyarrow"].append(time.perf_counter() - begun)
         with pa.output_stream(str(folder / "rows.jsonl.zst"), compression="zstd") as file:
             for row in rows:
-                file.write(json.dumps(asdict(row)).encode() + b"\n")
+                file.write(json.dumps({name: getattr(row, name) for name in FIELDS}).encode() + b"\n")
         sizes["jsonl"] += (folder / "rows.jsonl.zst").stat().st_size
     sizes["ours"] = cache.bytes()
     shutil.rmtree(folder / "long")
@@ -143,7 +142,10 @@ def bare_pyarrow(rows: list[Trajectory], path: Path) -> None:
     """The same columns by pyarrow's own conversions and defaults, zstd and fsync."""
     columns = []
     for field in SCHEMA:
-        values = [getattr(row, field.name) for row in rows]
+        name = {"prompt_tokens": "prompt_ids", "response_tokens": "response_ids"}.get(field.name, field.name)
+        values = [getattr(row, name) for row in rows]
+        if name != field.name:
+            values = [len(ids) for ids in values]
         if field.name == "weight_versions":
             values = [[{"version": version, "tokens": tokens} for version, tokens in runs] for runs in values]
         columns.append(pa.array(values, field.type))
