@@ -12,29 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore import platform, validate
-from rloop_mcore.compose import flat, load_config, read_config, to_yaml
+from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
-from rloop_mcore.errors import UserError
+from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
-# A resumed run may change these. Another layout, device or number of threads gives the same run up to rounding.
-_MAY_CHANGE = (
-    *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "actor.micro_batch_tokens", "actor.recompute"),
-    *("reward.workers", "reward.max_failure_share", "rollout.endpoints", "rollout.mismatch_"),
-    *("rollout.start_timeout_s", "rollout.request_timeout_s"),
-)
 
-
-def train(overrides: Sequence[str]) -> int:
-    """Run or resume one training run; returns the exit code. Raises UserError."""
+def train(overrides: Sequence[str], force: bool) -> int:
+    """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
     config = load_config(overrides)
     validate.check_values(config)
     run = RunDirectory(Path(config.run.dir))
@@ -43,7 +36,7 @@ def train(overrides: Sequence[str]) -> int:
         write_model(run.model(config), seed=0)
     problems = _check_inputs(config, run.model(config))
     with run.lock():
-        _check_same_run(run, config)
+        take_changes(run, config, force)
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
@@ -65,18 +58,6 @@ def _check_inputs(config: Config, model: Path) -> int:
     if config.sft.demonstrations is not None:
         load_problems(config.sft.demonstrations, config.sft.limit)
     return len(load_problems(config.data.train, config.data.limit))
-
-
-def _check_same_run(run: RunDirectory, config: Config) -> None:
-    if not run.journal.exists():  # nothing has been done with an earlier configuration
-        return
-    before, now = flat(read_config(run.config)), flat(config)
-    for key, value in now.items():
-        if before[key] != value and not key.startswith(_MAY_CHANGE):
-            raise UserError(
-                f"{run.path} was started with {key}={before[key]}, not {value}: resume it with the same command, "
-                "or choose another run.dir."
-            )
 
 
 def _supervise(run: RunDirectory, config: Config) -> int:
