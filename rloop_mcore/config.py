@@ -207,6 +207,8 @@ class ClusterConfig:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # CPU threads a process; 0: cores / processes
     collective_timeout_s: float = 3600.0  # a rank waits this long for the others
+    job_end: str | None = None  # ISO time or Unix seconds: the run checkpoints before and exits 75; null: as Slurm says
+    stop_margin_s: float = 120.0  # before job_end, for the last checkpoint and the way out
 
 
 @dataclass

@@ -71,6 +71,7 @@ _NOT_NEGATIVE = (
     "evaluation.temperature",
     "reward.workers",
     "cluster.threads",
+    "cluster.stop_margin_s",
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")

@@ -35,7 +35,7 @@ _FREE = (
     *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
     *(f"checkpoint.{name}" for name in ("every", "keep", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
-    *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s")),
+    *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s", "job_end", "stop_margin_s")),
 )
 _RULES = (
     Rule("what was drawn until now followed from it", ("run.seed",)),

@@ -95,11 +95,14 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def request_stop(self) -> None:
-        (self.path / "stop").touch()
+    def request_stop(self, why: str) -> None:
+        (self.path / "stop").write_text(why)
 
     def stop_requested(self) -> bool:
         return (self.path / "stop").exists()
+
+    def stop_reason(self) -> str:
+        return (self.path / "stop").read_text()
 
     def write_ending(self, code: int, message: str, report: str = "") -> None:
         """How the run ended; `report` (a traceback) makes it a fault that people can read about."""

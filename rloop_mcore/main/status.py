@@ -34,6 +34,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     cache = TrajectoryCache(run.cache) if run.cache.is_dir() else None
     return {
         "state": _state(run, finished),
+        "message": (run.ending() or {}).get("message") or None,
         "iteration": place["iteration"] if place else 0,
         "phase": place["phase"] if place else "base",
         "step": place.get("step", 0) if place else 0,
