@@ -191,7 +191,10 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 1  # RL steps (or fine-tuning updates) between commits
-    keep: int = 1  # resumable checkpoints kept; the policies that were evaluated are all kept
+    keep: int = 1  # resumable checkpoints kept
+    # evaluated policies kept, the best by validation Avg@N, beside every theta and `policy_steps`; 0: all
+    keep_best: int = 0
+    policy_steps: list[int] = field(default_factory=list)  # RL steps of each exploration whose policies are kept too
     asynchronous: bool = False  # write while training goes on; the commit follows at the next one
 
 

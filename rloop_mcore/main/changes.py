@@ -33,7 +33,7 @@ _FREE = (
     *(f"rollout.{name}" for name in ("endpoints", "engines", "python", "tp", "dp", "ep", "memory_fraction", "gpus")),
     *(f"rollout.{name}" for name in ("sleep", "max_running", "bucket_mib", "start_timeout_s", "request_timeout_s")),
     *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
-    *(f"checkpoint.{name}" for name in ("every", "keep", "asynchronous")),
+    *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
     *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s", "job_end", "stop_margin_s")),
 )

@@ -21,7 +21,7 @@ from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
-from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory
+from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
@@ -54,6 +54,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     validate.check_device(config, device)
     if device == "cuda":
         platform.check_gpus(processes(config.layout), config.precision)
+    check_not_removed(model)
     validate.check_model(config, model)
     catalogue(model)
     TextTokenizer(model)

@@ -74,6 +74,8 @@ def test_kills_in_every_phase_leave_no_trace(undisturbed: Path, tmp_path: Path) 
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key
     assert expected["state"] == "finished"
+    assert found["best"]["name"] == expected["best"]["name"]
+    assert Path(found["best"]["path"]).is_dir()
     assert all(expected["expert"])
 
 
