@@ -53,6 +53,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
+    skip_grad: float | None = None  # an update is skipped when its norm before clipping is above this; null: never
 
 
 @dataclass
@@ -79,7 +80,7 @@ class AlgorithmConfig:
     importance: str = "none"  # trainer/engine weight of a token: none, truncate (TIS) or mask (IcePop); needs trainer
     importance_cap: float = 2.0  # C: the weight is truncated at C, or the token dropped outside [1/C, C]
     off_policy_mask: float = 0.0  # drop A < 0 sequences whose mean log(old/new) is above this (DeepSeek-V3.2); 0 = none
-    hard_threshold: float = 0.1  # hard: success rate over the phase below this
+    hard_threshold: float | None = 0.1  # hard: success rate over the phase below this; null: every problem counts
     reset: bool = True  # exploit from theta_i; false: from the RL endpoint (ablation)
 
 
@@ -101,6 +102,7 @@ class RftConfig(FineTuneConfig):
     min_tokens: int = 0  # of a response
     max_per_problem: int = 0  # at most so many experts of a problem, drawn by run.seed; 0: all
     share: float = 1.0  # of the experts, drawn by run.seed
+    earlier_iterations: int = 0  # draw from the phases of so many iterations before, too
 
 
 @dataclass
@@ -199,6 +201,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What to do when steps go wrong in a row: half of their updates skipped, or the entropy out of bounds."""
+
+    patience: int = 3  # bad RL steps, or fine-tuning updates, in a row before anything is done
+    policy: str = "stop"  # the run; or end_phase, with what it has come to; or skip: note it and go on
+    entropy_low: float | None = None  # an RL step is bad when its mean token entropy (nats) is below this; null: never
+    entropy_high: float | None = None  # likewise above
+
+
+@dataclass
 class TrackingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
@@ -232,6 +244,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     experiment: str | None = None  # name of the experiment file the run was made from

@@ -64,11 +64,11 @@ class Journal:
 
     def done(self, iteration: int, phase: str) -> bool:
         """Whether the phase (one of PHASES) of the iteration is finished."""
-        return self._newest("done", iteration, phase) is not None
+        return self.newest("done", iteration, phase) is not None
 
     def last_commit(self, iteration: int, phase: str) -> dict[str, Any] | None:
         """The newest commit of the phase, or None before the first."""
-        return self._newest("commit", iteration, phase)
+        return self.newest("commit", iteration, phase)
 
     def start_policy(self, iteration: int) -> Policy:
         """theta_iteration. Raises LookupError when it is not recorded yet."""
@@ -77,7 +77,8 @@ class Journal:
                 return Policy(path=self.path.parent / record["path"], digest=record["digest"])
         raise LookupError(f"{self.path} records no policy for iteration {iteration}")
 
-    def _newest(self, event: str, iteration: int, phase: str) -> dict[str, Any] | None:
+    def newest(self, event: str, iteration: int, phase: str) -> dict[str, Any] | None:
+        """The newest `commit` or `done` of a phase of an iteration."""
         if phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}")
         for record in reversed(self.records):

@@ -30,7 +30,7 @@ class RLoop:
             if not done(iteration, "explore"):
                 self.explore(iteration, start)
             if not done(iteration, "select"):
-                self.select(iteration)
+                self.state.select(iteration)  # D_expert(i): the successes of problems that stayed hard over the phase
             if not done(iteration, "exploit"):
                 self.exploit(iteration, start)
             if not done(iteration, "evaluate"):
@@ -45,43 +45,35 @@ class RLoop:
         self.state.finish(0, "base")
 
     def explore(self, iteration: int, start: Policy) -> None:
-        """N_RL steps of DAPO from theta_i; every trajectory goes to the cache."""
+        """N_RL steps of DAPO from theta_i, fewer if the guard ends it; every trajectory goes to the cache."""
         algorithm, every = self.config.algorithm, self.config.evaluation.every
         total = algorithm.rl_steps
         step = self.state.begin(iteration, "explore", start, self.config.optimizer, total, algorithm.updates_per_step)
         with self.rl_step.feed(iteration, step, total, self.state.position) as feed:
-            while True:
+            while not self.state.over(step, total):
                 version = self.state.version(iteration, step)
                 feed.settle(version)
-                if step == total or (step and every and step % every == 0):
+                if step and every and step % every == 0:
                     self.state.measure(iteration, "explore", step)
-                if step == total:
-                    break
                 metrics = self.state.sync(iteration, step)
                 batch = feed.take(step)
                 metrics |= self.rl_step.train(iteration, step, batch, version)
                 self.state.position = batch.position
                 step += 1
                 self.state.commit(iteration, "explore", step, total, metrics)
-        self.state.finish(iteration, "explore")
-
-    def select(self, iteration: int) -> None:
-        """D_expert(i): the successes of the problems that stayed hard over the whole phase."""
-        experts = self.state.experts(iteration) if self.config.rft.enabled else []
-        self.state.finish(iteration, "select", experts=len(experts), problems=len({t.problem_id for t in experts}))
+        self.state.measure(iteration, "explore", step)
+        self.state.finish(iteration, "explore", step=step)
 
     def exploit(self, iteration: int, start: Policy) -> None:
         """theta_{i+1}: theta_i fine-tuned on D_expert(i); an empty set leaves theta_i, and says so."""
-        endpoint = self.state.endpoint(iteration)
-        experts = self.state.experts(iteration) if self.config.rft.enabled else []
+        endpoint, experts = self.state.endpoint(iteration), self.state.experts(iteration)
         origin = start if self.config.algorithm.reset else endpoint
         if not self.config.rft.enabled:
             theta, reason = endpoint, "rft.enabled=false: the RL endpoint"
         elif not experts:
             theta, reason = origin, "no expert trajectory: nothing to fine-tune on"
         else:
-            examples = [Example(t.prompt_ids, t.response_ids, float(t.correct)) for t in experts]
-            theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, examples)
+            theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, experts)
             reason = f"fine-tuned on {len(experts)} expert trajectories"
         self.state.record_theta(iteration + 1, theta, reason)
         self.state.finish(iteration, "exploit", reason=reason)
@@ -98,8 +90,10 @@ class RLoop:
         """SFT from `start`: `config.epochs` passes over the examples in seeded order."""
         seed, count, size = self.state.seed(phase, iteration), len(examples), config.batch_size
         total = update_count(count, size, config.epochs)
-        for update in range(self.state.begin(iteration, phase, start, config.optimizer, total), total):
+        update = self.state.begin(iteration, phase, start, config.optimizer, total)
+        while not self.state.over(update, total):
             batch = [examples[i] for i in batch_indices(update, count, size, seed)]
             metrics = self.actor.fine_tune(batch, config.loss)
-            self.state.commit(iteration, phase, update + 1, total, metrics)
+            update += 1
+            self.state.commit(iteration, phase, update, total, metrics)
         return self.state.save_policy(f"theta_{0 if phase == 'sft' else iteration + 1}")

@@ -11,6 +11,7 @@ from rloop_mcore.types import (
     Completion,
     Example,
     Experience,
+    ExpertQuery,
     Policy,
     Problem,
     Prompt,
@@ -164,8 +165,11 @@ class Cache(Protocol):
     def keep_only(self, shards: Sequence[str]) -> None:
         """Discard whatever a crash left that is not in `shards`."""
 
-    def select_experts(self, iteration: int, hard_threshold: float, deduplicate: bool) -> list[Trajectory]:
-        """D_expert(i): the successful trajectories of phase i's hard problems, in a fixed order."""
+    def write_experts(self, query: ExpertQuery, folder: Path) -> dict[str, int]:
+        """Select trajectories for RFT and make them the content of `folder`, durably. Returns experts and problems."""
+
+    def experts(self, folder: Path) -> Sequence[Example]:
+        """What `write_experts` wrote, in a fixed order; the tokens are made Python's as they are asked for."""
 
 
 class Evaluator(Protocol):

@@ -20,7 +20,7 @@ from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
 from rloop_mcore.timeline import Timeline
-from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Trajectory
+from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -169,21 +169,25 @@ class RLStep:
 
     def _grade(self, iteration: int, step: int, groups: Sequence[_Asked], watch: Stopwatch) -> list[Group]:
         algorithm, rollout = self.config.algorithm, self.config.rollout
-        rows = [(g.prompt, g.first + i, c) for g in groups for i, c in enumerate(g.completions) if c is not None]
+        rows = [(g, i, c) for g in groups for i, c in enumerate(g.completions) if c is not None]
         with watch("grade", "rewards"):
             verdicts = self.rewards.grade(
                 [
-                    (prompt.problem, self.prompts.decode(completion.response_ids), completion.finish_reason == "length")
-                    for prompt, _, completion in rows
+                    (
+                        group.prompt.problem,
+                        self.prompts.decode(completion.response_ids),
+                        completion.finish_reason == "length",
+                    )
+                    for group, _, completion in rows
                 ]
             )
         trajectories = [
             Trajectory(
                 iteration=iteration,
                 step=step,
-                problem_id=prompt.problem.id,
-                sample=sample,
-                prompt_ids=prompt.ids,
+                problem_id=group.prompt.problem.id,
+                sample=group.first + i,
+                prompt_ids=group.prompt.ids,
                 response_ids=completion.response_ids,
                 logprobs=completion.logprobs,
                 finish_reason=completion.finish_reason,
@@ -192,8 +196,11 @@ class RLStep:
                 reward=float(verdict.correct)
                 + overlong_penalty(len(completion.response_ids), rollout.max_tokens, algorithm.overlong_buffer),
                 reason=verdict.reason,
+                group=group.first // algorithm.group_size,
+                engine=completion.engine,
+                times=Times(completion.started, completion.seconds, verdict.seconds),
             )
-            for (prompt, sample, completion), verdict in zip(rows, verdicts, strict=True)
+            for (group, i, completion), verdict in zip(rows, verdicts, strict=True)
         ]
         size = algorithm.group_size
         return [
@@ -211,7 +218,7 @@ class RLStep:
         with watch("logprobs"):
             experiences = self.experiences(groups)
         if not experiences:
-            return {"skipped": float(self.config.algorithm.updates_per_step)}
+            return {"skipped": float(self.config.algorithm.updates_per_step), "updates": 0.0}
         seed = derive_seed(self.config.run.seed, "minibatch", iteration, step)
         results: list[dict[str, float]] = []
         with watch("update"):
@@ -224,7 +231,8 @@ class RLStep:
             metrics[key] = results[0][key]
         for key in ("skipped", "tokens", "seconds_update"):
             metrics[key] = sum(r[key] for r in results)
-        return metrics | {"lr": results[-1]["lr"], "grad_norm_max": max(r["grad_norm"] for r in results)}
+        norm = max((r["grad_norm"] for r in results), key=lambda norm: math.inf if math.isnan(norm) else norm)
+        return metrics | {"updates": float(len(results)), "lr": results[-1]["lr"], "grad_norm_max": norm}
 
     def experiences(self, groups: Sequence[Group]) -> list[Experience]:
         """The trajectories of the groups with their advantages and the logprobs they are compared with."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.algorithm.experts import narrowed
+from rloop_mcore.algorithm.guard import Streak, what_is_wrong
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
+from rloop_mcore.errors import Fault
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import removable, removed
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
-from rloop_mcore.types import Policy, Trajectory
+from rloop_mcore.types import Example, ExpertQuery, Policy
 
 
 class Interrupted(Exception):
@@ -41,6 +42,7 @@ class RunState:
     stop_requested: Callable[[], bool]
     timeline: Timeline = field(default_factory=Timeline)
     position: int = 0  # prompts drawn so far
+    _streak: Streak = field(default_factory=Streak, init=False)
     _synced: int | None = field(default=None, init=False)
     _pending: dict[str, Any] | None = field(default=None, init=False)  # the commit whose checkpoint is being written
 
@@ -57,7 +59,7 @@ class RunState:
             if record["event"] == "measured":
                 named |= {f"evaluation/{record['name']}.{suffix}" for suffix in ("json", "parquet")}
         named -= removed(self.journal.records)
-        for folder in ("checkpoints", "policies", "evaluation"):
+        for folder in ("checkpoints", "policies", "evaluation", "experts"):
             for path in (self.directory / folder).glob("*"):
                 if f"{folder}/{path.name}" not in named:
                     _remove(path)
@@ -76,11 +78,17 @@ class RunState:
         steps: int,
         updates_per_step: int = 1,
     ) -> int:
-        """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done."""
+        """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done.
+
+        Raises Fault where the guard stopped the run there, and `guard` still says so.
+        """
+        commit = self.journal.last_commit(iteration, phase)
+        self._streak = Streak(**(commit or {}).get("streak", {}))
+        if commit is not None:
+            self._heed_guard(iteration, phase, commit["step"])
         self._synced = None
         self._engines_sleep()
         self.actor.begin(start.path, optimizer, steps * updates_per_step)
-        commit = self.journal.last_commit(iteration, phase)
         if commit is None:
             return 0
         self.actor.load(self.directory / commit["checkpoint"])
@@ -90,16 +98,20 @@ class RunState:
         """Log a step and, every `checkpoint.every` steps, make everything up to it durable.
 
         With `checkpoint.asynchronous` that takes until the next commit, which comes at the latest where anything else
-        is journaled: at the end of the phase, before a measurement, when the run is asked to stop.
+        is journaled: at the end of the phase, before a measurement, when the guard acts or the run is asked to stop.
 
-        Raises Interrupted, after committing, when the run was asked to stop.
+        Raises, after committing, Fault where the guard stops the run, and Interrupted when it was asked to stop.
         """
+        guard = self.config.guard
+        self._streak = self._streak.then(what_is_wrong(metrics, guard.entropy_low, guard.entropy_high))
+        metrics = {**metrics, "bad_steps": float(self._streak.length)}
         self.tracker.log(iteration, phase, step, self._global_step(iteration, phase, step), metrics, total)
         stopping = self.stop_requested()
         every = self.config.evaluation.every
         measured_next = phase == "explore" and every and step % every == 0
         kept = phase == "explore" and step in self.config.checkpoint.policy_steps
-        if not (stopping or measured_next or kept or step % self.config.checkpoint.every == 0 or step == total):
+        needed_now = stopping or measured_next or step == total or self._streak.is_due(guard.patience)
+        if not (needed_now or kept or step % self.config.checkpoint.every == 0):
             return
         self._commit_pending()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
@@ -119,10 +131,12 @@ class RunState:
             "shards": [shard for shard in shards if shard not in known],
             "position": self.position,
             "metrics_offset": self.tracker.offset(),
+            "streak": asdict(self._streak),
             **policy,
         }
-        if stopping or measured_next or step == total or not self.config.checkpoint.asynchronous:
+        if needed_now or not self.config.checkpoint.asynchronous:
             self._commit_pending()
+        self._heed_guard(iteration, phase, step)
         if stopping:
             raise Interrupted
 
@@ -137,6 +151,29 @@ class RunState:
         commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
         for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
             _remove(self.directory / obsolete)
+
+    def _heed_guard(self, iteration: int, phase: str, step: int) -> None:
+        """Where the guard acts at this committed step: journal it, once, and raise Fault if it stops the run."""
+        guard, streak = self.config.guard, self._streak
+        if not streak.is_due(guard.patience):
+            return
+        fields = {"iteration": iteration, "phase": phase, "step": step, "policy": guard.policy}
+        fields |= {"bad_steps": streak.length, "reason": streak.reason}
+        text = f"iteration {iteration} {phase}, step {step}: {streak.length} bad in a row, the last: {streak.reason}"
+        if not self._has("guard", fields):
+            self.journal.record("guard", **fields)
+            self.tracker.message(f"{text} (guard.policy={guard.policy})")
+        if guard.policy == "stop":
+            raise Fault(
+                f"{text}. The run is committed up to this step: the same command goes on to the next phase with "
+                "guard.policy=end_phase, and in this one with guard.policy=skip; or start another run with a lower "
+                "learning rate."
+            )
+
+    def over(self, step: int, total: int) -> bool:
+        """Whether the phase ends after `step` steps: all `total` are done, or the guard ends it."""
+        guard = self.config.guard
+        return step == total or (guard.policy == "end_phase" and self._streak.is_due(guard.patience))
 
     def finish(self, iteration: int, phase: str, **facts: Any) -> None:
         """Record that a phase of an iteration is complete."""
@@ -167,10 +204,19 @@ class RunState:
         """The weight version of the policy after `step` RL steps of `iteration`."""
         return self._global_step(iteration, "explore", step) + iteration + 1
 
-    def experts(self, iteration: int) -> list[Trajectory]:
-        """D_expert(i), in a fixed order."""
-        rft, threshold = self.config.rft, self.config.algorithm.hard_threshold
-        return narrowed(self.cache.select_experts(iteration, threshold, rft.deduplicate), rft, self.config.run.seed)
+    def select(self, iteration: int) -> None:
+        """Write D_expert(i) as files of the run, and record that: the `select` phase. Empty without RFT."""
+        facts: dict[str, Any] = {"experts": 0, "problems": 0}
+        if self.config.rft.enabled:
+            folder = self.directory / "experts" / f"i{iteration}"
+            facts |= self.cache.write_experts(expert_query(self.config, iteration), folder)
+            facts |= {"path": self._name(folder)}
+        self.finish(iteration, "select", **facts)
+
+    def experts(self, iteration: int) -> Sequence[Example]:
+        """D_expert(i) as it was selected, in a fixed order."""
+        done = self.journal.newest("done", iteration, "select")
+        return self.cache.experts(self.directory / done["path"]) if done and "path" in done else []
 
     def save_policy(self, name: str) -> Policy:
         """Write the actor's weights as `policies/{name}`."""
@@ -179,14 +225,14 @@ class RunState:
     def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
         """Name theta_index in the journal, once: a crash right after it repeats the end of the phase."""
         fields = {"iteration": index, "path": self._name(policy.path), "digest": policy.digest, "reason": reason}
-        if any(record["event"] == "policy" and fields.items() <= record.items() for record in self.journal.records):
+        if self._has("policy", fields):
             return
         self.journal.record("policy", **fields)
         self.tracker.message(f"theta_{index}: {reason}")
 
     def endpoint(self, iteration: int) -> Policy:
-        """The RL policy at the end of an exploration phase."""
-        name = _measurement("explore", iteration, self.config.algorithm.rl_steps)
+        """The RL policy at the end of an exploration phase that is done."""
+        name = _measurement("explore", iteration, self._steps_explored()[iteration])
         record = next(r for r in self.journal.records if r["event"] == "measured" and r["name"] == name)
         return Policy(self.directory / record["path"], record["digest"])
 
@@ -239,8 +285,33 @@ class RunState:
 
     def _global_step(self, iteration: int, phase: str, step: int) -> int:
         """RL steps taken in the run so far: the x axis of every curve."""
-        steps = self.config.algorithm.rl_steps
-        return {"base": 0, "sft": step, "explore": iteration * steps + step}.get(phase, (iteration + 1) * steps)
+        explored = self._steps_explored()
+        before = sum(steps for earlier, steps in explored.items() if earlier < iteration)
+        return {"base": 0, "sft": step, "explore": before + step}.get(phase, before + explored.get(iteration, 0))
+
+    def _steps_explored(self) -> dict[int, int]:
+        """RL steps of each iteration whose exploration is done; the guard may have ended it early."""
+        done = (r for r in self.journal.records if r["event"] == "done" and r["phase"] == "explore")
+        return {record["iteration"]: record["step"] for record in done}
+
+    def _has(self, event: str, fields: Mapping[str, Any]) -> bool:
+        """Whether the journal holds such a record."""
+        return any(record["event"] == event and fields.items() <= record.items() for record in self.journal.records)
+
+
+def expert_query(config: Config, iteration: int) -> ExpertQuery:
+    """What RFT of the iteration draws from."""
+    rft = config.rft
+    return ExpertQuery(
+        iterations=tuple(range(max(0, iteration - rft.earlier_iterations), iteration + 1)),
+        hard_threshold=config.algorithm.hard_threshold,
+        deduplicate=rft.deduplicate,
+        steps=tuple(rft.steps),
+        min_tokens=rft.min_tokens,
+        max_per_problem=rft.max_per_problem,
+        share=rft.share,
+        seed=config.run.seed,
+    )
 
 
 def _remove(path: Path) -> None:

@@ -44,6 +44,9 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str  # "stop" (end token or stop string), "length", or "abort": not finished
     weight_versions: tuple[tuple[int, int], ...]  # (weight version, how many tokens it sampled), in order
+    engine: int = field(default=-1, compare=False)  # number of the one that finished it; -1: not known
+    started: float = field(default=0.0, compare=False)  # Unix time at which an engine was asked
+    seconds: float = field(default=0.0, compare=False)  # until its call was answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,15 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """When a trajectory was made: Unix time at which an engine was asked for it, seconds of sampling and of grading."""
+
+    started: float = 0.0
+    generate_s: float = 0.0
+    grade_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """Prompt, response, logprobs and reward of one sample.
 
@@ -94,11 +106,34 @@ class Trajectory:
     correct: bool
     reward: float
     reason: str
+    group: int = 0  # of the problem's groups in the step
+    engine: int = -1  # number of the engine that finished it; -1: not known
+    times: Times = field(default=Times(), compare=False)
 
     @property
     def key(self) -> tuple[int, int, str, int]:
         """(iteration, step, problem_id, sample)."""
         return self.iteration, self.step, self.problem_id, self.sample
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertQuery:
+    """Which trajectories RFT takes: the paper's settings are `iterations` of one phase, `deduplicate`, and no more.
+
+    A problem is hard where its success rate over a phase is below `hard_threshold` (None: all are); it gives the
+    successes of that phase. What narrows them: `deduplicate` drops exact copies of a response to the same problem but
+    the first; `steps` are the (first, last) RL step to draw from, or empty; `min_tokens` of a response; at most
+    `max_per_problem` (0: all) and a `share` of what is left, both drawn by `seed`.
+    """
+
+    iterations: tuple[int, ...]
+    hard_threshold: float | None
+    deduplicate: bool = True
+    steps: tuple[int, ...] = ()
+    min_tokens: int = 0
+    max_per_problem: int = 0
+    share: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

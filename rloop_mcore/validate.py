@@ -22,7 +22,7 @@ from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_
 
 _CHOICES = {
     "precision": PRECISIONS,
-    "model.family": ("auto", "llama", "qwen2", "qwen3", "qwen3_moe"),
+    "model.family": ("auto", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
     "algorithm.advantage": ("group_std", "group_mean", "leave_one_out"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
@@ -35,6 +35,7 @@ _CHOICES = {
     "rft.optimizer.schedule": ("constant", "cosine"),
     "sft.optimizer.schedule": ("constant", "cosine"),
     "actor.recompute": ("none", "selective", "full"),
+    "guard.policy": ("stop", "end_phase", "skip"),
     "rollout.engine": ("embedded", "sglang"),
     "reward.answer_format": ("boxed", "answer_line"),
     "cluster.device": ("auto", "cpu", "cuda"),
@@ -55,6 +56,12 @@ _POSITIVE = (
     "evaluation.samples",
     "checkpoint.every",
     "checkpoint.keep",
+    "guard.patience",
+)
+_POSITIVE_OR_NULL = (
+    "guard.entropy_low",
+    "guard.entropy_high",
+    *(f"{section}.skip_grad" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
 )
 _NOT_NEGATIVE = (
     "algorithm.iterations",
@@ -65,6 +72,7 @@ _NOT_NEGATIVE = (
     "actor.optimizer_offload",
     "rft.min_tokens",
     "rft.max_per_problem",
+    "rft.earlier_iterations",
     "rollout.max_lag",
     "rollout.overprovision",
     "evaluation.every",
@@ -97,11 +105,14 @@ def check_values(config: Config) -> None:
     for key in _POSITIVE:
         if values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0.")
+    for key in _POSITIVE_OR_NULL:
+        if values[key] is not None and values[key] <= 0:
+            raise UserError(f"{key}={values[key]} must be greater than 0, or null for none.")
     for key in _NOT_NEGATIVE:
         if values[key] < 0:
             raise UserError(f"{key}={values[key]} must not be negative.")
     for key in _SHARES:
-        if not 0 < values[key] <= 1:
+        if values[key] is not None and not 0 < values[key] <= 1:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
     if config.actor.optimizer_offload > 1:
         raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
@@ -116,6 +127,9 @@ def check_values(config: Config) -> None:
             raise UserError(f"{key} is empty: give {key}=VALUE.")
     if not 0 <= config.run.seed < 2**31:
         raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
+    low, high = config.guard.entropy_low, config.guard.entropy_high
+    if low is not None and high is not None and low >= high:
+        raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
     _check_algorithm(config)
     _check_rollout(config)
 
@@ -277,7 +291,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
     algorithm = config.algorithm
-    if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps):
+    if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps and algorithm.hard_threshold):
         return []
     needed = samples_needed(algorithm.hard_threshold)
     drawn = algorithm.rl_steps * algorithm.sampled_per_step * algorithm.sampling_rounds

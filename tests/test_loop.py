@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from rloop_mcore import run_state
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
+from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
@@ -40,6 +42,9 @@ class Kills:
             return call(*args, **kwargs)
 
         return copied
+
+
+SKIPPED = {"skipped": 1.0, "loss": float("nan"), "grad_norm": float("nan")}
 
 
 class NumberActor:
@@ -101,10 +106,13 @@ class InstantRollout:
 
 
 class HashStep:
-    """An RL step: four trajectories of problem `easy`, all right, and twelve of `hard`, of which `successes` are."""
+    """An RL step: four trajectories of problem `easy`, all right, and twelve of `hard`, of which `successes` are.
 
-    def __init__(self, actor: NumberActor, cache: TrajectoryCache, successes: int) -> None:
-        self.actor, self.cache, self.successes = actor, cache, successes
+    The updates of the (iteration, step) in `skipped` are.
+    """
+
+    def __init__(self, actor: NumberActor, cache: TrajectoryCache, successes: int, skipped: Container[Any]) -> None:
+        self.actor, self.cache, self.successes, self.skipped = actor, cache, successes, skipped
 
     def feed(self, iteration: int, first: int, last: int, position: int) -> Feed[Batch]:
         def collect(step: int) -> Batch:
@@ -123,6 +131,8 @@ class HashStep:
                 for problem, n, ok in outcomes
             ]
         )
+        if (iteration, step) in self.skipped:
+            return {"success_rate": 0.5, **SKIPPED}
         self.actor.advance("rl", step, batch.position - 2)
         return {"success_rate": 0.5}
 
@@ -165,6 +175,7 @@ def start(
     demonstrations: Sequence[Example] | None = None,
     stop: Callable[[], bool] = lambda: False,
     actor: NumberActor | None = None,
+    skipped: Container[Any] = (),
 ) -> NumberActor:
     """One process of a run: everything is made anew from the directory."""
     directory.mkdir(exist_ok=True)
@@ -177,13 +188,14 @@ def start(
     tracker = Tracker(directory, TrackingConfig(tensorboard=False, progress=False))
     if kills is not None:
         calls = [(actor, "start_save"), (actor, "finish_save"), (actor, "save_policy"), (cache, "seal")]
+        calls += [(cache, "write_experts")]
         calls += [(journal, "record"), (tracker, "log"), *([] if evaluator is None else [(evaluator, "evaluate")])]
         for owner, name in calls:
             setattr(owner, name, kills.before(getattr(owner, name)))
     state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, stop)  # type: ignore[arg-type]
     try:
         state.recover()
-        step = HashStep(actor, cache, successes)
+        step = HashStep(actor, cache, successes, skipped)
         RLoop(config, state, actor, step).run(Policy(base, "ba5e" * 16), demonstrations)  # type: ignore[arg-type]
     finally:
         tracker.close()
@@ -203,6 +215,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "cache": (cache.count(), cache.digest()),
         "metrics": [(line["iteration"], line["phase"], line["step"]) for line in lines],
         "files": sorted(str(path.relative_to(directory)) for path in directory.rglob("number")),
+        "experts": {path.parent.name: list(cache.experts(path.parent)) for path in directory.rglob("lineage.json")},
         "checkpoints": sorted(path.name for path in (directory / "checkpoints").iterdir()),
         "evaluations": {path.name: path.read_text() for path in (directory / "evaluation").glob("*.json")},
     }
@@ -236,6 +249,28 @@ def test_an_empty_expert_set_leaves_theta_and_says_so(tmp_path: Path) -> None:
     assert [record["reason"] for record in records[1:]] == ["no expert trajectory: nothing to fine-tune on"] * 2
 
 
+def experts(directory: Path) -> list[tuple[int, set[int]]]:
+    """By iteration: how many experts, and which iterations their trajectories are of."""
+    folders = sorted((directory / "experts").iterdir())
+    tables = [pq.read_table(folder / "shard-000000.parquet") for folder in folders]
+    return [(len(table), set(table["iteration"].to_pylist())) for table in tables]
+
+
+def test_only_the_hard_problem_gives_experts_of_its_own_phase(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure(), evaluated=False)
+    assert experts(tmp_path / "run") == [(3, {0}), (3, {1})]
+
+
+def test_without_the_hard_filter_every_success_is_an_expert(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("algorithm.hard_threshold=null"), evaluated=False)
+    assert experts(tmp_path / "run") == [(15, {0}), (15, {1})]
+
+
+def test_experts_of_earlier_iterations_on_request(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("rft.earlier_iterations=1", "algorithm.iterations=3"), evaluated=False)
+    assert experts(tmp_path / "run") == [(3, {0}), (6, {0, 1}), (6, {1, 2})]
+
+
 def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None:
     start(tmp_path / "run", configure())
     names = [r["name"] for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "measured"]
@@ -257,7 +292,8 @@ def missing(directory: Path) -> set[str]:
     """Policies that the journal names, does not call removed, and that are not there whole."""
     named = {record.get("path") for record in Journal(directory / "journal.jsonl").records}
     gone = {path for record in events(directory, "removed") for path in record["paths"]}
-    return {path for path in named - gone - {None} if not (directory / path / "number").exists()}
+    policies = {path for path in named - gone if str(path).startswith("policies/")}
+    return {path for path in policies if not (directory / path / "number").exists()}
 
 
 KEEPING = ["checkpoint.keep_best=1", "checkpoint.policy_steps=[1]", "data.validation=v"]
@@ -420,3 +456,108 @@ def test_a_checkpoint_removed_by_half_is_no_checkpoint(tmp_path: Path, monkeypat
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) > 1
     assert all((path / "number").exists() for path in checkpoints)
+
+
+def guarded(directory: Path) -> list[tuple[int, str, int, str]]:
+    records = [record for record in Journal(directory / "journal.jsonl").records if record["event"] == "guard"]
+    return [(record["iteration"], record["phase"], record["step"], record["policy"]) for record in records]
+
+
+def rl_steps(directory: Path) -> list[tuple[int, int, int]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["step"], line["global_step"]) for line in lines if line["phase"] == "explore"]
+
+
+BAD = {(0, 0), (0, 2), (0, 3), (1, 4)}  # iteration 0 has two in a row, iteration 1 has not
+LONG = ("algorithm.rl_steps=5", "guard.patience=2")
+
+
+def test_end_phase_takes_the_bad_step_as_the_last_of_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = list[int]()
+
+    def sync(self: NumberRollout, export: Callable[[], Iterator[tuple[str, Any]]], version: int) -> dict[str, float]:
+        self.number = next(export())[0]
+        versions.append(version)
+        return {}
+
+    monkeypatch.setattr(NumberRollout, "sync", sync)
+    run = tmp_path / "run"
+    ablation = ("algorithm.reset=false", "rft.deduplicate=false", "checkpoint.every=5")
+    start(run, configure(*LONG, "guard.policy=end_phase", *ablation), skipped=BAD)
+    assert guarded(run) == [(0, "explore", 4, "end_phase")]
+    # curves go on without a gap, the engines' weight versions never go back
+    assert rl_steps(run) == [(0, n, n) for n in range(1, 5)] + [(1, n, 4 + n) for n in range(1, 6)]
+    assert versions == sorted(versions)
+    records = Journal(run / "journal.jsonl").records
+    assert [r["step"] for r in records if r["event"] == "done" and r["phase"] == "explore"] == [4, 5]
+    # its endpoint is measured, and fine-tuning starts there without the reset
+    names = [r["name"] for r in records if r["event"] == "measured" and r["name"].startswith("i0")]
+    assert names == ["i0_explore_000002", "i0_explore_000004", "i0_exploit_000000"]
+    # the experts are of the steps there were: a success each
+    assert [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"] == [4, 5]
+
+
+@pytest.mark.parametrize(("every", "asynchronous"), [(1, False), (5, True)])
+def test_a_kill_amid_bad_steps_changes_nothing_of_how_the_phase_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, asynchronous: bool
+) -> None:
+    checkpoints = (f"checkpoint.every={every}", f"checkpoint.asynchronous={asynchronous}", "evaluation.every=3")
+    config = configure(*LONG, *checkpoints, "guard.policy=end_phase", "algorithm.iterations=1")
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    whole, copies = tmp_path / "whole", tmp_path / "copies"
+    kills = Kills(whole, copies)
+    start(whole, config, kills, demonstrations=DEMONSTRATIONS, skipped=BAD)
+    expected = facts(whole)
+    assert guarded(whole) == [(0, "explore", 4, "end_phase")]
+    assert kills.count > 20
+    for directory in sorted(copies.iterdir()):
+        start(directory, config, demonstrations=DEMONSTRATIONS, skipped=BAD)
+        assert facts(directory) == expected, f"kill before change {directory.name}"
+
+
+def test_stop_commits_and_stops_again_until_the_policy_changes(tmp_path: Path) -> None:
+    run, stopping = tmp_path / "run", configure(*LONG, "checkpoint.every=5")
+    for _ in range(2):
+        with pytest.raises(
+            Fault, match=r"iteration 0 explore, step 4: 2 bad in a row, .* loss nan.*guard\.policy=skip"
+        ):
+            start(run, stopping, skipped=BAD)
+        assert guarded(run) == [(0, "explore", 4, "stop")]
+        assert Journal(run / "journal.jsonl").last_commit(0, "explore")["step"] == 4  # type: ignore[index]
+    start(run, configure(*LONG, "guard.policy=skip"), skipped=BAD)
+    assert guarded(run) == [(0, "explore", 4, "stop"), (0, "explore", 4, "skip")]
+
+    start(tmp_path / "skip", configure(*LONG, "guard.policy=skip"), skipped=BAD)
+    assert guarded(tmp_path / "skip") == [(0, "explore", 4, "skip")]
+    assert len(rl_steps(run)) == 10
+    for fact in ("cache", "metrics", "files", "evaluations"):
+        assert facts(run)[fact] == facts(tmp_path / "skip")[fact]
+
+
+def test_without_bad_steps_in_a_row_the_guard_is_silent(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("algorithm.rl_steps=5", "guard.patience=3"), skipped=BAD)
+    assert guarded(tmp_path / "run") == []
+
+
+class BrokenFineTuning(NumberActor):
+    """From its third update on, fine-tuning changes nothing."""
+
+    updates = 0
+
+    def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
+        super().begin(policy, optimizer, total_updates)
+        self.updates = 0
+
+    def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
+        self.updates += 1
+        return SKIPPED if self.updates > 2 else super().fine_tune(batch, loss)
+
+
+def test_fine_tuning_ends_early_with_the_weights_it_has(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, configure(*LONG, "guard.policy=end_phase"), actor=BrokenFineTuning())
+    assert guarded(run) == [(0, "exploit", 4, "end_phase"), (1, "exploit", 4, "end_phase")]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    bad = [line["bad_steps"] for line in lines if line["phase"] == "exploit"]
+    assert bad == [0, 0, 1, 2] * 2
+    assert policies(run)[1:] == ["policies/theta_1", "policies/theta_2"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import pytest
 
 from rloop_mcore.algorithm.advantage import group_advantages
+from rloop_mcore.algorithm.guard import what_is_wrong
 from rloop_mcore.compose import load_config
 from rloop_mcore.rl_step import MismatchError, RLStep
 from rloop_mcore.types import Completion, Experience, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
@@ -153,6 +155,17 @@ def test_without_an_informative_group_no_update_happens(settings: dict[str, obje
     _, metrics = run(step, 0, 0, 0)
     assert step.actor.batches == []
     assert (metrics["groups_kept"], metrics["skipped"], metrics["success_rate"]) == (0, 2, 0)
+    assert what_is_wrong(metrics, 0.1, 10.0) == ""  # the guard leaves it alone
+
+
+@pytest.mark.parametrize("norms", [[0.5, float("nan"), 9.0], [9.0, 0.5, float("nan")]])
+def test_a_norm_that_is_not_finite_is_the_largest(norms: list[float]) -> None:
+    actor = RecordingActor()
+    plain, left = actor.update, iter(norms)
+    actor.update = lambda batch: plain(batch) | {"grad_norm": next(left), "skipped": 0.0}  # type: ignore[method-assign]
+    _, metrics = run(make(first_only, actor, updates_per_step=3), 0, 0, 0)
+    assert math.isnan(metrics["grad_norm_max"])
+    assert (metrics["updates"], metrics["skipped"]) == (3, 0)
 
 
 def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:

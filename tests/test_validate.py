@@ -54,6 +54,11 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("cluster.stop_margin_s=-1", ["cluster.stop_margin_s=-1"]),
         ("algorithm.importance_cap=0.5", ["algorithm.importance_cap=0.5"]),
         ("actor.optimizer_offload=1.5", ["actor.optimizer_offload=1.5"]),
+        ("guard.policy=ignore", ["guard.policy=ignore", "end_phase"]),
+        ("guard.patience=0", ["guard.patience=0"]),
+        ("guard.entropy_low=-0.1", ["guard.entropy_low=-0.1", "null"]),
+        ("guard={entropy_low: 2, entropy_high: 1}", ["guard.entropy_low=2", "guard.entropy_high=1"]),
+        ("rft.optimizer.skip_grad=0", ["rft.optimizer.skip_grad=0", "null"]),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(override: str, words: list[str]) -> None:

@@ -67,8 +67,9 @@ class PolicyOptimizer:
         allocate_state(self.megatron)
 
     def step(self, loss: float) -> StepResult:
-        """Update the weights from the finished gradients; a non-finite loss or gradient norm leaves them alone.
+        """Update the weights from the finished gradients.
 
+        A loss or gradient norm that is not finite, or a norm over `skip_grad`, leaves them alone, and Adam's state too.
         Every rank decides alike: `loss` is the global one and the norm is reduced over all ranks.
         """
         rate = learning_rate(self._config, self.update, self._total_updates)
@@ -77,7 +78,8 @@ class PolicyOptimizer:
             group["lr"] = rate
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
-        if not (math.isfinite(norm) and math.isfinite(loss)):
+        gate = math.inf if self._config.skip_grad is None else self._config.skip_grad
+        if not (math.isfinite(norm) and math.isfinite(loss) and norm <= gate):
             return StepResult(norm, rate, skipped=True)
         if self._config.clip_grad > 0:
             for optimizer in self.megatron.chained_optimizers:

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 from rloop_mcore.algorithm.seeds import derive_seed
-from rloop_mcore.types import Trajectory
+from rloop_mcore.types import ExpertQuery
+
+Key = tuple[int, int, str, int]  # Trajectory.key
 
 
-class Narrowing(Protocol):
-    """These keys of `rft`."""
+def drawn(keys: Sequence[Key], query: ExpertQuery) -> list[int]:
+    """Positions, ascending, of the experts that `max_per_problem` and then `share` leave of those with these keys.
 
-    steps: list[int]
-    min_tokens: int
-    max_per_problem: int
-    share: float
-
-
-def narrowed(experts: Sequence[Trajectory], rft: Narrowing, seed: int) -> list[Trajectory]:
-    """What `rft.steps`, `rft.min_tokens`, `rft.max_per_problem` and `rft.share` leave, in this order; the order stays.
-
-    Draws are by `seed` and a trajectory's own numbers: they stay when others come or go.
+    Draws are by the seed and a trajectory's own key: they stay when others come or go.
     """
-    kept = [t for t in experts if len(t.response_ids) >= rft.min_tokens and _within(t.step, rft.steps)]
-    if rft.max_per_problem:
-        taken: dict[str, int] = {}
-        chosen = set()
-        for trajectory in _drawn(kept, seed, "experts of a problem"):
-            taken[trajectory.problem_id] = taken.get(trajectory.problem_id, 0) + 1
-            if taken[trajectory.problem_id] <= rft.max_per_problem:
-                chosen.add(trajectory.key)
-        kept = [t for t in kept if t.key in chosen]
-    if rft.share < 1:
-        chosen = {t.key for t in _drawn(kept, seed, "share of the experts")[: math.ceil(rft.share * len(kept))]}
-        kept = [t for t in kept if t.key in chosen]
-    return kept
+    kept = list(range(len(keys)))
+    if query.max_per_problem:
+        taken: Counter[str] = Counter()
+        chosen = []
+        for position in _shuffled(kept, keys, query.seed, "experts of a problem"):
+            problem = keys[position][2]
+            taken[problem] += 1
+            if taken[problem] <= query.max_per_problem:
+                chosen.append(position)
+        kept = chosen
+    if query.share < 1:
+        kept = _shuffled(kept, keys, query.seed, "share of the experts")[: math.ceil(query.share * len(kept))]
+    return sorted(kept)
 
 
-def _within(step: int, steps: Sequence[int]) -> bool:
-    return not steps or steps[0] <= step <= steps[1]
-
-
-def _drawn(trajectories: Sequence[Trajectory], seed: int, purpose: str) -> list[Trajectory]:
-    return sorted(trajectories, key=lambda t: derive_seed(seed, purpose, *t.key))
+def _shuffled(positions: Sequence[int], keys: Sequence[Key], seed: int, purpose: str) -> list[int]:
+    return sorted(positions, key=lambda position: derive_seed(seed, purpose, *keys[position]))

@@ -118,6 +118,12 @@ def rl_steps(run: Run) -> int:
     return sum(_steps_by_iteration(run).values())
 
 
+def ended_early(run: Run) -> list[int]:
+    """The iterations, from 0, whose exploration the guard ended before all its steps."""
+    guarded = [record for record in run.journal if record.get("event") == "guard" and record["phase"] == "explore"]
+    return sorted({record["iteration"] for record in guarded if record["policy"] == "end_phase"})
+
+
 def iteration_starts(run: Run) -> list[int]:
     """The RL steps after which an iteration later than the first begins: where policies are reset to theta_i."""
     return [_steps_before(run, iteration) for iteration in sorted(_steps_by_iteration(run)) if iteration > 0]

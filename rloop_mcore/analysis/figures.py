@@ -68,6 +68,13 @@ _STABILITY: list[_Training] = [
         {"rangemode": "tozero"},
     ),
     ("grad_norm", "Gradient norm", "Before clipping.", "global L2 norm", {"rangemode": "tozero"}),
+    (
+        "skipped",
+        "Updates skipped",
+        "A loss or norm that was not finite, a norm over optimizer.skip_grad, or nothing to train on.",
+        "updates",
+        {"rangemode": "tozero"},
+    ),
     ("clip_fraction", "Clipped tokens", "Importance ratio outside the clip range.", "share of tokens", _PERCENT),
     (
         "mismatch_mean",

@@ -67,13 +67,18 @@ def _overview(run: Run, metrics: Sequence[str]) -> dict[str, str]:
     picked = pick(run.evaluations)
     return {
         "Run": run.name,
-        "RL steps": str(curves.rl_steps(run)),
+        "RL steps": _rl_steps(run),
         "Training success": _change(curves.training(run, "success_rate").y),
         **{f"Validation {metric}": _change(curves.validation(run, metric).y) for metric in metrics},
         "Picked checkpoint": curves.checkpoint_label(picked) if picked else "–",
         "RFT's share of tokens": f"{shares['tokens']:.1%}" if "tokens" in shares else "–",
         "RFT's share of time": f"{shares['seconds']:.1%}" if "seconds" in shares else "–",
     }
+
+
+def _rl_steps(run: Run) -> str:
+    ended = [str(iteration + 1) for iteration in curves.ended_early(run)]
+    return f"{curves.rl_steps(run)}" + (f", iteration {', '.join(ended)} ended early by the guard" if ended else "")
 
 
 def _change(values: Sequence[float | None]) -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rloop_mcore.algorithm.experts import narrowed
 from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.run_state import expert_query
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.trajectory.schema import SCHEMA
+from rloop_mcore.trajectory.schema import FIELDS
 from rloop_mcore.types import Trajectory
 
 _BARS = "·▁▂▃▄▅▆▇█"
@@ -49,14 +49,12 @@ def cache(options: Namespace) -> int:
 
 def summary(found: TrajectoryCache, config: Config) -> Table:
     """A row a phase. "success": problems by success rate, from 0 on the left to 1, ten bins of equal width."""
-    threshold = config.algorithm.hard_threshold
     title = f"{found.count()} trajectories, {found.bytes() / 1e6:.1f} MB"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("iteration", "steps", "sampled", "problems", "correct", "truncated", "experts", "success"):
         table.add_column(name, justify="left" if name == "success" else "right", no_wrap=True)
     for phase in found.phases():
         histogram = found.success_histogram(phase.iteration)
-        experts = found.select_experts(phase.iteration, threshold, config.rft.deduplicate)
         table.add_row(
             str(phase.iteration),
             str(len(phase.steps)),
@@ -64,7 +62,7 @@ def summary(found: TrajectoryCache, config: Config) -> Table:
             str(sum(histogram)),
             f"{phase.correct / phase.trajectories:.1%}",
             f"{phase.truncated / phase.trajectories:.1%}",
-            str(len(narrowed(experts, config.rft, config.run.seed))),
+            str(found.count_experts(expert_query(config, phase.iteration))),
             "".join(_BARS[-(-count * 8 // max(histogram))] for count in histogram),
         )
     return table
@@ -75,7 +73,7 @@ def _export(found: TrajectoryCache, out: Path, iteration: int | None, problem: s
     count = 0
     with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for count, row in enumerate(found.rows(iteration, problem), start=1):  # noqa: B007
-            file.write(json.dumps({name: getattr(row, name) for name in SCHEMA.names}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({name: getattr(row, name) for name in FIELDS}, ensure_ascii=False) + "\n")
     return count
 
 

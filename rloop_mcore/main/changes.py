@@ -32,6 +32,8 @@ _FREE = (
     *("actor.micro_batch_tokens", "actor.recompute"),
     *(f"rollout.{name}" for name in ("endpoints", "engines", "python", "tp", "dp", "ep", "memory_fraction", "gpus")),
     *(f"rollout.{name}" for name in ("sleep", "max_running", "bucket_mib", "start_timeout_s", "request_timeout_s")),
+    *("optimizer.skip_grad", "rft.optimizer.skip_grad", "sft.optimizer.skip_grad"),
+    *(f"guard.{name}" for name in ("patience", "policy", "entropy_low", "entropy_high")),
     *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
     *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
@@ -43,12 +45,7 @@ _RULES = (
     Rule("the weights, and the token ids in the cache, are this model's", ("model.",)),
     Rule("the steps so far were computed in it, and the checkpoint holds its state", ("precision", "fp8.")),
     Rule("the success rates of a phase would mix groups of both sizes", ("algorithm.group_size",)),
-    Rule(
-        "the numbers of the steps in journal, cache and metrics follow from it",
-        ("algorithm.rl_steps",),
-        "explore",
-        False,
-    ),
+    Rule("the iterations would explore for different lengths", ("algorithm.rl_steps",), "explore"),
     Rule("the phases would be half one algorithm and half another", ("algorithm.", "optimizer."), "explore"),
     Rule(
         "the thetas would be made in two ways, and could not be compared",
@@ -105,10 +102,18 @@ def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:
     if key == "algorithm.iterations":
         begun = max((record["iteration"] + 1 for record in places), default=0)
         return Rule(f"{begun} iterations have begun", (key,), forcible=False) if value < begun else None
+    if key == "algorithm.rl_steps" and value < (steps := _steps_under_way(journal)):
+        return Rule(f"{steps} steps of this exploration are done", (key,), forcible=False)
     rule = rule_of(key)
     if rule is not None and rule.since is not None and all(record["phase"] != rule.since for record in places):
         return None
     return rule
+
+
+def _steps_under_way(journal: Journal) -> int:
+    """RL steps of the exploration that has begun and is not done; 0 where there is none."""
+    commits = [r for r in journal.records if r["event"] == "commit" and r["phase"] == "explore"]
+    return commits[-1]["step"] if commits and not journal.done(commits[-1]["iteration"], "explore") else 0
 
 
 def rule_of(key: str) -> Rule | None:

@@ -13,6 +13,8 @@ from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
+_GUARD = ("iteration", "phase", "step", "policy", "reason")  # where steps went wrong in a row, and what followed
+
 
 def status(path: Path, as_json: bool) -> int:
     """Print the state of the run in `path`. Raises UserError where there is none."""
@@ -47,6 +49,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         },
         "best": _best(run, records),
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
+        "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],
         "metrics": _last_metrics(run.path / "metrics.jsonl"),
     }
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, Protocol
 
@@ -232,13 +233,18 @@ class Controller:
             oldest = self._versions[0]
             call.engine, client = engine, engine.client
             assert client is not None
+            started, begun = time.time(), time.monotonic()
             try:
                 if call.aborted:
                     return
                 answer = await client.generate(call.requests, sampling, call.rid)
                 for request, completion in zip(call.requests, answer, strict=True):
                     self._check(client.url, request, completion, sampling, oldest)
-                call.answer = answer
+                seconds = time.monotonic() - begun
+                call.answer = [
+                    _signed(completion, request.partial, engine.number, started, seconds)
+                    for request, completion in zip(call.requests, answer, strict=True)
+                ]
                 engine.failures = engine.restarts = 0
                 engine.heard = asyncio.get_running_loop().time()
                 return
@@ -427,6 +433,15 @@ class Controller:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _signed(
+    completion: Completion, partial: Completion | None, engine: int, started: float, seconds: float
+) -> Completion:
+    """The answer with who gave it, and when; what an aborted part took counts."""
+    if partial is not None:
+        started, seconds = partial.started or started, partial.seconds + seconds
+    return replace(completion, engine=engine, started=started, seconds=seconds)
 
 
 def _cut(requests: Sequence[SampleRequest], shares: int) -> list[list[int]]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import fsync_path
-from rloop_mcore.trajectory import digest, manifest, reader, selection, summary
+from rloop_mcore.trajectory import digest, experts, manifest, reader, selection, summary
+from rloop_mcore.trajectory.experts import ExpertSet
 from rloop_mcore.trajectory.summary import Phase
-from rloop_mcore.trajectory.writer import write_shard
-from rloop_mcore.types import Trajectory
+from rloop_mcore.trajectory.writer import TIMES_FOLDER, write_shard
+from rloop_mcore.types import ExpertQuery, Trajectory
 
 
 class TrajectoryCache:
@@ -73,9 +74,17 @@ class TrajectoryCache:
         """Compare every shard with its checksum; one phrase a damaged shard, naming it. Reads every byte."""
         return reader.checksum_damage(self.directory, self._shards)
 
-    def select_experts(self, iteration: int, hard_threshold: float, deduplicate: bool) -> list[Trajectory]:
-        """D_expert(iteration), ordered by iteration, step, problem id and sample; see `selection.select_experts`."""
-        return selection.select_experts(self.directory, self._shards, iteration, hard_threshold, deduplicate)
+    def count_experts(self, query: ExpertQuery) -> int:
+        """How many trajectories the query selects."""
+        return len(selection.select_experts(self.directory, self._shards, query))
+
+    def write_experts(self, query: ExpertQuery, folder: Path) -> dict[str, int]:
+        """Make what the query selects the content of `folder`, durably; see `experts.write_experts`."""
+        return experts.write_experts(self.directory, self._shards, query, folder)
+
+    def experts(self, folder: Path) -> ExpertSet:
+        """What `write_experts` wrote."""
+        return ExpertSet(folder)
 
     def phases(self) -> list[Phase]:
         """What is sealed of each iteration's exploration."""
@@ -114,8 +123,9 @@ class TrajectoryCache:
             fsync_path(self.directory.parent)
 
     def _remove_unnamed(self) -> None:
-        named = {manifest.NAME, *(shard.name for shard in self._shards)}
-        for name in os.listdir(self.directory):
-            if name not in named:
-                (self.directory / name).unlink()
-        fsync_path(self.directory)
+        named = {manifest.NAME, TIMES_FOLDER, *(shard.name for shard in self._shards)}
+        for folder in (self.directory, self.directory / TIMES_FOLDER):
+            if folder.exists():
+                for name in set(os.listdir(folder)) - named:
+                    (folder / name).unlink()
+                fsync_path(folder)

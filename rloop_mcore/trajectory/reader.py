@@ -13,7 +13,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.schema import SCHEMA, VERSION, VERSION_KEY
 
-_GROUPS = 16  # row groups read at once: enough for the threads, and some 100 MB of long responses
+_GROUPS = 16  # row groups read at once: some 100 MB of long responses
 
 
 class ShardFile:
@@ -69,7 +69,7 @@ class ShardFile:
 
     def _read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
         try:
-            return self._file.read_row_groups(list(groups), columns=list(columns))
+            return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}): restore it from a copy.") from error
 

@@ -10,52 +10,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rloop_mcore.algorithm.experts import narrowed
+from rloop_mcore.algorithm.experts import Key, drawn
 from rloop_mcore.config import Config, RftConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.types import Trajectory
+from rloop_mcore.run_state import expert_query
+from rloop_mcore.types import ExpertQuery
 from rloop_mcore.validate import check_values
 
-
-def expert(step: int, problem: int, sample: int, tokens: int) -> Trajectory:
-    ids = tuple(range(tokens))
-    return Trajectory(0, step, f"p{problem}", sample, (1,), ids, (-1.0,) * tokens, "stop", (), True, 1.0, "correct")
+keys = st.tuples(st.just(0), st.integers(0, 4), st.sampled_from("abc"), st.integers(0, 5))
+experts = st.lists(keys, unique=True, max_size=40).map(sorted)
 
 
-keys = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3), st.integers(0, 5))
-experts = st.lists(keys, unique_by=lambda key: key[:3], max_size=40).map(
-    lambda found: [expert(*key) for key in sorted(found)]
-)
+def of(keys: list[Key], query: ExpertQuery) -> list[Key]:
+    return [keys[position] for position in drawn(keys, query)]
 
 
 def test_the_paper_takes_all() -> None:
-    rows = [expert(step, 0, 0, 3) for step in range(5)]
-    assert narrowed(rows, Config().rft, seed=0) == rows
+    found = [(0, step, "a", 0) for step in range(5)]
+    assert of(found, expert_query(Config(), 0)) == found
 
 
-@given(rows=experts, first=st.integers(0, 3), length=st.integers(0, 3), tokens=st.integers(0, 5))
-def test_steps_and_lengths(rows: list[Trajectory], first: int, length: int, tokens: int) -> None:
-    found = narrowed(rows, RftConfig(steps=[first, first + length], min_tokens=tokens), seed=0)
-    assert found == [r for r in rows if first <= r.step <= first + length and len(r.response_ids) >= tokens]
-
-
-@given(rows=experts, most=st.integers(1, 4), share=st.floats(0.05, 1.0), seed=st.integers(0, 9))
-def test_cap_and_share(rows: list[Trajectory], most: int, share: float, seed: int) -> None:
-    capped = narrowed(rows, RftConfig(max_per_problem=most), seed)
-    before, after = (Counter(r.problem_id for r in some) for some in (rows, capped))
+@given(found=experts, most=st.integers(1, 4), share=st.floats(0.05, 1.0), seed=st.integers(0, 9))
+def test_cap_and_share(found: list[Key], most: int, share: float, seed: int) -> None:
+    capped = of(found, ExpertQuery((0,), 0.1, max_per_problem=most, seed=seed))
+    before, after = (Counter(problem for _, _, problem, _ in some) for some in (found, capped))
     assert after == {problem: min(count, most) for problem, count in before.items()}
-    shared = narrowed(rows, RftConfig(max_per_problem=most, share=share), seed)
+    shared = of(found, ExpertQuery((0,), 0.1, max_per_problem=most, share=share, seed=seed))
     assert len(shared) == math.ceil(share * len(capped))
-    assert [r for r in rows if r in shared] == shared
-    assert [r for r in capped if r in shared] == shared
+    assert [key for key in capped if key in shared] == shared
 
 
 def test_draws_are_by_seed_and_stay_when_others_go() -> None:
-    rows = [expert(step, step % 3, sample, 2) for step in range(6) for sample in range(8)]
-    rft = RftConfig(max_per_problem=2)
-    one, two = narrowed(rows, rft, seed=1), narrowed(rows, rft, seed=2)
+    found = [(0, step, "abc"[step % 3], sample) for step in range(6) for sample in range(8)]
+    one, two = (of(found, ExpertQuery((0,), 0.1, max_per_problem=2, seed=seed)) for seed in (1, 2))
     assert one != two
-    assert narrowed([r for r in rows if r.problem_id != "p1"], rft, seed=1) == [r for r in one if r.problem_id != "p1"]
+    left = of([key for key in found if key[2] != "b"], ExpertQuery((0,), 0.1, max_per_problem=2, seed=1))
+    assert left == [key for key in one if key[2] != "b"]
 
 
 def steps(rft: RftConfig) -> None:

@@ -1,9 +1,12 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rloop_mcore.analysis import curves
 from rloop_mcore.analysis.read_run import read_run
+from rloop_mcore.analysis.report import write_report
 
 
 def test_training_runs_over_the_steps_of_all_iterations(rloop_run: Path) -> None:
@@ -39,6 +42,28 @@ def test_vanilla_lies_under_the_same_axis(rloop_run: Path, dapo_run: Path) -> No
     assert curves.validation(dapo, "avg@32").x == [0, 4, 8]
     assert curves.rl_steps(rloop) == curves.rl_steps(dapo) == 8
     assert (curves.iteration_starts(rloop), curves.iteration_starts(dapo)) == ([4], [])
+
+
+def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Iteration 0 ended after 2 of its 4 steps, as the guard has it."""
+    path = make_run(tmp_path / "run", {"base": 0.1, "i0_explore_000002": 0.2, "i1_explore_000004": 0.3})
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["iteration"] == 1 or line["step"] <= 2]
+    shifted = [line | {"global_step": line["global_step"] - 2 * line["iteration"]} for line in kept]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shifted))
+    records = [
+        {"event": "guard", "iteration": 0, "phase": "explore", "step": 2, "policy": "end_phase"},
+        {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip"},
+        {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase"},
+    ]
+    (path / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = read_run(path)
+    assert curves.ended_early(run) == [0]
+    assert curves.training(run, "success_rate").x == [1, 2, 3, 4, 5, 6]
+    assert curves.validation(run, "avg@32").x == [0, 2, 6]
+    assert (curves.rl_steps(run), curves.iteration_starts(run)) == (6, [2])
+    write_report([path], tmp_path / "report.html")
+    assert "6, iteration 1 ended early by the guard" in (tmp_path / "report.html").read_text()
 
 
 def test_by_iteration(rloop_run: Path) -> None:

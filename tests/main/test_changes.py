@@ -15,7 +15,7 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import _TABLE, rule_of, take_changes
 from rloop_mcore.main.run_directory import RunDirectory
 
-EXPLORING = [("done", 0, "base"), ("commit", 0, "explore")]
+EXPLORING = [("done", 0, "base"), ("commit", 0, "explore")]  # up to step 120
 
 
 def configure(run_dir: Path, *overrides: str) -> Config:
@@ -28,7 +28,7 @@ def begun(run_dir: Path, places: Sequence[tuple[str, int, str]] = EXPLORING, *ov
     run.path.mkdir()
     run.config.write_text(to_yaml(configure(run_dir, *overrides)))
     for event, iteration, phase in places:
-        Journal(run.journal).record(event, iteration=iteration, phase=phase)
+        Journal(run.journal).record(event, iteration=iteration, phase=phase, step=120)
     return run
 
 
@@ -98,8 +98,13 @@ def test_a_forced_change_is_a_warning_and_journaled(tmp_path: Path, capsys: pyte
 
 def test_what_cannot_work_is_not_even_forced(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
-    with pytest.raises(UserError, match=r"rl_steps=200, not 100: .* command, or choose another run.dir\."):
+    with pytest.raises(UserError, match=r"rl_steps=200, not 100: 120 steps .* command, or choose another run\.dir\."):
         take_changes(run, configure(run.path, "algorithm.rl_steps=100"), force=True)
+    with pytest.raises(UserError, match=r"rl_steps=200, not 130: .* or add --force\."):
+        take_changes(run, configure(run.path, "algorithm.rl_steps=130"), force=False)
+    take_changes(run, configure(run.path, "algorithm.rl_steps=130"), force=True)
+    Journal(run.journal).record("done", iteration=0, phase="explore", step=120)
+    take_changes(run, configure(run.path, "algorithm.rl_steps=100"), force=True)
 
 
 @pytest.mark.parametrize(

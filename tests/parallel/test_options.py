@@ -1,4 +1,4 @@
-"""Every option of an update against its formula in transformers and autograd, phases, non-finite losses, replay."""
+"""Every option of an update against its formula in transformers and autograd, phases, skipped updates, replay."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
     for layout_name, layout in LAYOUTS.items():
         add(f"{layout_name}, fine_tune", "fine_tune", dense, layout)
+        add(f"{layout_name}, gate", "gate", dense, layout)
         add(f"{layout_name}, phases", "phases", dense, layout, {"kl_coefficient": 0.1})
     for layout_name, option in WHAT:
         add(f"{layout_name}, {option}", "update", dense, LAYOUTS[layout_name], UPDATES[option])
@@ -114,6 +115,19 @@ def test_a_non_finite_loss_leaves_the_weights_and_is_counted(results: dict[str, 
     assert result["not finite"]["skipped"] == 1.0
     assert tensor_distance(result["after"], result["second"]) == 0.0
     assert result["sound"]["skipped"] == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_update_over_the_gate_leaves_no_trace_on_any_rank(results: dict[str, dict[str, Any]], layout: str) -> None:
+    result = results[f"{layout}, gate"]
+    large, sound = result["ranks"][0]
+    assert all(rank == [large, sound] for rank in result["ranks"])
+    assert (large[1], sound[1]) == (1.0, 0.0)
+    assert sound[0] < result["gate"] < large[0] < float("inf")
+    assert tensor_distance(result["after"], result["before"]) == 0.0
+    # Adam's state too is what it was
+    assert tensor_distance(result["gated"], result["plain"]) == 0.0
+    assert tensor_distance(result["gated"], result["before"]) > 1e-3
 
 
 @contextmanager

@@ -77,6 +77,25 @@ def phases(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     return result
 
 
+def gate(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """Two updates, and the same with one between them whose gradient norm is over `skip_grad`."""
+    large = [replace(row, advantage=100 * row.advantage) for row in experiences(1)]
+    actor.begin(folder, LEARNING, 3)
+    norms = [actor.update(experiences(seed))["grad_norm"] for seed in (0, 2)]
+    plain = whole(actor)
+    actor.begin(folder, replace(LEARNING, skip_grad=2 * max(norms)), 3)
+    actor.update(experiences(0))
+    before = whole(actor)
+    metrics = actor.update(large)
+    after = whole(actor)
+    sound = actor.update(experiences(2))
+    mine = [(m["grad_norm"], m["skipped"]) for m in (metrics, sound)]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    weights = {"plain": plain, "before": before, "after": after, "gated": whole(actor)}
+    return weights | {"gate": 2 * max(norms), "ranks": ranks}
+
+
 def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     """Choices of experts are recorded; then every router is turned round and some trajectories are trained on."""
     batch = experiences(0)
@@ -91,7 +110,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     return {"recorded": recorded, "gradients": gradients, "free": actor.logprobs([r.trajectory for r in batch], False)}
 
 
-TASKS = {task.__name__: task for task in (update, fine_tune, phases, replay)}
+TASKS = {task.__name__: task for task in (update, fine_tune, phases, gate, replay)}
 
 
 def main() -> None:

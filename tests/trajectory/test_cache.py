@@ -1,12 +1,14 @@
 """The cache against plain Python over the same trajectories."""
 
 import importlib.util
+import json
 import os
 import struct
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trajectory_rows import phases, step_rows, trajectories
 
+from rloop_mcore.algorithm.experts import drawn
 from rloop_mcore.algorithm.hard_problems import is_hard
 from rloop_mcore.errors import UserError
-from rloop_mcore.trajectory import reader, writer
+from rloop_mcore.trajectory import experts, reader, selection, writer
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.trajectory.schema import SCHEMA, from_table, to_table
+from rloop_mcore.trajectory.schema import KEY, SCHEMA, from_table, to_table
+from rloop_mcore.types import Example, ExpertQuery, Times
 
 
 def key(row):
@@ -39,21 +43,28 @@ def fill(directory, rows, cuts=()):
     return TrajectoryCache(directory)
 
 
-def plain_experts(rows, iteration, threshold, deduplicate):
+def plain_experts(rows, query):
     outcomes = defaultdict(list)
     for row in rows:
-        if row.iteration == iteration:
-            outcomes[row.problem_id].append(row.correct)
+        outcomes[row.iteration, row.problem_id].append(row.correct)
     experts, seen = [], set()
     for row in sorted(rows, key=key):
-        verdicts = outcomes[row.problem_id]
-        if row.iteration != iteration or not row.correct or not is_hard(sum(verdicts), len(verdicts), threshold):
+        verdicts, threshold = outcomes[row.iteration, row.problem_id], query.hard_threshold
+        if row.iteration not in query.iterations or not row.correct or len(row.response_ids) < query.min_tokens:
             continue
-        if deduplicate and (row.problem_id, row.response_ids) in seen:
+        if threshold is not None and not is_hard(sum(verdicts), len(verdicts), threshold):
+            continue
+        if query.steps and not query.steps[0] <= row.step <= query.steps[1]:
+            continue
+        if query.deduplicate and (row.problem_id, row.response_ids) in seen:
             continue
         seen.add((row.problem_id, row.response_ids))
         experts.append(row)
-    return experts
+    return [experts[position] for position in drawn([key(row) for row in experts], query)]
+
+
+def selected(cache, query):
+    return from_table(selection.select_experts(cache.directory, cache._shards, query))
 
 
 def plain_digest(rows):
@@ -72,20 +83,67 @@ def plain_digest(rows):
     return total.hexdigest()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    cuts=st.lists(st.integers(0, 80), max_size=3),
-    iteration=st.integers(0, 2),
-    threshold=st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.5, 1.0]),
+queries = st.builds(
+    ExpertQuery,
+    iterations=st.sampled_from([(0,), (1,), (2,), (0, 1)]),
+    hard_threshold=st.sampled_from([None, 0.1, 0.2, 0.25, 0.3, 0.5, 1.0]),
     deduplicate=st.booleans(),
+    steps=st.sampled_from([(), (0, 1), (1, 4)]),
+    min_tokens=st.integers(0, 2),
+    max_per_problem=st.integers(0, 2),
+    share=st.sampled_from([1.0, 0.5]),
 )
-def test_selection_equals_a_plain_pass(seed, cuts, iteration, threshold, deduplicate):
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 80), max_size=3), query=queries)
+def test_selection_equals_a_plain_pass(seed, cuts, query):
     rows = phases(seed)
     with TemporaryDirectory() as folder:
         cache = fill(Path(folder), rows, cuts)
-        expected = plain_experts(rows, iteration, threshold, deduplicate)
-        assert cache.select_experts(iteration, threshold, deduplicate) == expected
+        expected = plain_experts(rows, query)
+        assert selected(cache, query) == expected
+        assert cache.count_experts(query) == len(expected)
+
+
+def test_an_expert_set_is_written_with_its_lineage(tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "_ROWS", 3)
+    rows, query = phases(seed=5), ExpertQuery((0,), hard_threshold=None, deduplicate=False)
+    cache, folder = fill(tmp_path / "cache", rows, cuts=[30, 60]), tmp_path / "experts" / "i0"
+    expected = plain_experts(rows, query)
+    assert len(expected) > 3
+    counts = {"experts": len(expected), "problems": len({row.problem_id for row in expected})}
+    assert cache.write_experts(query, folder) == counts
+
+    found = cache.experts(folder)
+    assert list(found) == [Example(row.prompt_ids, row.response_ids, 1.0) for row in expected]
+    assert (found[-1], found[1:3]) == (list(found)[-1], list(found)[1:3])
+    with pytest.raises(IndexError):
+        found[len(found)]
+    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    assert [row for table in tables for row in from_table(table)] == expected
+    assert all(len(table) <= 3 for table in tables)
+
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert ExpertQuery(**{**lineage["query"], "iterations": (0,), "steps": ()}) == query
+    assert lineage["query"]["iterations"] == [0]
+    asked = [shard for shard in cache._shards if shard.first[0] == 0]
+    assert [(s["name"], s["sha256"]) for s in lineage["cache"]] == [(s.name, s.sha256) for s in asked]
+    assert {name: lineage[name] for name in counts} == counts
+
+
+def test_an_empty_expert_set(tmp_path):
+    cache = fill(tmp_path / "cache", [replace(row, correct=False) for row in step_rows(0, 0)])
+    assert cache.write_experts(ExpertQuery((0,), 0.1), tmp_path / "experts") == {"experts": 0, "problems": 0}
+    assert list(cache.experts(tmp_path / "experts")) == []
+
+
+def test_a_damaged_expert_set_is_named(tmp_path):
+    cache, folder = fill(tmp_path / "cache", phases(seed=5)), tmp_path / "experts"
+    cache.write_experts(ExpertQuery((0,), None), folder)
+    (folder / "shard-000000.parquet").unlink()
+    with pytest.raises(UserError, match=r"the expert set .* is damaged: shard-000000\.parquet is missing"):
+        cache.experts(folder)
 
 
 @settings(max_examples=20, deadline=None)
@@ -105,11 +163,35 @@ def test_a_shard_gives_back_every_field_bit_by_bit(rows):
         path = Path(folder) / "shard.parquet"
         shard = writer.write_shard(path, rows) if rows else None
         back = from_table(reader.ShardFile(path.parent, shard).read(SCHEMA.names)) if shard else []
-    assert back == sorted(rows, key=key)
+    assert back == writer.stored_order(rows)
+    assert sorted(back, key=key) == sorted(rows, key=key)
     assert [struct.pack("<d", row.reward) for row in back] == [
-        struct.pack("<d", row.reward) for row in sorted(rows, key=key)
+        struct.pack("<d", row.reward) for row in writer.stored_order(rows)
     ]
-    assert from_table(to_table(rows)) == back
+
+
+def test_rare_successes_come_first():
+    wins = {"p0": 3, "p1": 0, "p2": 1, "p3": 4}
+    rows = [replace(row, correct=row.sample < wins[row.problem_id]) for row in step_rows(0, 0)]
+    stored = [(row.problem_id, row.sample) for row in writer.stored_order(rows)]
+    right = [("p2", 0), *(("p0", n) for n in range(3)), *(("p3", n) for n in range(4))]
+    wrong = [("p0", 3), *(("p1", n) for n in range(4)), *(("p2", n) for n in range(1, 4))]
+    assert stored == right + wrong
+
+
+def test_times_are_beside_the_shards(tmp_path):
+    started = datetime(2026, 11, 26, 23, 59, 59, 250_000, tzinfo=UTC)
+    times = Times(started.timestamp(), 1.5, 0.25)
+    rows = [replace(row, times=times if row.sample else Times()) for row in step_rows(0, 0)]
+    cache = fill(tmp_path / "cache", rows)
+    table = pq.read_table(tmp_path / "cache" / "times" / "shard-000000.parquet")
+    found = {tuple(row[name] for name in KEY): row for row in table.to_pylist()}
+    assert set(found) == {key(row) for row in rows}
+    late = found[key(rows[1])]
+    assert (late["started"], late["generate_s"], late["grade_s"]) == (started, 1.5, 0.25)
+    assert cache.digest() == fill(tmp_path / "other", [replace(row, times=Times()) for row in rows]).digest()
+    cache.keep_only([])
+    assert list((tmp_path / "cache" / "times").iterdir()) == []
 
 
 def test_logprobs_are_kept_as_float32():
@@ -120,8 +202,11 @@ def test_logprobs_are_kept_as_float32():
 
 def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "ROW_GROUP", 8)
-    rows = [replace(row, correct=False) for row in step_rows(0, 0, problems=20, group=16)]
-    rows[37] = replace(rows[37], correct=True)
+    wins = {"p1": 1, "p2": 1, "p3": 9, "p4": 16}
+    rows = [
+        replace(row, correct=15 - row.sample < wins.get(row.problem_id, 0))
+        for row in step_rows(0, 0, problems=20, group=16)
+    ]
     cache = fill(tmp_path / "cache", rows)
     read = []
     original = reader.ShardFile._read
@@ -133,9 +218,10 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
             original(self, groups, columns),
         )[1],
     )
-    assert [key(row) for row in cache.select_experts(0, 0.1, True)] == [key(rows[37])]
-    position = sorted(map(key, rows)).index(key(rows[37]))
-    assert [groups for groups, tokens in read if tokens] == [[position // 8]]
+    hard = [row for row in rows if row.correct and row.problem_id in ("p1", "p2")]
+    assert selected(cache, ExpertQuery((0,), 0.1)) == sorted(hard, key=key)
+    # Their two successes are the rarest in the step: they are in the first row group, and nothing else is read.
+    assert [groups for groups, tokens in read if tokens] == [[0]]
 
 
 def test_digest_sees_content_and_not_versions_or_shards(tmp_path):
@@ -213,6 +299,7 @@ def test_other_tools_open_the_shards(tmp_path, tool):
         import pandas
 
         frame = pandas.concat(pandas.read_parquet(path) for path in sorted(tmp_path.glob("*.parquet")))
+        frame = frame.sort_values(list(KEY))
         found = frame[["problem_id", "response_ids", "logprobs", "correct"]].itertuples(index=False)
     assert [(p, tuple(ids), tuple(map(float, logprobs)), bool(ok)) for p, ids, logprobs, ok in found] == [
         (row.problem_id, row.response_ids, row.logprobs, row.correct) for row in rows

@@ -9,6 +9,7 @@ from trajectory_rows import step_rows
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import ExpertQuery
 
 FILE_OPERATIONS = ["replace", "fsync", "unlink", "open"]
 
@@ -82,7 +83,8 @@ def test_killed_anywhere_in_a_seal_the_cache_holds_what_was_sealed_before_or_als
         assert opened.digest() == reference[opened.count() // 16]
         # the journal names the first two: the resumed run keeps those and does the step again
         opened.keep_only(names)
-        assert sorted(p.name for p in snapshot.iterdir()) == ["manifest.json", *names]
+        assert sorted(p.name for p in snapshot.iterdir()) == ["manifest.json", *names, "times"]
+        assert sorted(p.name for p in (snapshot / "times").iterdir()) == names
         assert opened.digest() == reference[2]
         opened.append(step_rows(0, 2))
         opened.seal()
@@ -104,7 +106,8 @@ def test_killed_anywhere_in_keep_only_it_can_be_done_again(tmp_path, monkeypatch
         assert opened.digest() in (reference[4], reference[2])
         opened.keep_only([names[0], names[1]])
         assert TrajectoryCache(snapshot).digest() == reference[2]
-        assert sorted(p.name for p in snapshot.iterdir()) == ["manifest.json", *names[:2]]
+        assert sorted(p.name for p in snapshot.iterdir()) == ["manifest.json", *names[:2], "times"]
+        assert sorted(p.name for p in (snapshot / "times").iterdir()) == names[:2]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -148,6 +151,9 @@ def test_shards_are_fsynced_and_renamed_before_the_manifest(tmp_path, monkeypatc
     temporary = f".tmp-{os.getpid()}-"
     assert events == [
         ("fsync", tmp_path.name),
+        ("fsync", temporary + "shard-000000.parquet"),
+        ("replace", "shard-000000.parquet"),
+        ("fsync", "times"),
         ("fsync", temporary + "shard-000000.parquet"),
         ("replace", "shard-000000.parquet"),
         ("fsync", "cache"),
@@ -210,7 +216,7 @@ def test_an_unreadable_shard_is_named_by_a_query(tmp_path):
     path = tmp_path / names[2]
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(UserError, match=names[2]):
-        TrajectoryCache(tmp_path).select_experts(0, 0.1, True)
+        TrajectoryCache(tmp_path).count_experts(ExpertQuery((0,), 0.1))
 
 
 def test_every_changed_byte_of_the_manifest_is_found_at_open(tmp_path):

@@ -19,7 +19,8 @@ from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.main.cache import summary
 from rloop_mcore.main.cli import main
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.types import Trajectory
+from rloop_mcore.trajectory.writer import stored_order
+from rloop_mcore.types import ExpertQuery, Trajectory
 
 
 def sealed(directory: Path, rows: list[Trajectory], cut: int) -> TrajectoryCache:
@@ -85,7 +86,7 @@ def test_the_summary_has_a_line_a_phase(tmp_path: Path) -> None:
         assert line[:2] == [str(iteration), str(len({row.step for row in mine}))]
         assert line[2:4] == [str(len(mine)), "5"]
         assert line[4] == f"{sum(row.correct for row in mine) / len(mine):.1%}"
-        assert line[6] == str(len(cache.select_experts(iteration, 0.3, True)))
+        assert line[6] == str(cache.count_experts(ExpertQuery((iteration,), 0.3)))
         assert len(line[7]) == 10
     assert len(lines) == 2
 
@@ -94,10 +95,11 @@ def test_rows_as_text_and_as_json_lines(run: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "rows.jsonl"
     assert main(["cache", str(run), "--show", "1", "--export", str(out), "--problem", "p2"]) == 0
     printed = capsys.readouterr().out
-    assert "iteration 0, step 0, p2, sample 0" in printed
-    wanted = [row for row in step_rows(0, 0) + step_rows(0, 1) if row.problem_id == "p2"]
+    wanted = [row for step in (0, 1) for row in stored_order(step_rows(0, step)) if row.problem_id == "p2"]
+    assert f"iteration 0, step 0, p2, sample {wanted[0].sample}" in printed
     exported = [json.loads(line) for line in out.read_text().splitlines()]
-    assert exported == json.loads(json.dumps([asdict(row) for row in wanted]))
+    expected = [{name: value for name, value in asdict(row).items() if name != "times"} for row in wanted]
+    assert exported == json.loads(json.dumps(expected))
 
 
 def test_a_damaged_shard_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,11 @@ select * exclude (copy) from hit where copy = 1 order by iteration, step, proble
 
 
 def ours(cache: Path) -> int:
-    """The experts, as trajectories; returns how many."""
+    """The experts, as an Arrow table; returns how many."""
     from rloop_mcore.trajectory.cache import TrajectoryCache
+    from rloop_mcore.types import ExpertQuery
 
-    return len(TrajectoryCache(cache).select_experts(0, THRESHOLD, deduplicate=True))
+    return TrajectoryCache(cache).count_experts(ExpertQuery((0,), THRESHOLD))
 
 
 def duckdb(cache: Path) -> int:
