@@ -193,7 +193,10 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 1  # RL steps (or fine-tuning updates) between commits
-    keep: int = 1  # resumable checkpoints kept; the policies that were evaluated are all kept
+    keep: int = 1  # resumable checkpoints kept
+    # evaluated policies kept, the best by validation Avg@N, beside every theta and `policy_steps`; 0: all
+    keep_best: int = 0
+    policy_steps: list[int] = field(default_factory=list)  # RL steps of each exploration whose policies are kept too
     asynchronous: bool = False  # write while training goes on; the commit follows at the next one
 
 
@@ -219,6 +222,8 @@ class ClusterConfig:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # CPU threads a process; 0: cores / processes
     collective_timeout_s: float = 3600.0  # a rank waits this long for the others
+    job_end: str | None = None  # ISO time or Unix seconds: the run checkpoints before and exits 75; null: as Slurm says
+    stop_margin_s: float = 120.0  # before job_end, for the last checkpoint and the way out
 
 
 @dataclass

@@ -10,6 +10,9 @@ seconds) is for people, nothing is decided by it. Events with a meaning here, ot
     policy  iteration, path, digest      theta_iteration, an HF folder; `path` is relative to the journal's folder
     commit  iteration, phase, step, ...  everything up to this step of the phase is durable; the newest one counts
     done    iteration, phase, ...        the phase is finished
+    measured  name, path, metrics, ...   a policy was saved and, where there is validation, evaluated
+    removed paths                        policies that earlier records name and that are gone (`checkpoint.keep_best`)
+    changed keys, forced                 what a resume has changed of the configuration, and which keys by force
 
 A record is on disk before `record` returns, and what it names must be on disk before it is recorded. So a crash can
 damage the last line only, and that line was never relied on: it is dropped. A bad line before it is damage by

@@ -15,6 +15,7 @@ from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.errors import DiskFull, Fault
 from rloop_mcore.journal import Journal
+from rloop_mcore.keeping import removable, removed
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.space import Space, bytes_of
@@ -68,10 +69,12 @@ class RunState:
             named.add(record.get("path"))
             if record["event"] == "measured":
                 named |= {f"evaluation/{record['name']}.{suffix}" for suffix in ("json", "parquet")}
+        named -= removed(self.journal.records)
         for folder in ("checkpoints", "policies", "evaluation", "experts"):
             for path in (self.directory / folder).glob("*"):
                 if f"{folder}/{path.name}" not in named:
                     _remove(path)
+        self._remove_policies()
 
     def seed(self, purpose: str, iteration: int) -> int:
         """The seed of a draw that happens once an iteration."""
@@ -118,13 +121,18 @@ class RunState:
         stopping = self.stop_requested()
         every = self.config.evaluation.every
         measured_next = phase == "explore" and every and step % every == 0
+        kept = phase == "explore" and step in self.config.checkpoint.policy_steps
         needed_now = stopping or measured_next or step == total or self._streak.is_due(guard.patience)
-        if not (needed_now or step % self.config.checkpoint.every == 0):
+        if not (needed_now or kept or step % self.config.checkpoint.every == 0):
             return
         self._commit_pending()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
         known = {shard for record in self.journal.records for shard in record.get("shards", ())}
         shards = self.space.write("the trajectory cache", self.cache.seal)
+        policy = {}
+        if kept and not measured_next and step < total:  # else it is measured, and kept for that
+            saved = self.save_policy(_measurement(phase, iteration, step))
+            policy = {"path": self._name(saved.path), "digest": saved.digest}
         pending = {
             "iteration": iteration,
             "phase": phase,
@@ -134,6 +142,7 @@ class RunState:
             "position": self.position,
             "metrics_offset": self._metrics_offset(),
             "streak": asdict(self._streak),
+            **policy,
         }
         if needed_now or not self.config.checkpoint.asynchronous:
             self.space.write(name, lambda: self._checkpoint(name), self._checkpoint_bytes)
@@ -203,6 +212,7 @@ class RunState:
     def finish(self, iteration: int, phase: str, **facts: Any) -> None:
         """Record that a phase of an iteration is complete."""
         self._record("done", iteration=iteration, phase=phase, **facts)
+        self._remove_policies()
 
     def sync(self, iteration: int, step: int) -> dict[str, float]:
         """Bring the engines to the actor's weights: the policy after `step` RL steps of `iteration`.
@@ -274,7 +284,7 @@ class RunState:
         if any(record["event"] == "measured" and record["name"] == name for record in self.journal.records):
             return
         if policy is None:
-            policy = self.save_policy(name)
+            policy = self._kept(name) or self.save_policy(name)
         metrics: dict[str, float] = {}
         if self.evaluator is not None:
             if phase != "explore":
@@ -294,6 +304,23 @@ class RunState:
             metrics=metrics,
             metrics_offset=self._metrics_offset(),
         )
+        self._remove_policies()
+
+    def _kept(self, name: str) -> Policy | None:
+        """What a commit has kept as `policies/{name}`, for `checkpoint.policy_steps`."""
+        path = f"policies/{name}"
+        commits = (record for record in self.journal.records if record["event"] == "commit")
+        return next((Policy(self.directory / path, r["digest"]) for r in commits if r.get("path") == path), None)
+
+    def _remove_policies(self) -> None:
+        """Remove the policies that `checkpoint.keep_best` leaves no place for.
+
+        The journal says so first: of what it calls removed, `recover` discards whatever a kill left.
+        """
+        if paths := removable(self.journal, self.config.checkpoint):
+            self._record("removed", paths=paths)
+            for path in paths:
+                _remove(self.directory / path)
 
     def _name(self, path: Path) -> str:
         """A path as files name it: relative to the run directory, so that a run can be moved, where it lies inside."""

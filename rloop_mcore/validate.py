@@ -78,8 +78,10 @@ _NOT_NEGATIVE = (
     "rollout.overprovision",
     "evaluation.every",
     "evaluation.temperature",
+    "checkpoint.keep_best",
     "reward.workers",
     "cluster.threads",
+    "cluster.stop_margin_s",
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")
@@ -167,6 +169,15 @@ def _check_algorithm(config: Config) -> None:
     for k in evaluation.k:
         if not 1 <= k <= evaluation.samples:
             raise UserError(f"evaluation.k holds {k}: pass@k needs 1 <= k <= evaluation.samples={evaluation.samples}.")
+    for step in config.checkpoint.policy_steps:
+        if not 1 <= step <= algorithm.rl_steps:
+            raise UserError(
+                f"checkpoint.policy_steps holds {step}: a step is from 1 to algorithm.rl_steps={algorithm.rl_steps}."
+            )
+    if config.checkpoint.keep_best and config.data.validation is None:
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.validation: it says which are the best."
+        )
     if algorithm.iterations == 0 and config.sft.demonstrations is None:
         raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"feed", "journal", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
+RUN = {"feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "algorithm": {"types"},
     **dict.fromkeys(ROOMS, SHARED),
     "journal": SHARED,
+    "keeping": SHARED | {"journal"},
     "progress": set(),
     "tracking": SHARED | {"progress"},
     "compose": {"config", "errors"},

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from rloop_mcore import space
+from rloop_mcore import run_state, space
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
 from rloop_mcore.errors import DiskFull, Fault
@@ -285,22 +285,50 @@ def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None
 DEMONSTRATIONS = [Example((1,), (n,)) for n in range(3)]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("every", [1, 2])
+def events(directory: Path, event: str) -> list[dict[str, Any]]:
+    return [record for record in Journal(directory / "journal.jsonl").records if record["event"] == event]
+
+
+def missing(directory: Path) -> set[str]:
+    """Policies that the journal names, does not call removed, and that are not there whole."""
+    named = {record.get("path") for record in Journal(directory / "journal.jsonl").records}
+    gone = {path for record in events(directory, "removed") for path in record["paths"]}
+    policies = {path for path in named - gone if str(path).startswith("policies/")}
+    return {path for path in policies if not (directory / path / "number").exists()}
+
+
+KEEPING = ["checkpoint.keep_best=1", "checkpoint.policy_steps=[1]", "data.validation=v"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["checkpoint.every=1"],
+        ["checkpoint.every=1", "checkpoint.asynchronous=true"],
+        ["checkpoint.every=2"],
+        ["checkpoint.every=2", "checkpoint.asynchronous=true"],
+        [*KEEPING, "checkpoint.every=2", "checkpoint.asynchronous=true"],
+        [*KEEPING, "algorithm.reset=false"],
+        [*KEEPING, "rft.enabled=false"],
+    ],
+    ids=" ".join,
+)
 def test_a_kill_before_any_change_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, asynchronous: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
-    config = configure(f"checkpoint.every={every}", f"checkpoint.asynchronous={asynchronous}", "sft.batch_size=1")
+    config = configure(*overrides, "sft.batch_size=1")
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # what a kill leaves, the system keeps: it only costs time here
 
     whole, copies = tmp_path / "whole", tmp_path / "copies"
     kills = Kills(whole, copies)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", kills.before(shutil.rmtree))
+        patch.setattr(run_state, "_remove", kills.before(run_state._remove))
         start(whole, config, kills, demonstrations=DEMONSTRATIONS)
     expected = facts(whole)
-    assert kills.count > 80
+    assert kills.count > 70
     for directory in sorted(copies.iterdir()):
+        assert not missing(directory), f"kill before change {directory.name}"
         start(directory, config, demonstrations=DEMONSTRATIONS)
         assert facts(directory) == expected, f"kill before change {directory.name}"
 
@@ -382,6 +410,74 @@ def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:
         start(tmp_path / "run", configure(), stop=lambda: next(answers, False))
     start(tmp_path / "run", configure("checkpoint.keep=4"))
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
+
+
+def folders(directory: Path) -> set[str]:
+    return {path.name for path in (directory / "policies").iterdir()}
+
+
+def averages(directory: Path) -> dict[str, float]:
+    return {record["name"]: record["metrics"]["avg@1"] for record in events(directory, "measured")}
+
+
+def test_of_the_measured_policies_the_best_are_kept(tmp_path: Path) -> None:
+    """Beside every theta; an RL endpoint that is not among them goes when its iteration's exploitation is done."""
+    start(tmp_path / "run", configure("checkpoint.keep_best=2", "data.validation=v"))
+    by_average = averages(tmp_path / "run")
+    del by_average["base"]
+    best = sorted(by_average, key=lambda name: -by_average[name])[:2]
+    expected = {name for name in best if "explore" in name} | {"theta_1", "theta_2"}
+    assert folders(tmp_path / "run") == expected
+    gone = {path for record in events(tmp_path / "run", "removed") for path in record["paths"]}
+    assert {f"policies/{name}" for name in by_average if "explore" in name and name not in best} == gone
+    assert len(gone) > 1
+    assert len(list((tmp_path / "run" / "evaluation").glob("*.json"))) == 7
+
+
+def test_the_endpoint_is_there_while_something_may_start_from_it(tmp_path: Path) -> None:
+    overrides = [*KEEPING, "algorithm.reset=false", "checkpoint.policy_steps=[]"]
+    actor = start(tmp_path / "run", configure(*overrides))
+    endpoints = [name for name in actor.begun if "explore_000003" in name]
+    assert endpoints == ["i0_explore_000003", "i1_explore_000003"]
+    assert not set(endpoints) <= folders(tmp_path / "run")
+
+
+def test_policies_of_chosen_steps_are_kept_measured_or_not(tmp_path: Path) -> None:
+    start(tmp_path / "run", configure("checkpoint.keep_best=1", "checkpoint.policy_steps=[1,2]", "data.validation=v"))
+    chosen = {f"i{iteration}_explore_{step:06d}" for iteration in (0, 1) for step in (1, 2)}
+    assert chosen <= folders(tmp_path / "run")
+    numbers = {(tmp_path / "run" / "policies" / name / "number").read_text() for name in chosen}
+    assert len(numbers) == 4
+    assert not any("000001" in name for name in averages(tmp_path / "run"))
+
+
+def test_a_policy_that_a_commit_has_kept_is_measured_as_it_is(tmp_path: Path) -> None:
+    """Saved again, a kill amid it would leave half of what the journal names."""
+    saved: list[str] = []
+
+    class Watched(NumberActor):
+        def save_policy(self, path: Path) -> Policy:
+            saved.append(path.name)
+            return super().save_policy(path)
+
+    answers = iter([True])
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run", configure(*KEEPING), stop=lambda: next(answers), actor=Watched())
+    start(tmp_path / "run", configure(*KEEPING, "evaluation.every=1"), actor=Watched())
+    assert "i0_explore_000001" in averages(tmp_path / "run")
+    assert saved.count("i0_explore_000001") == 1
+
+
+def test_what_is_kept_may_change_after_a_restart(tmp_path: Path) -> None:
+    """Fewer: the others go at once. More: what is gone stays gone, and nothing misses it."""
+    start(tmp_path / "run", configure())
+    assert len(folders(tmp_path / "run")) == 6
+    start(tmp_path / "run", configure("checkpoint.keep_best=1", "data.validation=v"))
+    kept = folders(tmp_path / "run")
+    assert {"theta_1", "theta_2"} <= kept
+    assert len(kept) <= 3
+    start(tmp_path / "run", configure("checkpoint.keep_best=6", "data.validation=v"))
+    assert folders(tmp_path / "run") == kept
 
 
 def test_a_checkpoint_removed_by_half_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

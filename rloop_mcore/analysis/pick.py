@@ -1,22 +1,16 @@
-"""The one rule by which validation picks a run's checkpoint, and the checkpoints that stand beside it."""
+"""The checkpoint that validation picks of a run's, and the checkpoints that stand beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rloop_mcore.algorithm.best_checkpoint import best_first
 from rloop_mcore.analysis.read_run import Evaluation
-
-RULE = "the highest validation Avg@N of all evaluated checkpoints, RL and RFT alike; of equals the earlier"
 
 
 def pick(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The checkpoint with the highest validation Avg@N; of equals the earlier one (RLoop section 5.1).
-
-    `evaluations` are in the order of training. RL and RFT checkpoints are treated alike; theta_0 is not a result of
-    the run and is picked only where nothing else was evaluated. None without evaluations.
-    """
-    trained = [evaluation for evaluation in evaluations if evaluation.phase != "base"]
-    return max(trained or evaluations, key=lambda evaluation: evaluation.average, default=None)
+    """The first by `algorithm.best_checkpoint`; `evaluations` are in the order of training. None without any."""
+    return next(iter(best_first(evaluations)), None)
 
 
 def base(evaluations: Sequence[Evaluation]) -> Evaluation | None:

@@ -45,6 +45,11 @@ class Run:
     evaluations: list[Evaluation]  # in the order of training
     journal: list[dict[str, Any]]
 
+    @property
+    def removed(self) -> set[str]:
+        """The policies (as evaluations name them) that `checkpoint.keep_best` did not keep."""
+        return {path for record in self.journal if record.get("event") == "removed" for path in record["paths"]}
+
 
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises UserError if it isn't one, or if a file of it is damaged."""

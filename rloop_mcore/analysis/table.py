@@ -10,11 +10,13 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rloop_mcore.algorithm.best_checkpoint import RULE
 from rloop_mcore.analysis.curves import checkpoint_label
-from rloop_mcore.analysis.pick import RULE, base, last_rl_policy, last_theta, pick
+from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
 from rloop_mcore.analysis.read_run import Evaluation, Run, average_key, pass_keys
 
 INTERVALS = "Percent, with 95 % bootstrap intervals over problems in brackets."
+_REMOVED = " (removed)"
 _ARMS = {"base": "Base", "dapo": "DAPO", "rloop": "RLoop"}
 
 
@@ -63,6 +65,8 @@ def validation_table(runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     note = f"The picked checkpoint has {RULE}. It was picked on these very problems, so its row is optimistic."
+    if any(row.checkpoint.endswith(_REMOVED) for row in [*rows, *others]):
+        note += " A removed checkpoint was measured, but its weights were not kept (checkpoint.keep_best)."
     return Table("Validation problems", f"{note} {INTERVALS}", _columns(rows), rows, others)
 
 
@@ -110,10 +114,14 @@ def _row(name: str, arm: dict[str, Any]) -> Row:
 
 def _rows(run: Run, found: dict[str, Evaluation | None]) -> list[Row]:
     return [
-        Row(f"{run.name}, {role}", checkpoint_label(evaluation), evaluation.metrics)
+        Row(f"{run.name}, {role}", _checkpoint(run, evaluation), evaluation.metrics)
         for role, evaluation in found.items()
         if evaluation is not None
     ]
+
+
+def _checkpoint(run: Run, evaluation: Evaluation) -> str:
+    return checkpoint_label(evaluation) + (_REMOVED if evaluation.policy in run.removed else "")
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, e.g. algorithm.rl_steps=100")
+    train.add_argument(
+        "--force", action="store_true", help="resume although a changed key makes it another run; the journal says so"
+    )
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "train":
             from rloop_mcore.main.train import train
 
-            return train(options.overrides)
+            return train(options.overrides, options.force)
         if options.command == "evaluate":
             from rloop_mcore.main.evaluate import evaluate
 

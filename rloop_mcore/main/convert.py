@@ -15,6 +15,7 @@ import torch
 from rich.filesize import decimal
 
 from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.main.run_directory import check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
@@ -30,6 +31,7 @@ _MB = 1e6
 def convert(options: argparse.Namespace) -> int:
     """Plan, say what the plan is, convert. Raises UserError before anything is written, Fault where it goes wrong."""
     source, target = options.source, options.target
+    check_not_removed(source)
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give a Hugging Face folder or a Megatron checkpoint.")
     torch.set_num_threads(1)  # the threads are the conversion's own

@@ -21,6 +21,7 @@ from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.run_directory import check_not_removed
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
@@ -80,6 +81,7 @@ def _config(options: argparse.Namespace) -> Config:
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
     validate.check_values(config)
+    check_not_removed(options.policy)
     validate.check_model(config, options.policy)
     catalogue(options.policy)
     if options.json is not None and not (options.json.absolute().parent.is_dir() and not options.json.is_dir()):

@@ -17,6 +17,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
+from rloop_mcore.main.deadline import stop_requests
 from rloop_mcore.main.engines import start_servers, weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.protocols import Actor, Rewards, Rollout
@@ -105,9 +106,8 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             lambda done, total: tracker.show("evaluation", done, total),
         )
     cache = TrajectoryCache(run.cache.resolve())
-    state = RunState(
-        config, directory, journal, actor, rollout, cache, evaluator, tracker, run.stop_requested, timeline
-    )
+    must_stop = stop_requests(config.cluster, run)
+    state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, must_stop, timeline)
     state.recover()
     rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop, timeline)
     try:

@@ -15,6 +15,8 @@ from typing import Any
 from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
+from rloop_mcore.keeping import best, removed
 from rloop_mcore.platform.files import write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
@@ -95,11 +97,14 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def request_stop(self) -> None:
-        (self.path / "stop").touch()
+    def request_stop(self, why: str) -> None:
+        (self.path / "stop").write_text(why)
 
     def stop_requested(self) -> bool:
         return (self.path / "stop").exists()
+
+    def stop_reason(self) -> str:
+        return (self.path / "stop").read_text()
 
     def write_ending(self, code: int, message: str, report: str = "") -> None:
         """How the run ended; `report` (a traceback) makes it a fault that people can read about."""
@@ -119,6 +124,20 @@ class RunDirectory:
 
     def log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def check_not_removed(policy: Path) -> None:
+    """Raises UserError where `policy` is the folder of a policy that its run has not kept."""
+    run = RunDirectory(policy.absolute().parent.parent)
+    if policy.exists() or not run.journal.exists():
+        return
+    records = Journal(run.journal).records
+    if f"policies/{policy.name}" in removed(records):
+        picked = best(records)
+        raise UserError(
+            f"{policy} was removed: checkpoint.keep_best of that run kept better ones"
+            + (f", the best is {run.path / picked.path}." if picked else ".")
+        )
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from rloop_mcore.journal import Journal
+from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
@@ -36,6 +37,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     cache = TrajectoryCache(run.cache) if run.cache.is_dir() else None
     return {
         "state": _state(run, finished),
+        "message": (run.ending() or {}).get("message") or None,
         "iteration": place["iteration"] if place else 0,
         "phase": place["phase"] if place else "base",
         "step": place.get("step", 0) if place else 0,
@@ -45,10 +47,19 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
             "trajectories": cache.count() if cache else 0,
             "digest": cache.digest() if cache else None,
         },
+        "best": _best(run, records),
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
         "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],
         "metrics": _last_metrics(run.path / "metrics.jsonl"),
     }
+
+
+def _best(run: RunDirectory, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The checkpoint that validation picks of those so far."""
+    found = best(records)
+    if found is None:
+        return None
+    return {"name": found.name, "path": str(run.path / found.path), found.metric: found.average}
 
 
 def _is_last(record: dict[str, Any], iterations: int) -> bool:

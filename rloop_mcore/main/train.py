@@ -6,45 +6,42 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rloop_mcore import platform, validate
-from rloop_mcore.compose import flat, load_config, read_config, to_yaml
+from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
-from rloop_mcore.errors import UserError
-from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory
+from rloop_mcore.main.changes import take_changes
+from rloop_mcore.main.deadline import check_job_end, in_words, job_end
+from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
-# A resumed run may change these. Another layout, device or number of threads gives the same run up to rounding.
-_MAY_CHANGE = (
-    *("run.dir", "tracking.", "cluster.", "checkpoint.", "layout.", "actor.micro_batch_tokens", "actor.recompute"),
-    *("reward.workers", "reward.max_failure_share", "rollout.endpoints", "rollout.mismatch_"),
-    *("rollout.start_timeout_s", "rollout.request_timeout_s"),
-    *("guard.", "optimizer.skip_grad", "rft.optimizer.skip_grad", "sft.optimizer.skip_grad"),
-)
+_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm's --signal sends
 
 
-def train(overrides: Sequence[str]) -> int:
-    """Run or resume one training run; returns the exit code. Raises UserError."""
+def train(overrides: Sequence[str], force: bool) -> int:
+    """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
     config = load_config(overrides)
     validate.check_values(config)
+    check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():
         run.create()
         write_model(run.model(config), seed=0)
     problems = _check_inputs(config, run.model(config))
     with run.lock():
-        _check_same_run(run, config)
+        take_changes(run, config, force)
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
@@ -57,6 +54,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     validate.check_device(config, device)
     if device == "cuda":
         platform.check_gpus(processes(config.layout), config.precision)
+    check_not_removed(model)
     validate.check_model(config, model)
     catalogue(model)
     TextTokenizer(model)
@@ -68,20 +66,17 @@ def _check_inputs(config: Config, model: Path) -> int:
     return len(load_problems(config.data.train, config.data.limit))
 
 
-def _check_same_run(run: RunDirectory, config: Config) -> None:
-    if not run.journal.exists():  # nothing has been done with an earlier configuration
-        return
-    before, now = flat(read_config(run.config)), flat(config)
-    for key, value in now.items():
-        if before[key] != value and not key.startswith(_MAY_CHANGE):
-            raise UserError(
-                f"{run.path} was started with {key}={before[key]}, not {value}: resume it with the same command, "
-                "or choose another run.dir."
-            )
-
-
 def _supervise(run: RunDirectory, config: Config) -> int:
     run.clear_ending()
+    end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
+    if end is not None and (left_s := end - time.time()) < margin_s:
+        message = (
+            f"not started: {in_words(end)}, in {left_s:.0f} s, less than cluster.stop_margin_s={margin_s:g}; the same "
+            "command goes on in another job"
+        )
+        run.write_ending(75, message)
+        print(f"rloop: {message}", file=sys.stderr)
+        return 75
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
         *("--nproc-per-node", str(processes(config.layout)), "-m", "rloop_mcore.main.worker", str(run.path)),
@@ -96,7 +91,7 @@ def _supervise(run: RunDirectory, config: Config) -> int:
             stderr=log,
             start_new_session=True,
             env=environment,
-            preexec_fn=lambda: die_with_parent(supervisor),
+            preexec_fn=lambda: _become_a_rank(supervisor),
         )
         with _stop_signals(run, ranks):
             code = ranks.wait()
@@ -113,19 +108,34 @@ def _supervise(run: RunDirectory, config: Config) -> int:
     return 1
 
 
+def _become_a_rank(supervisor: int) -> None:
+    """Slurm signals every process of a job's step; only the supervisor is to heed it."""
+    for number in _SCHEDULERS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(supervisor)
+
+
 @contextmanager
 def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator[None]:
-    """First SIGTERM or SIGINT: finish the step, checkpoint, exit 75. Second: kill at once (a resume still works)."""
+    """A signal: finish the step, checkpoint, exit 75. A second SIGTERM or SIGINT: kill at once (a resume still works).
+
+    SIGUSR1 and SIGUSR2 are for schedulers, which tell a job so that it will soon be killed, perhaps more than once.
+    """
+    insisted = False
 
     def handle(signum: int, frame: Any) -> None:
-        if run.stop_requested():
+        nonlocal insisted
+        if insisted and signum not in _SCHEDULERS:
             run.write_ending(75, "killed as asked; the same command goes on from the last commit")
             ranks.kill()
             return
-        run.request_stop()
-        print("rloop: stopping after this step; again to kill at once", file=sys.stderr, flush=True)
+        insisted = insisted or signum not in _SCHEDULERS
+        if not run.stop_requested():
+            run.request_stop(f"{signal.Signals(signum).name} came")
+        print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, *_SCHEDULERS)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ def main() -> int:
         else:
             follow(config)
     except Interrupted:
-        run.write_ending(75, "stopped as asked; the same command goes on from here")
+        run.write_ending(75, f"stopped: {run.stop_reason()}; the same command goes on from here")
     except UserError as error:
         run.write_ending(2, str(error))
         return 1

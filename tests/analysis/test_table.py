@@ -1,5 +1,6 @@
 """One table, three renderings."""
 
+import json
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_validation_rows_are_base_picked_and_last(rloop_run: Path, dapo_run: Pat
         ("rloop, last RL policy", "RL, iteration 2, step 4"),
         ("dapo, last RL policy", "RL, iteration 1, step 8"),
     ]
+
+
+def test_a_checkpoint_whose_weights_are_gone_says_so(dapo_run: Path) -> None:
+    assert "not kept" not in to_markdown(validation_table([read_run(dapo_run)]))  # type: ignore[arg-type]
+    with (dapo_run / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps({"event": "removed", "paths": ["policies/i0_explore_000008"]}) + "\n")
+    table = validation_table([read_run(dapo_run)])
+    assert table is not None
+    assert [row.checkpoint for row in table.rows] == ["θ0", "RL, iteration 1, step 4"]
+    assert [row.checkpoint for row in table.others] == ["RL, iteration 1, step 8 (removed)"]
+    assert "its weights were not kept (checkpoint.keep_best)" in table.note
 
 
 def test_no_evaluation_no_table(make_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

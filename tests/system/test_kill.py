@@ -75,6 +75,8 @@ def test_kills_in_every_phase_leave_no_trace(undisturbed: Path, tmp_path: Path) 
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key
     assert expected["state"] == "finished"
+    assert found["best"]["name"] == expected["best"]["name"]
+    assert Path(found["best"]["path"]).is_dir()
     assert all(expected["expert"])
 
 
@@ -99,14 +101,41 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed: Path) -> None
     assert runs.status(undisturbed) == before
 
 
-@pytest.mark.timeout(600)
-def test_sigterm_checkpoints_and_wants_to_be_started_again(undisturbed: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "terminated"
+def signalled(run_dir: Path, number: signal.Signals, place: str, condition: Condition) -> None:
+    """Start the run and tell it to stop: SIGTERM to the supervisor, what schedulers send to every process."""
     process = runs.start(run_dir)
-    runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
-    process.send_signal(signal.SIGTERM)
+    runs.wait_for(place, lambda: condition(runs.records(run_dir)), process)
+    told = [psutil.Process(process.pid)]
+    if number != signal.SIGTERM:
+        told += told[0].children(recursive=True)
+    for each in told:
+        with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
+            each.send_signal(number)
     assert process.wait(runs.DEADLINE_S) == 75
-    assert runs.status(run_dir)["state"] == "interrupted"
+    state = runs.status(run_dir)
+    assert state["state"] == "interrupted"
+    assert state["message"] == f"stopped: {number.name} came; the same command goes on from here"
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_is_told_to_stop_checkpoints_and_wants_to_be_started_again(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "stopped"
+    # 20 s from now no step fits any more: that is in the SFT of the base
+    end = time.time() + 3600 + 20
+    assert runs.start(run_dir, f"cluster.job_end={end}", "cluster.stop_margin_s=3600").wait(runs.DEADLINE_S) == 75
+    assert runs.status(run_dir)["message"].startswith("stopped: the job ends at ")
+    commits = len(runs.records(run_dir))
+    assert 0 < commits < len(runs.records(undisturbed))
+    done = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}", f"cluster.job_end={time.time() + 60}")
+    assert done.returncode == 75
+    assert "less than cluster.stop_margin_s=120" in done.stderr
+    assert runs.status(run_dir)["message"].startswith("not started: the job ends at ")
+    assert [r["event"] for r in runs.records(run_dir)[commits:]] == ["changed"]
+
+    signalled(run_dir, signal.SIGTERM, "the first RL step", has("commit", 0, "explore", 1))
+    signalled(run_dir, signal.SIGUSR1, "iteration 1's second RL step", has("commit", 1, "explore", 2))
     runs.finish(runs.start(run_dir), run_dir)
     found, expected = runs.status(run_dir), runs.status(undisturbed)
     assert (found["policy_digest"], found["cache"]) == (expected["policy_digest"], expected["cache"])
@@ -155,4 +184,4 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
 def test_another_configuration_is_refused(undisturbed: Path) -> None:
     other = runs.rloop("train", "experiment=tiny", f"run.dir={undisturbed}", "algorithm.group_size=4")
     assert other.returncode == 2
-    assert "algorithm.group_size=16, not 4" in other.stderr
+    assert "algorithm.group_size=16, not 4: the success rates of a phase would mix" in other.stderr

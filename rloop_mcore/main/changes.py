@@ -1,0 +1,128 @@
+"""What a resumed run may change of its configuration, and why it may not change the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from rloop_mcore.compose import flat, read_config
+from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
+from rloop_mcore.main.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Why these keys bind a run: from the first record of the phase `since` on (None: from the run's first)."""
+
+    reason: str
+    keys: tuple[str, ...]  # a key, or a section with its dot; the longest that fits counts
+    since: str | None = None
+    forcible: bool = True  # with --force
+
+
+# Another layout, device, number of threads or of engines gives the same run up to rounding. A key that is free stands
+# here by its own name: one that is new in a section must be thought about.
+_FREE = (
+    *("run.dir", "experiment", "algorithm.iterations", "evaluation.every", "evaluation.k"),
+    *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "sp", "stages")),
+    *("actor.micro_batch_tokens", "actor.recompute"),
+    *(f"rollout.{name}" for name in ("endpoints", "engines", "python", "tp", "dp", "ep", "memory_fraction", "gpus")),
+    *(f"rollout.{name}" for name in ("sleep", "max_running", "bucket_mib", "start_timeout_s", "request_timeout_s")),
+    *("optimizer.skip_grad", "rft.optimizer.skip_grad", "sft.optimizer.skip_grad"),
+    *(f"guard.{name}" for name in ("patience", "policy", "entropy_low", "entropy_high")),
+    *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
+    *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
+    *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
+    *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s", "job_end", "stop_margin_s")),
+)
+_RULES = (
+    Rule("what was drawn until now followed from it", ("run.seed",)),
+    Rule("the run would repeat bit for bit in one half and not in the other", ("run.deterministic",)),
+    Rule("the weights, and the token ids in the cache, are this model's", ("model.",)),
+    Rule("the steps so far were computed in it, and the checkpoint holds its state", ("precision", "fp8.")),
+    Rule("the success rates of a phase would mix groups of both sizes", ("algorithm.group_size",)),
+    Rule("the iterations would explore for different lengths", ("algorithm.rl_steps",), "explore"),
+    Rule("the phases would be half one algorithm and half another", ("algorithm.", "optimizer."), "explore"),
+    Rule(
+        "the thetas would be made in two ways, and could not be compared",
+        ("rft.", "algorithm.hard_threshold", "algorithm.reset"),
+        "select",
+    ),
+    Rule("theta_0, which everything starts from, is made with it", ("sft.",)),
+    Rule("the optimizer state in the checkpoint has the form that it gives", ("actor.",)),
+    Rule("the updates so far used the experts that it says", ("actor.routing_replay",)),
+    Rule("the trajectories in the cache were sampled with it: success rates would mix both", ("rollout.",)),
+    Rule("the success rates of a phase would be over two sets of problems or prompts", ("data.",)),
+    Rule("the verdicts in the cache are by it: success rates would mix both", ("reward.",)),
+    Rule(
+        "the measurements so far were made with it: checkpoints could not be compared, nor the best one picked",
+        ("evaluation.", "data.validation"),
+    ),
+)
+_TABLE: dict[str, Rule | None] = dict.fromkeys(_FREE) | {key: rule for rule in _RULES for key in rule.keys}
+
+
+def take_changes(run: RunDirectory, config: Config, force: bool) -> None:
+    """Compare `config` with what the run has been made with; say and journal what has changed.
+
+    Raises UserError for a change that would make the run something that it doesn't say it is, unless forced.
+    """
+    if not run.journal.exists():  # nothing has been done with an earlier configuration
+        return
+    before, now = flat(read_config(run.config)), flat(config)
+    changed = [key for key in now if now[key] != before[key] and key != "run.dir"]
+    if not changed:
+        return
+    with run.lock("lock.rank0"):  # a rank that was killed may still be on its way out, and the journal is its
+        journal = Journal(run.journal)
+        obstacles = {key: rule for key in changed if (rule := obstacle_to(key, now[key], journal)) is not None}
+        for key, rule in obstacles.items():
+            if not (force and rule.forcible):
+                others = "choose another run.dir, or add --force" if rule.forcible else "or choose another run.dir"
+                raise UserError(
+                    f"{run.path} was started with {key}={_spelled(before[key])}, not {_spelled(now[key])}: "
+                    f"{rule.reason}; resume it with the same command, {others}."
+                )
+        for key, rule in obstacles.items():
+            print(f"rloop: warning: {key}={_spelled(now[key])} is forced: {rule.reason}.", file=sys.stderr)
+        words = ", ".join(f"{key}={_spelled(now[key])} (was {_spelled(before[key])})" for key in changed)
+        print(f"rloop: changed: {words}", file=sys.stderr, flush=True)
+        fields = {"keys": {key: {"before": before[key], "now": now[key]} for key in changed}, "forced": list(obstacles)}
+        if not (journal.records and fields.items() <= journal.records[-1].items()):
+            journal.record("changed", **fields)  # a kill before the new config.yaml is written comes here again
+
+
+def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:
+    """What is against a change of `key` to `value` where the journal stands."""
+    places = [record for record in journal.records if record["event"] in ("commit", "done")]
+    if key == "algorithm.iterations":
+        begun = max((record["iteration"] + 1 for record in places), default=0)
+        return Rule(f"{begun} iterations have begun", (key,), forcible=False) if value < begun else None
+    if key == "algorithm.rl_steps" and value < (steps := _steps_under_way(journal)):
+        return Rule(f"{steps} steps of this exploration are done", (key,), forcible=False)
+    rule = rule_of(key)
+    if rule is not None and rule.since is not None and all(record["phase"] != rule.since for record in places):
+        return None
+    return rule
+
+
+def _steps_under_way(journal: Journal) -> int:
+    """RL steps of the exploration that has begun and is not done; 0 where there is none."""
+    commits = [r for r in journal.records if r["event"] == "commit" and r["phase"] == "explore"]
+    return commits[-1]["step"] if commits and not journal.done(commits[-1]["iteration"], "explore") else 0
+
+
+def rule_of(key: str) -> Rule | None:
+    """The rule of a key; None where it may change. Raises KeyError where nobody has thought about it."""
+    parts = key.split(".")
+    sections = (f"{'.'.join(parts[:length])}." for length in range(len(parts) - 1, 0, -1))
+    return _TABLE[next((name for name in (key, *sections) if name in _TABLE), key)]
+
+
+def _spelled(value: Any) -> str:
+    """As YAML and the command line have it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
