@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
+from os import SEEK_END
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,24 +19,37 @@ from rloop_mcore.types import Trajectory
 
 ROW_GROUP = 1024  # rows; a selection reads the tokens of whole row groups, so this bounds its memory
 
-_DICTIONARY = ["problem_id", "prompt_ids.list.element", "response_ids.list.element", "finish_reason", "reason"]
+PARQUET = {
+    "compression": "zstd",
+    "use_dictionary": [
+        "problem_id",
+        "prompt_ids.list.element",
+        "response_ids.list.element",
+        "finish_reason",
+        "reason",
+    ],
+    "column_encoding": {"logprobs.list.element": "BYTE_STREAM_SPLIT"},
+    "write_page_checksum": True,  # so that a query that meets a flipped bit says so
+}
 
 
 def write_shard(path: Path, trajectories: Sequence[Trajectory]) -> Shard:
     """Write at least one trajectory as a Parquet file (zstd), atomically and durably."""
     table = to_table(trajectories)
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        row_group_size=ROW_GROUP,
-        use_dictionary=_DICTIONARY,
-        column_encoding={"logprobs.list.element": "BYTE_STREAM_SPLIT"},
-        write_page_checksum=True,  # so that a query that meets a flipped bit says so
-    )
+    pq.write_table(table, sink, row_group_size=ROW_GROUP, **PARQUET)
     content = sink.getvalue()
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-    places = list(zip(table["iteration"].to_pylist(), table["step"].to_pylist(), strict=True))
-    return Shard(path.name, len(table), content.size, sha256(content).hexdigest(), first=places[0], last=places[-1])
+    places = Counter(zip(table["iteration"].to_pylist(), table["step"].to_pylist(), strict=True))
+    steps = tuple((*place, rows) for place, rows in sorted(places.items()))
+    whole, footer = sha256(content).hexdigest(), footer_digest(pa.BufferReader(content))
+    return Shard(path.name, len(table), content.size, whole, footer, steps, sealed_as=(path.name,))
+
+
+def footer_digest(file: IO[bytes]) -> str:
+    """sha256 of what tells a Parquet file's reader where everything is. Raises OSError where there is nothing such."""
+    file.seek(-8, SEEK_END)  # four bytes of length, then the magic number
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, SEEK_END)
+    return sha256(file.read()).hexdigest()
