@@ -21,8 +21,8 @@ class TrajectoryCache:
     A shard is durable before the manifest names it, and a manifest before the journal names the shard: a crash leaves
     at most files that nothing names, which `keep_only` removes. One writer at a time (the run directory's lock).
 
-    Each seal rewrites the manifest, about 280 bytes a shard: fine for some thousand shards (a paper-size run of 600
-    steps sealed every step has 170 kB).
+    Each seal rewrites the manifest, about 300 bytes a shard: fine for some thousand shards (a paper-size run of 600
+    steps sealed every step has 180 kB).
     """
 
     def __init__(self, directory: Path) -> None:
