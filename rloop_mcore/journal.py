@@ -8,7 +8,7 @@ A line is one record, a JSON object whose last key is its checksum:
 seconds) is for people, nothing is decided by it. Events with a meaning here, others are free:
 
     policy  iteration, path, digest      theta_iteration, an HF folder; `path` is relative to the journal's folder
-    commit  iteration, phase, step, ...  everything up to this step of the phase is durable; the newest one counts
+    commit  iteration, phase, step, shards, ...  everything up to this step of the phase is durable; the newest counts
     done    iteration, phase, ...        the phase is finished
     measured  name, path, metrics, ...   a policy was saved and, where there is validation, evaluated
     removed paths                        policies that earlier records name and that are gone (`checkpoint.keep_best`)
@@ -70,6 +70,19 @@ class Journal:
         """The newest commit of the phase, or None before the first."""
         return self.newest("commit", iteration, phase)
 
+    def shards(self) -> list[str]:
+        """The names of the cache's shards that commits made part of the run, oldest first."""
+        return [shard for record in self.records if record["event"] == "commit" for shard in record["shards"]]
+
+    def make_durable(self) -> None:
+        """Bring what was replayed to disk, before anything that it makes obsolete is removed.
+
+        A killed writer may have written its last line and not synced it: a power cut could still take it back.
+        """
+        if self.path.exists():
+            fsync_path(self.path)
+            fsync_path(self.path.parent)
+
     def start_policy(self, iteration: int) -> Policy:
         """theta_iteration. Raises LookupError when it is not recorded yet."""
         for record in reversed(self.records):
@@ -88,7 +101,6 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """Write after the last good line; what a crash or a failed write left there goes first."""
-        is_new = not self.path.exists()
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.ftruncate(fd, self._size)
@@ -98,7 +110,7 @@ class Journal:
             os.fsync(fd)
         finally:
             os.close(fd)
-        if is_new:
+        if self._size == 0:
             fsync_path(self.path.parent)
 
 

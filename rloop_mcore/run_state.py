@@ -59,8 +59,9 @@ class RunState:
 
     def recover(self) -> None:
         """Discard what a killed run left beyond its journal."""
+        self.journal.make_durable()
         commits = [record for record in self.journal.records if record["event"] == "commit"]
-        self.cache.keep_only([shard for record in commits for shard in record["shards"]])
+        self.cache.keep_only(self.journal.shards())
         self.position = commits[-1]["position"] if commits else 0
         offsets = [record["metrics_offset"] for record in self.journal.records if "metrics_offset" in record]
         self.tracker.rewind(offsets[-1] if offsets else 0)
@@ -127,7 +128,7 @@ class RunState:
             return
         self._commit_pending()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
-        known = {shard for record in self.journal.records for shard in record.get("shards", ())}
+        known = set(self.journal.shards())
         shards = self.space.write("the trajectory cache", self.cache.seal)
         policy = {}
         if kept and not measured_next and step < total:  # else it is measured, and kept for that

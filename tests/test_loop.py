@@ -18,7 +18,7 @@ import pytest
 from rloop_mcore import run_state, space
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
-from rloop_mcore.errors import DiskFull, Fault
+from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.feed import Feed
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
@@ -27,6 +27,8 @@ from rloop_mcore.rl_step import Batch
 from rloop_mcore.run_state import Interrupted, RunState
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.compact import compact
+from rloop_mcore.trajectory.quarantine import quarantine
 from rloop_mcore.types import Example, Policy, Trajectory
 
 
@@ -402,6 +404,62 @@ def test_a_stop_commits_and_the_next_start_goes_on(tmp_path: Path, asynchronous:
     assert Journal(tmp_path / "run" / "journal.jsonl").records[-1]["step"] == 1
     start(tmp_path / "run", config)
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def committed(directory: Path) -> list[str]:
+    return Journal(directory / "journal.jsonl").shards()
+
+
+def stopped_in_the_second_iteration(directory: Path) -> None:
+    with pytest.raises(Interrupted):
+        start(directory, configure(), stop=lambda: len(committed(directory)) == 4)
+    assert len(committed(directory)) == 5
+
+
+def test_a_run_goes_on_in_a_compacted_cache(tmp_path: Path) -> None:
+    start(tmp_path / "whole", configure())
+    stopped_in_the_second_iteration(tmp_path / "run")
+    before, after = compact(tmp_path / "run" / "cache", committed(tmp_path / "run"))
+    assert after < before
+    start(tmp_path / "run", configure())
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    assert committed(tmp_path / "run") == committed(tmp_path / "whole")
+    compact(tmp_path / "run" / "cache", committed(tmp_path / "run"))
+    start(tmp_path / "run", configure())
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_a_run_goes_on_without_a_shard_that_was_set_aside(tmp_path: Path) -> None:
+    start(tmp_path / "whole", configure())
+    stopped_in_the_second_iteration(tmp_path / "run")
+    cache = tmp_path / "run" / "cache"
+    (cache / committed(tmp_path / "run")[-1]).unlink()
+    with pytest.raises(UserError, match="--quarantine"):
+        start(tmp_path / "run", configure())
+    (lost,) = quarantine(cache)
+    start(tmp_path / "run", configure())
+    assert committed(tmp_path / "run") == committed(tmp_path / "whole")
+    assert TrajectoryCache(cache).count() == TrajectoryCache(tmp_path / "whole" / "cache").count() - lost.rows
+    assert [loss.lost for loss in TrajectoryCache(cache).losses()] == [lost.rows]
+
+
+def test_a_start_makes_the_journal_durable_before_it_removes_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The killed process may not have synced its last commit, and a power cut take it back."""
+    start(tmp_path / "run", configure())
+    (tmp_path / "run" / "checkpoints" / "i9_explore_000001").mkdir()
+    (tmp_path / "run" / "cache" / "shard-000099.parquet").touch()
+    events = []
+    fsync, unlink, rmtree = os.fsync, os.unlink, shutil.rmtree
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(os, "unlink", lambda path: (events.append("removal"), unlink(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (events.append("removal"), rmtree(path)))
+    start(tmp_path / "run", configure())
+    assert events.count("removal") >= 2
+    assert events.index("journal.jsonl") < events.index("removal")
 
 
 def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:

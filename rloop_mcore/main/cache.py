@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from rich.table import Table
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TextTokenizer
-from rloop_mcore.errors import UserError
+from rloop_mcore.main.cache_upkeep import iterations_lost, merge_small, set_damaged_aside, steps_lost
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path
 from rloop_mcore.run_state import expert_query
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.reader import damaged
 from rloop_mcore.trajectory.schema import FIELDS
 from rloop_mcore.types import Trajectory
 
@@ -29,21 +31,29 @@ def cache(options: Namespace) -> int:
     Raises UserError where there is no run, or a shard is damaged.
     """
     run = RunDirectory(options.run)
-    config, found = run.read_config(), TrajectoryCache(run.cache)
-    console = Console()
+    config, console = run.read_config(), Console()
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    for wanted, work in ((options.quarantine, set_damaged_aside), (options.compact, merge_small)):
+        for line in work(run) if wanted else ():
+            say(line)
+    found = TrajectoryCache(run.cache)
     if options.verify:
         if damage := found.verify():
-            raise UserError(f"the trajectory cache {run.cache} is damaged: {'; '.join(damage)}.")
-        console.print(
-            f"{run.cache} is sound: {found.count()} trajectories, every byte as it was sealed", soft_wrap=True
-        )
+            raise damaged(run.cache, damage)
+        for line in (
+            f"{run.cache} is sound: {found.count()} trajectories, every byte as it was sealed",
+            *steps_lost(found.losses()),
+        ):
+            say(line)
     if options.export:
         count = _export(found, options.export, options.iteration, options.problem)
         console.print(f"{options.export}: {count} trajectories", soft_wrap=True)
     if options.show:
         _show(console, found, run.model(config), options)
-    if not (options.verify or options.export or options.show):
+    if not (options.verify or options.export or options.show or options.quarantine or options.compact):
         console.print(summary(found, config))
+        for line in iterations_lost(found.losses()):
+            say(line)
     return 0
 
 

@@ -94,10 +94,13 @@ def parser() -> argparse.ArgumentParser:
     cache = commands.add_parser(
         "cache",
         help="what a run has sampled: counts, a check, rows as text or JSON lines",
-        description="Summarise the trajectory cache of a run; or check it, look at rows, export them.",
+        description="Summarise the trajectory cache of a run; or check it, look at rows, export them. While no run "
+        "works in RUN_DIR: set damaged shards aside, merge small ones.",
     )
     cache.add_argument("run", type=Path, metavar="RUN_DIR")
     cache.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
+    cache.add_argument("--quarantine", action="store_true", help="set damaged shards aside, and say what is lost")
+    cache.add_argument("--compact", action="store_true", help="merge small shards into large ones; same rows")
     cache.add_argument("--show", type=int, default=0, metavar="N", help="the first N trajectories as text")
     cache.add_argument("--export", type=Path, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
     cache.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import fsync_path
-from rloop_mcore.trajectory import digest, experts, manifest, reader, selection, summary
+from rloop_mcore.trajectory import digest, experts, manifest, quarantine, reader, selection, summary
 from rloop_mcore.trajectory.experts import ExpertSet
+from rloop_mcore.trajectory.manifest import Shard
+from rloop_mcore.trajectory.quarantine import Loss
 from rloop_mcore.trajectory.summary import Phase
-from rloop_mcore.trajectory.writer import TIMES_FOLDER, write_shard
+from rloop_mcore.trajectory.writer import write_shard
 from rloop_mcore.types import ExpertQuery, Trajectory
 
 
@@ -21,46 +22,62 @@ class TrajectoryCache:
     A shard is durable before the manifest names it, and a manifest before the journal names the shard: a crash leaves
     at most files that nothing names, which `keep_only` removes. One writer at a time (the run directory's lock).
 
-    Each seal rewrites the manifest, about 230 bytes a shard: fine for some thousand shards (a paper-size run of 600
-    steps sealed every step has 140 kB).
+    Each seal rewrites the manifest, about 300 bytes a shard: fine for some thousand shards (a paper-size run of 600
+    steps sealed every step has 180 kB).
     """
 
     def __init__(self, directory: Path) -> None:
         """Open the cache, a missing one as empty. Raises UserError naming shards that are missing or truncated."""
         self.directory = directory
-        self._shards = manifest.read_manifest(directory)
+        self._listed = manifest.read_manifest(directory)
         self._pending: list[Trajectory] = []
-        if damage := reader.size_damage(directory, self._shards):
-            raise UserError(
-                f"the trajectory cache {directory} is damaged: {'; '.join(damage)}: restore the files from a copy."
-            )
+        if damage := self._damage(reader.size_damage):
+            raise reader.damaged(directory, damage)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Take every sampled trajectory of a step; in memory until `seal`."""
         self._pending.extend(trajectories)
 
     def seal(self) -> list[str]:
-        """Write what was appended as one shard, durably; returns the names of all shards, oldest first."""
+        """Write what was appended as one shard, durably; returns the names of all seals, oldest first.
+
+        Those of lost shards and of shards that were merged into others too.
+        """
         if self._pending:
             self._make_directory()
             shard = write_shard(self.directory / self._next_name(), self._pending)
-            self._replace([*self._shards, shard])
+            self._replace([*self._listed, shard])
             self._pending = []
-        return [shard.name for shard in self._shards]
+        return [name for shard in self._listed for name in shard.sealed_as]
 
     def keep_only(self, shards: Sequence[str]) -> None:
-        """Discard whatever a crash left that is not in `shards`. Raises UserError when one of those is not here."""
-        names = {shard.name for shard in self._shards}
-        if missing := [name for name in shards if name not in names]:
+        """Discard whatever a crash left that is not in `shards`, the names of seals.
+
+        Raises UserError when one of those is not here, neither as it was sealed, nor merged, nor listed as lost; or
+        when it was merged with one that would have to be discarded.
+        """
+        wanted = set(shards)
+        if missing := wanted.difference(*(shard.sealed_as for shard in self._listed)):
             raise UserError(
-                f"the trajectory cache {self.directory} lacks {', '.join(missing)}, which the journal names: restore "
-                "the folder from a copy, or start anew in another run.dir."
+                f"the trajectory cache {self.directory} lacks {', '.join(sorted(missing))}, which the journal names: "
+                "restore the folder from a copy, or start anew in another run.dir."
             )
+        kept = [shard for shard in self._listed if not wanted.isdisjoint(shard.sealed_as)]
+        for shard in kept:
+            if more := set(shard.sealed_as) - wanted:
+                raise UserError(
+                    f"{self.directory / shard.name} was merged from shards of which the journal no longer names "
+                    f"{', '.join(sorted(more))}: restore journal.jsonl as it was when they were merged."
+                )
         self._pending = []
-        if names - set(shards):
-            self._replace([shard for shard in self._shards if shard.name in shards])
+        if len(kept) < len(self._listed):
+            self._replace(kept)
         if self.directory.exists():
-            self._remove_unnamed()
+            manifest.discard_unnamed(self.directory, self._listed)
+
+    def losses(self) -> list[Loss]:
+        """The steps that lost trajectories with shards that were set aside, in order."""
+        return quarantine.losses(self._listed)
 
     def count(self) -> int:
         """Sealed trajectories."""
@@ -72,7 +89,7 @@ class TrajectoryCache:
 
     def verify(self) -> list[str]:
         """Compare every shard with its checksum; one phrase a damaged shard, naming it. Reads every byte."""
-        return reader.checksum_damage(self.directory, self._shards)
+        return self._damage(reader.checksum_damage)
 
     def count_experts(self, query: ExpertQuery) -> int:
         """How many trajectories the query selects."""
@@ -108,24 +125,24 @@ class TrajectoryCache:
             histogram[min(row["successes"] * bins // row["samples"], bins - 1)] += 1
         return histogram
 
+    @property
+    def _shards(self) -> list[Shard]:
+        """Those that are there."""
+        return [shard for shard in self._listed if not shard.lost]
+
+    def _damage(self, of: Callable[[Path, Shard], str]) -> list[str]:
+        return [f"{shard.name} {wrong}" for shard in self._shards if (wrong := of(self.directory, shard))]
+
     def _next_name(self) -> str:
         """The shard after the last one; a file of this name that nothing lists is replaced."""
-        number = int(self._shards[-1].name[len("shard-") : -len(".parquet")]) + 1 if self._shards else 0
+        number = int(self._listed[-1].sealed_as[-1][len("shard-") : -len(".parquet")]) + 1 if self._listed else 0
         return f"shard-{number:06d}.parquet"
 
-    def _replace(self, shards: list[manifest.Shard]) -> None:
+    def _replace(self, shards: list[Shard]) -> None:
         manifest.write_manifest(self.directory, shards)
-        self._shards = shards
+        self._listed = shards
 
     def _make_directory(self) -> None:
-        if not self.directory.exists():
-            self.directory.mkdir(parents=True)
+        if not self._listed:  # one that is there may be what a kill left before it was durable
+            self.directory.mkdir(parents=True, exist_ok=True)
             fsync_path(self.directory.parent)
-
-    def _remove_unnamed(self) -> None:
-        named = {manifest.NAME, TIMES_FOLDER, *(shard.name for shard in self._shards)}
-        for folder in (self.directory, self.directory / TIMES_FOLDER):
-            if folder.exists():
-                for name in set(os.listdir(folder)) - named:
-                    (folder / name).unlink()
-                fsync_path(folder)

@@ -29,8 +29,11 @@ class ExpertSet(Sequence[Example]):
     def __init__(self, folder: Path) -> None:
         """Raises UserError where the set is damaged."""
         shards = read_manifest(folder)
-        if damage := size_damage(folder, shards):
-            raise UserError(f"the expert set {folder} is damaged: {'; '.join(damage)}: restore the files from a copy.")
+        for shard in shards:
+            if wrong := size_damage(folder, shard):
+                raise UserError(
+                    f"the expert set {folder} is damaged: {shard.name} {wrong}: restore the files from a copy."
+                )
         tables = [ShardFile(folder, shard).read(_COLUMNS) for shard in shards]
         self._table = pa.concat_tables(tables).combine_chunks() if tables else None
 

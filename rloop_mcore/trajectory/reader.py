@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.schema import SCHEMA, VERSION, VERSION_KEY
+from rloop_mcore.trajectory.writer import footer_digest
 
+_REMEDY = "restore it from a copy, or set it aside as docs/cache.md says"
 _GROUPS = 16  # row groups read at once: some 100 MB of long responses
 
 
@@ -20,12 +22,16 @@ class ShardFile:
     """An open shard; columns are read when asked for."""
 
     def __init__(self, directory: Path, shard: Shard) -> None:
-        """Raises UserError when the file can't be read or has another schema version."""
+        """Raises UserError when the file has another end than was sealed, or another schema version."""
         self.path = directory / shard.name
         try:
-            self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is no readable Parquet file ({error}): restore it from a copy.") from error
+            with open(self.path, "rb") as file:
+                intact = footer_digest(file) == shard.footer
+        except OSError:
+            intact = False
+        if not intact:
+            raise UserError(f"{self.path} is damaged (its footer is missing or changed): {_REMEDY}.")
+        self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
         version = (self._file.schema_arrow.metadata or {}).get(VERSION_KEY, b"?").decode()
         if version != str(VERSION):
             raise UserError(f"{self.path} has trajectory schema version {version}; this rloop reads version {VERSION}.")
@@ -71,29 +77,33 @@ class ShardFile:
         try:
             return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is damaged ({error}): restore it from a copy.") from error
+            raise UserError(f"{self.path} is damaged ({error}): {_REMEDY}.") from error
 
 
-def size_damage(directory: Path, shards: Sequence[Shard]) -> list[str]:
-    """What is visibly wrong, one phrase a shard, without reading any: missing, or of another size than sealed."""
-    damage = []
-    for shard in shards:
-        try:
-            size = (directory / shard.name).stat().st_size
-        except FileNotFoundError:
-            damage.append(f"{shard.name} is missing")
-            continue
-        if size != shard.bytes:
-            damage.append(f"{shard.name} has {size} bytes instead of {shard.bytes}")
-    return damage
+def damaged(directory: Path, damage: Sequence[str]) -> UserError:
+    """The refusal of a cache with these damages, a phrase a shard."""
+    return UserError(
+        f"the trajectory cache {directory} is damaged: {'; '.join(damage)}: restore the files from a copy, or set them "
+        f"aside with `rloop cache {directory.parent} --quarantine`, which says what is lost with them."
+    )
 
 
-def checksum_damage(directory: Path, shards: Sequence[Shard]) -> list[str]:
-    """Everything wrong, one phrase a shard; reads every byte."""
-    damage = size_damage(directory, shards)
-    sound = [shard for shard in shards if not any(phrase.startswith(shard.name) for phrase in damage)]
-    for shard in sound:
+def size_damage(directory: Path, shard: Shard) -> str:
+    """What is visibly wrong with a shard, without reading it: missing, or of another size; "" if nothing."""
+    try:
+        size = (directory / shard.name).stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    return "" if size == shard.bytes else f"has {size} bytes instead of {shard.bytes}"
+
+
+def checksum_damage(directory: Path, shard: Shard) -> str:
+    """Whatever is wrong with a shard; "" if nothing. Reads every byte."""
+    if wrong := size_damage(directory, shard):
+        return wrong
+    try:
         with open(directory / shard.name, "rb") as file:
-            if file_digest(file, "sha256").hexdigest() != shard.sha256:
-                damage.append(f"{shard.name} has another content than was sealed (its sha256 is wrong)")
-    return damage
+            intact = file_digest(file, "sha256").hexdigest() == shard.sha256
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if intact else "has another content than was sealed (its sha256 is wrong)"

@@ -1,13 +1,16 @@
 """Whatever a crash or a disk does to the cache, it holds exactly what was sealed or kept, or says what is damaged."""
 
+import json
 import os
 import shutil
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import pytest
 from trajectory_rows import step_rows
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.trajectory import reader
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import ExpertQuery
 
@@ -175,7 +178,9 @@ def test_shards_are_fsynced_and_renamed_before_the_manifest(tmp_path, monkeypatc
 def test_a_missing_or_torn_shard_is_named_at_open(tmp_path, damage, says):
     names = build(tmp_path)
     damage(tmp_path / names[1])
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(
+        UserError, match=rf"{says}.*restore.*or set them aside with `rloop cache .* --quarantine`"
+    ) as error:
         TrajectoryCache(tmp_path)
     assert names[0] not in str(error.value)
 
@@ -211,6 +216,20 @@ def test_a_flipped_bit_in_a_page_is_never_taken_for_data(tmp_path):
     assert len(phrases) > 20
 
 
+def test_a_flipped_bit_in_a_footer_is_named_by_a_query(tmp_path):
+    """Parquet has no checksum there: a reader may stumble anywhere, or read something else."""
+    names = build(tmp_path)
+    path = tmp_path / names[1]
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    for position in range(len(content) - footer, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{names[1]} is damaged \(its footer is missing or changed\)"):
+            TrajectoryCache(tmp_path).count_experts(ExpertQuery((0,), 0.1))
+
+
 def test_an_unreadable_shard_is_named_by_a_query(tmp_path):
     names = build(tmp_path)
     path = tmp_path / names[2]
@@ -229,6 +248,47 @@ def test_every_changed_byte_of_the_manifest_is_found_at_open(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             TrajectoryCache(tmp_path)
+
+
+def test_a_manifest_cut_anywhere_is_found_at_open(tmp_path):
+    build(tmp_path, 2)
+    path = tmp_path / "manifest.json"
+    content = path.read_bytes()
+    for size in range(len(content) - 1):  # without its newline it is whole
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            TrajectoryCache(tmp_path)
+
+
+def test_a_lost_manifest_is_noticed_by_the_next_start(tmp_path):
+    names = build(tmp_path, 2)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=f"lacks {', '.join(names)}, which the journal names"):
+        TrajectoryCache(tmp_path).keep_only(names)
+    assert {path.name for path in tmp_path.glob("*.parquet")} == set(names)
+
+
+def test_a_manifest_of_another_version_is_no_damage(tmp_path):
+    build(tmp_path, 1)
+    entries = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    for change in ({"steps": None}, {"shape": 3}):
+        write = [{**entry, **change} for entry in entries]
+        content = {"check": sha256(json.dumps(write).encode()).hexdigest(), "shards": write}
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"manifest\.json is of another version of rloop"):
+            TrajectoryCache(tmp_path)
+
+
+def test_a_shard_that_the_disk_cannot_read_is_named(tmp_path, monkeypatch):
+    names = build(tmp_path)
+
+    def unreadable(file, name):
+        if file.name.endswith(names[1]):
+            raise OSError(5, "Input/output error")
+        return file_digest(file, name)
+
+    monkeypatch.setattr(reader, "file_digest", unreadable)
+    assert TrajectoryCache(tmp_path).verify() == [f"{names[1]} cannot be read (Input/output error)"]
 
 
 def test_a_shard_the_journal_names_and_the_cache_lacks_is_an_error(tmp_path):
