@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
@@ -12,7 +13,7 @@ from rloop_mcore.trajectory.experts import ExpertSet
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.quarantine import Loss
 from rloop_mcore.trajectory.summary import Phase
-from rloop_mcore.trajectory.writer import write_shard
+from rloop_mcore.trajectory.writer import Encoded, encode, write_shard
 from rloop_mcore.types import ExpertQuery, Trajectory
 
 
@@ -30,23 +31,31 @@ class TrajectoryCache:
         """Open the cache, a missing one as empty. Raises UserError naming shards that are missing or truncated."""
         self.directory = directory
         self._listed = manifest.read_manifest(directory)
-        self._pending: list[Trajectory] = []
+        self._pending: list[Future[Encoded]] = []
+        self._encoder = ThreadPoolExecutor(1, "trajectory cache")
         if damage := self._damage(reader.size_damage):
             raise reader.damaged(directory, damage)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
-        """Take every sampled trajectory of a step; in memory until `seal`."""
-        self._pending.extend(trajectories)
+        """Take every sampled trajectory of a step; in memory until `seal`.
+
+        They are made a shard on a thread: it has the time of the step's updates for that.
+        """
+        if trajectories:
+            self._pending.append(self._encoder.submit(encode, tuple(trajectories)))
 
     def seal(self) -> list[str]:
-        """Write what was appended as one shard, durably; returns the names of all seals, oldest first.
+        """Write what was appended, a shard a time, durably; returns the names of all seals, oldest first.
 
         Those of lost shards and of shards that were merged into others too.
         """
         if self._pending:
             self._make_directory()
-            shard = write_shard(self.directory / self._next_name(), self._pending)
-            self._replace([*self._listed, shard])
+            first = self._next_number()
+            names = [f"shard-{number:06d}.parquet" for number in range(first, first + len(self._pending))]
+            encoded = [future.result() for future in self._pending]
+            new = [write_shard(self.directory / name, shard) for name, shard in zip(names, encoded, strict=True)]
+            self._replace([*self._listed, *new])
             self._pending = []
         return [name for shard in self._listed for name in shard.sealed_as]
 
@@ -133,10 +142,9 @@ class TrajectoryCache:
     def _damage(self, of: Callable[[Path, Shard], str]) -> list[str]:
         return [f"{shard.name} {wrong}" for shard in self._shards if (wrong := of(self.directory, shard))]
 
-    def _next_name(self) -> str:
-        """The shard after the last one; a file of this name that nothing lists is replaced."""
-        number = int(self._listed[-1].sealed_as[-1][len("shard-") : -len(".parquet")]) + 1 if self._listed else 0
-        return f"shard-{number:06d}.parquet"
+    def _next_number(self) -> int:
+        """Of the shard after the last one; a file of its name that nothing lists is replaced."""
+        return int(self._listed[-1].sealed_as[-1][len("shard-") : -len(".parquet")]) + 1 if self._listed else 0
 
     def _replace(self, shards: list[Shard]) -> None:
         manifest.write_manifest(self.directory, shards)

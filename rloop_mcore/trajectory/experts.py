@@ -15,7 +15,7 @@ from rloop_mcore.platform.files import new_directory
 from rloop_mcore.trajectory import selection
 from rloop_mcore.trajectory.manifest import Shard, read_manifest, write_manifest
 from rloop_mcore.trajectory.reader import ShardFile, size_damage
-from rloop_mcore.trajectory.writer import write_table
+from rloop_mcore.trajectory.writer import encode_table, write_shard
 from rloop_mcore.types import Example, ExpertQuery
 
 LINEAGE = "lineage.json"
@@ -67,7 +67,8 @@ def write_experts(cache: Path, shards: Sequence[Shard], query: ExpertQuery, fold
     lineage = {"query": asdict(query), **counts, "cache": sources}
     with new_directory(folder) as unfinished:
         pieces = [table.slice(first, _ROWS) for first in range(0, len(table), _ROWS)]
-        written = [write_table(unfinished / f"shard-{n:06d}.parquet", piece) for n, piece in enumerate(pieces)]
+        paths = [unfinished / f"shard-{number:06d}.parquet" for number in range(len(pieces))]
+        written = [write_shard(path, encode_table(piece)) for path, piece in zip(paths, pieces, strict=True)]
         write_manifest(unfinished, written)
         (unfinished / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
     return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from os import SEEK_END
 from pathlib import Path
@@ -46,27 +47,45 @@ def _group(row: Trajectory) -> tuple[int, int, str, int]:
     return row.iteration, row.step, row.problem_id, row.group
 
 
-def write_shard(path: Path, trajectories: Sequence[Trajectory]) -> Shard:
-    """Write at least one trajectory as a Parquet file (zstd), atomically and durably; before it, its times."""
+@dataclass(frozen=True)
+class Encoded:
+    """A shard in memory: the bytes of its file and of its times, and what the manifest is to say of it."""
+
+    content: pa.Buffer
+    times: pa.Buffer | None
+    rows: int
+    sha256: str
+    footer: str
+    steps: tuple[tuple[int, int, int], ...]
+
+
+def encode(trajectories: Sequence[Trajectory]) -> Encoded:
+    """At least one trajectory as a Parquet file (zstd). Raises ValueError for one that contradicts itself."""
     rows = stored_order(trajectories)
     times = pa.BufferOutputStream()
     pq.write_table(times_table(rows), times, compression="zstd")
-    with atomic_path(path.parent / TIMES / path.name) as temporary:
-        temporary.write_bytes(times.getvalue())
-    return write_table(path, to_table(rows))
+    return replace(encode_table(to_table(rows)), times=times.getvalue())
 
 
-def write_table(path: Path, table: pa.Table) -> Shard:
-    """Write at least one row, in this order."""
+def encode_table(table: pa.Table) -> Encoded:
+    """At least one row, in this order."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=ROW_GROUP, **PARQUET)
     content = sink.getvalue()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
     places = Counter(zip(table["iteration"].to_pylist(), table["step"].to_pylist(), strict=True))
     steps = tuple((*place, rows) for place, rows in sorted(places.items()))
     whole, footer = sha256(content).hexdigest(), footer_digest(pa.BufferReader(content))
-    return Shard(path.name, len(table), content.size, whole, footer, steps, sealed_as=(path.name,))
+    return Encoded(content, None, len(table), whole, footer, steps)
+
+
+def write_shard(path: Path, shard: Encoded) -> Shard:
+    """Write the file atomically and durably; before it, its times."""
+    if shard.times is not None:
+        with atomic_path(path.parent / TIMES / path.name) as temporary:
+            temporary.write_bytes(shard.times)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(shard.content)
+    return Shard(path.name, shard.rows, shard.content.size, shard.sha256, shard.footer, shard.steps, (path.name,))
 
 
 def footer_digest(file: IO[bytes]) -> str:

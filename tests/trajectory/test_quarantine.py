@@ -28,8 +28,7 @@ def write_run(folder: Path) -> list[str]:
     (folder / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny"])))
     cache, journal = TrajectoryCache(folder / "cache"), Journal(folder / "journal.jsonl")
     for steps in ((0, 1), (2,)):
-        for step in steps:
-            cache.append(step_rows(0, step)[: 16 - step])
+        cache.append([row for step in steps for row in step_rows(0, step)[: 16 - step]])
         journal.record("commit", shards=[cache.seal()[-1]])
     return journal.shards()
 
