@@ -31,7 +31,7 @@ class ShardFile:
             intact = False
         if not intact:
             raise UserError(f"{self.path} is damaged (its footer is missing or changed): {_REMEDY}.")
-        self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
+        self._file = pq.ParquetFile(self.path, page_checksum_verification=True, pre_buffer=False)
         version = (self._file.schema_arrow.metadata or {}).get(VERSION_KEY, b"?").decode()
         if version != str(VERSION):
             raise UserError(f"{self.path} has trajectory schema version {version}; this rloop reads version {VERSION}.")
@@ -39,6 +39,18 @@ class ShardFile:
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
         return self._read(range(self._file.num_row_groups), columns)
+
+    def read_coded(self, columns: Sequence[str], dictionary: str) -> pa.RecordBatch:
+        """Some columns of all rows, the string column `dictionary` as numbers into its strings."""
+        file = pq.ParquetFile(
+            self.path,
+            metadata=self._file.metadata,
+            read_dictionary=[dictionary],
+            page_checksum_verification=True,
+            pre_buffer=False,
+        )
+        table = self._guarded(lambda: file.read(columns=list(columns), use_threads=False))
+        return table.unify_dictionaries().combine_chunks().to_batches()[0]
 
     def row_groups(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The row groups one by one: no more than one is in memory."""
@@ -74,8 +86,11 @@ class ShardFile:
         return pa.concat_tables(pieces) if pieces else SCHEMA.empty_table()
 
     def _read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        return self._guarded(lambda: self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False))
+
+    def _guarded(self, read: Callable[[], pa.Table]) -> pa.Table:
         try:
-            return self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+            return read()
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}): {_REMEDY}.") from error
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +19,79 @@ from rloop_mcore.trajectory.schema import KEY, SCHEMA
 from rloop_mcore.types import ExpertQuery
 
 _OUTCOME = ["iteration", "problem_id", "correct"]
-_CHOSEN_BY = [*_OUTCOME, "step", "response_tokens"]
+
+
+class _Outcomes:
+    """The small columns of one shard. Its problems are numbers into `problems`."""
+
+    def __init__(self, directory: Path, shard: Shard, columns: Sequence[str]) -> None:
+        self.file = ShardFile(directory, shard)
+        self._table = self.file.read_coded(columns, "problem_id")
+        self.problems: pa.StringArray = self._table["problem_id"].dictionary
+        self._problem = self._table["problem_id"].indices.to_numpy()
+        self._correct = self._numbers("correct")
+
+    def counts(self, iteration: int) -> np.ndarray:
+        """Successes and samples of the iteration [2, problems]."""
+        mine = self._numbers("iteration") == iteration
+        return np.stack(
+            [np.bincount(self._problem[rows], minlength=len(self.problems)) for rows in (mine & self._correct, mine)]
+        )
+
+    def experts(self, is_hard: Mapping[int, np.ndarray], query: ExpertQuery) -> pa.Table:
+        """The successes of hard problems that neither their step nor their length rules out.
+
+        is_hard: by iteration, [problems].
+        """
+        iterations, wanted = self._numbers("iteration"), np.zeros(len(self._table), bool)
+        for iteration, hard in is_hard.items():
+            wanted |= (iterations == iteration) & hard[self._problem]
+        wanted &= self._correct
+        if query.steps:
+            step, (first, last) = self._numbers("step"), query.steps
+            wanted &= (first <= step) & (step <= last)
+        if query.min_tokens:
+            wanted &= self._numbers("response_tokens") >= query.min_tokens
+        return self.file.take(pa.array(wanted))
+
+    def _numbers(self, column: str) -> np.ndarray:
+        return self._table[column].to_numpy(zero_copy_only=False)
 
 
 def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> pa.Table:
     """Columns problem_id, successes, samples: over all samples of the iteration, whatever the step. Sorted."""
-    files = _files(directory, shards, [iteration])
-    with _threads() as threads:
-        counts = list(threads.map(lambda file: _counts(file.read(_OUTCOME), iteration), files))
-    return _total(counts).sort_by("problem_id")
+    with ThreadPoolExecutor(_threads()) as threads:
+        holding = [shard for shard in shards if shard.holds(iteration)]
+        outcomes = list(threads.map(lambda shard: _Outcomes(directory, shard, _OUTCOME), holding))
+    counts = [outcome.counts(iteration) for outcome in outcomes]
+    return _total(_problems(outcomes), counts).sort_by("problem_id")
 
 
 def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> pa.Table:
     """The trajectories that RFT takes, all columns, in KEY order.
 
     Small columns are read first, tokens only where a row group has a selected row: few do, as a shard has the rare
-    successes first (`writer.stored_order`). A thread a file.
+    successes first (`writer.stored_order`). A thread a shard.
     """
-    files = _files(directory, shards, query.iterations)
-    with _threads() as threads:
-        outcomes = list(threads.map(lambda file: file.read(_CHOSEN_BY), files))
-        hard = {}
-        for iteration in query.iterations:
-            counts = list(threads.map(lambda table, i=iteration: _counts(table, i), outcomes))
-            hard[iteration] = _hard_problems(_total(counts), query)
-        pieces = threads.map(lambda file, table: file.take(_wanted(table, hard, query)), files, outcomes)
+    columns = [*_OUTCOME, *(["step"] if query.steps else []), *(["response_tokens"] if query.min_tokens else [])]
+
+    def look(shard: Shard) -> tuple[_Outcomes, list[np.ndarray]]:
+        outcomes = _Outcomes(directory, shard, columns)
+        return outcomes, [outcomes.counts(iteration) for iteration in query.iterations]
+
+    with ThreadPoolExecutor(_threads()) as threads:
+        holding = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
+        looks = list(threads.map(look, holding))
+        outcomes = [found for found, _ in looks]
+        names = _problems(outcomes)
+        bounds = [0, *np.cumsum([len(found.problems) for found in outcomes])]
+        is_hard: list[dict[int, np.ndarray]] = [{} for _ in outcomes]
+        for number, iteration in enumerate(query.iterations):
+            total = _total(names, [counts[number] for _, counts in looks])
+            hard = pc.is_in(names, value_set=_hard_problems(total, query)).to_numpy()
+            for of_shard, (low, high) in zip(is_hard, pairwise(bounds), strict=True):
+                of_shard[iteration] = hard[low:high]
+        pieces = threads.map(lambda found, hard: found.experts(hard, query), outcomes, is_hard)
         experts = pa.concat_tables([SCHEMA.empty_table(), *pieces])
     experts = experts.sort_by([(name, "ascending") for name in KEY])
     if query.deduplicate:
@@ -54,26 +102,21 @@ def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery)
     return experts
 
 
-def _files(directory: Path, shards: Sequence[Shard], iterations: Sequence[int]) -> list[ShardFile]:
-    return [ShardFile(directory, shard) for shard in shards if any(shard.holds(i) for i in iterations)]
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+def _problems(outcomes: Sequence[_Outcomes]) -> pa.ChunkedArray:
+    """The problems of every shard, one shard after the other."""
+    return pa.chunked_array([found.problems for found in outcomes], pa.string())
 
 
-def _counts(outcome: pa.Table, iteration: int) -> pa.Table:
-    """Columns problem_id, successes, samples of one shard."""
-    mine = outcome.filter(pc.field("iteration") == iteration)
-    mine = pa.table({"problem_id": mine["problem_id"], "correct": mine["correct"].cast(pa.int64())})
-    grouped = mine.group_by("problem_id", use_threads=False).aggregate([("correct", "sum"), ("correct", "count")])
-    return grouped.rename_columns(["problem_id", "successes", "samples"])
-
-
-def _total(counts: Sequence[pa.Table]) -> pa.Table:
-    together = pa.concat_tables([_counts(SCHEMA.empty_table(), 0), *counts])
-    total = together.group_by("problem_id").aggregate([("successes", "sum"), ("samples", "sum")])
-    return total.rename_columns(["problem_id", "successes", "samples"])
+def _total(problems: pa.ChunkedArray, counts: Sequence[np.ndarray]) -> pa.Table:
+    """Columns problem_id, successes, samples: the sums over the shards, of problems with samples."""
+    successes, samples = np.concatenate([np.empty((2, 0), np.int64), *counts], axis=1)
+    table = pa.table({"problem_id": problems, "successes": successes, "samples": samples})
+    total = table.group_by("problem_id").aggregate([("successes", "sum"), ("samples", "sum")])
+    return total.rename_columns(table.column_names).filter(pc.field("samples") > 0)
 
 
 def _hard_problems(counts: pa.Table, query: ExpertQuery) -> pa.ChunkedArray:
@@ -82,20 +125,6 @@ def _hard_problems(counts: pa.Table, query: ExpertQuery) -> pa.ChunkedArray:
     # The same quotient and comparison as algorithm.hard_problems.is_hard, on columns.
     rate = pc.divide(counts["successes"].cast(pa.float64()), counts["samples"].cast(pa.float64()))
     return counts["problem_id"].filter(pc.less(rate, query.hard_threshold))
-
-
-def _wanted(outcome: pa.Table, hard: dict[int, pa.ChunkedArray], query: ExpertQuery) -> pa.BooleanArray:
-    """Which rows [rows] are successes of hard problems that neither their step nor their length rules out."""
-    of_hard = [
-        pc.and_(pc.equal(outcome["iteration"], iteration), pc.is_in(outcome["problem_id"], value_set=problems))
-        for iteration, problems in hard.items()
-    ]
-    wanted = pc.and_(outcome["correct"], reduce(pc.or_, of_hard))
-    if query.steps:
-        first, last = query.steps
-        wanted = pc.and_(wanted, pc.greater_equal(outcome["step"], first))
-        wanted = pc.and_(wanted, pc.less_equal(outcome["step"], last))
-    return pc.and_(wanted, pc.greater_equal(outcome["response_tokens"], query.min_tokens)).combine_chunks()
 
 
 def _first_copies(table: pa.Table) -> pa.ChunkedArray:

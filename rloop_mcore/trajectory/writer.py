@@ -18,7 +18,10 @@ from rloop_mcore.trajectory.manifest import TIMES, Shard
 from rloop_mcore.trajectory.schema import times_table, to_table
 from rloop_mcore.types import Trajectory
 
-ROW_GROUP = 1024  # rows; a selection reads the tokens of whole row groups, so this bounds its memory
+# Rows in a row group. A selection reads the tokens of whole ones: the first two, where the rare successes are, are
+# small. It reads the small columns of all, which takes a while for each: the others are large.
+ROW_GROUP = 1024
+LARGE_ROW_GROUP = 8192
 
 PARQUET = {
     "compression": "zstd",
@@ -70,7 +73,10 @@ def encode(trajectories: Sequence[Trajectory]) -> Encoded:
 def encode_table(table: pa.Table) -> Encoded:
     """At least one row, in this order."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP, **PARQUET)
+    with pq.ParquetWriter(sink, table.schema, **PARQUET) as out:
+        out.write_table(table.slice(0, 2 * ROW_GROUP), row_group_size=ROW_GROUP)
+        if len(table) > 2 * ROW_GROUP:
+            out.write_table(table.slice(2 * ROW_GROUP), row_group_size=LARGE_ROW_GROUP)
     content = sink.getvalue()
     places = Counter(zip(table["iteration"].to_pylist(), table["step"].to_pylist(), strict=True))
     steps = tuple((*place, rows) for place, rows in sorted(places.items()))
