@@ -23,15 +23,14 @@ ROLES = ("all", "supervisor", "torchrun", "rank", "engine", "reward")
 @pytest.mark.timeout(max(1, KILLS) * 180)
 def test_random_kills_leave_no_trace(tmp_path: Path) -> None:
     """Runs are started anew, in new directories, until so many kills are done; each must end as the undisturbed one."""
-    undisturbed, begun = tmp_path / "undisturbed", time.monotonic()
+    undisturbed = tmp_path / "undisturbed"
     runs.finish(runs.start(undisturbed), undisturbed)
-    longest_s = (time.monotonic() - begun) / 2  # from a start to the kill: some hit a start, some get far
     expected = runs.status(undisturbed)
     draw, kills, number = random.Random(int(os.environ.get("RLOOP_SEED", "0"))), 0, 0
     while kills < KILLS:
         run_dir = tmp_path / f"run{number}"
         process = runs.start(run_dir)
-        while kills < KILLS and killed_in_time(process, role := draw.choice(ROLES), draw.uniform(0.0, longest_s)):
+        while kills < KILLS and killed_in_time(process, run_dir, role := draw.choice(ROLES), draw):
             kills += 1
             print(f"kill {kills}: {role} of run {number}, {place(runs.records(run_dir))}", flush=True)
             process = runs.start(run_dir)
@@ -49,13 +48,17 @@ def place(records: list[dict[str, Any]]) -> str:
     return f"journal at record {len(records)} ({' '.join(words)})"
 
 
-def killed_in_time(process: subprocess.Popen[bytes], role: str, seconds: float) -> bool:
-    """Kill the role (anything, where it is not there) after so many seconds; False where the run ended before."""
+def killed_in_time(process: subprocess.Popen[bytes], run_dir: Path, role: str, draw: random.Random) -> bool:
+    """Kill the role (everything, where it is not there); False where the run ended before.
+
+    One kill in five hits a start, the others up to eight seconds of work.
+    """
+    records, starting, seconds = len(runs.records(run_dir)), draw.random() < 0.2, draw.uniform(0.0, 8.0)
+    while not starting and len(runs.records(run_dir)) == records and process.poll() is None:
+        time.sleep(0.1)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return False
-        time.sleep(0.05)
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
     if process.poll() is not None:
         return False
     everyone = runs.kill(process, role if role in runs.tree(process) else "all")
