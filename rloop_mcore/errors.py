@@ -14,3 +14,7 @@ class Fault(RuntimeError):
 
 class DiskFull(Fault):
     """There is no space for what has to be written; it can be tried again."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and goes on from its last commit. A message: where that is not what it was doing."""

@@ -13,7 +13,7 @@ from typing import Any
 from rloop_mcore.algorithm.guard import Streak, what_is_wrong
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config, OptimizerConfig
-from rloop_mcore.errors import DiskFull, Fault
+from rloop_mcore.errors import DiskFull, Fault, Interrupted
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import removable, removed
 from rloop_mcore.platform.files import fsync_path
@@ -24,10 +24,6 @@ from rloop_mcore.tracking import Tracker
 from rloop_mcore.types import Example, ExpertQuery, Policy
 
 _FULL_DISK_WAITS = 12  # collective timeouts that a run waits for space
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; everything up to the last step is committed."""
 
 
 @dataclass
@@ -97,9 +93,9 @@ class RunState:
         commit = self.journal.last_commit(iteration, phase)
         self._streak = Streak(**(commit or {}).get("streak", {}))
         if commit is not None:
-            self._heed_guard(iteration, phase, commit["step"])
+            self._heed_guard(iteration, phase, commit["step"], steps)
         self._synced = None
-        self._policy_bytes = bytes_of(start.path)
+        self._policy_bytes = bytes_of(start.path.glob("*.safetensors"))
         self._engines_sleep()
         self.actor.begin(start.path, optimizer, steps * updates_per_step)
         if commit is None:
@@ -145,13 +141,13 @@ class RunState:
             "streak": asdict(self._streak),
             **policy,
         }
-        if needed_now or not self.config.checkpoint.asynchronous:
+        if needed_now or policy or not self.config.checkpoint.asynchronous:
             self.space.write(name, lambda: self._checkpoint(name), self._checkpoint_bytes)
             self._record_commit(pending)
         else:
             self.space.write(name, lambda: self._start_checkpoint(name), self._checkpoint_bytes)
             self._pending = pending
-        self._heed_guard(iteration, phase, step)
+        self._heed_guard(iteration, phase, step, total)
         if stopping:
             raise Interrupted
 
@@ -174,7 +170,7 @@ class RunState:
     def _finish_checkpoint(self, name: str) -> None:
         with self.timeline.span("trainer", "end of the checkpoint", checkpoint=name):
             self.actor.finish_save()
-        self._checkpoint_bytes = bytes_of(self.directory / name)
+        self._checkpoint_bytes = bytes_of((self.directory / name).iterdir())
 
     def _checkpoint(self, name: str) -> None:
         self._start_checkpoint(name)
@@ -187,13 +183,13 @@ class RunState:
         for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
             _remove(self.directory / obsolete)
 
-    def _heed_guard(self, iteration: int, phase: str, step: int) -> None:
+    def _heed_guard(self, iteration: int, phase: str, step: int, total: int) -> None:
         """Where the guard acts at this committed step: journal it, once, and raise Fault if it stops the run."""
         guard, streak = self.config.guard, self._streak
         if not streak.is_due(guard.patience):
             return
         fields = {"iteration": iteration, "phase": phase, "step": step, "policy": guard.policy}
-        fields |= {"bad_steps": streak.length, "reason": streak.reason}
+        fields |= {"bad_steps": streak.length, "reason": streak.reason, "early": step < total}
         text = f"iteration {iteration} {phase}, step {step}: {streak.length} bad in a row, the last: {streak.reason}"
         if not self._has("guard", fields):
             self._record("guard", **fields)
@@ -208,7 +204,7 @@ class RunState:
     def over(self, step: int, total: int) -> bool:
         """Whether the phase ends after `step` steps: all `total` are done, or the guard ends it."""
         guard = self.config.guard
-        return step == total or (guard.policy == "end_phase" and self._streak.is_due(guard.patience))
+        return step >= total or (guard.policy == "end_phase" and self._streak.is_due(guard.patience))
 
     def finish(self, iteration: int, phase: str, **facts: Any) -> None:
         """Record that a phase of an iteration is complete."""

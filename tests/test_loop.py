@@ -18,13 +18,13 @@ import pytest
 from rloop_mcore import run_state, space
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
-from rloop_mcore.errors import DiskFull, Fault, UserError
+from rloop_mcore.errors import DiskFull, Fault, Interrupted, UserError
 from rloop_mcore.feed import Feed
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.platform.files import atomic_path
 from rloop_mcore.rl_step import Batch
-from rloop_mcore.run_state import Interrupted, RunState
+from rloop_mcore.run_state import RunState
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.compact import compact
@@ -333,6 +333,29 @@ def test_a_kill_before_any_change_leaves_no_trace(
         assert not missing(directory), f"kill before change {directory.name}"
         start(directory, config, demonstrations=DEMONSTRATIONS)
         assert facts(directory) == expected, f"kill before change {directory.name}"
+
+
+def test_fine_tuning_that_was_made_shorter_ends(tmp_path: Path) -> None:
+    """`--force rft.batch_size=3` after the second of three updates: one update is what there is now."""
+    with pytest.raises(Interrupted):
+        start(
+            tmp_path / "run", configure("rft.batch_size=1"), evaluated=False, stop=after(tmp_path / "run", "exploit", 2)
+        )
+    start(tmp_path / "run", configure("rft.batch_size=3"), evaluated=False)
+    commits = [r for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "commit"]
+    assert [r["step"] for r in commits if r["iteration"] == 0 and r["phase"] == "exploit"] == [1, 2]
+    assert [r["step"] for r in commits if r["iteration"] == 1 and r["phase"] == "exploit"] == [1]
+
+
+def after(run: Path, phase: str, step: int) -> Callable[[], bool]:
+    """Stop at the commit of this step of the phase in iteration 0."""
+
+    def stop() -> bool:
+        records = Journal(run / "journal.jsonl").records
+        last = records[-1] if records else {}
+        return last.get("event") == "commit" and (last["phase"], last["step"]) == (phase, step - 1)
+
+    return stop
 
 
 class FullOnce:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import queue
 import re
 from collections.abc import Container, Iterable, Iterator
@@ -41,6 +42,18 @@ _OWN_WRITER = (
 )
 
 
+_RESERVE = ".reserve"
+_RESERVED = 4 * 2**20  # bytes
+
+
+def _reserve(path: Path) -> None:
+    """Keep space for the small files that Megatron has rank 0 write while the others wait for it: where there is none,
+    they would wait in vain. As much again is sure to be there now. Raises OSError."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2 * _RESERVED)
+        file.truncate(_RESERVED)
+
+
 class PendingSave:
     """A checkpoint on its way to disk: its tensors are copied to host memory, a thread writes this rank's file.
 
@@ -52,8 +65,16 @@ class PendingSave:
         self._path = path
         # Megatron's default starts a manager process for this queue; our writer is in the same process.
         filesystem_async._results_queue = queue.Queue()
+        failure = None
         with ExitStack() as stack:
-            self._folder = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
+            self._folder: Path | None = None
+            try:
+                if dist.get_rank() == 0:
+                    self._folder = stack.enter_context(new_directory(path))
+                    _reserve(self._folder / _RESERVE)
+            except OSError as error:
+                failure = error
+            self._agree(failure)
             target = [str(self._folder)]
             dist.broadcast_object_list(target, src=0)
             self._request = dist_checkpointing.save(
@@ -83,6 +104,8 @@ class PendingSave:
         try:
             with self._directory:
                 self._agree(self._failure(timeout_s))
+                if self._folder is not None:
+                    (self._folder / _RESERVE).unlink()
                 for finalize in self._request.finalize_fns:
                     finalize()
                 if self._folder is not None:

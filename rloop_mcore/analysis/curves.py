@@ -121,7 +121,7 @@ def rl_steps(run: Run) -> int:
 def ended_early(run: Run) -> list[int]:
     """The iterations, from 0, whose exploration the guard ended before all its steps."""
     guarded = [record for record in run.journal if record.get("event") == "guard" and record["phase"] == "explore"]
-    return sorted({record["iteration"] for record in guarded if record["policy"] == "end_phase"})
+    return sorted({record["iteration"] for record in guarded if record["policy"] == "end_phase" and record["early"]})
 
 
 def iteration_starts(run: Run) -> list[int]:

@@ -79,6 +79,8 @@ class EngineEvaluator:
         self._directory = directory
         self._at_once = at_once
         self._progress = progress or (lambda done, total: None)
+        # Name, answers and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
+        self._sampled: tuple[str, list[Answer], float] | None = None
         _check(config, self._prompts)
 
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
@@ -86,8 +88,10 @@ class EngineEvaluator:
 
         `policy` is recorded: the folder of the evaluated weights, relative to the run directory.
         """
-        started = time.monotonic()
-        answers = self._sample()
+        if self._sampled is None or self._sampled[0] != name:
+            started = time.monotonic()
+            self._sampled = name, self._sample(), time.monotonic() - started
+        _, answers, seconds = self._sampled
         with atomic_path(self._directory / f"{name}.parquet") as path:
             pq.write_table(_samples_table(answers), path, compression="zstd")
         metrics = _metrics(answers, self._config, self._seed)
@@ -98,9 +102,10 @@ class EngineEvaluator:
             "problems": len(self._prompts),
             "sampling": {**asdict(self._sampling), "samples": self._config.samples, "seed": self._seed},
             **_summary(answers),
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(seconds, 3),
         }
         write_atomic(self._directory / f"{name}.json", json.dumps(record, indent=1) + "\n")
+        self._sampled = None
         return {key: interval["mean"] for key, interval in metrics.items()}
 
     def _sample(self) -> list[Answer]:

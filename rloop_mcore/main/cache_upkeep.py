@@ -15,7 +15,7 @@ from rloop_mcore.trajectory.quarantine import Loss, quarantine
 
 def set_damaged_aside(run: RunDirectory) -> list[str]:
     """Set damaged shards aside; returns the account, line by line. Raises UserError while a run works in `run`."""
-    with run.lock():
+    with run.lock(), run.lock("lock.rank0"):  # a rank that was killed may still be on its way out
         shards = quarantine(run.cache)
         found = TrajectoryCache(run.cache)
     if not shards:
@@ -29,7 +29,7 @@ def set_damaged_aside(run: RunDirectory) -> list[str]:
 
 def merge_small(run: RunDirectory) -> list[str]:
     """Merge small shards; returns what to say. Raises UserError while a run works in `run`, or a shard is damaged."""
-    with run.lock():
+    with run.lock(), run.lock("lock.rank0"):  # a rank that was killed may still be on its way out
         TrajectoryCache(run.cache)  # refuses a cache that misses files
         before, after = compact(run.cache, Journal(run.journal).shards())
         found = TrajectoryCache(run.cache)

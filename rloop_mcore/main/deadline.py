@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
 from rloop_mcore.config import ClusterConfig
@@ -19,14 +20,12 @@ class Deadline:
 
     def __init__(self, left_s: float, margin_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._last_chance = clock, clock() + left_s - margin_s
-        self._asked: float | None = None
-        self._longest = 0.0
+        self._asked, self._longest = clock(), 0.0
 
     def near(self) -> bool:
         """Whether a step as long as the longest so far, and the margin after it, would end too late."""
         now = self._clock()
-        if self._asked is not None:
-            self._longest = max(self._longest, now - self._asked)
+        self._longest = max(self._longest, now - self._asked)
         self._asked = now
         return now + self._longest > self._last_chance
 
@@ -68,7 +67,9 @@ def stop_requests(cluster: ClusterConfig, run: RunDirectory) -> Callable[[], boo
 
     def must_stop() -> bool:
         if deadline.near() and not run.stop_requested():
-            run.request_stop(in_words(end))
+            with suppress(OSError):  # of a full disk: it stops all the same, and says less
+                run.request_stop(in_words(end))
+            return True
         return run.stop_requested()
 
     return must_stop

@@ -13,7 +13,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Interrupted, UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
@@ -25,7 +25,7 @@ from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.served import ServedModel
-from rloop_mcore.run_state import Interrupted, RunState
+from rloop_mcore.run_state import RunState
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache

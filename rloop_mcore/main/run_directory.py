@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
-from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.files import is_disk_full, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 GENERATED_MODEL = "countdown"  # as model.path
@@ -98,7 +98,10 @@ class RunDirectory:
             os.close(descriptor)
 
     def request_stop(self, why: str) -> None:
-        (self.path / "stop").write_text(why)
+        """Raises OSError where not even an empty file can be made. On a full disk the reason may be left out."""
+        (self.path / "stop").touch()
+        with suppress(OSError):
+            (self.path / "stop").write_text(why)
 
     def stop_requested(self) -> bool:
         return (self.path / "stop").exists()
@@ -107,10 +110,17 @@ class RunDirectory:
         return (self.path / "stop").read_text()
 
     def write_ending(self, code: int, message: str, report: str = "") -> None:
-        """How the run ended; `report` (a traceback) makes it a fault that people can read about."""
-        if report:
-            write_atomic(self.path / "fault.txt", report)
-        write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
+        """How the run ended; `report` (a traceback) makes it a fault that people can read about.
+
+        Nothing is said where the disk is full.
+        """
+        try:
+            write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
+            if report:
+                write_atomic(self.path / "fault.txt", report)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
 
     def ending(self) -> dict[str, Any] | None:
         try:

@@ -130,8 +130,12 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             ranks.kill()
             return
         insisted = insisted or signum not in _SCHEDULERS
-        if not run.stop_requested():
-            run.request_stop(f"{signal.Signals(signum).name} came")
+        try:
+            if not run.stop_requested():
+                run.request_stop(f"{signal.Signals(signum).name} came")
+        except OSError as error:
+            print(f"rloop: the run cannot be told to stop ({error}): again to kill it", file=sys.stderr, flush=True)
+            return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
     numbers = (signal.SIGTERM, signal.SIGINT, *_SCHEDULERS)

@@ -12,11 +12,10 @@ import psutil
 
 from rloop_mcore import platform
 from rloop_mcore.compose import read_config
-from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.errors import Fault, Interrupted, UserError
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
 from rloop_mcore.platform.process import die_with_parent
-from rloop_mcore.run_state import Interrupted
 from rloop_mcore.validate import read_hf_config
 
 
@@ -41,8 +40,8 @@ def main() -> int:
                 conduct(config, run)
         else:
             follow(config)
-    except Interrupted:
-        run.write_ending(75, f"stopped: {run.stop_reason()}; the same command goes on from here")
+    except Interrupted as why:
+        run.write_ending(75, f"stopped: {str(why) or run.stop_reason()}; the same command goes on from here")
     except UserError as error:
         run.write_ending(2, str(error))
         return 1

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import new_directory
 from rloop_mcore.trajectory import selection
-from rloop_mcore.trajectory.manifest import Shard, read_manifest, write_manifest
+from rloop_mcore.trajectory.manifest import NAME, Shard, read_manifest, write_manifest
 from rloop_mcore.trajectory.reader import ShardFile, size_damage
 from rloop_mcore.trajectory.writer import encode_table, write_shard
 from rloop_mcore.types import Example, ExpertQuery
@@ -28,6 +28,8 @@ class ExpertSet(Sequence[Example]):
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError where the set is damaged."""
+        if not (folder / NAME).exists():  # a set without experts has one, too
+            raise UserError(f"the expert set {folder} is damaged: {NAME} is missing: restore the files from a copy.")
         shards = read_manifest(folder)
         for shard in shards:
             if wrong := size_damage(folder, shard):

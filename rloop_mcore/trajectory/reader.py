@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest
 from pathlib import Path
@@ -19,7 +20,7 @@ _GROUPS = 16  # row groups read at once: some 100 MB of long responses
 
 
 class ShardFile:
-    """An open shard; columns are read when asked for."""
+    """A shard; it is opened for each read, so that any number of them are at hand."""
 
     def __init__(self, directory: Path, shard: Shard) -> None:
         """Raises UserError when the file has another end than was sealed, or another schema version."""
@@ -27,34 +28,30 @@ class ShardFile:
         try:
             with open(self.path, "rb") as file:
                 intact = footer_digest(file) == shard.footer
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINVAL):  # EINVAL: a seek before the start of a short file
+                raise UserError(f"{self.path} cannot be read ({error.strerror}).") from error
             intact = False
         if not intact:
             raise UserError(f"{self.path} is damaged (its footer is missing or changed): {_REMEDY}.")
-        self._file = pq.ParquetFile(self.path, page_checksum_verification=True, pre_buffer=False)
-        version = (self._file.schema_arrow.metadata or {}).get(VERSION_KEY, b"?").decode()
+        with pq.ParquetFile(self.path) as parquet:
+            self._metadata = parquet.metadata
+            version = (parquet.schema_arrow.metadata or {}).get(VERSION_KEY, b"?").decode()
         if version != str(VERSION):
             raise UserError(f"{self.path} has trajectory schema version {version}; this rloop reads version {VERSION}.")
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Some columns of all rows."""
-        return self._read(range(self._file.num_row_groups), columns)
+        return self._read(range(self._metadata.num_row_groups), columns)
 
     def read_coded(self, columns: Sequence[str], dictionary: str) -> pa.RecordBatch:
         """Some columns of all rows, the string column `dictionary` as numbers into its strings."""
-        file = pq.ParquetFile(
-            self.path,
-            metadata=self._file.metadata,
-            read_dictionary=[dictionary],
-            page_checksum_verification=True,
-            pre_buffer=False,
-        )
-        table = self._guarded(lambda: file.read(columns=list(columns), use_threads=False))
+        table = self._read(range(self._metadata.num_row_groups), columns, [dictionary])
         return table.unify_dictionaries().combine_chunks().to_batches()[0]
 
     def row_groups(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The row groups one by one: no more than one is in memory."""
-        for group in range(self._file.num_row_groups):
+        for group in range(self._metadata.num_row_groups):
             yield self._read([group], columns)
 
     def rows_where(
@@ -64,7 +61,7 @@ class ShardFile:
 
         Of a group without any, nothing else is read.
         """
-        for group in range(self._file.num_row_groups):
+        for group in range(self._metadata.num_row_groups):
             wanted = condition(self._read([group], columns))
             if wanted.true_count:
                 yield self._read([group], SCHEMA.names).filter(wanted)
@@ -72,8 +69,8 @@ class ShardFile:
     def take(self, mask: pa.BooleanArray) -> pa.Table:
         """All columns of the rows where `mask` [rows]; row groups without any are not read."""
         chosen, masks, start = [], [], 0
-        for group in range(self._file.num_row_groups):
-            rows = self._file.metadata.row_group(group).num_rows
+        for group in range(self._metadata.num_row_groups):
+            rows = self._metadata.row_group(group).num_rows
             piece = mask.slice(start, rows)
             start += rows
             if piece.true_count:
@@ -85,12 +82,11 @@ class ShardFile:
             pieces.append(self._read(chosen[part], SCHEMA.names).filter(pa.chunked_array(masks[part])))
         return pa.concat_tables(pieces) if pieces else SCHEMA.empty_table()
 
-    def _read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        return self._guarded(lambda: self._file.read_row_groups(list(groups), columns=list(columns), use_threads=False))
-
-    def _guarded(self, read: Callable[[], pa.Table]) -> pa.Table:
+    def _read(self, groups: Sequence[int], columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:
+        settings = {"page_checksum_verification": True, "pre_buffer": False, "read_dictionary": list(dictionary)}
         try:
-            return read()
+            with pq.ParquetFile(self.path, metadata=self._metadata, **settings) as file:
+                return file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}): {_REMEDY}.") from error
 

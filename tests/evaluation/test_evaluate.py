@@ -1,5 +1,6 @@
 """The evaluator over scripted engines: the files and numbers must be those of the scripted answers."""
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from math import comb
@@ -11,6 +12,7 @@ import pytest
 
 from rloop_mcore.config import EvaluationConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.evaluation import evaluate
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
 
@@ -83,6 +85,23 @@ def test_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
     assert record["reasons"] == {"correct": 10, "wrong": 30}
     assert record["response_length"] == pytest.approx((10 * 2 + 30 * 4) / 40)
     assert record["truncated"] == pytest.approx(30 / 40)
+
+
+def test_what_could_not_be_written_is_not_sampled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    one = evaluator(tmp_path, engine)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_atomic", full)
+        with pytest.raises(OSError, match="No space left"):
+            one.evaluate("base", "policies/base")
+    assert one.evaluate("base", "policies/base") == evaluator(tmp_path).evaluate("base", "policies/base")
+    assert len(engine.requests) == 5 * SAMPLES
+    one.evaluate("base", "policies/base")
+    assert len(engine.requests) == 10 * SAMPLES
 
 
 def test_samples_are_kept_for_the_analyses(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def asked_after(deadline: Deadline, clock: Clock, *seconds: float) -> list[bool]
 def test_the_longest_step_so_far_and_the_margin_must_fit() -> None:
     clock = Clock()
     deadline = Deadline(left_s=100, margin_s=20, clock=clock)
-    # the start (30 s) is no step; asked at 30, 40, 60 and 61 s: 60 + 20 is just in time for 80, 61 + 20 is not
-    assert asked_after(deadline, clock, 30, 10, 20, 1) == [False, False, False, True]
+    # asked at 10, 40, 50 and 51 s: 50 + 30 is just in time for 80, 51 + 30 is not
+    assert asked_after(deadline, clock, 10, 30, 10, 1) == [False, False, False, True]
 
 
 def test_a_short_step_does_not_make_the_next_one_short() -> None:
@@ -44,10 +44,10 @@ def test_a_short_step_does_not_make_the_next_one_short() -> None:
     assert asked_after(deadline, clock, 1, 40, 1, 1, 20) == [False, False, False, False, True]
 
 
-def test_the_margin_alone_counts_before_the_first_step() -> None:
+def test_the_first_step_counts_too() -> None:
     clock = Clock()
-    assert asked_after(Deadline(100, 20, clock), clock, 79.9) == [False]
-    assert asked_after(Deadline(100, 20, clock), clock, 80.1) == [True]
+    assert asked_after(Deadline(100, 20, clock), clock, 39.9) == [False]
+    assert asked_after(Deadline(100, 20, clock), clock, 40.1) == [True]
 
 
 @pytest.mark.parametrize("text", ["1795737000", "1795737000.0", datetime.fromtimestamp(1795737000).isoformat()])

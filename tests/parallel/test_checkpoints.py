@@ -58,11 +58,13 @@ def test_one_process_goes_on_from_any_of_them(results: dict[str, dict[str, Any]]
 
 def test_a_failed_write_is_a_fault_on_every_rank_and_no_checkpoint(results: dict[str, dict[str, Any]]) -> None:
     failures = results["TP2"]["failures"]
-    for rank, (full, slow, no_space, no_policy) in enumerate(failures["said"]):
+    for rank, (full, slow, no_space, no_policy, no_start, no_end) in enumerate(failures["said"]):
         assert "failures/full was not written: rank 1: OSError: [Errno 27] File too large" in full
         assert "failures/slow was not written: rank 1: its file took more than 1 s" in slow
         assert "failures/no_space was not written: rank 1: OSError: [Errno 28] No space left on device" in no_space
         assert no_policy == ("[Errno 28] No space left on device" if rank == 0 else "no OSError")
+        assert "failures/no_start was not written: rank 0: OSError: [Errno 28] No space left on device" in no_start
+        assert "failures/no_end was not written: rank 0: OSError: [Errno 28] No space left on device" in no_end
         assert "rank 0" not in full + slow + no_space
     assert failures["left"] == []
     assert failures["then"] == ["well", "well_too"]

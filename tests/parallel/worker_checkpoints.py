@@ -6,7 +6,9 @@ dense model of the parity suite in `dense` and gets the checkpoints and NAME.pt,
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -122,6 +124,11 @@ def fail_to_save(trainer: Trainer) -> dict[str, Any]:
         said.append(failure(trainer, kind))
     with bridge_to_a_full_disk(trainer) as kind:
         said.append(failure(trainer, kind, "save_policy", folder / "no_policy"))
+    with full_for_rank_0("posix_fallocate") as kind:
+        said.append(failure(trainer, kind, "start_save", folder / "no_start"))
+    trainer.call("start_save", folder / "no_end")
+    with full_for_rank_0("replace") as kind:
+        said.append(failure(trainer, kind))
     left = sorted(path.name for path in folder.iterdir())
     trainer.actor._config.cluster.collective_timeout_s = 60.0
     dist.barrier()
@@ -165,6 +172,22 @@ def bridge_to_a_full_disk(trainer: Trainer) -> Iterator[type[OSError]]:
         yield OSError
     finally:
         del bridge.save
+
+
+@contextmanager
+def full_for_rank_0(operation: str) -> Iterator[type[Fault]]:
+    """This operation of `os` finds no space on rank 0."""
+    real = getattr(os, operation)
+
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if dist.get_rank() == 0:
+        setattr(os, operation, full)
+    try:
+        yield DiskFull
+    finally:
+        setattr(os, operation, real)
 
 
 def failure(trainer: Trainer, kind: type[Exception] = Fault, method: str = "finish_save", *arguments: object) -> str:

@@ -174,7 +174,7 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
     assert len(runs.records(run_dir)) == step, "the run goes on without space"
     filler.unlink()
     runs.finish(process, run_dir)
-    assert "is full" in Path(f"{run_dir}.log").read_text()
+    assert "no space for" in (run_dir / "ranks.log").read_text() + Path(f"{run_dir}.log").read_text()
     found, expected = runs.status(run_dir), runs.status(undisturbed)
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key

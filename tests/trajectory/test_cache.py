@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -132,6 +133,27 @@ def test_an_expert_set_is_written_with_its_lineage(tmp_path, monkeypatch):
     assert {name: lineage[name] for name in counts} == counts
 
 
+def test_an_expert_set_without_a_manifest_is_not_an_empty_one(tmp_path):
+    cache, folder = fill(tmp_path / "cache", phases(seed=5)), tmp_path / "experts"
+    cache.write_experts(ExpertQuery((0,), None), folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"the expert set .* is damaged: manifest\.json is missing"):
+        cache.experts(folder)
+
+
+def test_a_selection_opens_few_shards_at_once(tmp_path):
+    rows = [row for step in range(80) for row in step_rows(0, step, problems=1)]
+    cache = fill(tmp_path, rows, cuts=range(4, 320, 4))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limit[1]))
+    try:
+        assert len(cache._shards) == 80
+        assert cache.count_experts(ExpertQuery((0,), None, deduplicate=False)) == sum(row.correct for row in rows)
+        assert sum(cache.success_histogram(0)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
 def test_an_empty_expert_set(tmp_path):
     cache = fill(tmp_path / "cache", [replace(row, correct=False) for row in step_rows(0, 0)])
     assert cache.write_experts(ExpertQuery((0,), 0.1), tmp_path / "experts") == {"experts": 0, "problems": 0}
@@ -213,9 +235,9 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
     monkeypatch.setattr(
         reader.ShardFile,
         "_read",
-        lambda self, groups, columns: (
+        lambda self, groups, columns, dictionary=(): (
             read.append((list(groups), "response_ids" in columns)),
-            original(self, groups, columns),
+            original(self, groups, columns, dictionary),
         )[1],
     )
     hard = [row for row in rows if row.correct and row.problem_id in ("p1", "p2")]
