@@ -3,8 +3,6 @@ journal names them; whatever the journal doesn't name is discarded at start."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any
 
 from rloop_mcore.algorithm.guard import Streak, what_is_wrong
 from rloop_mcore.algorithm.seeds import derive_seed
+from rloop_mcore.commits import Commits, remove
 from rloop_mcore.config import Config, OptimizerConfig
-from rloop_mcore.errors import DiskFull, Fault, Interrupted
+from rloop_mcore.errors import Fault, Interrupted
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import removable, removed
-from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.space import Space, bytes_of
 from rloop_mcore.timeline import Timeline
@@ -42,16 +40,17 @@ class RunState:
     timeline: Timeline = field(default_factory=Timeline)
     position: int = 0  # prompts drawn so far
     space: Space = field(init=False)
+    commits: Commits = field(init=False)
     _streak: Streak = field(default_factory=Streak, init=False)
     _synced: int | None = field(default=None, init=False)
     _policy_bytes: int = field(default=0, init=False)  # of the policy that the phase began with
-    _checkpoint_bytes: int = field(default=0, init=False)  # of the last one; 0: none was written yet
-    _pending: dict[str, Any] | None = field(default=None, init=False)  # the commit whose checkpoint is being written
 
     def __post_init__(self) -> None:
         # The other ranks wait for the next call that long, and longer.
         patience_s = _FULL_DISK_WAITS * self.config.cluster.collective_timeout_s
         self.space = Space(self.directory, self.tracker.message, self.stop_requested, patience_s)
+        keep = self.config.checkpoint.keep
+        self.commits = Commits(self.directory, self.journal, self.actor, self.space, self.timeline, keep)
 
     def recover(self) -> None:
         """Discard what a killed run left beyond its journal."""
@@ -70,7 +69,7 @@ class RunState:
         for folder in ("checkpoints", "policies", "evaluation", "experts"):
             for path in (self.directory / folder).glob("*"):
                 if f"{folder}/{path.name}" not in named:
-                    _remove(path)
+                    remove(path)
         self._remove_policies()
 
     def seed(self, purpose: str, iteration: int) -> int:
@@ -122,7 +121,7 @@ class RunState:
         needed_now = stopping or measured_next or step == total or self._streak.is_due(guard.patience)
         if not (needed_now or kept or step % self.config.checkpoint.every == 0):
             return
-        self._commit_pending()
+        self.commits.settle()
         name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
         known = set(self.journal.shards())
         shards = self.space.write("the trajectory cache", self.cache.seal)
@@ -130,7 +129,7 @@ class RunState:
         if kept and not measured_next and step < total:  # else it is measured, and kept for that
             saved = self.save_policy(_measurement(phase, iteration, step))
             policy = {"path": self._name(saved.path), "digest": saved.digest}
-        pending = {
+        commit = {
             "iteration": iteration,
             "phase": phase,
             "step": step,
@@ -141,47 +140,11 @@ class RunState:
             "streak": asdict(self._streak),
             **policy,
         }
-        if needed_now or policy or not self.config.checkpoint.asynchronous:
-            self.space.write(name, lambda: self._checkpoint(name), self._checkpoint_bytes)
-            self._record_commit(pending)
-        else:
-            self.space.write(name, lambda: self._start_checkpoint(name), self._checkpoint_bytes)
-            self._pending = pending
+        wait = needed_now or bool(policy) or not self.config.checkpoint.asynchronous
+        self.commits.take(commit, wait)
         self._heed_guard(iteration, phase, step, total)
         if stopping:
             raise Interrupted
-
-    def _commit_pending(self) -> None:
-        """Wait for the checkpoint that is being written, if one is, and journal it as of when it was started."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            self._finish_checkpoint(pending["checkpoint"])
-        except DiskFull as error:  # the state it is of is gone: the commit that follows covers it
-            self.tracker.message(str(error))
-        else:
-            self._record_commit(pending)
-
-    def _start_checkpoint(self, name: str) -> None:
-        with self.timeline.span("trainer", "start of the checkpoint", checkpoint=name):
-            self.actor.start_save(self.directory / name)
-
-    def _finish_checkpoint(self, name: str) -> None:
-        with self.timeline.span("trainer", "end of the checkpoint", checkpoint=name):
-            self.actor.finish_save()
-        self._checkpoint_bytes = bytes_of((self.directory / name).iterdir())
-
-    def _checkpoint(self, name: str) -> None:
-        self._start_checkpoint(name)
-        self._finish_checkpoint(name)
-
-    def _record_commit(self, pending: Mapping[str, Any]) -> None:
-        """Journal a commit, and remove the checkpoint that it makes obsolete."""
-        self._record("commit", **pending)
-        commits = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
-        for obsolete in commits[: -self.config.checkpoint.keep][-1:]:
-            _remove(self.directory / obsolete)
 
     def _heed_guard(self, iteration: int, phase: str, step: int, total: int) -> None:
         """Where the guard acts at this committed step: journal it, once, and raise Fault if it stops the run."""
@@ -317,7 +280,7 @@ class RunState:
         if paths := removable(self.journal, self.config.checkpoint):
             self._record("removed", paths=paths)
             for path in paths:
-                _remove(self.directory / path)
+                remove(self.directory / path)
 
     def _name(self, path: Path) -> str:
         """A path as files name it: relative to the run directory, so that a run can be moved, where it lies inside."""
@@ -352,17 +315,6 @@ def expert_query(config: Config, iteration: int) -> ExpertQuery:
         share=rft.share,
         seed=config.run.seed,
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        # A kill amid the removal must leave nothing that the journal names (and `checkpoint.keep` may be raised then).
-        nameless = path.with_name(f".tmp-removed-{path.name}")
-        os.replace(path, nameless)
-        fsync_path(path.parent)
-        shutil.rmtree(nameless)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _measurement(phase: str, iteration: int, step: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
+RUN = {"commits", "feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     **dict.fromkeys(ROOMS, SHARED),
     "journal": SHARED,
     "keeping": SHARED | {"journal"},
+    "commits": SHARED | {"journal", "space", "timeline"},
     "progress": set(),
     "tracking": SHARED | {"progress"},
     "compose": {"config", "errors"},

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from rloop_mcore import run_state, space
+from rloop_mcore import commits, run_state, space
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
 from rloop_mcore.errors import DiskFull, Fault, Interrupted, UserError
@@ -325,7 +325,8 @@ def test_a_kill_before_any_change_leaves_no_trace(
     kills = Kills(whole, copies)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", kills.before(shutil.rmtree))
-        patch.setattr(run_state, "_remove", kills.before(run_state._remove))
+        patch.setattr(run_state, "remove", kills.before(run_state.remove))
+        patch.setattr(commits, "remove", kills.before(commits.remove))
         start(whole, config, kills, demonstrations=DEMONSTRATIONS)
     expected = facts(whole)
     assert kills.count > 70
