@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_is_valid(name: str) -> None:
-    config = load_config([f"experiment={name}", *NEEDED])
+    config = load_config([f"experiment={name}", *NEEDED, f"rollout.python={sys.executable}"])
     check_values(config)
     assert config.experiment == name
 
