@@ -103,7 +103,7 @@ def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery)
 
 
 def _threads() -> int:
-    return len(os.sched_getaffinity(0))
+    return min(16, len(os.sched_getaffinity(0)))  # each has a shard open
 
 
 def _problems(outcomes: Sequence[_Outcomes]) -> pa.ChunkedArray:

@@ -141,7 +141,8 @@ def test_an_expert_set_without_a_manifest_is_not_an_empty_one(tmp_path):
         cache.experts(folder)
 
 
-def test_a_selection_opens_few_shards_at_once(tmp_path):
+def test_a_selection_opens_few_shards_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "_threads", lambda: 4)
     rows = [row for step in range(80) for row in step_rows(0, step, problems=1)]
     cache = fill(tmp_path, rows, cuts=range(4, 320, 4))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
