@@ -241,7 +241,7 @@ class RunState:
     def measure(self, iteration: int, phase: str, step: int, policy: Policy | None = None) -> None:
         """Keep a policy (the actor's own, unless given) and evaluate it on the validation problems, once."""
         name = _measurement(phase, iteration, step)
-        if any(record["event"] == "measured" and record["name"] == name for record in self.journal.records):
+        if self._has("measured", {"name": name}):
             return
         if policy is None:
             policy = self._kept(name) or self.save_policy(name)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.platform.files import is_disk_full
+from rloop_mcore.platform.files import passing_over_a_full_disk
 
 FILE = "timeline.jsonl"
 
@@ -40,13 +40,9 @@ class Timeline:
         if self._file is None:
             return
         line = {"track": track, "name": name, "begin": round(begin, 6), "seconds": round(seconds, 6), **facts}
-        try:
-            with self._lock:
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
-        except OSError as error:  # of a full disk: nobody waits for these lines
-            if not is_disk_full(error):
-                raise
+        with self._lock, passing_over_a_full_disk():  # nobody waits for these lines
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rloop_mcore.config import TrackingConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import is_disk_full
+from rloop_mcore.platform.files import is_disk_full, passing_over_a_full_disk
 from rloop_mcore.progress import ProgressDisplay
 
 _STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
@@ -75,11 +75,8 @@ class Tracker:
             **values,
         }
         self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
-        try:
+        with passing_over_a_full_disk():  # the line is kept, and the next commit waits for space
             self._write_out()
-        except OSError as error:  # of a full disk: the line is kept, and the next commit waits for space
-            if not is_disk_full(error):
-                raise
         self._lines += 1
         try:
             if self._tensorboard_dir is not None:

@@ -17,7 +17,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
-from rloop_mcore.platform.files import is_disk_full, write_atomic
+from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 GENERATED_MODEL = "countdown"  # as model.path
@@ -114,13 +114,10 @@ class RunDirectory:
 
         Nothing is said where the disk is full.
         """
-        try:
+        with passing_over_a_full_disk():
             write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
             if report:
                 write_atomic(self.path / "fault.txt", report)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
 
     def ending(self) -> dict[str, Any] | None:
         try:

@@ -34,6 +34,16 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
+def passing_over_a_full_disk() -> Iterator[None]:
+    """Go on after the block where it fails for lack of space."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+
+
+@contextmanager
 def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling to write as a file or fill as a directory; on success it becomes `path`.
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.platform.files import atomic_path
-from rloop_mcore.trajectory.manifest import TIMES, Shard
+from rloop_mcore.trajectory.manifest import TIMES_FOLDER, Shard
 from rloop_mcore.trajectory.schema import times_table, to_table
 from rloop_mcore.types import Trajectory
 
@@ -87,7 +87,7 @@ def encode_table(table: pa.Table) -> Encoded:
 def write_shard(path: Path, shard: Encoded) -> Shard:
     """Write the file atomically and durably; before it, its times."""
     if shard.times is not None:
-        with atomic_path(path.parent / TIMES / path.name) as temporary:
+        with atomic_path(path.parent / TIMES_FOLDER / path.name) as temporary:
             temporary.write_bytes(shard.times)
     with atomic_path(path) as temporary:
         temporary.write_bytes(shard.content)
