@@ -19,9 +19,35 @@ class RunConfig:
 
 
 @dataclass
+class ArchitectureConfig:
+    """The model's sizes, by their names in HF's config.json: enough to plan a run before its weights are there.
+
+    null: not said. Where model.path has a config.json, that counts, and must not say otherwise.
+    """
+
+    model_type: str | None = None  # the family: qwen2, qwen3, qwen3_moe, llama or mistral
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool | None = None
+    rope_theta: float | None = None
+    rms_norm_eps: float | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+
+
+@dataclass
 class ModelConfig:
     path: str = MISSING  # HF folder: config.json, safetensors, tokenizer files
     family: str = "auto"  # auto: from config.json; otherwise qwen2, qwen3, qwen3_moe, llama or mistral
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
 
 @dataclass
@@ -136,6 +162,7 @@ class RolloutConfig:
     engine: str = "embedded"  # embedded (transformers, any machine) or sglang
     endpoints: list[str] = field(default_factory=list)  # servers already running; empty: started by the run
     engines: int = 1  # servers that the run starts
+    nodes: int = 0  # nodes of a Slurm job that have engines only; 0: the engines share the trainer's nodes
     python: str | None = None  # the interpreter that has SGLang, e.g. .venv-sglang/bin/python
     tp: int = 1  # GPUs of an SGLang server: its matrices are split over them
     dp: int = 1  # of them, groups with their own attention and cache; 1 only, for now
@@ -218,8 +245,24 @@ class TrackingConfig:
 
 
 @dataclass
+class GpuConfig:
+    """What planning knows of one GPU, from its data sheet; 0: not said. Rates are dense, one way, and peaks."""
+
+    name: str | None = None
+    memory_gib: float = 0.0
+    memory_gb_s: float = 0.0
+    bf16_tflops: float = 0.0
+    fp8_tflops: float = 0.0
+    node_gb_s: float = 0.0  # to the other GPUs of the node (NVLink)
+    network_gb_s: float = 0.0  # to other nodes
+
+
+@dataclass
 class ClusterConfig:
     device: str = "auto"  # auto, cpu or cuda
+    nodes: int = 1  # of the job, rollout.nodes among them
+    gpus_per_node: int = 0  # 0: as many as there are
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     threads: int = 0  # CPU threads a process; 0: cores / processes
     collective_timeout_s: float = 3600.0  # a rank waits this long for the others
     job_end: str | None = None  # ISO time or Unix seconds: the run checkpoints before and exits 75; null: as Slurm says

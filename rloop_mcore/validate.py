@@ -57,6 +57,7 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "guard.patience",
+    "cluster.nodes",
 )
 _POSITIVE_OR_NULL = (
     "guard.entropy_low",
@@ -81,6 +82,8 @@ _NOT_NEGATIVE = (
     "checkpoint.keep_best",
     "reward.workers",
     "cluster.threads",
+    "cluster.gpus_per_node",
+    "rollout.nodes",
     "cluster.stop_margin_s",
     *(
         f"{section}.{name}"
