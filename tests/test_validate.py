@@ -10,7 +10,8 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.validate import check_cluster, check_device, check_model, check_values, warnings
+from rloop_mcore.planning.cluster import check_cluster
+from rloop_mcore.validate import check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 
@@ -164,6 +165,13 @@ def model(folder: Path, **changes: object) -> None:
         "max_position_embeddings": 4096,
     }
     (folder / "config.json").write_text(json.dumps(shape | changes))
+
+
+def test_a_cluster_of_which_half_is_idle_is_a_warning() -> None:
+    half, all_of_it = (load_config([*NEEDED, "cluster=h100_16", f"layout.dp={dp}"]) for dp in (8, 16))
+    assert any("8 of 16 GPUs" in warning and "layout.dp" in warning for warning in warnings(half, 17_000))
+    assert not any("GPUs" in warning for warning in warnings(all_of_it, 17_000))
+    assert not any("GPUs" in warning for warning in warnings(load_config(NEEDED), 17_000))
 
 
 @pytest.mark.parametrize(
