@@ -17,6 +17,8 @@ from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import check_architecture
+from rloop_mcore.planning.cluster import idle_gpus
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
@@ -260,6 +262,7 @@ def check_device(config: Config, device: str) -> None:
 def check_model(config: Config, model: Path) -> None:
     """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
     architecture = read_hf_config(model)
+    check_architecture(config.model.architecture, architecture, model / "config.json")
     shape = ModelShape.of(architecture, model / "config.json")
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)
@@ -294,6 +297,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
+    return [*idle_gpus(config), *_empty_expert_sets(config, problems)]
+
+
+def _empty_expert_sets(config: Config, problems: int) -> list[str]:
     algorithm = config.algorithm
     if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps and algorithm.hard_threshold):
         return []
