@@ -97,8 +97,11 @@ _BELOW_ONE = tuple(
 )
 
 
-def check_values(config: Config) -> None:
-    """Every rule that needs nothing but the configuration. Raises UserError."""
+def check_values(config: Config, elsewhere: bool = False) -> None:
+    """Every rule that needs nothing but the configuration. Raises UserError.
+
+    `elsewhere`: the run is for other machines, so the programs that it names needn't be on this one.
+    """
     values = flat(config)
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -135,7 +138,7 @@ def check_values(config: Config) -> None:
     if low is not None and high is not None and low >= high:
         raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
     _check_algorithm(config)
-    _check_rollout(config)
+    _check_rollout(config, elsewhere)
 
 
 def _check_algorithm(config: Config) -> None:
@@ -185,9 +188,11 @@ def _check_algorithm(config: Config) -> None:
         raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
 
 
-def _check_rollout(config: Config) -> None:
+def _check_rollout(config: Config, elsewhere: bool) -> None:
     rollout = config.rollout
     if rollout.engine == "sglang" and not rollout.endpoints:
+        if not elsewhere:
+            _check_python(rollout)
         _check_sglang(rollout)
     if config.rollout.engine == "embedded" and config.rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
@@ -221,8 +226,7 @@ def _check_lag(config: Config, deterministic: bool) -> None:
         )
 
 
-def _check_sglang(rollout: RolloutConfig) -> None:
-    """What is needed to start SGLang servers."""
+def _check_python(rollout: RolloutConfig) -> None:
     if rollout.python is None:
         raise UserError(
             "rollout.engine=sglang needs rollout.python=.venv-sglang/bin/python (`make install-sglang` makes it), or "
@@ -230,6 +234,10 @@ def _check_sglang(rollout: RolloutConfig) -> None:
         )
     if shutil.which(rollout.python) is None:
         raise UserError(f"rollout.python={rollout.python} is no program: `make install-sglang` makes one with SGLang.")
+
+
+def _check_sglang(rollout: RolloutConfig) -> None:
+    """What is needed to start SGLang servers."""
     if rollout.dp > 1:
         raise UserError(
             f"rollout.dp={rollout.dp}: a sync can't foretell the checksums of data-parallel attention yet; use "
