@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="memory, legal layouts and time of a run, before a GPU is used",
-        description="What a run takes of each GPU and how long a step is, from its configuration alone: no GPU, weights, "
-        "data or run.dir needed. Exit code 2 where it can't fit, with the nearest that does.",
+        description="What a run takes of each GPU and how long a step is, from its configuration alone: no GPU, "
+        "weights, data or run.dir needed. Exit code 2 where it can't fit, with the nearest that does.",
     )
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=qwen2.5_72b cluster=h100_64")
     plan.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -14,13 +14,13 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import architecture_of
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan, check_layout, trainer_gpus
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
+from rloop_mcore.planning.sizes import architecture_of
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.time import mfu_of
 
@@ -28,7 +28,7 @@ _SHOWN = 10  # layouts of a search
 
 
 def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
-    """Print the plan. Raises UserError where the layout is illegal, or where the run doesn't fit and was not searched."""
+    """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
     config = load_config(overrides, absent="-")
     validate.check_values(config, elsewhere=True)
     model = architecture_of(config.model)
@@ -46,7 +46,7 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
 
 def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     model, config = chosen.model, chosen.config
-    parameters = total_parameters(model)
+    parameters = dict(total_parameters(model))
     of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
     legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
     if not others:
@@ -112,12 +112,16 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
     parameters = total_parameters(model)
     active = f", {parameters['active'] / 1e9:.2f} B of them a token's" if model.experts else ""
     sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size != 1)
-    console.print(f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}")
+    console.print(
+        f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
+    )
     console.print(
         f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
-    console.print(_memory_table(chosen))
+    console.print(_parts_table(chosen.worst))
+    if config.layout.pp > 1:
+        console.print(_stages_table(chosen))
     _show_verdict(chosen, console)
     _show_times(chosen, console)
     if others:
@@ -126,23 +130,31 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         console.print(_search_table(others[:_SHOWN]))
 
 
-def _memory_table(plan: Plan) -> Table:
-    """A row a pipeline stage: its GPUs at their peak. Equal neighbours share a row."""
-    used = [part for part in PARTS if any(stage.parts[part] for stage in plan.stages)]
-    table = Table(title="GiB of a GPU", title_justify="left")
-    for name in ("stage", "peak in", *used, "total"):
-        table.add_column(name.replace("_", " "), justify="right")
-    groups: list[list[StageMemory]] = []
+def _parts_table(worst: StageMemory) -> Table:
+    """The fullest GPU in each phase, part by part."""
+    used = [part for part in PARTS if any(parts[part] for parts in worst.phases.values())]
+    table = _table(f"GiB of a GPU of stage {worst.stage}", "phase", *used, "total")
+    for phase, parts in worst.phases.items():
+        sizes = [*(parts[part] for part in used), sum(parts.values())]
+        table.add_row(phase, *(f"{size / GIB:.2f}" for size in sizes))
+    return table
+
+
+def _stages_table(plan: Plan) -> Table:
+    """What the GPUs of every pipeline stage hold."""
+    split, layout = stages(plan.config.layout, plan.model.layers), plan.config.layout
+    table = _table("GiB of a GPU by stage", "stage", "layers", "parameters", *plan.worst.phases)
     for stage in plan.stages:
-        if groups and groups[-1][0].parts == stage.parts:
-            groups[-1].append(stage)
-        else:
-            groups.append([stage])
-    for group in groups:
-        first, last = group[0], group[-1]
-        name = str(first.stage) if first is last else f"{first.stage}-{last.stage}"
-        parts = (f"{first.parts[part] / GIB:.2f}" for part in used)
-        table.add_row(name, first.peak, *parts, f"{first.total / GIB:.2f}")
+        held = state_of(plan.model, plan.config, Coordinates(stage.stage)).parameters
+        totals = (f"{sum(parts.values()) / GIB:.2f}" for parts in stage.phases.values())
+        table.add_row(str(stage.stage), "+".join(map(str, split[stage.stage :: layout.pp])), f"{held:,}", *totals)
+    return table
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("phase", "layout") else "right")
     return table
 
 
@@ -179,18 +191,18 @@ def _show_times(plan: Plan, console: Console) -> None:
         f"{100 * times.bubble:.0f} %), sync {times.sync_s:.1f}"
     )
     console.print(
-        f"tokens/s: {times.train_tokens_per_s:,.0f} trained ({100 * mfu_of(times, plan.model, plan.config):.0f} % of the "
-        f"bf16 peak), {times.rollout_tokens_per_s:,.0f} generated; with responses of half of rollout.max_tokens"
+        f"tokens/s: {times.train_tokens_per_s:,.0f} trained ({100 * mfu_of(times, plan.model, plan.config):.0f} % of "
+        f"the bf16 peak), {times.rollout_tokens_per_s:,.0f} generated; with responses of half of rollout.max_tokens"
     )
 
 
 def _search_table(plans: Sequence[Plan]) -> Table:
-    table = Table()
-    for name in ("step s", "update s", "GiB", "fits", "layout"):
-        table.add_column(name, justify="left" if name == "layout" else "right")
+    table = _table(None, "step s", "update s", "GiB", "fits", "layout")
     for plan in plans:
         times = (f"{plan.times.step_s:.0f}", f"{plan.times.update_s:.1f}") if plan.times else ("", "")
-        layout = " ".join(f"{k}={v}" for k, v in vars(plan.config.layout).items() if k not in ("stages", "sp") and v > 1)
+        layout = " ".join(
+            f"{k}={v}" for k, v in vars(plan.config.layout).items() if k not in ("stages", "sp") and v > 1
+        )
         rollout = f" memory_fraction={plan.config.rollout.memory_fraction}" if plan.engine.shared else ""
         fits = {True: "yes", False: "no", None: "?"}[plan.fits]
         words = f"{layout} recompute={plan.config.actor.recompute}{rollout}"

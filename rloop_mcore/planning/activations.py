@@ -2,8 +2,8 @@
 
 Their counting (section 4: what autograd keeps, without the 1-byte masks of dropout, which we don't use) of grouped
 queries, SwiGLU, RMSNorm and flash attention; their eq. 4 divides by tp what lies between the matrices too, which is
-sequence parallelism. What is kept differs between the two sets of modules of `platform/layer_spec.py`, so `Modules` says
-which one: the CPU's is checked against autograd, Transformer Engine's against peaks (docs/planning.md).
+sequence parallelism. The two sets of modules of `platform/layer_spec.py` don't keep the same, so `Modules` says which:
+the CPU's is checked against autograd, Transformer Engine's against peaks (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config, LayoutConfig
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, padded_vocabulary
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 from rloop_mcore.platform.precision import RECIPES, token_multiple
 
@@ -122,7 +122,9 @@ def _kept_logits(model: Architecture, tp: int, tokens: int) -> int:
     return logits * _FP32 if logits <= _KEPT_LOGITS else 0
 
 
-def layer_working_bytes(model: Architecture, layout: LayoutConfig, tokens: int, recompute: str, modules: Modules) -> int:
+def layer_working_bytes(
+    model: Architecture, layout: LayoutConfig, tokens: int, recompute: str, modules: Modules
+) -> int:
     """What a layer's backward pass needs beside what is kept: its gradients, and all of the layer where recomputed."""
     if model.experts:
         received = _between(layout, tokens) * model.top_k * layout.etp
@@ -145,4 +147,6 @@ def loss_working_bytes(model: Architecture, layout: LayoutConfig, tokens: int, m
         chunk = min(chunk, max(rows, (_CHUNK_LOGITS if modules.fused else _CPU_CHUNK_LOGITS) // rows * rows))
     logits = chunk * (2 * _FP32 + modules.element)
     weight = rows * model.hidden * _FP32
-    return max(logits + weight, weight + rows * model.hidden * modules.element) + tokens * model.hidden * modules.element
+    return (
+        max(logits + weight, weight + rows * model.hidden * modules.element) + tokens * model.hidden * modules.element
+    )

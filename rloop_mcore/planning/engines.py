@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import total_parameters
+from rloop_mcore.planning.sizes import Architecture
 
 GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about
@@ -61,7 +61,7 @@ def engine_plan(model: Architecture, config: Config, memory: float) -> EnginePla
         return EnginePlan(weights, tokens * of_token, GIB, tokens, shared=True, sleeps=False)
     fraction = OWN_CHOICE if rollout.memory_fraction is None else rollout.memory_fraction
     cache = max(0, int(fraction * memory) - weights)
-    separate = rollout.nodes > 0 or bool(rollout.gpus) and min(rollout.gpus) >= _trainer_gpus(config)
+    separate = rollout.nodes > 0 or (bool(rollout.gpus) and min(rollout.gpus) >= _trainer_gpus(config))
     return EnginePlan(weights, cache, _BESIDE, cache // of_token, not separate, rollout.sleep and not separate)
 
 

@@ -12,10 +12,10 @@ from rloop_mcore.planning.activations import (
     loss_working_bytes,
     micro_batch_tokens,
 )
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
-from rloop_mcore.planning.parameters import chunk_tensors, chunks_of, padded_vocabulary
+from rloop_mcore.planning.parameters import Chunk, chunk_tensors, chunks_of, padded_vocabulary
 from rloop_mcore.planning.schedule import micro_batches, most_held
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 
@@ -111,6 +111,6 @@ def _sync_bytes(model: Architecture, config: Config) -> int:
     """On rank 0 during a sync: the shards of the largest parameter and the whole of it, and two buckets."""
     layout, element = config.layout, 4 if config.precision == "fp32" else 2
     rows = padded_vocabulary(model.vocabulary, layout.tp) * model.hidden
-    layer = chunk_tensors(model, 1, 1, 1, layout.pp, chunks_of(layout, model.layers, 0)[0])
+    layer = chunk_tensors(model, 1, 1, model.experts or 1, layout.pp, Chunk(1, False, False))
     largest = max(rows, *(tensor.numel for tensor in layer)) * element
     return 2 * largest + 2 * max(config.rollout.bucket_mib * 2**20, largest)

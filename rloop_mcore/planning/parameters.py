@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from rloop_mcore.config import LayoutConfig
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import stages
+from rloop_mcore.planning.sizes import Architecture
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def _experts(model: Architecture, etp: int, ep: int) -> list[Tensor]:
     return [Tensor("router", model.experts * model.hidden), *of_one * (model.experts // ep)]
 
 
-def total_parameters(model: Architecture) -> dict[str, int]:
+@lru_cache(maxsize=64)
+def total_parameters(model: Architecture) -> Mapping[str, int]:
     """Of the whole model, without padding: {"total", "active" (a token's), and by tensor}."""
     tensors = chunk_tensors(model, 1, 1, 1, 1, Chunk(model.layers, True, True))
     by_tensor: dict[str, int] = {}

@@ -7,13 +7,11 @@ from functools import cached_property
 
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
 from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.planning.memory import StageMemory, memory_of
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.time import Times, step_times
-
-_USABLE = 0.98  # of the data sheet's memory: an H100 of 80 GiB offers 79.1, and something must stay free
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """Bytes of a GPU that a process can have; 0 where `cluster.gpu.memory_gib` is not given."""
-        return self.config.cluster.gpu.memory_gib * GIB * _USABLE
+        """Bytes of a GPU; 0 where `cluster.gpu.memory_gib` is not given."""
+        return self.config.cluster.gpu.memory_gib * GIB
 
     @property
     def margin(self) -> float:
@@ -81,7 +79,9 @@ def check_layout(model: Architecture, config: Config) -> None:
         )
     cluster, wanted = config.cluster, processes(layout)
     if cluster.gpus_per_node and wanted > trainer_gpus(config):
-        without = f" (rollout.nodes={config.rollout.nodes} of {cluster.nodes} are the engines')" * (config.rollout.nodes > 0)
+        without = f" (rollout.nodes={config.rollout.nodes} of {cluster.nodes} are the engines')" * (
+            config.rollout.nodes > 0
+        )
         raise UserError(
             f"layout.* asks for {wanted} GPUs and the cluster has {trainer_gpus(config)} for them{without}: "
             "cluster.nodes x cluster.gpus_per_node."

@@ -8,12 +8,12 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB
+from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, overrides, processes
 from rloop_mcore.planning.plan import Plan, trainer_gpus
+from rloop_mcore.planning.sizes import Architecture
 
 _RECOMPUTE = ("none", "selective", "full")
 _CONTEXT, _VIRTUAL = (1, 2, 4, 8), (1, 2, 4)  # sizes of cp and vpp that are tried
@@ -58,29 +58,52 @@ def _rank(plan: Plan) -> tuple[bool, float, int]:
 
 
 def _variants(model: Architecture, config: Config) -> Iterator[Plan]:
-    """The configuration at each recomputation; an engine that shares a GPU gets what the policy leaves it."""
+    """The configuration at each recomputation; where that doesn't fit, with engines that it leaves room for too."""
     for recompute in _RECOMPUTE:
         plan = Plan.of(model, replace(config, actor=replace(config.actor, recompute=recompute)))
         yield plan
-        if plan.fits is False and plan.engine.shared and config.rollout.engine == "sglang":
-            engine = plan.worst.phases["rollout"]
-            rest = plan.memory - max(
-                sum(parts[part] for part in parts if part not in ("engine_weights", "kv_cache"))
-                for phase, parts in plan.worst.phases.items()
-                if phase != "train" or not plan.engine.sleeps
-            )
-            fraction = math.floor(100 * rest / plan.memory) / 100 if engine["kv_cache"] else 0.0
-            if 0 < fraction < 1:
-                yield Plan.of(model, replace(plan.config, rollout=replace(plan.config.rollout, memory_fraction=fraction)))
+        if plan.fits is False and config.rollout.engine == "sglang":
+            for rollout in _engines(plan):
+                yield Plan.of(model, replace(plan.config, rollout=rollout))
+
+
+def _engines(plan: Plan) -> Iterator[RolloutConfig]:
+    """As many GPUs of engines, with the cache that the policy leaves room for; wider engines where that is none."""
+    rollout = plan.config.rollout
+    affordable = rollout
+    if plan.engine.shared:
+        affordable = replace(rollout, memory_fraction=_affordable_fraction(plan))
+        yield affordable
+    if plan.short_of_cache:
+        gpus = rollout.engines * rollout.tp
+        for tp in legal_engine_tp(plan.model, plan.config.cluster.gpus_per_node or 8):
+            if tp > rollout.tp and gpus % tp == 0 and tp % rollout.ep == 0:
+                yield replace(affordable, tp=tp, engines=gpus // tp)
+
+
+def _affordable_fraction(plan: Plan) -> float:
+    """The largest `rollout.memory_fraction`, in hundredths, that leaves the policy what it needs; at least 0.01."""
+    taken = (
+        sum(parts[part] for part in parts if part not in ("engine_weights", "kv_cache"))
+        for stage in plan.stages
+        for parts in stage.phases.values()
+        if parts["engine_weights"]
+    )
+    return max(1, math.floor(100 * (plan.memory - max(taken)) / plan.memory)) / 100
 
 
 def nearest_fit(model: Architecture, config: Config) -> Plan | None:
-    """The plan that fits on as many GPUs with the fewest keys changed, then the least time; None where there is none."""
+    """The plan that fits on as many GPUs with the fewest keys changed, then the least time; None: there is none."""
     node = config.cluster.gpus_per_node or 8
     layouts = [config.layout, *legal_layouts(model, processes(config.layout), node)]
     plans = (plan for layout in layouts for plan in _variants(model, replace(config, layout=layout)))
     fitting = [plan for plan in plans if plan.fits]
-    return min(fitting, key=lambda plan: (len(changes(config, plan.config)), *_rank(plan)), default=None)
+    return min(fitting, key=lambda plan: (_changed(config, plan.config), *_rank(plan)), default=None)
+
+
+def _changed(before: Config, after: Config) -> int:
+    """The number of keys; layout.sp, which follows from tp, is none."""
+    return sum(not change.startswith("layout.sp=") for change in changes(before, after))
 
 
 def changes(before: Config, after: Config) -> list[str]:
@@ -130,6 +153,7 @@ def way_out(model: Architecture, config: Config) -> str:
     while more <= _MOST_TIMES:
         best = ranked(model, config, more * gpus)[0]
         if best.fits:
-            return f"no layout of {gpus} GPUs does; {more * gpus} would, with {' '.join(changes(config, best.config))}"
+            change = " ".join(changes(config, best.config))
+            return f"no layout of so many GPUs ({gpus}) does; {more * gpus} would, with {change}"
         more *= 2
-    return f"no layout of up to {_MOST_TIMES * gpus} GPUs does: lower actor.micro_batch_tokens or rollout.max_tokens"
+    return f"no layout of up to {_MOST_TIMES * gpus} GPUs would: lower actor.micro_batch_tokens or rollout.max_tokens"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rloop_mcore.config import Config, LayoutConfig
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, Tensor, chunk_tensors, chunks_of
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.precision import RECIPES
 
 _ALIGNED = 64  # elements: a parameter begins at a multiple of them in Megatron's buffer
@@ -49,37 +50,39 @@ def coordinates(rank: int, layout: LayoutConfig) -> Coordinates:
 
 def state_of(model: Architecture, config: Config, at: Coordinates) -> State:
     """What the rank at `at` holds from the phase's beginning to its end."""
-    layout, sharded = config.layout, config.actor.distributed_optimizer
-    element = 4 if config.precision == "fp32" else 2
-    parameters = weights = gradients = owned = 0
+    layout, element = config.layout, 4 if config.precision == "fp32" else 2
+    split = layout.tp, layout.etp, layout.ep, layout.pp
+    held = weights = elements = owned = 0
     for chunk in chunks_of(layout, model.layers, at.stage):
-        for tensors, shards, shard in _buffers(model, layout, chunk, at):
-            held = sum(tensor.numel for tensor in tensors)
-            size, mine = _padded(tensors, shards, shard) if sharded else (held, held)
-            parameters, weights, gradients = parameters + held, weights + size * element, gradients + size * _GRADIENT
-            owned += mine
-        weights += _fp8_copies(model, config, chunk)
+        if config.actor.distributed_optimizer:
+            shards = layout.cp * layout.dp
+            parameters, size, mine = _sharded(model, *split, shards, chunk, at.shard, at.expert_shard)
+        else:
+            parameters = size = mine = sum(tensor.numel for tensor in chunk_tensors(model, *split, chunk))
+        held, elements, owned = held + parameters, elements + size, owned + mine
+        weights += size * element + _fp8_copies(model, config, chunk)
     bytes_each = _optimizer_bytes(config, element)
     offloaded = int(owned * config.actor.optimizer_offload)
-    return State(parameters, weights, gradients, (owned - offloaded) * bytes_each, offloaded * (bytes_each + _GRADIENT))
+    optimizer, host = (owned - offloaded) * bytes_each, offloaded * (bytes_each + _GRADIENT)
+    return State(held, weights, elements * _GRADIENT, optimizer, host)
 
 
-def _buffers(
-    model: Architecture, layout: LayoutConfig, chunk: Chunk, at: Coordinates
-) -> Iterator[tuple[Sequence[Tensor], int, int]]:
-    """Megatron's buffers of a chunk: (tensors in its order, shards, this rank's shard).
+@lru_cache(maxsize=4096)
+def _sharded(
+    model: Architecture, tp: int, etp: int, ep: int, pp: int, shards: int, chunk: Chunk, shard: int, expert_shard: int
+) -> tuple[int, int, int]:
+    """Of a chunk: elements of the parameters, of Megatron's buffers, of what this rank's optimizer owns.
 
-    Experts have their own where they are spread otherwise than the rest: over ep > 1 ranks, or etp other than tp.
+    Experts have a buffer of their own where they are spread otherwise than the rest: over ep > 1 ranks, or etp other
+    than tp.
     """
-    tensors = chunk_tensors(model, layout.tp, layout.etp, layout.ep, layout.pp, chunk)
-    replicas = layout.cp * layout.dp
-    if not model.experts or (layout.ep == 1 and layout.etp == layout.tp):
-        yield tensors, replicas, at.shard
-        return
-    yield [tensor for tensor in tensors if not tensor.expert], replicas, at.shard
-    experts = [tensor for tensor in tensors if tensor.expert]
-    if experts:
-        yield experts, layout.tp * replicas // (layout.etp * layout.ep), at.expert_shard
+    tensors = chunk_tensors(model, tp, etp, ep, pp, chunk)
+    held = sum(tensor.numel for tensor in tensors)
+    if not model.experts or (ep == 1 and etp == tp):
+        return held, *_padded(tensors, shards, shard)
+    size, owned = _padded([tensor for tensor in tensors if not tensor.expert], shards, shard)
+    of_experts = _padded([tensor for tensor in tensors if tensor.expert], tp * shards // (etp * ep), expert_shard)
+    return held, size + of_experts[0], owned + of_experts[1]
 
 
 def _padded(tensors: Sequence[Tensor], shards: int, shard: int) -> tuple[int, int]:
@@ -104,7 +107,10 @@ def _padded(tensors: Sequence[Tensor], shards: int, shard: int) -> tuple[int, in
         end = -(-end // _ALIGNED) * _ALIGNED
         if tensor.shared and places:
             close()
-        places.append((end, end + tensor.numel))
+        if places and places[-1][1] == end:
+            places[-1] = places[-1][0], end + tensor.numel
+        else:
+            places.append((end, end + tensor.numel))
         end += tensor.numel
         if tensor.shared:
             close()
@@ -127,6 +133,6 @@ def _fp8_copies(model: Architecture, config: Config, chunk: Chunk) -> int:
     if config.precision not in RECIPES or config.fp8.simulate or config.fp8.parameter_gather:
         return 0
     layout = config.layout
-    tensors = chunk_tensors(model, layout.tp, layout.etp, layout.ep, layout.pp, chunk)
+    layer = chunk_tensors(model, layout.tp, layout.etp, layout.ep, layout.pp, Chunk(1, False, False))
     quantised = 1.0 - (config.fp8.first_bf16_layers + config.fp8.last_bf16_layers) / model.layers
-    return int(2 * quantised * sum(tensor.numel for tensor in tensors if tensor.matrix))
+    return int(2 * quantised * chunk.layers * sum(tensor.numel for tensor in layer if tensor.matrix))

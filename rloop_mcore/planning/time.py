@@ -1,7 +1,7 @@
 """How long a step takes, from the multiplications and bytes in it and a cluster's rates.
 
-An estimate for choosing between layouts: the efficiencies are measured on one H200 (docs/gpu.md) for training in bf16 and
-FP8, and assumed for everything else (docs/planning.md).
+An estimate for choosing between layouts: the efficiencies are measured on one H200 (docs/gpu.md) for training in bf16
+and FP8, and assumed for everything else (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import EnginePlan, cache_bytes
 from rloop_mcore.planning.parameters import chunks_of, total_parameters
 from rloop_mcore.planning.schedule import bubble, micro_batches
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import TokenWork, longest_row, mean_lengths, rows_of_update
 
@@ -29,7 +29,7 @@ _HOST_GB_S = 25.0  # between a GPU and the CPU's memory, with Adam there
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an RL step and its parts; tokens a second while training and while generating, of the whole cluster."""
+    """Seconds of an RL step and its parts; tokens a second of the whole cluster, in training and in generation."""
 
     micro_batches: int  # of a replica, in an update
     bubble: float  # share of an update
@@ -195,5 +195,3 @@ def mfu_of(times: Times, model: Architecture, config: Config) -> float:
     each = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
     gpus = layout.tp * layout.pp * layout.cp * layout.dp
     return times.train_tokens_per_s * each / (gpus * config.cluster.gpu.bf16_tflops * 1e12)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
-from rloop_mcore.planning.architecture import Architecture
+from rloop_mcore.planning.sizes import Architecture
 
 # Unknown before a run, and assumed: how long a prompt and a response are on average, as shares of their limits.
 _PROMPT_SHARE, _RESPONSE_SHARE = 0.25, 0.5
@@ -39,7 +39,7 @@ class TokenWork:
 
     @classmethod
     def of(cls, model: Architecture, length: float) -> TokenWork:
-        """In rows of `length` tokens, of which a token sees half on average: PaLM's count (arXiv 2204.02311, app. B)."""
+        """In rows of `length` tokens, of which one sees half on average: PaLM's count (arXiv 2204.02311, app. B)."""
         attention = model.hidden * (model.queries + 2 * model.keys) + model.queries * model.hidden
         mlp = 3 * model.hidden * model.ffn
         if model.experts:

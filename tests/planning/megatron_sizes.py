@@ -1,7 +1,8 @@
-"""Megatron's own buffers and optimizer state on the meta device, rank by rank: `megatron_sizes.py JSON`.
+"""Megatron's own buffers and optimizer state on the meta device, rank by rank: `megatron_sizes.py < JOBS`.
 
-JSON is a list of {"architecture" (config.json's keys), "layout", "precision", "actor", "ranks"}. This one process plays
-each of the ranks in turn, over fake process groups. The last line of the output is a list of lists, one entry a rank.
+JOBS is a JSON list of {"architecture" (config.json's keys), "layout", "precision", "actor", "ranks" (null: all)}. This
+one process plays each of them in turn, over fake process groups. The last line of the output is a list of lists, one
+entry a rank.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main() -> None:
     torch.Tensor.type = lambda tensor: _TYPES[tensor.dtype]  # type: ignore[method-assign, assignment]
     platform._device = torch.device("meta")
     found = []
-    for job in json.loads(sys.argv[1]):
+    for job in json.load(sys.stdin):
         layout, of_ranks = LayoutConfig(**job["layout"]), []
         for rank in job["ranks"] or range(processes(layout)):
             fake_groups(layout, rank)

@@ -42,7 +42,10 @@ class Architecture:
         for key in _NEEDED:
             if not isinstance(values.get(key), int):
                 raise UserError(f"{source} has no {key}: the sizes of a model need it.")
-        heads, experts = values["num_attention_heads"], values.get("num_experts") or values.get("num_local_experts") or 0
+        heads, experts = (
+            values["num_attention_heads"],
+            values.get("num_experts") or values.get("num_local_experts") or 0,
+        )
         family = values.get("model_type")
         return cls(
             layers=values["num_hidden_layers"],
