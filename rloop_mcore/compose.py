@@ -10,7 +10,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -92,6 +92,8 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
         except HydraException as error:
             raise UserError(f"{text!r} is not an override: write key=value, e.g. run.seed=1.") from error
         key = override.key_or_group
+        if key in groups and override.value() is None:
+            raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key.startswith("hydra.") or key in keys | groups | sections:
             continue
         near = difflib.get_close_matches(key, keys | groups, n=1, cutoff=0.0)[0]
@@ -103,6 +105,12 @@ def _sentence(error: Exception) -> str:
     cause: BaseException = error
     while isinstance(cause.__cause__, (HydraException, OmegaConfBaseException)):
         cause = cause.__cause__
+    if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+        group, _, name = cause.missing_cfg_file.partition("/")
+        if group == "model" and "/" in name:
+            return f"model={name} is no file of configs/model: give a model's folder as model.path={name}."
+        near = difflib.get_close_matches(name, cause.options, n=1, cutoff=0.0)[0]
+        return f"{group}={name}: did you mean {near}? There are {', '.join(cause.options)}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = getattr(cause, "full_key", None)
     if key:

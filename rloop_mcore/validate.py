@@ -17,6 +17,7 @@ from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import check_architecture
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
@@ -252,6 +253,35 @@ def _check_sglang(rollout: RolloutConfig) -> None:
         raise UserError(f"rollout.gpus names {named} devices; rollout.engines x rollout.tp is {needed}.")
 
 
+def check_cluster(config: Config) -> None:
+    """Whether the trainer's processes and the engines have the GPUs that `cluster` has. Raises UserError.
+
+    Where cluster.gpus_per_node is 0 only the nodes are known.
+    """
+    cluster, rollout = config.cluster, config.rollout
+    if rollout.nodes >= cluster.nodes:
+        raise UserError(
+            f"rollout.nodes={rollout.nodes} leaves the trainer none of cluster.nodes={cluster.nodes}: raise "
+            "cluster.nodes, or set rollout.nodes=0 to share them."
+        )
+    needed, gpus = processes(config.layout), (cluster.nodes - rollout.nodes) * cluster.gpus_per_node
+    if needed > gpus > 0:
+        away = f" - rollout.nodes={rollout.nodes}" if rollout.nodes else ""
+        raise UserError(
+            f"layout.tp x pp x cp x dp is {needed} processes, and the trainer has {gpus} GPUs "
+            f"(cluster.nodes={cluster.nodes}{away}, cluster.gpus_per_node={cluster.gpus_per_node}): lower layout.dp or "
+            "take more nodes."
+        )
+    if rollout.engine == "sglang" and not rollout.endpoints:
+        needed, gpus = rollout.engines * rollout.tp, (rollout.nodes or cluster.nodes) * cluster.gpus_per_node
+        if needed > gpus > 0:
+            key = "rollout" if rollout.nodes else "cluster"
+            raise UserError(
+                f"rollout.engines={rollout.engines} x rollout.tp={rollout.tp} is {needed} GPUs, and {key}.nodes has "
+                f"{gpus}: lower rollout.engines or take more nodes."
+            )
+
+
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
@@ -268,6 +298,7 @@ def check_device(config: Config, device: str) -> None:
 def check_model(config: Config, model: Path) -> None:
     """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
     architecture = read_hf_config(model)
+    check_architecture(config.model.architecture, architecture, model / "config.json")
     shape = ModelShape.of(architecture, model / "config.json")
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)

@@ -12,34 +12,80 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.validate import check_values
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
-EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+PAPER = "rloop_qwen2.5_math_7b"
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in config_folder().glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_shipped_experiment_is_valid(name: str) -> None:
-    config = load_config([f"experiment={name}", *NEEDED, f"rollout.python={sys.executable}"])
-    check_values(config)
-    assert config.experiment == name
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes_and_is_valid(choice: str) -> None:
+    sglang = f"rollout.python={sys.executable}"
+    check_values(load_config([*NEEDED, choice, sglang]))
+
+
+def test_a_group_is_chosen_beside_its_keys_whatever_their_order() -> None:
+    groups = ["model=qwen2.5_7b", "cluster=h100_64", "layout=tp4", "rollout=sglang_colocated", "algorithm=grpo"]
+    keys = ["model.path=/models/X", "cluster.threads=2", "layout.dp=16", "rollout.tp=2", "algorithm.clip_high=0.3"]
+    first, last = (flat(load_config(["run.dir=r", "data.train=d", *both])) for both in (groups + keys, keys + groups))
+    assert first == last
+    wanted = {
+        "model.architecture.hidden_size": 3584,
+        "model.path": "/models/X",
+        "cluster.nodes": 8,
+        "cluster.gpu.memory_gb_s": 3350,
+        "layout.tp": 4,
+        "layout.dp": 16,
+        "rollout.engine": "sglang",
+        "rollout.tp": 2,
+        "algorithm.aggregation": "sequence_mean",
+        "algorithm.clip_high": 0.3,
+    }
+    assert wanted.items() <= first.items()
+
+
+def test_a_group_on_the_command_line_replaces_the_experiments() -> None:
+    config = load_config(
+        [f"experiment={PAPER}", *NEEDED, "cluster=h200_8", "algorithm=dr_grpo", "precision=fp8_delayed"]
+    )
+    assert (config.cluster.gpu.name, config.cluster.nodes) == ("H200", 1)
+    assert (config.algorithm.advantage, config.rft.enabled, config.precision) == ("group_mean", False, "fp8_delayed")
+    assert config.algorithm.rl_steps == 200  # the experiment's own
+
+
+def test_groups_of_ones_own_are_found(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    lines = f"# @package _global_\ndefaults:\n  - {PAPER}\n  - override /model: qwen3_8b\nlayout: {{dp: 3}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(lines)
+    config = load_config([*NEEDED, f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
+    assert (config.layout.dp, config.layout.tp, config.model.architecture.model_type) == (3, 4, "qwen3")
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("paper_dapo", {"algorithm.iterations": 1, "algorithm.rl_steps": 600, "rft.enabled": False}),
-        ("paper_rft", {"algorithm.updates_per_step": 0, "algorithm.sampling_rounds": 1}),
-        ("paper_no_hard_filter", {"algorithm.hard_threshold": None}),
-        ("paper_no_reset", {"algorithm.reset": False}),
-        ("paper_nrl_50", {"algorithm.iterations": 12, "algorithm.rl_steps": 50}),
-        ("paper_nrl_100", {"algorithm.iterations": 6, "algorithm.rl_steps": 100}),
-        ("paper_nrl_300", {"algorithm.iterations": 2, "algorithm.rl_steps": 300}),
+        ("dapo_qwen2.5_math_7b", {"algorithm.iterations": 1, "algorithm.rl_steps": 600, "rft.enabled": False}),
+        ("rft_qwen2.5_math_7b", {"algorithm.updates_per_step": 0, "algorithm.sampling_rounds": 1}),
+        (f"{PAPER}_no_hard_filter", {"algorithm.hard_threshold": None}),
+        (f"{PAPER}_no_reset", {"algorithm.reset": False}),
+        (f"{PAPER}_nrl_50", {"algorithm.iterations": 12, "algorithm.rl_steps": 50}),
+        (f"{PAPER}_nrl_100", {"algorithm.iterations": 6, "algorithm.rl_steps": 100}),
+        (f"{PAPER}_nrl_300", {"algorithm.iterations": 2, "algorithm.rl_steps": 300}),
     ],
 )
 def test_a_comparison_changes_what_it_is_about_and_nothing_else(name: str, changes: dict[str, object]) -> None:
-    paper, other = (flat(load_config([f"experiment={e}", "model.path=m", "data.train=d"])) for e in ("paper", name))
-    assert other == {**paper, **changes, "experiment": name, "run.dir": f"runs/paper/{name.removeprefix('paper_')}"}
-    assert name == "paper_rft" or paper["algorithm.rl_steps"] * paper["algorithm.iterations"] == (
+    paper, other = (flat(load_config([f"experiment={e}", "model.path=m"])) for e in (PAPER, name))
+    assert other == {**paper, **changes, "experiment": name, "run.dir": f"runs/{name}"}
+    assert name.startswith("rft") or paper["algorithm.rl_steps"] * paper["algorithm.iterations"] == (
         other["algorithm.rl_steps"] * other["algorithm.iterations"]
     )
+
+
+def test_the_papers_run_is_what_the_schema_has_by_default() -> None:
+    """Machines, data and saving apart: the numbers with their sources stand in YAML, and a bare run has them too."""
+    machines = ("run.", "model.", "layout.", "rollout.", "data.", "cluster.", "checkpoint.", "experiment")
+    paper, bare = (flat(load_config([*NEEDED, *more])) for more in ([f"experiment={PAPER}"], []))
+    assert {
+        key: (paper[key], bare[key]) for key in bare if paper[key] != bare[key] and not key.startswith(machines)
+    } == {}
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -56,7 +102,13 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["+algorithm.itertions=3"], ["algorithm.itertions", "algorithm.iterations"]),
         (["algorithm.iterations=many"], ["algorithm.iterations", "many", "Integer"]),
         (["evaluation.k=[1,x]"], ["evaluation.k", "x"]),
-        (["experiment=quikstart"], ["quikstart", "quickstart"]),
+        (["experiment=quikstart"], ["experiment=quikstart", "did you mean quickstart", "tiny"]),
+        (["model=qwen2.5_8b"], ["model=qwen2.5_8b", "did you mean qwen2.5_7b?", "llama3.1_405b"]),
+        (["model=/models/X"], ["model=/models/X", "model.path"]),
+        (["cluster=h100"], ["cluster=h100", "h100_8"]),
+        (["rollout=sglang"], ["rollout=sglang", "sglang_colocated"]),
+        (["layout=null"], ["layout=null", "configs/layout"]),
+        (["modle=qwen2.5_7b"], ["modle", "did you mean model?"]),
         (["nonsense"], ["nonsense", "key=value"]),
         (["run.dir=${nope}"], ["nope"]),
         (["run.deterministic=perhaps"], ["run.deterministic", "perhaps"]),

@@ -10,7 +10,7 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.validate import check_device, check_model, check_values, warnings
+from rloop_mcore.validate import check_cluster, check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 
@@ -106,6 +106,35 @@ def test_sglang_servers_that_cannot_be_started_are_refused(override: str, words:
 
 def test_the_defaults_are_legal() -> None:
     check_values(load_config(NEEDED))
+    check_cluster(load_config(NEEDED))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["layout.tp=4", "layout.dp=8"], ["32 processes", "16 GPUs", "cluster.nodes=2,"]),
+        (["layout.tp=4", "layout.dp=4", "rollout.nodes=1"], ["16 processes", "8 GPUs", "2 - rollout.nodes=1"]),
+        (["rollout.nodes=2"], ["rollout.nodes=2", "cluster.nodes=2"]),
+        (["rollout=sglang_colocated", "rollout.engines=17"], ["rollout.engines=17", "17 GPUs", "cluster.nodes has 16"]),
+        (["rollout=sglang_disaggregated", "rollout.engines=2", "rollout.tp=8"], ["16 GPUs", "rollout.nodes has 8"]),
+    ],
+)
+def test_what_the_cluster_has_no_gpus_for_is_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_cluster(load_config([*NEEDED, "cluster=h100_16", *overrides]))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster=h100_16", "layout.tp=4", "layout.dp=4", "rollout=sglang_colocated", "rollout.engines=16"],
+        ["cluster=h100_16", "layout.dp=8", "rollout=sglang_disaggregated", "rollout.engines=8"],
+        ["cluster=cpu", "layout.dp=64"],
+    ],
+)
+def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
+    check_cluster(load_config([*NEEDED, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +155,7 @@ def test_what_a_device_cannot_do_is_refused(overrides: list[str], device: str, w
         check_device(load_config([*NEEDED, *overrides]), device)
 
 
-def model(folder: Path, **changes: int) -> None:
+def model(folder: Path, **changes: object) -> None:
     shape = {
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
@@ -135,6 +164,41 @@ def model(folder: Path, **changes: int) -> None:
         "max_position_embeddings": 4096,
     }
     (folder / "config.json").write_text(json.dumps(shape | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ({"num_hidden_layers": 28}, ["model.architecture.num_hidden_layers=24", "says 28", "model.path"]),
+        ({"tie_word_embeddings": False}, ["model.architecture.tie_word_embeddings=true", "says false"]),
+        ({"hidden_size": 896, "head_dim": 128}, ["model.architecture.head_dim=64", "says 128"]),
+        ({"hidden_size": 1792}, ["model.architecture.hidden_size=896", "says 1792"]),
+        ({"model_type": "llama"}, ["model.architecture.model_type=qwen2", "says llama"]),
+    ],
+)
+def test_another_model_than_the_chosen_one_is_refused(
+    tmp_path: Path, file: dict[str, object], words: list[str]
+) -> None:
+    model(tmp_path, **file)
+    check_model(load_config(NEEDED), tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_model(load_config([*NEEDED, "model=qwen2.5_0.5b"]), tmp_path)
+    assert all(word in str(caught.value) for word in [*words, str(tmp_path / "config.json")]), str(caught.value)
+
+
+def test_a_release_may_have_other_positions_than_its_size_and_leave_sizes_out(tmp_path: Path) -> None:
+    model(tmp_path, hidden_size=896, max_position_embeddings=8192, rope_theta=5e6, rms_norm_eps=1e-5)
+    check_model(load_config([*NEEDED, "model=qwen2.5_0.5b"]), tmp_path)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("4864", "4865"))
+    with pytest.raises(UserError, match="intermediate_size=4864"):
+        check_model(load_config([*NEEDED, "model=qwen2.5_0.5b"]), tmp_path)
+
+
+def test_transformers_5_calls_the_experts_local(tmp_path: Path) -> None:
+    moe = {"model_type": "qwen3_moe", "num_local_experts": 64, "num_hidden_layers": 48, "intermediate_size": 6144}
+    model(tmp_path, **moe, num_attention_heads=32, num_key_value_heads=4)
+    with pytest.raises(UserError, match=r"num_experts=128, and .* says 64"):
+        check_model(load_config([*NEEDED, "model=qwen3_30b_a3b"]), tmp_path)
 
 
 def test_an_illegal_layout_names_its_rule_and_the_nearest_legal_one(tmp_path: Path) -> None:

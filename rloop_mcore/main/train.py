@@ -36,6 +36,7 @@ def train(overrides: Sequence[str], force: bool) -> int:
     """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
     config = load_config(overrides)
     validate.check_values(config)
+    validate.check_cluster(config)
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():
