@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,7 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
     config = load_config(overrides, absent="-")
     validate.check_values(config, elsewhere=True)
+    validate.check_cluster(config)
     model = architecture_of(config.model)
     check_layout(model, config)
     chosen = Plan.of(model, config)
@@ -111,7 +113,7 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
     model, config = chosen.model, chosen.config
     parameters = total_parameters(model)
     active = f", {parameters['active'] / 1e9:.2f} B of them a token's" if model.experts else ""
-    sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size != 1)
+    sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size > 1)
     console.print(
         f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
     )
@@ -152,7 +154,7 @@ def _stages_table(plan: Plan) -> Table:
 
 
 def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="left" if column in ("phase", "layout") else "right")
     return table

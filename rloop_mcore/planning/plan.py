@@ -70,19 +70,10 @@ def trainer_gpus(config: Config) -> int:
 
 
 def check_layout(model: Architecture, config: Config) -> None:
-    """Raise UserError where the model doesn't allow the layout, or the cluster has too few GPUs for it."""
+    """Raise UserError where the model doesn't allow the layout."""
     layout = config.layout
     if broken := broken_rule(layout, model.shape):
         legal = nearest_legal(layout, model.shape)
         raise UserError(
             f"{broken}: the nearest legal layout of {processes(legal)} processes has {overrides(layout, legal)}."
-        )
-    cluster, wanted = config.cluster, processes(layout)
-    if cluster.gpus_per_node and wanted > trainer_gpus(config):
-        without = f" (rollout.nodes={config.rollout.nodes} of {cluster.nodes} are the engines')" * (
-            config.rollout.nodes > 0
-        )
-        raise UserError(
-            f"layout.* asks for {wanted} GPUs and the cluster has {trainer_gpus(config)} for them{without}: "
-            "cluster.nodes x cluster.gpus_per_node."
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from rloop_mcore.config import ModelConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import check_architecture
 from rloop_mcore.planning.layouts import ModelShape
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -98,7 +99,5 @@ def architecture_of(model: ModelConfig) -> Architecture:
         values = dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}).") from error
-    for key, value in said.items():
-        if key in values and values[key] != value:
-            raise UserError(f"model.architecture.{key}={value} contradicts {file}, which has {values[key]}.")
+    check_architecture(model.architecture, values, file)
     return Architecture.of(values, file)

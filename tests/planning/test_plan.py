@@ -183,13 +183,11 @@ def test_a_pipeline_waits_and_the_network_costs() -> None:
     assert times.update_s > update_s(dp=16)
 
 
-def test_layout_is_checked_against_model_and_cluster() -> None:
+def test_layout_is_checked_against_the_model() -> None:
     with pytest.raises(
         UserError, match=r"layout.tp=8 does not divide num_attention_heads=28: the nearest legal layout"
     ):
         check_layout(QWEN_7B, run_on(1, LayoutConfig(tp=8)))
-    with pytest.raises(UserError, match=r"layout.\* asks for 16 GPUs and the cluster has 8 for them .rollout.nodes=1"):
-        check_layout(QWEN_7B, run_on(2, LayoutConfig(dp=16), nodes=1))
 
 
 def test_an_engine_may_copy_key_and_value_heads() -> None:

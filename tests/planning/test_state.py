@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from rloop_mcore.compose import config_folder, load_config
 from rloop_mcore.config import ActorConfig, Config, Fp8Config, LayoutConfig
+from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, coordinates, state_of
@@ -90,6 +92,39 @@ def test_every_rank_holds_what_megatron_gives_it_to_the_byte() -> None:
         for rank, theirs in enumerate(of_ranks):
             ours = vars(state_of(model, config, coordinates(rank, config.layout)))
             assert {key: ours[key] for key in theirs} == theirs, f"rank {rank} of {job['layout']}"
+
+
+def shipped() -> dict[str, tuple[dict[str, Any], Config]]:
+    """Job and configuration of the shipped experiments that differ in what a rank holds, by the first one's name."""
+    found: dict[str, tuple[dict[str, Any], Config]] = {}
+    for file in sorted((config_folder() / "experiment").glob("*.yaml")):
+        config = load_config([f"experiment={file.stem}"], absent="-")
+        job = {
+            "architecture": {key: value for key, value in vars(config.model.architecture).items() if value is not None},
+            "layout": vars(config.layout),
+            "precision": config.precision,
+            "actor": {"distributed_optimizer": config.actor.distributed_optimizer},
+        }
+        if job not in [other for other, _ in found.values()]:
+            found[file.stem] = job, config
+    return found
+
+
+SHIPPED = shipped()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_experiments_at_every_coordinate(name: str) -> None:
+    """One rank of all those with the same coordinates: tp ranks hold the same."""
+    job, config = SHIPPED[name]
+    model = Architecture.of(job["architecture"], name)
+    ranks = {coordinates(rank, config.layout): rank for rank in range(processes(config.layout))}
+    (theirs,) = megatron_sizes([job | {"ranks": list(ranks.values())}])
+    for place, held in zip(ranks, theirs, strict=True):
+        ours = vars(state_of(model, config, place))
+        assert {key: ours[key] for key in held} == held, place
+    largest = max(theirs, key=lambda held: sum(held.values()))
+    print(f"{name}: {len(ranks)} coordinates, the fullest has {largest}")
 
 
 @pytest.mark.parametrize(
