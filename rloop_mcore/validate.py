@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
-from rloop_mcore.config import Config, RolloutConfig
+from rloop_mcore.config import Config, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import check_architecture
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
@@ -299,7 +300,12 @@ def check_model(config: Config, model: Path) -> None:
     """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
     architecture = read_hf_config(model)
     check_architecture(config.model.architecture, architecture, model / "config.json")
-    shape = ModelShape.of(architecture, model / "config.json")
+    check_sizes(config, architecture, str(model / "config.json"))
+
+
+def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
+    """`check_model` for the keys of a config.json, which came from `model`."""
+    shape = ModelShape.of(architecture, model)
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)
         raise UserError(
@@ -318,6 +324,25 @@ def check_model(config: Config, model: Path) -> None:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}."
         )
+
+
+def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """The keys of `model.path`'s config.json where there is one, else those of `model.architecture`; and where from.
+
+    Raises UserError where there is neither, or where they contradict each other.
+    """
+    stated = {key: value for key, value in vars(model.architecture).items() if value is not None}
+    folder = Path(model.path)
+    if (folder / "config.json").is_file():
+        found = read_hf_config(folder)
+        check_architecture(model.architecture, found, folder / "config.json")
+        return found, str(folder / "config.json")
+    if not stated:
+        raise UserError(
+            f"model.path={model.path} holds no config.json and model.architecture is empty: give one of them, e.g. "
+            "model=qwen2.5_7b."
+        )
+    return stated, "model.architecture"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.plan import Plan, check_layout, trainer_gpus
+from rloop_mcore.planning.plan import Plan, trainer_gpus
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
-from rloop_mcore.planning.sizes import architecture_of
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.time import mfu_of
 
@@ -33,8 +33,10 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     config = load_config(overrides, absent="-")
     validate.check_values(config, elsewhere=True)
     validate.check_cluster(config)
-    model = architecture_of(config.model)
-    check_layout(model, config)
+    validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
+    sizes, source = validate.stated_sizes(config.model)
+    validate.check_sizes(config, sizes, source)
+    model = Architecture.of(sizes, source)
     chosen = Plan.of(model, config)
     others = ranked(model, config) if search else []
     if as_json:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rloop_mcore.config import Config
-from rloop_mcore.errors import UserError
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
-from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, processes
+from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.memory import StageMemory, memory_of
 from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.time import Times, step_times
@@ -67,13 +66,3 @@ def trainer_gpus(config: Config) -> int:
     if not cluster.gpus_per_node:
         return processes(config.layout)
     return (cluster.nodes - config.rollout.nodes) * cluster.gpus_per_node
-
-
-def check_layout(model: Architecture, config: Config) -> None:
-    """Raise UserError where the model doesn't allow the layout."""
-    layout = config.layout
-    if broken := broken_rule(layout, model.shape):
-        legal = nearest_legal(layout, model.shape)
-        raise UserError(
-            f"{broken}: the nearest legal layout of {processes(legal)} processes has {overrides(layout, legal)}."
-        )

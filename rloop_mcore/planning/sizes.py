@@ -1,16 +1,13 @@
-"""A model's sizes, from its config.json or, before there is one, from `model.architecture`."""
+"""A model's sizes, as the planner calls them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.config import ModelConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import check_architecture
 from rloop_mcore.planning.layouts import ModelShape
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -79,25 +76,3 @@ class Architecture:
     def shape(self) -> ModelShape:
         """What a layout has to divide."""
         return ModelShape(self.layers, self.heads, self.kv_heads, self.ffn, self.experts, self.expert_ffn)
-
-
-def architecture_of(model: ModelConfig) -> Architecture:
-    """That of `model.path`'s config.json where there is one, else of `model.architecture`.
-
-    Raises UserError where there is neither, or where they contradict each other.
-    """
-    said = {key: value for key, value in vars(model.architecture).items() if value is not None}
-    file = Path(model.path) / "config.json"
-    if not file.is_file():
-        if not said:
-            raise UserError(
-                f"model.path={model.path} holds no config.json and model.architecture is empty: give one of them, "
-                "e.g. model=qwen2.5_7b."
-            )
-        return Architecture.of({"model_type": model.family} | said, "model.architecture")
-    try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}).") from error
-    check_architecture(model.architecture, values, file)
-    return Architecture.of(values, file)

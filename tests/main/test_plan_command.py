@@ -77,12 +77,32 @@ def test_what_does_not_fit_is_shown_and_refused(capsys: pytest.CaptureFixture[st
 
 def test_config_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert plan([f"model.path={tmp_path}"], as_json=True, search=False) == 0
+    small = [
+        f"model.path={tmp_path}",
+        "rollout.max_tokens=24",
+        "data.max_prompt_tokens=16",
+        "algorithm.overlong_buffer=0",
+    ]
+    assert plan(small, as_json=True, search=False) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model"]["hidden"] == CONFIG["hidden_size"]
     assert found["fits"] is None
     with pytest.raises(UserError, match="hidden_size"):
-        plan([f"model.path={tmp_path}", "model.architecture.hidden_size=97"], as_json=True, search=False)
+        plan([*small, "model.architecture.hidden_size=97"], as_json=True, search=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.seed=1"], r"model.path=- holds no config.json and model.architecture is empty: give one of them"),
+        (["model.architecture.hidden_size=96"], r"model.architecture has no num_hidden_layers"),
+        ([*SEVEN_B, "layout.dp=16"], r"layout.tp x pp x cp x dp is 16 processes, and the trainer has 8 GPUs"),
+        ([*SEVEN_B, "precision=fp8_delayed", "fp8.first_bf16_layers=1"], r"fp8_delayed keeps no layers in bf16"),
+    ],
+)
+def test_mistakes(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(overrides, as_json=True, search=False)
 
 
 def test_no_torch_and_exit_code_2_in_one_sentence() -> None:
