@@ -29,16 +29,17 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def load_config(overrides: Sequence[str]) -> Config:
+def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
     """Compose the shipped YAML with `overrides` (`key=value`, `group=choice`).
 
-    Raises UserError for an unknown key, an unknown choice, a value of the wrong type or a key that has no value.
+    Raises UserError for an unknown key, an unknown choice, a value of the wrong type or a key that has no value; with
+    `absent` such a key gets that: for a command that needs neither files nor a run directory.
     """
     folder = config_folder()
     _check_keys(overrides, folder)
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            return _typed(compose("config", list(overrides)))
+            return _typed(compose("config", list(overrides)), absent)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
 
@@ -61,9 +62,12 @@ def flat(config: Config) -> dict[str, Any]:
     return dict(_leaves(OmegaConf.structured(config)))
 
 
-def _typed(tree: Any) -> Config:
+def _typed(tree: Any, absent: str | None = None) -> Config:
     missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
+    if absent is not None:
+        for key in missing:
+            OmegaConf.update(tree, key, absent)
+    elif missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=VALUE on the command line.")
     return cast(Config, OmegaConf.to_object(tree))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
-from rloop_mcore.config import Config, RolloutConfig
+from rloop_mcore.config import Config, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import check_architecture
 from rloop_mcore.planning.cluster import idle_gpus
@@ -99,8 +100,11 @@ _BELOW_ONE = tuple(
 )
 
 
-def check_values(config: Config) -> None:
-    """Every rule that needs nothing but the configuration. Raises UserError."""
+def check_values(config: Config, elsewhere: bool = False) -> None:
+    """Every rule that needs nothing but the configuration. Raises UserError.
+
+    `elsewhere`: the run is for other machines, so the programs that it names needn't be on this one.
+    """
     values = flat(config)
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -137,7 +141,7 @@ def check_values(config: Config) -> None:
     if low is not None and high is not None and low >= high:
         raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
     _check_algorithm(config)
-    _check_rollout(config)
+    _check_rollout(config, elsewhere)
 
 
 def _check_algorithm(config: Config) -> None:
@@ -187,9 +191,11 @@ def _check_algorithm(config: Config) -> None:
         raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
 
 
-def _check_rollout(config: Config) -> None:
+def _check_rollout(config: Config, elsewhere: bool) -> None:
     rollout = config.rollout
     if rollout.engine == "sglang" and not rollout.endpoints:
+        if not elsewhere:
+            _check_python(rollout)
         _check_sglang(rollout)
     if config.rollout.engine == "embedded" and config.rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
@@ -223,8 +229,7 @@ def _check_lag(config: Config, deterministic: bool) -> None:
         )
 
 
-def _check_sglang(rollout: RolloutConfig) -> None:
-    """What is needed to start SGLang servers."""
+def _check_python(rollout: RolloutConfig) -> None:
     if rollout.python is None:
         raise UserError(
             "rollout.engine=sglang needs rollout.python=.venv-sglang/bin/python (`make install-sglang` makes it), or "
@@ -232,6 +237,10 @@ def _check_sglang(rollout: RolloutConfig) -> None:
         )
     if shutil.which(rollout.python) is None:
         raise UserError(f"rollout.python={rollout.python} is no program: `make install-sglang` makes one with SGLang.")
+
+
+def _check_sglang(rollout: RolloutConfig) -> None:
+    """What is needed to start SGLang servers."""
     if rollout.dp > 1:
         raise UserError(
             f"rollout.dp={rollout.dp}: a sync can't foretell the checksums of data-parallel attention yet; use "
@@ -263,7 +272,12 @@ def check_model(config: Config, model: Path) -> None:
     """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
     architecture = read_hf_config(model)
     check_architecture(config.model.architecture, architecture, model / "config.json")
-    shape = ModelShape.of(architecture, model / "config.json")
+    check_sizes(config, architecture, str(model / "config.json"))
+
+
+def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
+    """`check_model` for the keys of a config.json, which came from `model`."""
+    shape = ModelShape.of(architecture, model)
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)
         raise UserError(
@@ -282,6 +296,25 @@ def check_model(config: Config, model: Path) -> None:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}."
         )
+
+
+def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """The keys of `model.path`'s config.json where there is one, else those of `model.architecture`; and where from.
+
+    Raises UserError where there is neither, or where they contradict each other.
+    """
+    stated = {key: value for key, value in vars(model.architecture).items() if value is not None}
+    folder = Path(model.path)
+    if (folder / "config.json").is_file():
+        found = read_hf_config(folder)
+        check_architecture(model.architecture, found, folder / "config.json")
+        return found, str(folder / "config.json")
+    if not stated:
+        raise UserError(
+            f"model.path={model.path} holds no config.json and model.architecture is empty: give one of them, e.g. "
+            "model=qwen2.5_7b."
+        )
+    return stated, "model.architecture"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -215,8 +215,8 @@ def test_an_illegal_layout_names_its_rule_and_the_nearest_legal_one(tmp_path: Pa
     with pytest.raises(UserError) as caught:
         check_model(load_config([*NEEDED, "layout.tp=3", "layout.dp=2"]), tmp_path)
     assert str(caught.value) == (
-        f"layout.tp=3 does not divide num_attention_heads=14 (model {tmp_path}): the nearest legal layout of 6 "
-        "processes has layout.tp=2 layout.dp=3."
+        f"layout.tp=3 does not divide num_attention_heads=14 (model {tmp_path}/config.json): the nearest legal layout "
+        "of 6 processes has layout.tp=2 layout.dp=3."
     )
 
 

@@ -43,6 +43,16 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="resume although a changed key makes it another run; the journal says so"
     )
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, legal layouts and time of a run, before a GPU is used",
+        description="What a run takes of each GPU and how long a step is, from its configuration alone: no GPU, "
+        "weights, data or run.dir needed. Exit code 2 where it can't fit, with the nearest that does.",
+    )
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=qwen2.5_72b cluster=h100_64")
+    plan.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    plan.add_argument("--search", action="store_true", help="rank all legal layouts of the cluster's GPUs")
+
     evaluate = commands.add_parser(
         "evaluate",
         help="Avg@k and pass@k of a policy on a problem file",
@@ -134,6 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.train import train
 
             return train(options.overrides, options.force)
+        if options.command == "plan":
+            from rloop_mcore.main.plan import plan
+
+            return plan(options.overrides, options.json, options.search)
         if options.command == "evaluate":
             from rloop_mcore.main.evaluate import evaluate
 

@@ -24,6 +24,8 @@ from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
 from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.layouts import processes
+from rloop_mcore.planning.search import check_fit
+from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
@@ -58,6 +60,8 @@ def _check_inputs(config: Config, model: Path) -> int:
         platform.check_gpus(processes(config.layout), config.precision)
     check_not_removed(model)
     validate.check_model(config, model)
+    if device == "cuda" and config.cluster.gpu.memory_gib:
+        check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
     TextTokenizer(model)
     PromptTemplate(config.data.template)

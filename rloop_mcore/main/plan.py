@@ -1,0 +1,214 @@
+"""`rloop plan`: what a run takes of its GPUs and how long its steps are, before there is a GPU or a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from rloop_mcore import validate
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import LayoutConfig
+from rloop_mcore.errors import UserError
+from rloop_mcore.planning.engines import GIB, legal_engine_tp
+from rloop_mcore.planning.layouts import processes, stages
+from rloop_mcore.planning.memory import PARTS, StageMemory
+from rloop_mcore.planning.parameters import total_parameters
+from rloop_mcore.planning.plan import Plan, trainer_gpus
+from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
+from rloop_mcore.planning.sizes import Architecture
+from rloop_mcore.planning.state import Coordinates, state_of
+from rloop_mcore.planning.time import mfu_of
+
+_SHOWN = 10  # layouts of a search
+
+
+def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
+    """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
+    config = load_config(overrides, absent="-")
+    validate.check_values(config, elsewhere=True)
+    validate.check_cluster(config)
+    validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
+    sizes, source = validate.stated_sizes(config.model)
+    validate.check_sizes(config, sizes, source)
+    model = Architecture.of(sizes, source)
+    chosen = Plan.of(model, config)
+    others = ranked(model, config) if search else []
+    if as_json:
+        print(json.dumps(_as_json(chosen, others)))
+    else:
+        _show(chosen, others, Console(width=150 if not Console().is_terminal else None))
+    if chosen.fits is False and not any(other.fits for other in others):
+        raise UserError(f"{shortage(chosen)}; {way_out(model, config)}.")
+    return 0
+
+
+def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
+    model, config = chosen.model, chosen.config
+    parameters = dict(total_parameters(model))
+    of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
+    legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
+    if not others:
+        layouts = legal_layouts(model, trainer_gpus(config), config.cluster.gpus_per_node or 8)
+        legal = [{"layout": _layout(layout, model.layers)} for layout in layouts]
+    nearest = nearest_fit(model, config) if chosen.fits is False else None
+    return {
+        "model": asdict(model),
+        "parameters": {
+            "total": parameters.pop("total"),
+            "active": parameters.pop("active"),
+            "by_tensor": parameters,
+            "of_a_rank_by_stage": of_ranks,
+        },
+        "layouts": legal,
+        "engine_layouts": [{"tp": tp} for tp in legal_engine_tp(model, config.cluster.gpus_per_node or 8)],
+        "chosen": {
+            "layout": _layout(config.layout, model.layers),
+            "gpus": processes(config.layout),
+            "recompute": config.actor.recompute,
+            "stage": chosen.worst.stage,
+            "phase": chosen.worst.peak,
+            "memory_gib": _gib(chosen.worst.parts),
+            "fits": chosen.fits,
+            "margin_gib": round(chosen.margin / GIB, 3) if chosen.memory else None,
+            "stages": [
+                {phase: _gib(parts) for phase, parts in stage.phases.items()} | {"host_gib": round(stage.host / GIB, 3)}
+                for stage in chosen.stages
+            ],
+            "engine": asdict(chosen.engine) | {"gpus": config.rollout.engines * config.rollout.tp},
+            "times": _times(chosen),
+        },
+        "fits": chosen.fits,
+        "nearest": changes(config, nearest.config) if nearest else None,
+    }
+
+
+def _layout(layout: LayoutConfig, layers: int) -> dict[str, Any]:
+    return vars(layout) | {"stages": stages(layout, layers)}
+
+
+def _ranked_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "layout": _layout(plan.config.layout, plan.model.layers),
+        "recompute": plan.config.actor.recompute,
+        "memory_fraction": plan.config.rollout.memory_fraction,
+        "total_gib": round(plan.worst.total / GIB, 3),
+        "fits": plan.fits,
+        "times": _times(plan),
+    }
+
+
+def _gib(parts: dict[str, int]) -> dict[str, float]:
+    return {part: round(size / GIB, 3) for part, size in (parts | {"total": sum(parts.values())}).items()}
+
+
+def _times(plan: Plan) -> dict[str, Any] | None:
+    return asdict(plan.times) | {"mfu": mfu_of(plan.times, plan.model, plan.config)} if plan.times else None
+
+
+def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
+    model, config = chosen.model, chosen.config
+    parameters = total_parameters(model)
+    active = f", {parameters['active'] / 1e9:.2f} B of them a token's" if model.experts else ""
+    sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size > 1)
+    console.print(
+        f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
+    )
+    console.print(
+        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
+        f"precision {config.precision}, recompute {config.actor.recompute}"
+    )
+    console.print(_parts_table(chosen.worst))
+    if config.layout.pp > 1:
+        console.print(_stages_table(chosen))
+    _show_verdict(chosen, console)
+    _show_times(chosen, console)
+    if others:
+        fitting = sum(other.fits is not False for other in others)
+        console.print(f"\n{len(others)} legal layouts, {fitting} of them fit; the best:")
+        console.print(_search_table(others[:_SHOWN]))
+
+
+def _parts_table(worst: StageMemory) -> Table:
+    """The fullest GPU in each phase, part by part."""
+    used = [part for part in PARTS if any(parts[part] for parts in worst.phases.values())]
+    table = _table(f"GiB of a GPU of stage {worst.stage}", "phase", *used, "total")
+    for phase, parts in worst.phases.items():
+        sizes = [*(parts[part] for part in used), sum(parts.values())]
+        table.add_row(phase, *(f"{size / GIB:.2f}" for size in sizes))
+    return table
+
+
+def _stages_table(plan: Plan) -> Table:
+    """What the GPUs of every pipeline stage hold."""
+    split, layout = stages(plan.config.layout, plan.model.layers), plan.config.layout
+    table = _table("GiB of a GPU by stage", "stage", "layers", "parameters", *plan.worst.phases)
+    for stage in plan.stages:
+        held = state_of(plan.model, plan.config, Coordinates(stage.stage)).parameters
+        totals = (f"{sum(parts.values()) / GIB:.2f}" for parts in stage.phases.values())
+        table.add_row(str(stage.stage), "+".join(map(str, split[stage.stage :: layout.pp])), f"{held:,}", *totals)
+    return table
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("phase", "layout") else "right")
+    return table
+
+
+def _show_verdict(plan: Plan, console: Console) -> None:
+    worst, config = plan.worst, plan.config
+    largest = max(worst.parts, key=lambda part: worst.parts[part])
+    words = f"the fullest GPU is one of stage {worst.stage}, most of it {largest.replace('_', ' ')}"
+    if plan.fits is None:
+        console.print(f"{words}; cluster.gpu.memory_gib is not given")
+    elif plan.fits:
+        console.print(f"fits, with {plan.margin / GIB:.1f} of {config.cluster.gpu.memory_gib:g} GiB to spare: {words}")
+    else:
+        console.print(f"does not fit: {words}")
+    if worst.host:
+        console.print(f"{worst.host / GIB:.1f} GiB of the CPU's memory a GPU hold offloaded optimizer state")
+    engine, rollout = plan.engine, config.rollout
+    if not rollout.endpoints:
+        where = "beside the policy" if engine.shared else "on GPUs of their own"
+        room = f"room for {engine.tokens:,} tokens" if plan.memory or engine.tokens else "a cache of unknown size"
+        console.print(
+            f"engines {where}: {rollout.engines} over {rollout.tp} GPUs each, weights {engine.weights / GIB:.2f} GiB a "
+            f"GPU, {room}{', asleep while it trains' if engine.sleeps else ''}"
+        )
+
+
+def _show_times(plan: Plan, console: Console) -> None:
+    times = plan.times
+    if times is None:
+        console.print("no estimate of time: cluster.gpu.bf16_tflops and memory_gb_s are not given")
+        return
+    console.print(
+        f"a step takes about {times.step_s:.0f} s: rollout {times.rollout_s:.0f}, training {times.train_s:.0f} "
+        f"({times.update_s:.1f} an update of {times.micro_batches} micro-batches a replica, bubble "
+        f"{100 * times.bubble:.0f} %), sync {times.sync_s:.1f}"
+    )
+    console.print(
+        f"tokens/s: {times.train_tokens_per_s:,.0f} trained ({100 * mfu_of(times, plan.model, plan.config):.0f} % of "
+        f"the bf16 peak), {times.rollout_tokens_per_s:,.0f} generated; with responses of half of rollout.max_tokens"
+    )
+
+
+def _search_table(plans: Sequence[Plan]) -> Table:
+    table = _table(None, "step s", "update s", "GiB", "fits", "layout")
+    for plan in plans:
+        times = (f"{plan.times.step_s:.0f}", f"{plan.times.update_s:.1f}") if plan.times else ("", "")
+        layout = " ".join(
+            f"{k}={v}" for k, v in vars(plan.config.layout).items() if k not in ("stages", "sp") and v > 1
+        )
+        rollout = f" memory_fraction={plan.config.rollout.memory_fraction}" if plan.engine.shared else ""
+        fits = {True: "yes", False: "no", None: "?"}[plan.fits]
+        words = f"{layout} recompute={plan.config.actor.recompute}{rollout}"
+        table.add_row(*times, f"{plan.worst.total / GIB:.1f}", fits, words)
+    return table

@@ -1,0 +1,116 @@
+"""The memory of each pipeline stage's GPUs while the policy trains, syncs its weights and lets the engines generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rloop_mcore.config import Config
+from rloop_mcore.planning.activations import (
+    Modules,
+    chunk_bytes,
+    layer_working_bytes,
+    loss_working_bytes,
+    micro_batch_tokens,
+)
+from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
+from rloop_mcore.planning.parameters import Chunk, chunk_tensors, chunks_of, padded_vocabulary
+from rloop_mcore.planning.schedule import micro_batches, most_held
+from rloop_mcore.planning.sizes import Architecture
+from rloop_mcore.planning.state import Coordinates, state_of
+from rloop_mcore.planning.workload import longest_row, rows_of_update
+
+_RUNTIME = int(1.5 * GIB)  # CUDA context, NCCL's buffers, cuBLAS's workspaces (assumed)
+_FRAGMENTS = 0.03  # of what comes and goes: what torch's allocator can't use (assumed)
+
+PARTS = (
+    *("weights", "gradients", "optimizer", "activations", "logits", "weight_sync"),
+    *("engine_weights", "kv_cache", "engine_other", "runtime"),
+)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of a GPU of a pipeline stage: bytes by phase (train, sync, rollout) and part; `host`: in the CPU's memory."""
+
+    stage: int
+    phases: dict[str, dict[str, int]]
+    host: int
+
+    @property
+    def peak(self) -> str:
+        """The phase that takes the most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Of that phase."""
+        return self.phases[self.peak]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+def stage_memory(model: Architecture, config: Config, stage: int, engine: EnginePlan) -> StageMemory:
+    """Of the GPUs of pipeline stage `stage`: the first replica's, which has the least padding."""
+    state = state_of(model, config, Coordinates(stage))
+    lasting = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    kept, working, logits = _passing(model, config, stage)
+    sync = _sync_bytes(model, config) if stage == 0 else 0
+    layout = config.layout
+    first = stage * layout.tp * layout.cp * layout.dp
+    here = engine.shared and first < config.rollout.engines * config.rollout.tp
+    awake = {
+        "engine_weights": engine.weights * here,
+        "kv_cache": engine.cache * here,
+        "engine_other": engine.beside * here,
+    }
+    resting = awake if here and not engine.sleeps else {"engine_other": engine.resting * here}
+    phases = {
+        "train": lasting | {"activations": kept + max(0, working - logits), "logits": logits} | resting,
+        "sync": lasting | {"weight_sync": sync} | awake,
+        "rollout": lasting | awake,
+    }
+    for parts in phases.values():
+        passing = sum(parts.get(part, 0) for part in ("activations", "logits", "weight_sync"))
+        parts["runtime"] = _RUNTIME + int(_FRAGMENTS * passing) if config.cluster.device != "cpu" else 0
+    whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
+    return StageMemory(stage, whole, state.host)
+
+
+def memory_of(model: Architecture, config: Config, engine: EnginePlan | None = None) -> list[StageMemory]:
+    """Of every pipeline stage."""
+    if engine is None:
+        engine = engine_plan(model, config, config.cluster.gpu.memory_gib * GIB)
+    return [stage_memory(model, config, stage, engine) for stage in range(config.layout.pp)]
+
+
+def _passing(model: Architecture, config: Config, stage: int) -> tuple[int, int, int]:
+    """Bytes at the height of an update: kept for backward passes, working memory of a layer, and of the loss.
+
+    The last two are not needed at once. A stage's outputs wait for their gradients too.
+    """
+    layout, recompute, modules = config.layout, config.actor.recompute, Modules.of(config)
+    tokens = micro_batch_tokens(config)
+    longest = longest_row(config)
+    count = micro_batches(rows_of_update(config) * longest, longest, config.actor.micro_batch_tokens, layout)
+    output = 0 if layout.pp == 1 else tokens // (layout.tp if layout.sp else 1) * model.hidden * modules.element
+    chunks = chunks_of(layout, model.layers, stage)
+    held = [
+        chunk_bytes(model, layout, chunk, tokens, recompute, modules) + (0 if chunk.last else output)
+        for chunk in chunks
+    ]
+    kept = most_held(held, stage, count, layout.pp)
+    working = layer_working_bytes(model, layout, tokens, recompute, modules) if any(c.layers for c in chunks) else 0
+    logits = loss_working_bytes(model, layout, tokens, modules) if chunks[-1].last else 0
+    return kept, working, logits
+
+
+def _sync_bytes(model: Architecture, config: Config) -> int:
+    """On rank 0 during a sync: the shards of the largest parameter and the whole of it, and two buckets."""
+    layout, element = config.layout, 4 if config.precision == "fp32" else 2
+    rows = padded_vocabulary(model.vocabulary, layout.tp) * model.hidden
+    layer = chunk_tensors(model, 1, 1, model.experts or 1, layout.pp, Chunk(1, False, False))
+    largest = max(rows, *(tensor.numel for tensor in layer)) * element
+    return 2 * largest + 2 * max(config.rollout.bucket_mib * 2**20, largest)

@@ -1,0 +1,115 @@
+"""`rloop plan` as a user meets it: without weights, GPU, data or run.dir."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rloop_mcore.data.countdown_model import CONFIG
+from rloop_mcore.errors import UserError
+from rloop_mcore.main.plan import plan
+
+SIZES = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+}
+GPU = {"memory_gib": 79.1, "memory_gb_s": 3350, "bf16_tflops": 989, "node_gb_s": 450, "network_gb_s": 50}
+ROLLOUT = {"engine": "sglang", "engines": 8, "sleep": "true", "memory_fraction": 0.4}
+SEVEN_B = [
+    *(f"model.architecture.{key}={value}" for key, value in SIZES.items()),
+    *(f"cluster.gpu.{key}={value}" for key, value in GPU.items()),
+    *(f"rollout.{key}={value}" for key, value in ROLLOUT.items()),
+    "cluster.gpus_per_node=8",
+]
+FITS = ["layout.tp=4", "layout.dp=2", "layout.sp=true"]
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *overrides: str, search: bool = False) -> Any:
+    assert plan([*SEVEN_B, *overrides], as_json=True, search=search) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, *FITS)
+    assert found["parameters"]["total"] == sum(found["parameters"]["by_tensor"].values()) == 7_615_616_512
+    assert {"layout": found["chosen"]["layout"]} in found["layouts"]
+    memory = found["chosen"]["memory_gib"]
+    assert memory["total"] == pytest.approx(sum(size for part, size in memory.items() if part != "total"), abs=0.01)
+    assert found["fits"] is found["chosen"]["fits"] is True
+    assert found["chosen"]["margin_gib"] == pytest.approx(79.1 - memory["total"], abs=0.01)
+    assert found["chosen"]["times"]["step_s"] > 0
+
+
+def test_search_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, *FITS, search=True)
+    fits = [layout["fits"] for layout in found["layouts"]]
+    assert fits == sorted(fits, reverse=True)
+    seconds = [layout["times"]["step_s"] for layout in found["layouts"] if layout["fits"]]
+    assert seconds == sorted(seconds)
+    assert found["chosen"]["times"]["step_s"] >= seconds[0]
+
+
+def test_text_names_the_fullest_gpu_and_what_fills_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan([*SEVEN_B, *FITS], as_json=False, search=False) == 0
+    text = capsys.readouterr().out
+    assert "7.62 B parameters" in text
+    assert "GiB to spare: the fullest GPU is one of stage 0, most of it" in text
+    assert "a step takes about" in text
+
+
+def test_what_does_not_fit_is_shown_and_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"the run needs .* GiB .*; the nearest that fits has layout\.tp=\d layout\.dp"):
+        plan([*SEVEN_B, "layout.dp=8"], as_json=True, search=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert plan([*SEVEN_B, *found["nearest"]], as_json=True, search=False) == 0
+
+
+def test_config_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    small = [
+        f"model.path={tmp_path}",
+        "rollout.max_tokens=24",
+        "data.max_prompt_tokens=16",
+        "algorithm.overlong_buffer=0",
+    ]
+    assert plan(small, as_json=True, search=False) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["hidden"] == CONFIG["hidden_size"]
+    assert found["fits"] is None
+    with pytest.raises(UserError, match="hidden_size"):
+        plan([*small, "model.architecture.hidden_size=97"], as_json=True, search=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.seed=1"], r"model.path=- holds no config.json and model.architecture is empty: give one of them"),
+        (["model.architecture.hidden_size=96"], r"model.architecture has no num_hidden_layers"),
+        ([*SEVEN_B, "layout.dp=16"], r"layout.tp x pp x cp x dp is 16 processes, and the trainer has 8 GPUs"),
+        ([*SEVEN_B, "precision=fp8_delayed", "fp8.first_bf16_layers=1"], r"fp8_delayed keeps no layers in bf16"),
+    ],
+)
+def test_mistakes(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(overrides, as_json=True, search=False)
+
+
+def test_no_torch_and_exit_code_2_in_one_sentence() -> None:
+    code = "import sys, rloop_mcore.main.plan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    command = [sys.executable, "-m", "rloop_mcore.main.cli", "plan", *SEVEN_B, "layout.tp=8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rloop: layout.tp=8 does not divide num_attention_heads=28")
+    assert done.stderr.count("\n") == 1
