@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import fsync_path
 from rloop_mcore.trajectory import digest, experts, manifest, quarantine, reader, selection, summary
@@ -129,10 +131,8 @@ class TrajectoryCache:
 
         Bin b counts the rates in [b / bins, (b + 1) / bins); a rate of 1 is in the last.
         """
-        histogram = [0] * bins
-        for row in selection.success_counts(self.directory, self._shards, iteration).to_pylist():
-            histogram[min(row["successes"] * bins // row["samples"], bins - 1)] += 1
-        return histogram
+        successes, samples = selection.success_counts(self.directory, self._shards, iteration)
+        return np.bincount(np.minimum(successes * bins // samples, bins - 1), minlength=bins).tolist()
 
     @property
     def _shards(self) -> list[Shard]:

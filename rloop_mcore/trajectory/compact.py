@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,7 +68,8 @@ def _merge(directory: Path, group: Sequence[Shard]) -> Shard:
             for table in _row_groups(directory, group):
                 out.write_table(table)
         with open(temporary, "rb") as written:
-            whole, footer = file_digest(written, "sha256").hexdigest(), writer.footer_digest(written)
+            whole = file_digest(written, "sha256").hexdigest()
+            footer = sha256(writer.read_footer(written)).hexdigest()
         size = temporary.stat().st_size
     places: Counter[tuple[int, int]] = Counter()
     for shard in group:

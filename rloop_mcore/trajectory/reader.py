@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.schema import SCHEMA, VERSION, VERSION_KEY
-from rloop_mcore.trajectory.writer import footer_digest
+from rloop_mcore.trajectory.writer import read_footer
 
 _REMEDY = "restore it from a copy, or set it aside as docs/cache.md says"
-_GROUPS = 16  # row groups read at once: some 100 MB of long responses
 
 
 class ShardFile:
@@ -26,28 +26,22 @@ class ShardFile:
         """Raises UserError when the file has another end than was sealed, or another schema version."""
         self.path = directory / shard.name
         try:
-            with open(self.path, "rb") as file:
-                intact = footer_digest(file) == shard.footer
+            with open(self.path, "rb", buffering=0) as file:
+                footer = read_footer(file)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL):  # EINVAL: a seek before the start of a short file
                 raise UserError(f"{self.path} cannot be read ({error.strerror}).") from error
-            intact = False
-        if not intact:
+            footer = b""
+        if sha256(footer).hexdigest() != shard.footer:
             raise UserError(f"{self.path} is damaged (its footer is missing or changed): {_REMEDY}.")
-        with pq.ParquetFile(self.path) as parquet:
-            self._metadata = parquet.metadata
-            version = (parquet.schema_arrow.metadata or {}).get(VERSION_KEY, b"?").decode()
+        self._metadata = pq.read_metadata(pa.BufferReader(footer))
+        version = self._metadata.metadata.get(VERSION_KEY, b"?").decode()
         if version != str(VERSION):
             raise UserError(f"{self.path} has trajectory schema version {version}; this rloop reads version {VERSION}.")
 
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        """Some columns of all rows."""
-        return self._read(range(self._metadata.num_row_groups), columns)
-
-    def read_coded(self, columns: Sequence[str], dictionary: str) -> pa.RecordBatch:
-        """Some columns of all rows, the string column `dictionary` as numbers into its strings."""
-        table = self._read(range(self._metadata.num_row_groups), columns, [dictionary])
-        return table.unify_dictionaries().combine_chunks().to_batches()[0]
+    def read(self, columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:
+        """Some columns of all rows; those strings that are also in `dictionary` as numbers into their values."""
+        return self._read(range(self._metadata.num_row_groups), columns, dictionary)
 
     def row_groups(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The row groups one by one: no more than one is in memory."""
@@ -66,27 +60,24 @@ class ShardFile:
             if wanted.true_count:
                 yield self._read([group], SCHEMA.names).filter(wanted)
 
-    def take(self, mask: pa.BooleanArray) -> pa.Table:
-        """All columns of the rows where `mask` [rows]; row groups without any are not read."""
-        chosen, masks, start = [], [], 0
+    def take(self, wanted: np.ndarray) -> pa.Table:
+        """All columns of the rows that are `wanted` [rows]; row groups without any are not read."""
+        pieces, start = [SCHEMA.empty_table()], 0
         for group in range(self._metadata.num_row_groups):
-            rows = self._metadata.row_group(group).num_rows
-            piece = mask.slice(start, rows)
-            start += rows
-            if piece.true_count:
-                chosen.append(group)
-                masks.append(piece)
-        pieces = []
-        for first in range(0, len(chosen), _GROUPS):
-            part = slice(first, first + _GROUPS)
-            pieces.append(self._read(chosen[part], SCHEMA.names).filter(pa.chunked_array(masks[part])))
-        return pa.concat_tables(pieces) if pieces else SCHEMA.empty_table()
+            mine = wanted[start : start + self._metadata.row_group(group).num_rows]
+            start += len(mine)
+            if mine.any():
+                pieces.append(self._read([group], SCHEMA.names).filter(pa.array(mine)))
+        return pa.concat_tables(pieces)
 
     def _read(self, groups: Sequence[int], columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:
         settings = {"page_checksum_verification": True, "pre_buffer": False, "read_dictionary": list(dictionary)}
         try:
-            with pq.ParquetFile(self.path, metadata=self._metadata, **settings) as file:
-                return file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
+            with (
+                pa.OSFile(str(self.path)) as file,
+                pq.ParquetFile(file, metadata=self._metadata, **settings) as parquet,
+            ):
+                return parquet.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}): {_REMEDY}.") from error
 

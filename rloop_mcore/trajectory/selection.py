@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +21,35 @@ _OUTCOME = ["iteration", "problem_id", "correct"]
 
 
 class _Outcomes:
-    """The small columns of one shard. Its problems are numbers into `problems`."""
+    """The small columns of at least one shard. Problems are numbers.
 
-    def __init__(self, directory: Path, shard: Shard, columns: Sequence[str]) -> None:
-        self.file = ShardFile(directory, shard)
-        self._table = self.file.read_coded(columns, "problem_id")
-        self.problems: pa.StringArray = self._table["problem_id"].dictionary
-        self._problem = self._table["problem_id"].indices.to_numpy()
+    Threads only read: NumPy is faster over all rows at once than where threads hand the interpreter to each other.
+    """
+
+    def __init__(self, threads: Executor, directory: Path, shards: Sequence[Shard], columns: Sequence[str]) -> None:
+        def read(shard: Shard) -> tuple[ShardFile, pa.Table]:
+            file = ShardFile(directory, shard)
+            return file, file.read(columns, dictionary=["problem_id"])
+
+        found = list(threads.map(read, shards))
+        self.files = [file for file, _ in found]
+        self._table = pa.concat_tables([table for _, table in found]).unify_dictionaries().combine_chunks()
+        self._problem = self._table["problem_id"].chunk(0).indices.to_numpy()
+        self._problems = len(self._table["problem_id"].chunk(0).dictionary)
         self._correct = self._numbers("correct")
 
-    def counts(self, iteration: int) -> np.ndarray:
-        """Successes and samples of the iteration [2, problems]."""
+    def counts(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        """Successes and samples of the iteration, of each problem [problems]."""
         mine = self._numbers("iteration") == iteration
-        return np.stack(
-            [np.bincount(self._problem[rows], minlength=len(self.problems)) for rows in (mine & self._correct, mine)]
-        )
+        # a problem's failures and successes are neighbours
+        outcomes = np.bincount((2 * self._problem + self._correct)[mine], minlength=2 * self._problems)
+        return outcomes[1::2], outcomes[::2] + outcomes[1::2]
 
-    def experts(self, is_hard: Mapping[int, np.ndarray], query: ExpertQuery) -> pa.Table:
-        """The successes of hard problems that neither their step nor their length rules out.
-
-        is_hard: by iteration, [problems].
-        """
+    def experts(self, query: ExpertQuery) -> np.ndarray:
+        """Which rows are successes of hard problems that neither their step nor their length rules out [rows]."""
         iterations, wanted = self._numbers("iteration"), np.zeros(len(self._table), bool)
-        for iteration, hard in is_hard.items():
+        for iteration in query.iterations:
+            hard = _is_hard(*self.counts(iteration), query.hard_threshold)
             wanted |= (iterations == iteration) & hard[self._problem]
         wanted &= self._correct
         if query.steps:
@@ -52,89 +57,70 @@ class _Outcomes:
             wanted &= (first <= step) & (step <= last)
         if query.min_tokens:
             wanted &= self._numbers("response_tokens") >= query.min_tokens
-        return self.file.take(pa.array(wanted))
+        return wanted
 
     def _numbers(self, column: str) -> np.ndarray:
-        return self._table[column].to_numpy(zero_copy_only=False)
+        return self._table[column].to_numpy()
 
 
-def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> pa.Table:
-    """Columns problem_id, successes, samples: over all samples of the iteration, whatever the step. Sorted."""
+def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> tuple[np.ndarray, np.ndarray]:
+    """Successes and samples [problems]: over all samples of the iteration, whatever the step; of problems with any."""
+    holding = [shard for shard in shards if shard.holds(iteration)]
+    if not holding:
+        return np.zeros(0, int), np.zeros(0, int)
     with ThreadPoolExecutor(_threads()) as threads:
-        holding = [shard for shard in shards if shard.holds(iteration)]
-        outcomes = list(threads.map(lambda shard: _Outcomes(directory, shard, _OUTCOME), holding))
-    counts = [outcome.counts(iteration) for outcome in outcomes]
-    return _total(_problems(outcomes), counts).sort_by("problem_id")
+        successes, samples = _Outcomes(threads, directory, holding, _OUTCOME).counts(iteration)
+    return successes[samples > 0], samples[samples > 0]
 
 
 def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> pa.Table:
     """The trajectories that RFT takes, all columns, in KEY order.
 
     Small columns are read first, tokens only where a row group has a selected row: few do, as a shard has the rare
-    successes first (`writer.stored_order`). A thread a shard.
+    successes first (`writer.stored_order`).
     """
+    holding = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
+    if not holding:
+        return SCHEMA.empty_table()
     columns = [*_OUTCOME, *(["step"] if query.steps else []), *(["response_tokens"] if query.min_tokens else [])]
-
-    def look(shard: Shard) -> tuple[_Outcomes, list[np.ndarray]]:
-        outcomes = _Outcomes(directory, shard, columns)
-        return outcomes, [outcomes.counts(iteration) for iteration in query.iterations]
-
     with ThreadPoolExecutor(_threads()) as threads:
-        holding = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
-        looks = list(threads.map(look, holding))
-        outcomes = [found for found, _ in looks]
-        names = _problems(outcomes)
-        bounds = [0, *np.cumsum([len(found.problems) for found in outcomes])]
-        is_hard: list[dict[int, np.ndarray]] = [{} for _ in outcomes]
-        for number, iteration in enumerate(query.iterations):
-            total = _total(names, [counts[number] for _, counts in looks])
-            hard = pc.is_in(names, value_set=_hard_problems(total, query)).to_numpy()
-            for of_shard, (low, high) in zip(is_hard, pairwise(bounds), strict=True):
-                of_shard[iteration] = hard[low:high]
-        pieces = threads.map(lambda found, hard: found.experts(hard, query), outcomes, is_hard)
-        experts = pa.concat_tables([SCHEMA.empty_table(), *pieces])
-    experts = experts.sort_by([(name, "ascending") for name in KEY])
+        outcomes = _Outcomes(threads, directory, holding, columns)
+        masks = np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
+        experts = pa.concat_tables(list(threads.map(ShardFile.take, outcomes.files, masks)))
+    order = pc.sort_indices(experts.select(KEY), sort_keys=[(name, "ascending") for name in KEY]).to_numpy()
     if query.deduplicate:
-        experts = experts.take(_first_copies(experts))
+        order = _first_copies(experts, order)
     if query.max_per_problem or query.share < 1:
-        keys = list(zip(*(experts[name].to_pylist() for name in KEY), strict=True))
-        experts = experts.take(pa.array(drawn(keys, query), pa.int64()))
-    return experts
+        keys = list(zip(*(experts[name].take(order).to_pylist() for name in KEY), strict=True))
+        order = order[drawn(keys, query)]
+    return experts.take(order)
 
 
 def _threads() -> int:
     return min(16, len(os.sched_getaffinity(0)))  # each has a shard open
 
 
-def _problems(outcomes: Sequence[_Outcomes]) -> pa.ChunkedArray:
-    """The problems of every shard, one shard after the other."""
-    return pa.chunked_array([found.problems for found in outcomes], pa.string())
+def _is_hard(successes: np.ndarray, samples: np.ndarray, threshold: float | None) -> np.ndarray:
+    """[problems]: the same quotient and comparison as algorithm.hard_problems.is_hard. Not of those without samples."""
+    if threshold is None:
+        return samples > 0
+    return np.divide(successes, samples, out=np.full(len(samples), np.inf), where=samples > 0) < threshold
 
 
-def _total(problems: pa.ChunkedArray, counts: Sequence[np.ndarray]) -> pa.Table:
-    """Columns problem_id, successes, samples: the sums over the shards, of problems with samples."""
-    successes, samples = np.concatenate([np.empty((2, 0), np.int64), *counts], axis=1)
-    table = pa.table({"problem_id": problems, "successes": successes, "samples": samples})
-    total = table.group_by("problem_id").aggregate([("successes", "sum"), ("samples", "sum")])
-    return total.rename_columns(table.column_names).filter(pc.field("samples") > 0)
-
-
-def _hard_problems(counts: pa.Table, query: ExpertQuery) -> pa.ChunkedArray:
-    if query.hard_threshold is None:
-        return counts["problem_id"]
-    # The same quotient and comparison as algorithm.hard_problems.is_hard, on columns.
-    rate = pc.divide(counts["successes"].cast(pa.float64()), counts["samples"].cast(pa.float64()))
-    return counts["problem_id"].filter(pc.less(rate, query.hard_threshold))
-
-
-def _first_copies(table: pa.Table) -> pa.ChunkedArray:
-    """Ascending rows of the first of each (problem, response)."""
+def _first_copies(table: pa.Table, order: np.ndarray) -> np.ndarray:
+    """Of the rows in `order`, the first of each (problem, response)."""
+    if not len(table):
+        return order
     responses = table["response_ids"].combine_chunks()
-    if isinstance(responses, pa.ChunkedArray):  # of an empty table
-        return pa.chunked_array([], pa.int64())
-    # Lists are no keys of group_by; their bytes are.
+    # Lists have no dictionary; their bytes have.
     offsets = responses.offsets.to_numpy().astype(np.int64) * 4
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(responses.values.to_numpy())]
     as_bytes = pa.Array.from_buffers(pa.large_binary(), len(responses), buffers)
-    rows = pa.table([table["problem_id"], as_bytes, np.arange(len(table))], ["problem_id", "response", "row"])
-    return rows.group_by(["problem_id", "response"]).aggregate([("row", "min")]).sort_by("row_min")["row_min"]
+    problem, response = (_codes(values) for values in (table["problem_id"].combine_chunks(), as_bytes))
+    _, first = np.unique((problem << 32 | response)[order], return_index=True)
+    return order[np.sort(first)]
+
+
+def _codes(values: pa.Array) -> np.ndarray:
+    """A number for each value, the same for equal ones."""
+    return values.dictionary_encode().indices.to_numpy().astype(np.int64)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rloop_mcore.platform.files import atomic_path
 from rloop_mcore.trajectory.manifest import TIMES_FOLDER, Shard
-from rloop_mcore.trajectory.schema import times_table, to_table
+from rloop_mcore.trajectory.schema import SCHEMA, times_table, to_table
 from rloop_mcore.types import Trajectory
 
 # Rows in a row group. A selection reads the tokens of whole ones: the first two, where the rare successes are, are
@@ -23,15 +23,15 @@ from rloop_mcore.types import Trajectory
 ROW_GROUP = 1024
 LARGE_ROW_GROUP = 8192
 
+# Only tokens are compressed. Of other columns a dictionary leaves little, and a selection, which reads all their pages,
+# spent as much time on decompressing as on the rest.
+_TOKENS = ["prompt_ids.list.element", "response_ids.list.element", "logprobs.list.element"]
+_NESTED = [*_TOKENS, "weight_versions.list.element.version", "weight_versions.list.element.tokens"]
+_COLUMNS = [*(field.name for field in SCHEMA if not pa.types.is_nested(field.type)), *_NESTED]
+
 PARQUET = {
-    "compression": "zstd",
-    "use_dictionary": [
-        "problem_id",
-        "prompt_ids.list.element",
-        "response_ids.list.element",
-        "finish_reason",
-        "reason",
-    ],
+    "compression": dict.fromkeys(_TOKENS, "zstd"),
+    "use_dictionary": [column for column in _COLUMNS if not column.startswith("logprobs")],
     "column_encoding": {"logprobs.list.element": "BYTE_STREAM_SPLIT"},
     "write_page_checksum": True,  # so that a query that meets a flipped bit says so
 }
@@ -80,7 +80,7 @@ def encode_table(table: pa.Table) -> Encoded:
     content = sink.getvalue()
     places = Counter(zip(table["iteration"].to_pylist(), table["step"].to_pylist(), strict=True))
     steps = tuple((*place, rows) for place, rows in sorted(places.items()))
-    whole, footer = sha256(content).hexdigest(), footer_digest(pa.BufferReader(content))
+    whole, footer = sha256(content).hexdigest(), sha256(read_footer(pa.BufferReader(content))).hexdigest()
     return Encoded(content, None, len(table), whole, footer, steps)
 
 
@@ -94,9 +94,9 @@ def write_shard(path: Path, shard: Encoded) -> Shard:
     return Shard(path.name, shard.rows, shard.content.size, shard.sha256, shard.footer, shard.steps, (path.name,))
 
 
-def footer_digest(file: IO[bytes]) -> str:
-    """sha256 of what tells a Parquet file's reader where everything is. Raises OSError where there is nothing such."""
+def read_footer(file: IO[bytes]) -> bytes:
+    """What tells a Parquet file's reader where everything is. Raises OSError where there is nothing such."""
     file.seek(-8, SEEK_END)  # four bytes of length, then the magic number
     length = int.from_bytes(file.read(4), "little")
     file.seek(-8 - length, SEEK_END)
-    return sha256(file.read()).hexdigest()
+    return file.read()
