@@ -1,42 +1,26 @@
-r"""The math verifier: the extracted answer against the gold answer, compared by math-verify.
+r"""The math verifier: the extracted answer against the gold answer, compared by math-verify where text does not decide.
 
-math-verify gets only the extracted answer and the gold, each in a `\boxed{}` of its own, so none of its own searching
-("the final answer is ...", neighbouring boxes) can pick something else. Its alarm-clock time limits are off: the pool's
-deadline is the only one, and a slow answer is a timeout, not a silent False.
+math-verify gets only what was extracted and read (`reading.py`), in a `\boxed{}` of its own, so none of its own
+searching ("the final answer is ...", neighbouring boxes, units) can pick something else. Its alarm-clock limits are
+off: the pool's deadline is the only one, and a slow answer is a timeout, not a silent False. Its mistakes that would
+call a wrong answer correct are caught before it (`forms.py`) or made impossible (`equivalence.py`).
 """
 
 from __future__ import annotations
 
-import logging
-import re
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
-from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, I, MatrixBase  # type: ignore[import-untyped]
-
+from rloop_mcore.reward.equivalence import equivalent, parse_answer
 from rloop_mcore.reward.extract import extract_answer
+from rloop_mcore.reward.forms import conflict, is_tuple, same_text, value_of_equation
+from rloop_mcore.reward.numbers import exact, same_number
+from rloop_mcore.reward.reading import Reading, read
 from rloop_mcore.types import Problem, Verdict
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+CORRECT, WRONG, UNPARSABLE = Verdict(True, "correct"), Verdict(False, "wrong"), Verdict(False, "unparsable")
 
-# Hydra pins the antlr runtime to 4.9.3, and latex2sympy2_extended 1.11's parser for it lacks this one method: without
-# it every number with a percent sign is unparsable. It is what the parser for antlr 4.13 has.
-if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
-    PSParser.AtomContext.FUNC_GAMMA = lambda self: self.getToken(PSParser.FUNC_GAMMA, 0)
-
-_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-_DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
-_CURRENCY = re.compile(r"^(-?)(?:\\?\$|[€£¥])\s*(?=\d)|(?<=\d)\s*(?:\\text\{\s*)?dollars?(?:\s*\})?$", re.IGNORECASE)
-_SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?:(?:\s|~|\\[,!;: ])\s*\d{3})+(?:\.\d+)?")
-_SEPARATOR = re.compile(r"[\s~]|\\[,!;: ]")
-_TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-# math-verify would drop these as units: 5 million is not 5.
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"(?<=[0-9])\s*(?:\\text\{{)?\s*({'|'.join(_SCALES)})\s*\}}?", re.IGNORECASE)
-_WORDS = re.compile(r"[a-z'’-]{4,}|[0-9]{1,2}(?::[0-9]{2})?[ap]m")
+LONGEST = 1000  # characters that an answer may have beyond twice the gold's: what is longer is no answer
 
 
 def grade_math(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
@@ -47,65 +31,55 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
     return compare(problem.answer, answer)
 
 
+@lru_cache(maxsize=4096)
 def compare(gold: str, answer: str) -> Verdict:
-    """Is `answer` the same mathematical object (or the same text) as `gold`? Not symmetric: math-verify is not.
+    """Is `answer` the same mathematical object (or the same text) as `gold`? Not symmetric: the gold sets the form.
 
-    The cheap comparisons come first; none of them can contradict the symbolic one on what both understand.
+    The cheap comparisons come first; they never contradict `compare_symbolically`.
     """
-    gold, answer = clean(gold), clean(answer)
-    if gold == answer:
-        return _verdict(True)
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
-        return _verdict(False)  # both in canonical form, so different strings are different numbers
-    gold_text, answer_text = _plain_text(gold), _plain_text(answer)
-    if _WORDS.fullmatch(gold_text) and _WORDS.fullmatch(answer_text):
-        return _verdict(gold_text == answer_text)  # math-verify takes words for products: "east" would be "seat"
-    parsed = _parse(answer)
-    if not parsed:
-        return Verdict(False, "unparsable")
-    return _verdict(verify(list(_parse(gold)), list(parsed), timeout_seconds=None))
+    if len(answer) > LONGEST + 2 * len(gold):
+        return UNPARSABLE
+    read_gold, read_answer = read(gold), read(answer)
+    if read_gold == read_answer and read_gold.text:
+        return CORRECT
+    quick = same_number(read_gold, read_answer)
+    return compare_symbolically(gold, answer) if quick is None else _verdict(quick)
 
 
-def clean(answer: str) -> str:
-    """Take off what carries no meaning and what math-verify stumbles over inside a box.
+def compare_symbolically(gold: str, answer: str) -> Verdict:
+    """`compare` without its short cuts."""
+    read_gold, read_answer = read(gold), read(answer)
+    text = same_text(read_gold.text, read_answer.text)
+    if text is not None:
+        return _verdict(text)
+    value = value_of_equation(read_gold.text, read_answer.text, _equal)
+    if value is None:
+        return WRONG
+    read_answer = replace(read_answer, text=value)
+    if conflict(read_gold, read_answer):
+        return WRONG
+    if not read_answer.readable or not parse_answer(value):
+        return UNPARSABLE
+    return _verdict(_equal_with_percent(read_gold, read_answer))
 
-    Math delimiters, bold marks, one final period, currency, and spaces as thousands separators ("1 234" would be read
-    as 1 + 234).
-    """
-    answer = answer.strip()
-    before = None
-    while answer != before:
-        before = answer
-        if answer.endswith(".") and not answer.endswith(".."):
-            answer = answer[:-1].rstrip()
-        for left, right in _DELIMITERS:
-            inner = answer[len(left) : len(answer) - len(right)]
-            if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inner:
-                answer = inner.strip()
-    answer = _CURRENCY.sub(r"\1", answer)
-    if _SPACED_THOUSANDS.fullmatch(answer):
-        answer = _SEPARATOR.sub("", answer)
-    return answer
+
+def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
+    """50 % is 0.5, and stands for 50 too; but 0.5 % is never 0.5."""
+    if gold.percent == answer.percent:
+        return _equal(gold.text, answer.text)
+    percent, plain = (gold.text, answer.text) if gold.percent else (answer.text, gold.text)
+    value = exact(gold.text)
+    if value is not None and abs(value) > 1 and _equal(gold.text, answer.text):
+        return True
+    return _equal(plain, rf"\frac{{{percent}}}{{100}}")
+
+
+def _equal(gold: str, answer: str) -> bool:
+    one, other = parse_answer(gold), parse_answer(answer)
+    if is_tuple(answer) and not is_tuple(gold) and "," in gold:  # a list is a tuple only in that order
+        return equivalent(one, other) and equivalent(other, one)
+    return equivalent(one, other)
 
 
 def _verdict(correct: bool) -> Verdict:
-    return Verdict(correct, "correct" if correct else "wrong")
-
-
-def _plain_text(answer: str) -> str:
-    """The words of a text answer: no text commands, spaces or periods, lower case."""
-    return re.sub(r"\\ |[\s.~]", "", _TEXT_COMMAND.sub(r"\1", answer)).casefold()
-
-
-@lru_cache(maxsize=1024)
-def _parse(answer: str) -> tuple[Any, ...]:
-    """The SymPy objects of an answer; empty if it is not mathematics that math-verify understands."""
-    answer = _SCALE.sub(lambda scale: rf"\cdot 10^{{{_SCALES[scale[1].lower()]}}} ", answer)
-    found = parse("\\boxed{" + answer + "}", _EXTRACTION, parsing_timeout=None)
-    return tuple(_with_imaginary_unit(item) for item in found if isinstance(item, (Basic, MatrixBase)))
-
-
-def _with_imaginary_unit(item: Any) -> Any:
-    """math-verify reads i as a variable: to it (1+i)^2 is not 2i."""
-    variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
-    return item.subs(dict.fromkeys(variables, I)) if variables else item
+    return CORRECT if correct else WRONG

@@ -1,0 +1,133 @@
+r"""Two parsed answers compared by math-verify, at a precision that suits their size.
+
+math-verify rounds decimals to six places and takes differences under 1e-15 for none, whatever the numbers' size: to it
+1.6e-19 is 1.7e-19, and 1/2004! is 1/2006!. Here both grow by the leading zeros of the smallest number there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
+from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, Eq, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union  # type: ignore[import-untyped]
+from sympy.core.relational import Relational  # type: ignore[import-untyped]
+from sympy.logic.boolalg import And  # type: ignore[import-untyped]
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+
+# Hydra pins the antlr runtime to 4.9.3, and latex2sympy2_extended 1.11's parser for it lacks this one method: without
+# it every number with a percent sign is unparsable. It is what the parser for antlr 4.13 has.
+if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+    PSParser.AtomContext.FUNC_GAMMA = lambda self: self.getToken(PSParser.FUNC_GAMMA, 0)
+
+_NORMALISATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+)
+_EXTRACTION = [
+    LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_NORMALISATION)
+]
+_ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
+_MOST_ZEROS = 10_000
+
+Parsed = tuple[Any, ...]
+
+
+@lru_cache(maxsize=2048)
+def parse_answer(text: str) -> Parsed:
+    """The SymPy objects of an answer; empty if it is not mathematics that math-verify understands."""
+    found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
+    return tuple(_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
+
+
+def equivalent(gold: Parsed, answer: Parsed) -> bool:
+    """Is one of the answer's readings one of the gold's?"""
+    zeros = max((_zeros(item) for parsed in (gold, answer) for item in parsed), default=0)
+    if verify(
+        list(gold),
+        list(answer),
+        float_rounding=_ROUNDING + zeros,
+        numeric_precision=_PRECISION + zeros,
+        timeout_seconds=None,
+    ):
+        return True
+    return any(_same_region(one, other) for one in gold for other in answer)
+
+
+def _both_signs(text: str) -> str:
+    r"""An answer with one \pm (and the \mp that goes with it) as the list of its two readings."""
+    if text.count(r"\pm") != 1 or text.count(r"\mp") > 1 or "," in text:
+        return text
+    return ",".join(text.replace(r"\pm", a).replace(r"\mp", b) for a, b in (("+", "-"), ("-", "+")))
+
+
+def _with_imaginary_unit(item: Any) -> Any:
+    """math-verify reads i as a variable: to it (1+i)^2 is not 2i."""
+    variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
+    return item.subs(dict.fromkeys(variables, I)) if variables else item
+
+
+def _exact(item: Any) -> Any:
+    """An expression with its decimals made fractions. A decimal alone is left: math-verify rounds it."""
+    if isinstance(item, (Float, Set, Tuple, MatrixBase, Relational, And)):
+        return item
+    return item.xreplace({number: Rational(str(number)) for number in item.atoms(Float)})
+
+
+def _zeros(item: Any) -> int:
+    """Zeros after the decimal point of the smallest number in it, zero itself not counted."""
+    return max((_leading_zeros(number) for number in _numbers(item)), default=0)
+
+
+def _numbers(item: Any) -> Iterator[Any]:
+    if isinstance(item, (Set, Tuple, Relational, And)):
+        for part in item.args:
+            yield from _numbers(part)
+    elif isinstance(item, MatrixBase):
+        yield from item
+    else:
+        yield item
+
+
+def _leading_zeros(number: Any) -> int:
+    try:
+        if not number.is_number:
+            return 0
+        value = abs(number.evalf(3))
+        _, mantissa, exponent, bits = value._mpf_
+    except Exception:  # SymPy raises many kinds for what has no value
+        return 0
+    if not mantissa:
+        return 0
+    return min(max(0, math.ceil(-(exponent + bits) * math.log10(2))), _MOST_ZEROS)
+
+
+def _same_region(gold: Any, answer: Any) -> bool:
+    """Are two conditions on one variable, or a condition and a set, true of the same numbers?"""
+    if not any(isinstance(side, (Relational, And, FiniteSet)) for side in (gold, answer)):
+        return False
+    try:
+        one, other = _region(gold), _region(answer)
+        return one is not None and other is not None and one.symmetric_difference(other).is_empty is True
+    except Exception:  # SymPy raises many kinds for conditions that it cannot solve
+        return False
+
+
+def _region(item: Any) -> Any:
+    if len(item.free_symbols) > 1:
+        return None
+    if isinstance(item, FiniteSet) and item.args and all(_is_inequality(part) for part in item.args):
+        return Union(*(_region(part) for part in item.args))  # x < -1 or x > 1
+    if _is_inequality(item):
+        return item.as_set()
+    return item if isinstance(item, Set) and not isinstance(item, FiniteSet) else None
+
+
+def _is_inequality(item: Any) -> bool:
+    parts = item.args if isinstance(item, And) else (item,)
+    return all(isinstance(part, Relational) and not isinstance(part, Eq) for part in parts)

@@ -1,0 +1,124 @@
+r"""What two answers look like, where a parser would see one thing in two: words, units, ratios, brackets, equations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from rloop_mcore.reward.reading import Reading
+
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|up)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[^{}]*\})?|\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt max min gcd lcm mod"
+_MATHEMATICAL = frozenset(_FUNCTIONS.split()) | {"and", "inf", "infinity"}
+_ARTICLE = re.compile(r"^(?:a|an|the)\s+")
+_SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "pm"})
+_CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
+_RATIO = re.compile(r"[^:]+(?::[^:]+)+")
+_BRACKETS = {"(": ")", "[": ")", r"\{": r"\}"}
+# A name, or a sum or product of letters: what an answer may be said to be the value of.
+_NAMED = re.compile(
+    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|operatorname|text|mathrm)(?![A-Za-z])
+    | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
+    | (?<=[A-Za-z}])\ ?[+/-]\ ?(?=[A-Za-z]) | \\[,;:!\ ] | _\{?[A-Za-z0-9]+\}?
+    | (?<=[fghPENSTV])\([^()=]*\) | \([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++""",
+    re.VERBOSE,
+)
+_ASSIGNED = re.compile(r"([A-Za-z])\s*=")
+_EQUALS = re.compile(r"(?<![<>!:])=")
+
+
+def words_of(answer: str) -> set[str]:
+    r"""The words of three letters or more in an answer, in \text{} or out; not names of functions, nor and, or."""
+    bare = _COMMAND.sub(" ", _TEXT.sub(r" \1 ", answer))
+    return {word.casefold() for word in _WORD.findall(bare)} - _MATHEMATICAL
+
+
+def plain_text(answer: str) -> str:
+    """The words of a text answer: no text commands, spaces, periods or leading article, lower case."""
+    text = re.sub(r"\\ |[~$]", " ", _TEXT.sub(r" \1 ", answer)).strip().casefold()
+    return re.sub(r"[\s.,\"'`]", "", _ARTICLE.sub("", text))
+
+
+def same_text(gold: str, answer: str) -> bool | None:
+    """Are two answers in words the same? None where one of them is not in words alone.
+
+    A parser would take words for products of letters: "east" would be "seat".
+    """
+    one, other = plain_text(gold), plain_text(answer)
+    both = [re.fullmatch(r"[a-z-]{4,}|[0-9:]+[ap]m", text) or text in _SHORT_WORDS for text in (one, other)]
+    if all(both):
+        return one == other
+    if one and one == other and words_of(gold):
+        return True
+    if both[0] and not _COMMAND.search(_TEXT.sub("", gold)):
+        return False
+    return None
+
+
+def conflict(gold: Reading, answer: Reading) -> bool:
+    """Does the form of the answer rule out that it is the gold, whatever a parser makes of it?"""
+    known = "?" not in (gold.unit, answer.unit)
+    if gold.unit and answer.unit and known and gold.unit != answer.unit:
+        return True
+    if gold.base and answer.base and gold.base != answer.base:
+        return True
+    if words_of(answer.text) - words_of(gold.text):
+        return True  # it says more than the gold does: "5 or maybe 6"
+    names = _ASSIGNED.findall(answer.text)
+    if is_tuple(gold.text) and names != sorted(names):
+        return True  # y = 3, x = 4 is not (3, 4)
+    return _ratios_conflict(gold.text, answer.text) or _brackets_conflict(gold.text, answer.text)
+
+
+def _ratios_conflict(gold: str, answer: str) -> bool:
+    """4:30 is a time and no quotient; the quotient of 1:2:3 is not that of 1:3:2."""
+    sides = [_TEXT.sub(r"\1", side).replace(" ", "") for side in (gold, answer)]
+    parts = [side.split(":") if _RATIO.fullmatch(side) else [] for side in sides]
+    if not any(parts) or parts[0] == parts[1]:
+        return False
+    return any(_CLOCK.fullmatch(side) for side in sides) or any(len(part) > 2 for part in parts)
+
+
+def _brackets_conflict(gold: str, answer: str) -> bool:
+    """A set is no tuple and no interval."""
+    one, other = _bracket(gold), _bracket(answer)
+    if one and other:
+        return (one == r"\{") != (other == r"\{")
+    return False
+
+
+def is_tuple(answer: str) -> bool:
+    """(a, b) or [a, b], which is an interval as well."""
+    return _bracket(answer) in ("(", "[")
+
+
+def _bracket(answer: str) -> str:
+    answer = re.sub(r"^[^=]*(?:=|\\in(?![A-Za-z]))", "", answer).strip()
+    opening = next((bracket for bracket in ("(", "[", r"\{") if answer.startswith(bracket)), "")
+    if not opening or "," not in answer:
+        return ""
+    depth = 0
+    for found in re.finditer(r"\\?[()\[\]{}]", answer):
+        depth += 1 if found[0].lstrip("\\") in "([{" else -1
+        if depth == 0:
+            return opening if found.end() == len(answer) else ""
+    return ""
+
+
+def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool]) -> str | None:
+    """What an answer such as "x = 2 + 3 = 5" says the value is, where the gold is no equation; None if that is nothing.
+
+    "x^2 = 5" and "2x = 5" do not say that anything is 5, nor does "4 = 5"; "m + n = 5" does.
+    """
+    parts = [part.strip() for part in _EQUALS.split(answer)]
+    if len(parts) == 1 or _EQUALS.search(gold) or re.search(r"[<>,]|\\(?:le|ge|lt|gt|ne|begin|in)(?![A-Za-z])", answer):
+        return answer
+    if len(parts) == 2 and _NAMED.fullmatch(parts[1]) and not _NAMED.fullmatch(parts[0]):
+        parts.reverse()
+    first, *others = parts
+    values = others if _NAMED.fullmatch(first) else parts
+    if not all(values) or not all(equal(values[-1], value) for value in values[:-1]):
+        return None
+    return values[-1]
