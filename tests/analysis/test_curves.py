@@ -66,6 +66,13 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
     assert "6, iteration 1 ended early by the guard" in (tmp_path / "report.html").read_text()
 
 
+def test_the_gap_is_of_the_steps_before_each_checkpoint(rloop_run: Path) -> None:
+    """Training success is 0.325, 0.55, 0.775, 1.0 in each iteration."""
+    gap = curves.overfitting_gap(read_run(rloop_run), "avg@32")
+    assert gap.x == [2, 4, 8]
+    assert gap.y == pytest.approx([(0.325 + 0.55) / 2 - 0.10, (0.775 + 1.0) / 2 - 0.14, 2.65 / 4 - 0.20])
+
+
 def test_by_iteration(rloop_run: Path) -> None:
     run = read_run(rloop_run)
     thetas, endpoints = curves.thetas(run, "avg@32"), curves.rl_endpoints(run, "avg@32")
