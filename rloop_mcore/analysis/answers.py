@@ -32,7 +32,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def response(self, row: int) -> np.ndarray:
+    def response(self, row: int | np.integer) -> np.ndarray:
         """The token ids of a row [response]."""
         return self.tokens[self.starts[row] : self.starts[row + 1]]
 
@@ -41,6 +41,24 @@ class Answers:
         if problem_id not in self.problems:
             return np.empty(0, np.int64)
         return np.flatnonzero(self.problem == self.problems.index(problem_id))
+
+    def only(self, problem_ids: Sequence[str]) -> Answers:
+        """The rows that answer these problems."""
+        wanted = [self.problems.index(name) for name in sorted(problem_ids)]
+        rows = np.flatnonzero(np.isin(self.problem, wanted))
+        lengths = np.diff(self.starts)[rows]
+        pieces = [self.response(row) for row in rows]
+        return Answers(
+            problems=[self.problems[index] for index in wanted],
+            problem=np.searchsorted(wanted, self.problem[rows]),
+            correct=self.correct[rows],
+            tokens=np.concatenate(pieces) if pieces else self.tokens[:0],
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+        )
+
+    def without_tokens(self) -> Answers:
+        """The verdicts alone: every response is empty."""
+        return Answers(self.problems, self.problem, self.correct, self.tokens[:0], np.zeros_like(self.starts))
 
 
 def make_answers(rows: Sequence[tuple[str, Sequence[int], bool]]) -> Answers:
@@ -65,10 +83,8 @@ def from_table(table: pa.Table) -> Answers:
     )
 
 
-def read_answers(path: Path) -> Answers | None:
-    """The responses in an evaluation's Parquet file; None where it has none. Raises UserError for a damaged one."""
-    if not path.exists():
-        return None
+def read_answers(path: Path) -> Answers:
+    """The responses in an evaluation's Parquet file. Raises UserError for a damaged one."""
     try:
         return from_table(pq.read_table(path, columns=_COLUMNS))
     except (pa.ArrowException, OSError, KeyError) as error:

@@ -141,11 +141,21 @@ def rl_steps(run: Run) -> int:
     return sum(_steps_by_iteration(run).values())
 
 
+def iterations(run: Run) -> list[int]:
+    """The iterations that have RL steps so far, from 0."""
+    return sorted(_steps_by_iteration(run))
+
+
+def steps_before(run: Run, iteration: int) -> int:
+    """RL steps of the iterations before this one."""
+    return sum(steps for earlier, steps in _steps_by_iteration(run).items() if earlier < iteration)
+
+
 def rl_step(run: Run, evaluation: Evaluation) -> int:
     """The RL steps taken before a checkpoint, over all iterations."""
     if evaluation.phase == "explore":
-        return _steps_before(run, evaluation.iteration) + evaluation.step
-    return 0 if evaluation.phase == "base" else _steps_before(run, evaluation.iteration + 1)
+        return steps_before(run, evaluation.iteration) + evaluation.step
+    return 0 if evaluation.phase == "base" else steps_before(run, evaluation.iteration + 1)
 
 
 def ended_early(run: Run) -> list[int]:
@@ -156,7 +166,7 @@ def ended_early(run: Run) -> list[int]:
 
 def iteration_starts(run: Run) -> list[int]:
     """The RL steps after which an iteration later than the first begins: where policies are reset to theta_i."""
-    return [_steps_before(run, iteration) for iteration in sorted(_steps_by_iteration(run)) if iteration > 0]
+    return [steps_before(run, iteration) for iteration in iterations(run) if iteration > 0]
 
 
 def checkpoint_label(evaluation: Evaluation) -> str:
@@ -169,10 +179,6 @@ def checkpoint_label(evaluation: Evaluation) -> str:
         case "exploit":
             return f"θ{evaluation.iteration + 1}"
     return f"{evaluation.phase}, step {evaluation.step}"
-
-
-def _steps_before(run: Run, iteration: int) -> int:
-    return sum(steps for earlier, steps in _steps_by_iteration(run).items() if earlier < iteration)
 
 
 def _steps_by_iteration(run: Run) -> dict[int, int]:

@@ -52,9 +52,17 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
     shifted = [line | {"global_step": line["global_step"] - 2 * line["iteration"]} for line in kept]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shifted))
     records = [
-        {"event": "guard", "iteration": 0, "phase": "explore", "step": 2, "policy": "end_phase", "early": True},
-        {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip"},
-        {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase"},
+        {
+            "event": "guard",
+            "iteration": 0,
+            "phase": "explore",
+            "step": 2,
+            "policy": "end_phase",
+            "early": True,
+            "reason": "a",
+        },
+        {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip", "reason": "b"},
+        {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase", "reason": "c"},
     ]
     (path / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = read_run(path)
