@@ -29,7 +29,7 @@ class LiveReport:
         """Raises UserError where a folder is no run."""
         self._runs = list(runs)
         self._lock = threading.Lock()
-        self._made_of = ""
+        self._made_of: str | None = None
         self._page = ""
         self.page()
 
