@@ -12,6 +12,7 @@ seconds) is for people, nothing is decided by it. Events with a meaning here, ot
     done    iteration, phase, ...        the phase is finished
     measured  name, path, metrics, ...   a policy was saved and, where there is validation, evaluated
     removed paths                        policies that earlier records name and that are gone (`checkpoint.keep_best`)
+    started previous, host, job, environment   a process of the run begins, after one that ended so, or without a word
     changed keys, forced                 what a resume has changed of the configuration, and which keys by force
 
 A record is on disk before `record` returns, and what it names must be on disk before it is recorded. So a crash can

@@ -72,6 +72,10 @@ class RunState:
                     remove(path)
         self._remove_policies()
 
+    def record_start(self, facts: Mapping[str, Any]) -> None:
+        """Say in the journal that the run starts, or goes on, and in what circumstances."""
+        self._record("started", **facts)
+
     def seed(self, purpose: str, iteration: int) -> int:
         """The seed of a draw that happens once an iteration."""
         return derive_seed(self.config.run.seed, purpose, iteration)

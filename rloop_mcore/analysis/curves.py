@@ -46,10 +46,33 @@ def validation(run: Run, metric: str) -> Series:
     for evaluation in run.evaluations:
         if metric not in evaluation.metrics:
             continue
-        x = _rl_step(run, evaluation)
+        x = rl_step(run, evaluation)
         if evaluation.phase == "exploit":
             _append(series, x, None, "")
         _append(series, x, evaluation.metrics[metric], checkpoint_label(evaluation))
+    return series
+
+
+def overfitting_gap(run: Run, metric: str) -> Series:
+    """Training success minus a validation metric at each RL checkpoint (the paper's figure 1 in one number).
+
+    Training success is the mean of `success_rate` over the RL steps of the iteration since its checkpoint before, so
+    that both sides are of about the same policy; x is the RL step.
+    """
+    series, before = Series(), (-1, 0)
+    for evaluation in run.evaluations:
+        if evaluation.phase != "explore" or metric not in evaluation.metrics:
+            continue
+        first = before[1] if before[0] == evaluation.iteration else 0
+        rates = [
+            line["success_rate"]
+            for line in _explore_lines(run)
+            if line["iteration"] == evaluation.iteration and first < line["step"] <= evaluation.step
+        ]
+        before = evaluation.iteration, evaluation.step
+        if rates:
+            series.x.append(rl_step(run, evaluation))
+            series.y.append(sum(rates) / len(rates) - evaluation.metrics[metric]["mean"])
     return series
 
 
@@ -118,6 +141,23 @@ def rl_steps(run: Run) -> int:
     return sum(_steps_by_iteration(run).values())
 
 
+def iterations(run: Run) -> list[int]:
+    """The iterations that have RL steps so far, from 0."""
+    return sorted(_steps_by_iteration(run))
+
+
+def steps_before(run: Run, iteration: int) -> int:
+    """RL steps of the iterations before this one."""
+    return sum(steps for earlier, steps in _steps_by_iteration(run).items() if earlier < iteration)
+
+
+def rl_step(run: Run, evaluation: Evaluation) -> int:
+    """The RL steps taken before a checkpoint, over all iterations."""
+    if evaluation.phase == "explore":
+        return steps_before(run, evaluation.iteration) + evaluation.step
+    return 0 if evaluation.phase == "base" else steps_before(run, evaluation.iteration + 1)
+
+
 def ended_early(run: Run) -> list[int]:
     """The iterations, from 0, whose exploration the guard ended before all its steps."""
     guarded = [record for record in run.journal if record.get("event") == "guard" and record["phase"] == "explore"]
@@ -126,7 +166,7 @@ def ended_early(run: Run) -> list[int]:
 
 def iteration_starts(run: Run) -> list[int]:
     """The RL steps after which an iteration later than the first begins: where policies are reset to theta_i."""
-    return [_steps_before(run, iteration) for iteration in sorted(_steps_by_iteration(run)) if iteration > 0]
+    return [steps_before(run, iteration) for iteration in iterations(run) if iteration > 0]
 
 
 def checkpoint_label(evaluation: Evaluation) -> str:
@@ -139,16 +179,6 @@ def checkpoint_label(evaluation: Evaluation) -> str:
         case "exploit":
             return f"θ{evaluation.iteration + 1}"
     return f"{evaluation.phase}, step {evaluation.step}"
-
-
-def _rl_step(run: Run, evaluation: Evaluation) -> int:
-    if evaluation.phase == "explore":
-        return _steps_before(run, evaluation.iteration) + evaluation.step
-    return 0 if evaluation.phase == "base" else _steps_before(run, evaluation.iteration + 1)
-
-
-def _steps_before(run: Run, iteration: int) -> int:
-    return sum(steps for earlier, steps in _steps_by_iteration(run).items() if earlier < iteration)
 
 
 def _steps_by_iteration(run: Run) -> dict[int, int]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rloop_mcore.errors import UserError
 
 _CHECKPOINT_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
@@ -44,6 +46,16 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]  # in the order of training
     journal: list[dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries."""
+        return yaml.safe_load(self.config) or {}
+
+    @property
+    def hard_threshold(self) -> float:
+        """Under which success rate a problem is hard; where the run has no such filter, the paper's."""
+        return float(self.settings.get("algorithm", {}).get("hard_threshold") or 0.1)
 
     @property
     def removed(self) -> set[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +17,47 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from rloop_mcore.analysis import curves
+from rloop_mcore.analysis.browser import Words, browser
+from rloop_mcore.analysis.compare import differences
+from rloop_mcore.analysis.events import environments, events
 from rloop_mcore.analysis.figures import sections, validation_metrics
+from rloop_mcore.analysis.maths import Formulas
 from rloop_mcore.analysis.pick import pick
+from rloop_mcore.analysis.plots import colour
 from rloop_mcore.analysis.read_run import Run, read_run
 from rloop_mcore.analysis.table import results_table, to_html, validation_table
+from rloop_mcore.analysis.thin import thin
 from rloop_mcore.platform.files import write_atomic
 
+CHARACTERS = 10_000_000  # of responses in a page, over all runs: some 4 MB of it
+FORMULAS = 20_000  # that are drawn; the others stay LaTeX
+_PAGE = Environment(
+    loader=PackageLoader("rloop_mcore.analysis", "page"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
-def write_report(run_dirs: Sequence[Path], out: Path, table: dict[str, Any] | None = None) -> None:
+
+def write_report(
+    run_dirs: Sequence[Path],
+    out: Path,
+    table: dict[str, Any] | None = None,
+    words: Sequence[Words] = (),
+) -> None:
     """Write the report of `run_dirs` to `out`.
 
-    `table` holds the final results, see `table.results_table`; without it only what validation says is shown.
+    `table` holds the final results, see `table.results_table`; without it only what validation says is shown. `words`
+    are the runs' tokenizers, in their order; without them responses of the cache are shown as token ids.
     Raises UserError where a directory is not a run's.
     """
-    runs = _named_apart([read_run(path) for path in run_dirs])
-    drawn = sections(runs)
-    validation = validation_table(runs)
-    tables = [results_table(table)] if table else []
-    tables += [validation] if validation else []
-    page = Environment(
-        loader=PackageLoader("rloop_mcore.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.jinja")
-    specs = [figure.spec for section in drawn for figure in section.figures]
-    html = page.render(
-        title=" · ".join(run.name for run in runs),
-        overview=[_overview(run, validation_metrics(runs)[:2]) for run in runs],
-        tables=[Markup(to_html(each)) for each in tables],
-        sections=drawn,
-        specs=Markup(json.dumps(specs, allow_nan=False).replace("<", "\\u003c")),
-        runs=runs,
-        plotly=Markup(get_plotlyjs()),
-    )
-    write_atomic(out, html)
+    write_atomic(out, render(read_runs(run_dirs), table, words))
 
 
-def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs of equal names get their parent folder's name in front."""
+def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
+    """The runs; those of equal names get their parent folder's name in front. Raises UserError."""
+    runs = [read_run(path) for path in run_dirs]
     count = Counter(run.name for run in runs)
     return [
         replace(run, name=f"{run.path.resolve().parent.name}/{run.name}") if count[run.name] > 1 else run
@@ -61,12 +65,55 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _overview(run: Run, metrics: Sequence[str]) -> dict[str, str]:
-    """What changed from the first to the last measurement of a run, heading by heading."""
+def render(
+    runs: Sequence[Run], table: dict[str, Any] | None = None, words: Sequence[Words] = (), live: bool = False
+) -> str:
+    """The page. With `live` it asks its server for news, and for plotly.js."""
+    drawn = [replace(section, figures=[thin(figure) for figure in section.figures]) for section in sections(runs)]
+    tables = [results_table(table)] if table else []
+    tables += [validation] if (validation := validation_table(runs)) else []
+    specs = [figure.spec for section in drawn for figure in section.figures]
+    scripts = ["figures.js", "browser.js", *(["live.js"] if live else [])]
+    return _PAGE.get_template("report.html.jinja").render(
+        heading="RLoop report" if len(runs) == 1 else f"RLoop report: {len(runs)} runs",
+        title=" · ".join(run.name for run in runs),
+        style=_source("style.css"),
+        overview=[_overview(run, index, validation_metrics(runs)[:2]) for index, run in enumerate(runs)],
+        tables=[Markup(to_html(each)) for each in tables],
+        sections=drawn,
+        specs=Markup(json.dumps(specs, allow_nan=False).replace("<", "\\u003c")),
+        held=_held(runs, words),
+        events=_events(runs),
+        differences=differences(runs),
+        environments=[environments(run) for run in runs],
+        runs=runs,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        live=live,
+        plotly=Markup(get_plotlyjs()) if not live else "",
+        scripts=[_source(name) for name in scripts],
+    )
+
+
+def _source(name: str) -> Markup:
+    loader = _PAGE.loader
+    assert loader is not None
+    return Markup(loader.get_source(_PAGE, name)[0])
+
+
+def _held(runs: Sequence[Run], words: Sequence[Words]) -> str:
+    """The trajectory browser's content: JSON, gzipped, in base64."""
+    formulas, each = Formulas(FORMULAS), CHARACTERS // len(runs)
+    spoken = [*words, *[Words()] * (len(runs) - len(words))]
+    found = [browser(run, theirs, formulas, each) for run, theirs in zip(runs, spoken, strict=True)]
+    content = json.dumps({"runs": found, "formulas": formulas.table}, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
+
+
+def _overview(run: Run, index: int, metrics: Sequence[str]) -> dict[str, Any]:
+    """What changed from the first to the last measurement of a run."""
     shares = curves.fine_tuning_share(run)
     picked = pick(run.evaluations)
-    return {
-        "Run": run.name,
+    facts = {
         "RL steps": _rl_steps(run),
         "Training success": _change(curves.training(run, "success_rate").y),
         **{f"Validation {metric}": _change(curves.validation(run, metric).y) for metric in metrics},
@@ -74,6 +121,7 @@ def _overview(run: Run, metrics: Sequence[str]) -> dict[str, str]:
         "RFT's share of tokens": f"{shares['tokens']:.1%}" if "tokens" in shares else "–",
         "RFT's share of time": f"{shares['seconds']:.1%}" if "seconds" in shares else "–",
     }
+    return {"Run": run.name, "colour": colour(index), "facts": facts}
 
 
 def _rl_steps(run: Run) -> str:
@@ -84,3 +132,17 @@ def _rl_steps(run: Run) -> str:
 def _change(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{known[0]:.1%} → {known[-1]:.1%}" if known else "–"
+
+
+def _events(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Of all runs, by time."""
+    found = sorted(((event, run.name) for run in runs for event in events(run)), key=lambda each: each[0].time)
+    return [
+        {
+            "time": f"{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}",
+            "run": name,
+            "kind": event.kind,
+            "text": event.text,
+        }
+        for event, name in found
+    ]

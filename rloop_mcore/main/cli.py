@@ -74,6 +74,20 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    report.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
+    report.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
+    report.add_argument("--port", type=int, default=0, metavar="N", help="for --live; default: any free one")
+
+    compare = commands.add_parser(
+        "compare",
+        help="two runs problem by problem, with intervals",
+        description="Say what two runs differ in and what came of it: paired differences on the validation problems, "
+        "and what each forgets. Writes the report of both, too.",
+    )
+    compare.add_argument("first", type=Path, metavar="RUN_A")
+    compare.add_argument("second", type=Path, metavar="RUN_B")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="default: compare.html in RUN_A")
+    compare.add_argument("--json", type=Path, metavar="OUT", help="write the comparison as JSON too")
 
     convert = commands.add_parser(
         "convert",
@@ -159,7 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "report":
             from rloop_mcore.main.report import report
 
-            return report(options.runs, options.out)
+            return report(options)
+        if options.command == "compare":
+            from rloop_mcore.main.compare import compare
+
+            return compare(options.first, options.second, options.out, options.json)
         if options.command == "status":
             from rloop_mcore.main.status import status
 

@@ -20,6 +20,7 @@ from rloop_mcore.loop import RLoop
 from rloop_mcore.main.deadline import stop_requests
 from rloop_mcore.main.engines import start_servers, weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.start_record import start_record
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
@@ -109,6 +110,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     must_stop = stop_requests(config.cluster, run)
     state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, must_stop, timeline)
     state.recover()
+    state.record_start(start_record(run, platform.device_name()))
     rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop, timeline)
     try:
         base, demonstrations = base_policy(config, journal), None

@@ -125,8 +125,19 @@ class RunDirectory:
         except FileNotFoundError:
             return None
 
+    def previous_ending(self) -> dict[str, Any] | None:
+        """How the process before this one ended; None where it left no word."""
+        try:
+            return dict(json.loads((self.path / "previous_ending.json").read_text()))
+        except FileNotFoundError:
+            return None
+
     def clear_ending(self) -> None:
-        for name in ("stop", "ending.json", "fault.txt"):
+        """Make way for this process's ending; the one before it is the previous one."""
+        (self.path / "previous_ending.json").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(self.path / "ending.json", self.path / "previous_ending.json")
+        for name in ("stop", "fault.txt"):
             (self.path / name).unlink(missing_ok=True)
 
     def log_tail(self, lines: int = 20) -> str:

@@ -81,6 +81,17 @@ def device() -> torch.device:
     return _device
 
 
+def device_name() -> str:
+    """What `device` is, for people: the GPU's name, or the CPU's kind."""
+    if device().type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    import platform as machine
+
+    return f"CPU ({machine.machine()})"
+
+
 def backend() -> str:
     """The torch.distributed backend of this device's collectives: nccl or gloo."""
     return "nccl" if device().type == "cuda" else "gloo"

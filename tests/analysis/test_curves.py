@@ -52,9 +52,17 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
     shifted = [line | {"global_step": line["global_step"] - 2 * line["iteration"]} for line in kept]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shifted))
     records = [
-        {"event": "guard", "iteration": 0, "phase": "explore", "step": 2, "policy": "end_phase", "early": True},
-        {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip"},
-        {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase"},
+        {
+            "event": "guard",
+            "iteration": 0,
+            "phase": "explore",
+            "step": 2,
+            "policy": "end_phase",
+            "early": True,
+            "reason": "a",
+        },
+        {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip", "reason": "b"},
+        {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase", "reason": "c"},
     ]
     (path / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = read_run(path)
@@ -64,6 +72,13 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
     assert (curves.rl_steps(run), curves.iteration_starts(run)) == (6, [2])
     write_report([path], tmp_path / "report.html")
     assert "6, iteration 1 ended early by the guard" in (tmp_path / "report.html").read_text()
+
+
+def test_the_gap_is_of_the_steps_before_each_checkpoint(rloop_run: Path) -> None:
+    """Training success is 0.325, 0.55, 0.775, 1.0 in each iteration."""
+    gap = curves.overfitting_gap(read_run(rloop_run), "avg@32")
+    assert gap.x == [2, 4, 8]
+    assert gap.y == pytest.approx([(0.325 + 0.55) / 2 - 0.10, (0.775 + 1.0) / 2 - 0.14, 2.65 / 4 - 0.20])
 
 
 def test_by_iteration(rloop_run: Path) -> None:

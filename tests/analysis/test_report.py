@@ -1,8 +1,7 @@
-"""The report's file: whole, offline, escaped, and drawn by a real browser where there is one."""
+"""The report's file: whole, offline, escaped."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +12,6 @@ import pytest
 
 from rloop_mcore.analysis.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 def figures(html: str) -> list[dict[str, Any]]:
     found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', html, re.DOTALL)
@@ -23,7 +20,7 @@ def figures(html: str) -> list[dict[str, Any]]:
 
 
 def titles(html: str) -> list[str]:
-    return re.findall(r"<h3>(.*?)</h3>", html)
+    return re.findall(r"<figcaption><h3>(.*?)</h3>", html)
 
 
 @pytest.fixture
@@ -57,6 +54,7 @@ def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
     html = page.read_text()
     assert not re.search(r'<(script|img|iframe)[^>]+src=|<link[^>]+href=|@import|url\("?http', html)
     assert html.count("plotly.js v") == 1
+    assert re.search(r'content="default-src \'none\';[^"]*connect-src \'none\'"', html)
     assert len(html) < 8_000_000
 
 
@@ -83,12 +81,3 @@ def test_a_run_without_anything_yet_makes_a_page(tmp_path: Path) -> None:
 def test_torch_is_not_needed() -> None:
     code = "import sys, rloop_mcore.analysis.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-def test_a_browser_draws_every_figure(page: Path, tmp_path: Path) -> None:
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=20000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count('class="main-svg"') >= len(figures(page.read_text()))
-    assert "CONSOLE" not in done.stderr

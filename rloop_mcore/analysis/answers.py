@@ -1,0 +1,91 @@
+"""The responses of an evaluated checkpoint, from the Parquet file that the evaluation left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rloop_mcore.errors import UserError
+
+_COLUMNS = ["problem_id", "response_ids", "correct"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Graded responses, in columns.
+
+    `problems` are the ids of the problems, sorted; `problem` [rows] are indices into them; `correct` [rows] the
+    verdicts; response r is `tokens[starts[r]:starts[r + 1]]`, `starts` being [rows + 1].
+    """
+
+    problems: list[str]
+    problem: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.correct)
+
+    def response(self, row: int | np.integer) -> np.ndarray:
+        """The token ids of a row [response]."""
+        return self.tokens[self.starts[row] : self.starts[row + 1]]
+
+    def rows_of(self, problem_id: str) -> np.ndarray:
+        """The rows that answer a problem; none if it was not asked."""
+        if problem_id not in self.problems:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self.problem == self.problems.index(problem_id))
+
+    def only(self, problem_ids: Sequence[str]) -> Answers:
+        """The rows that answer these problems."""
+        wanted = [self.problems.index(name) for name in sorted(problem_ids)]
+        rows = np.flatnonzero(np.isin(self.problem, wanted))
+        lengths = np.diff(self.starts)[rows]
+        pieces = [self.response(row) for row in rows]
+        return Answers(
+            problems=[self.problems[index] for index in wanted],
+            problem=np.searchsorted(wanted, self.problem[rows]),
+            correct=self.correct[rows],
+            tokens=np.concatenate(pieces) if pieces else self.tokens[:0],
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+        )
+
+    def without_tokens(self) -> Answers:
+        """The verdicts alone: every response is empty."""
+        return Answers(self.problems, self.problem, self.correct, self.tokens[:0], np.zeros_like(self.starts))
+
+
+def make_answers(rows: Sequence[tuple[str, Sequence[int], bool]]) -> Answers:
+    """Answers of (problem_id, response_ids, correct)."""
+    columns = list(zip(*rows, strict=True)) or [(), (), ()]
+    types = [pa.string(), pa.list_(pa.int32()), pa.bool_()]
+    return from_table(pa.table([pa.array(c, t) for c, t in zip(columns, types, strict=True)], names=_COLUMNS))
+
+
+def from_table(table: pa.Table) -> Answers:
+    """Answers of a table with at least the columns problem_id, response_ids and correct."""
+    table = table.combine_chunks()
+    ids = np.asarray(table["problem_id"].to_pylist(), dtype=object)
+    problems, problem = np.unique(ids.astype(str), return_inverse=True) if len(ids) else (np.empty(0), ids)
+    lists = table["response_ids"].combine_chunks()
+    return Answers(
+        problems=[str(name) for name in problems],
+        problem=problem.astype(np.int64),
+        correct=table["correct"].to_numpy(),
+        tokens=lists.flatten().to_numpy(),
+        starts=np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64),
+    )
+
+
+def read_answers(path: Path) -> Answers:
+    """The responses in an evaluation's Parquet file. Raises UserError for a damaged one."""
+    try:
+        return from_table(pq.read_table(path, columns=_COLUMNS))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path} does not hold the responses of an evaluation ({error})") from error

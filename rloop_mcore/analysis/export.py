@@ -1,0 +1,113 @@
+"""A report's figures as files: the numbers behind each as CSV, and the drawing as PNG and SVG."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from html import unescape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.analysis.figures import sections
+from rloop_mcore.analysis.plots import Figure
+from rloop_mcore.analysis.read_run import Run
+from rloop_mcore.errors import Fault
+from rloop_mcore.platform.files import atomic_path, write_atomic
+
+FORMATS = ("svg", "png")
+_SIZE = {"width": 760, "height": 480}
+
+
+def export(runs: Sequence[Run], folder: Path) -> tuple[int, str]:
+    """Write NAME.csv, NAME.svg and NAME.png of every figure into `folder`; files of these names are replaced.
+
+    Returns the number of figures, and why there are no drawings where there are none: Kaleido draws them with a Chrome
+    or Chromium, and is the extra `export`. Raises Fault where it is there and fails.
+    """
+    figures = [figure for section in sections(runs) for figure in section.figures]
+    for figure in figures:
+        write_atomic(folder / f"{file_name(figure)}.csv", to_csv(figure))
+    return len(figures), _draw(figures, folder)
+
+
+def file_name(figure: Figure) -> str:
+    """Of its title: lower case, words joined by underscores."""
+    return re.sub(r"[^\w@]+", "_", figure.title.lower()).strip("_")
+
+
+def to_csv(figure: Figure) -> str:
+    """trace, x, y with low and high of an interval and the point's label; or i, j, value of a matrix."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    data = figure.spec["data"]
+    writer.writerow(["i", "j", "value"] if data and data[0]["type"] == "heatmap" else _COLUMNS)
+    for trace in data:
+        writer.writerows(_matrix_rows(trace) if trace["type"] == "heatmap" else _rows(trace))
+    return out.getvalue()
+
+
+_COLUMNS = ["trace", "x", "y", "low", "high", "label"]
+
+
+def _rows(trace: dict[str, Any]) -> Iterator[list[Any]]:
+    bars, labels = trace.get("error_y"), trace.get("text", [])
+    for place, (x, y) in enumerate(zip(trace["x"], trace["y"], strict=True)):
+        if y is None:
+            continue
+        low = y - bars["arrayminus"][place] if bars else None
+        high = y + bars["array"][place] if bars else None
+        yield [unescape(trace["name"]), x, y, low, high, labels[place] if labels else None]
+
+
+def _matrix_rows(trace: dict[str, Any]) -> Iterator[list[Any]]:
+    for i, row in zip(trace["y"], trace["z"], strict=True):
+        yield from ([i, j, value] for j, value in zip(trace["x"], row, strict=True) if value is not None)
+
+
+def _draw(figures: Sequence[Figure], folder: Path) -> str:
+    if find_spec("kaleido") is None:
+        return "no PNG and SVG: Kaleido is not installed (pip install 'rloop-mcore[export]')"
+    import kaleido
+    from choreographer.browsers.chromium import ChromeNotFoundError
+
+    wanted = [(figure, folder / f"{file_name(figure)}.{kind}", kind) for figure in figures for kind in FORMATS]
+    jobs: list[dict[str, Any]] = [
+        {"fig": _on_paper(figure), "path": str(folder / f".tmp-{path.name}"), "opts": {**_SIZE, "format": kind}}
+        for figure, path, kind in wanted
+    ]
+    try:
+        # without MathJax, which it would fetch from a network
+        failed = kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
+    except ChromeNotFoundError:
+        return "no PNG and SVG: Kaleido finds no Chrome or Chromium (BROWSER_PATH names one)"
+    if failed:
+        raise Fault(f"Kaleido could not draw {len(failed)} figures; the first: {failed[0]}")
+    for (_, path, _), job in zip(wanted, jobs, strict=True):
+        drawn = Path(job["path"])
+        with atomic_path(path) as temporary:
+            drawn.replace(temporary)
+    return ""
+
+
+def _on_paper(figure: Figure) -> dict[str, Any]:
+    """The figure on white, with its title."""
+    layout = figure.spec["layout"]
+    axis = {"gridcolor": "#dde2e9", "zerolinecolor": "#dde2e9", "linecolor": "#566172", "automargin": True}
+    return {
+        "data": figure.spec["data"],
+        "layout": {
+            "template": {},
+            "title": {"text": figure.title, "x": 0.02, "xanchor": "left"},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "font": {"color": "#1c2430", "family": "DejaVu Sans, Arial, sans-serif", "size": 13},
+            "showlegend": len(figure.spec["data"]) > 1,
+            **layout,
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", **layout.get("legend", {})},
+            "xaxis": axis | layout["xaxis"],
+            "yaxis": axis | layout["yaxis"],
+        },
+    }

@@ -1,0 +1,101 @@
+"""The columns of a run's trajectory cache that need no tokens: which sample, right or wrong, and how long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rloop_mcore.errors import UserError
+
+_SCHEMA = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("step", pa.int32()),
+        ("problem_id", pa.string()),
+        ("sample", pa.int32()),
+        ("correct", pa.bool_()),
+        ("reward", pa.float64()),
+        ("response_tokens", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A row a trajectory, in the order of the shards; all arrays are [rows].
+
+    `problem` are indices into `problems`; `shard` into `shards`, `row` the place in that shard. `iteration` and `step`
+    count from 0.
+    """
+
+    shards: list[Path]
+    problems: list[str]
+    shard: np.ndarray
+    row: np.ndarray
+    iteration: np.ndarray
+    step: np.ndarray
+    problem: np.ndarray
+    sample: np.ndarray
+    correct: np.ndarray
+    reward: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards that a manifest.json lists, oldest first, but those that were set aside. Raises UserError."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return []
+    try:
+        entries = json.loads(manifest.read_bytes())["shards"]
+        return [folder / entry["name"] for entry in entries if not entry.get("lost")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is not the manifest of a trajectory cache ({error!r})") from error
+
+
+def read_samples(folder: Path) -> Samples:
+    """The trajectories of a cache, or of an expert set; none where there is none. Raises UserError for damage."""
+    shards = shard_paths(folder)
+    tables = [_read(path) for path in shards]
+    table = pa.concat_tables([_SCHEMA.empty_table(), *tables])
+    coded = table["problem_id"].combine_chunks().dictionary_encode()
+    lengths = [len(each) for each in tables]
+    columns = {name: table[name].to_numpy() for name in _SCHEMA.names if name != "problem_id"}
+    return Samples(
+        shards=shards,
+        problems=coded.dictionary.to_pylist(),
+        shard=np.repeat(np.arange(len(shards)), lengths),
+        row=np.concatenate([np.arange(length) for length in lengths]) if lengths else np.empty(0, np.int64),
+        problem=coded.indices.to_numpy(),
+        length=columns.pop("response_tokens"),
+        **columns,
+    )
+
+
+def read_tokens(path: Path, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Some columns of some rows of a shard, in their order; only the row groups that hold them are read."""
+    wanted, pieces, start = np.sort(np.asarray(rows)), [], 0
+    with pq.ParquetFile(path) as file:
+        for group in range(file.metadata.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            mine = wanted[(wanted >= start) & (wanted < end)] - start
+            if len(mine):
+                pieces.append(file.read_row_group(group, columns=list(columns)).take(pa.array(mine)))
+            start = end
+    return pa.concat_tables(pieces)
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=_SCHEMA.names).cast(_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): see docs/cache.md") from error

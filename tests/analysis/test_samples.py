@@ -1,0 +1,112 @@
+"""What the cache tells of hard problems and lengths, against loops over real trajectories in a real cache."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rloop_mcore.analysis.hard_set import hard_problems, hard_sets
+from rloop_mcore.analysis.lengths import QUANTILES, length_drift
+from rloop_mcore.analysis.samples import read_samples, read_tokens
+from rloop_mcore.errors import UserError
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import ExpertQuery, Trajectory
+
+THRESHOLD = 0.25
+
+
+def trajectory(iteration: int, step: int, problem: int, sample: int, correct: bool, length: int) -> Trajectory:
+    return Trajectory(
+        iteration=iteration,
+        step=step,
+        problem_id=f"p{problem}",
+        sample=sample,
+        prompt_ids=(problem,),
+        response_ids=tuple(range(length)),
+        logprobs=(-0.5,) * length,
+        finish_reason="stop",
+        weight_versions=((1, length),),
+        correct=correct,
+        reward=float(correct),
+        reason="correct" if correct else "wrong",
+    )
+
+
+@pytest.fixture
+def rows() -> list[Trajectory]:
+    generator = np.random.default_rng(5)
+    ease = generator.random(12) ** 2
+    return [
+        trajectory(
+            iteration, step, problem, sample, bool(generator.random() < ease[problem]), int(generator.integers(1, 9))
+        )
+        for iteration in range(3)
+        for step in range(4)
+        for problem in generator.choice(12, 6, replace=False).tolist()
+        for sample in range(5)
+    ]
+
+
+@pytest.fixture
+def cache(rows: list[Trajectory], tmp_path: Path) -> Path:
+    found = TrajectoryCache(tmp_path / "cache")
+    for iteration in range(3):
+        for step in range(4):
+            found.append([row for row in rows if (row.iteration, row.step) == (iteration, step)])
+            found.seal()
+    return tmp_path / "cache"
+
+
+def test_hard_sets_are_the_problems_rft_learns_from(cache: Path, rows: list[Trajectory], tmp_path: Path) -> None:
+    samples, before = read_samples(cache), set()
+    for found in hard_sets(samples, THRESHOLD):
+        verdicts = defaultdict(list)
+        for row in rows:
+            if row.iteration == found.iteration:
+                verdicts[row.problem_id].append(row.correct)
+        hard = {name for name, right in verdicts.items() if 0 < sum(right) / len(right) < THRESHOLD}
+        never = sum(not any(right) for right in verdicts.values())
+        assert {samples.problems[i] for i in np.flatnonzero(hard_problems(samples, found.iteration, THRESHOLD))} == hard
+        assert (found.sampled, found.never, found.hard) == (len(verdicts), never, len(hard))
+        assert found.others == len(verdicts) - never - len(hard)
+        assert (found.entered, found.stayed, found.left) == (len(hard - before), len(hard & before), len(before - hard))
+        assert found.turnover == pytest.approx(1 - len(hard & before) / len(hard | before))
+        query = ExpertQuery((found.iteration,), THRESHOLD)
+        selected = TrajectoryCache(cache).write_experts(query, tmp_path / f"i{found.iteration}")
+        assert selected["problems"] == found.hard
+        before = hard
+
+
+def test_lengths_by_step(cache: Path, rows: list[Trajectory]) -> None:
+    drift = length_drift(read_samples(cache))
+    assert [(each.iteration, each.step) for each in drift] == [(i, s) for i in range(3) for s in range(4)]
+    for each in drift:
+        mine = [row for row in rows if (row.iteration, row.step) == (each.iteration, each.step)]
+        lengths = [len(row.response_ids) for row in mine]
+        assert each.quantiles == pytest.approx([float(np.quantile(lengths, q)) for q in QUANTILES])
+        for correct, mean in ((True, each.mean_correct), (False, each.mean_wrong)):
+            assert mean == pytest.approx(np.mean([len(row.response_ids) for row in mine if row.correct == correct]))
+
+
+def test_tokens_of_single_rows(cache: Path, rows: list[Trajectory]) -> None:
+    samples = read_samples(cache)
+    by_key = {row.key: row for row in rows}
+    wanted = np.flatnonzero(samples.shard == 7)[[3, 0, 11]]
+    table = read_tokens(samples.shards[7], samples.row[wanted].tolist(), ["response_ids", "prompt_ids"])
+    for row, (response, prompt) in zip(
+        np.sort(wanted),
+        zip(table["response_ids"].to_pylist(), table["prompt_ids"].to_pylist(), strict=True),
+        strict=True,
+    ):
+        key = (samples.iteration[row], samples.step[row], samples.problems[samples.problem[row]], samples.sample[row])
+        assert (tuple(response), tuple(prompt)) == (by_key[key].response_ids, by_key[key].prompt_ids)
+
+
+def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
+    assert len(read_samples(tmp_path / "nothing")) == 0
+    assert length_drift(read_samples(tmp_path / "nothing")) == []
+    assert hard_sets(read_samples(tmp_path / "nothing"), 0.1) == []
+    (cache / "shard-000003.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"shard-000003\.parquet is missing or damaged"):
+        read_samples(cache)

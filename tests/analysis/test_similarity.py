@@ -1,0 +1,79 @@
+"""Bigram Jaccard similarity against Python sets."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rloop_mcore.analysis import similarity
+from rloop_mcore.analysis.answers import Answers, make_answers
+from rloop_mcore.analysis.similarity import pairwise_jaccard, similarity_matrix, without_self_pairs
+
+Responses = list[list[int]]
+
+
+def bigrams(response: list[int]) -> set[tuple[int, int]]:
+    return set(pairwise(response))
+
+
+def jaccard(a: list[int], b: list[int]) -> float:
+    union = bigrams(a) | bigrams(b)
+    return len(bigrams(a) & bigrams(b)) / len(union) if union else 1.0
+
+
+def brute_force(checkpoints: list[dict[str, Responses]]) -> np.ndarray:
+    size = len(checkpoints)
+    matrix = np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            by_problem = []
+            for problem in checkpoints[0]:
+                pairs = [jaccard(a, b) for a in checkpoints[i][problem] for b in checkpoints[j][problem]]
+                by_problem.append(sum(pairs) / len(pairs))
+            matrix[i, j] = sum(by_problem) / len(by_problem)
+    return matrix
+
+
+def answers_of(checkpoint: dict[str, Responses]) -> Answers:
+    return make_answers([(problem, response, False) for problem, all_ in checkpoint.items() for response in all_])
+
+
+responses = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=4)
+
+
+@given(checkpoints=st.lists(st.fixed_dictionaries({"a": responses, "b": responses}), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_all_pairs_as_the_definition_has_it(checkpoints: list[dict[str, Responses]]) -> None:
+    found = similarity_matrix([answers_of(each) for each in checkpoints], ["a", "b"])
+    assert found == pytest.approx(brute_force(checkpoints), abs=1e-6)
+
+
+def test_many_bigrams_are_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a real response, over a real vocabulary, in parts that don't divide the number of bigrams."""
+    generator = np.random.default_rng(0)
+    base = generator.integers(0, 150_000, 3000)
+    drawn = [
+        base[start : start + 400].tolist() + generator.integers(0, 150_000, 50).tolist() for start in range(0, 2000, 90)
+    ]
+    expected = np.array([[jaccard(a, b) for b in drawn] for a in drawn])
+    arrays = [np.asarray(response, np.int32) for response in drawn]
+    assert pairwise_jaccard(arrays) == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr(similarity, "_COLUMNS", 37)
+    assert pairwise_jaccard(arrays) == pytest.approx(expected, abs=1e-6)
+
+
+def test_identical_and_different_solutions() -> None:
+    same, other = {"a": [[1, 2, 3]] * 3}, {"a": [[7, 8, 9]] * 3}
+    found = similarity_matrix([answers_of(same), answers_of(other)], ["a"])
+    assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert np.isnan(similarity_matrix([answers_of(same)], [])).all()
+
+
+@given(drawn=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=2, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_the_diagonal_without_pairs_of_one_solution(drawn: Responses) -> None:
+    diagonal = similarity_matrix([answers_of({"a": drawn})], ["a"])[0, 0]
+    others = [jaccard(a, b) for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j]
+    assert without_self_pairs(diagonal, len(drawn)) == pytest.approx(sum(others) / len(others), abs=1e-6)
