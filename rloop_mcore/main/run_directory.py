@@ -49,6 +49,10 @@ class RunDirectory:
         return self.path / "ranks.log"
 
     @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
     def preflight(self) -> Path:
         return self.path / "preflight.json"
 
