@@ -6,31 +6,33 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rloop_mcore.config import Config
+from rloop_mcore.platform.files import is_disk_full
 from rloop_mcore.platform.process_group import address_towards
 from rloop_mcore.preflight.collectives import Workers, rounds, seconds
 from rloop_mcore.preflight.facts import Facts, gather
 from rloop_mcore.preflight.judge import Findings
 from rloop_mcore.preflight.meeting import Meeting
 from rloop_mcore.preflight.place import Place
-from rloop_mcore.preflight.reach import Clock, Door, Porter, knock, leave_a_sign, remove_signs, unseen
+from rloop_mcore.preflight.reach import Clock, Door, Porter, knock, knocking_s, leave_a_sign, remove_signs, unseen
 
-_LEARN_S = 45.0
+_MARGIN_S = 7.0
 _RESOLVE_S = 5.0
 
 
 def check(config: Config, place: Place, clock: Clock = time.time) -> Findings:
     """Everything about all nodes, the same on each of them. Raises NoMaster, and Fault on node 0."""
-    run_dir, word = Path(config.run.dir), ""
+    run_dir, word, trouble = Path(config.run.dir), "", dict[str, str]()
     try:
         word = leave_a_sign(run_dir, place.rank)
-        trouble = {}
     except OSError as error:
-        trouble = {config.run.dir: f"run.dir={run_dir} can't be written ({error.strerror})"}
+        if not is_disk_full(error):  # that is nobody's fault, and the free space will say it
+            trouble[config.run.dir] = f"run.dir={run_dir} can't be written ({error.strerror})"
     mine = gather(config)
     mine.trouble.update(trouble)
     try:
@@ -50,12 +52,16 @@ def _meet(config: Config, place: Place, mine: Facts, word: str, workers: Workers
         said = meeting.share("facts", opening, timeout_s)
         facts = {rank: Facts.of(values["facts"]) for rank, values in said.items()}
         others = [rank for rank in said if rank != place.rank]
-        learned = {
-            "doors": knock({rank: Door(**said[rank]["door"]) for rank in others}, clock),
-            "unseen": unseen(run_dir, {r: said[r]["word"] for r in others if said[r]["word"]}) if word else [],
-            "unknown": _unknown(place.names),
-        }
-        links = meeting.share("links", learned, _LEARN_S)
+        doors = {rank: Door(**said[rank]["door"]) for rank in others}
+        words = {rank: said[rank]["word"] for rank in others if word and said[rank]["word"]}
+        with ThreadPoolExecutor(3) as pool:
+            asked: dict[str, Future[Any]] = {
+                "doors": pool.submit(knock, doors, clock),
+                "unseen": pool.submit(unseen, run_dir, words),
+                "unknown": pool.submit(_unknown, place.names),
+            }
+            learned = {what: answer.result() for what, answer in asked.items()}
+        links = meeting.share("links", learned, knocking_s(place.nodes) + _MARGIN_S)
     device = Counter(facts[rank].device for rank in meeting.members).most_common(1)[0][0]
     able = [rank for rank in meeting.members if facts[rank].device == device]
     rates = {}
