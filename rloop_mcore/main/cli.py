@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, e.g. algorithm.rl_steps=100")
     train.add_argument(
-        "--force", action="store_true", help="resume although a changed key makes it another run; the journal says so"
+        "--force",
+        action="store_true",
+        help="resume although a changed key makes it another run, or it failed alike three times",
     )
 
     evaluate = commands.add_parser(

@@ -29,12 +29,13 @@ class Place:
 def place_of(
     nodes: int | None, rank: int | None, master: str | None, names: str | None, environment: Mapping[str, str]
 ) -> Place:
-    """From the options, else from Slurm's variables, else a world of one. Raises UserError."""
-    step = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES")
+    """From the options, else from the variables that srun sets, else a world of one. Raises UserError."""
+    step, job = environment.get("SLURM_STEP_NUM_NODES"), environment.get("SLURM_JOB_NUM_NODES", "1")
+    if nodes is None and step is None and job != "1":
+        raise UserError(f"the job has {job} nodes: write `srun --ntasks-per-node=1 rloop preflight ...`, or --nodes 1.")
     nodes = nodes if nodes is not None else int(step or 1)
     rank = rank if rank is not None else int(environment.get("SLURM_NODEID", 0))
-    given = "--names" if names is not None else "SLURM_JOB_NODELIST"
-    listed = names if names is not None else environment.get("SLURM_STEP_NODELIST") or environment.get(given, "")
+    listed = names if names is not None else environment.get("SLURM_STEP_NODELIST", "")
     known = tuple(expand(listed)) if listed else ()
     if nodes < 1:
         raise UserError(f"--nodes {nodes} must be at least 1.")
@@ -43,7 +44,7 @@ def place_of(
     if known and len(known) != nodes:
         if names is not None:
             raise UserError(f"--names {names} are {len(known)} names; --nodes is {nodes}.")
-        known = ()  # of the whole allocation, and only some of it is asked about
+        known = ()  # of the whole step, and only some of it is asked about
     if len(set(known)) != len(known):
         raise UserError(f"--names {names} names a node twice.")
     if nodes == 1 and master is None:

@@ -122,8 +122,8 @@ def test_a_full_run_dir_is_said(full_disk: Path) -> None:
 
 def test_slurms_variables_do_instead_of_options(tmp_path: Path) -> None:
     """The names are addresses of this host, so that they resolve."""
-    job = {"SLURM_JOB_ID": str(nodes.free_port()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2]"}
-    each = [Node(environment={**job, "SLURM_NODEID": str(rank)}) for rank in range(2)]
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]", "SLURM_JOB_ID": str(nodes.free_port())}
+    each = [Node(environment={**step, "SLURM_NODEID": str(rank)}) for rank in range(2)]
     codes, report, printed = nodes.finish(tmp_path, nodes.start(tmp_path, each, options=[]))
     assert codes == [0, 0], printed
     assert [node["name"] for node in report["nodes"]] == ["127.0.0.1", "127.0.0.2"]
