@@ -20,7 +20,7 @@ from rloop_mcore.preflight.check import check
 from rloop_mcore.preflight.judge import BAD_NODE, Findings, Problem, Verdict, judge, link_speeds
 from rloop_mcore.preflight.meeting import NoMaster
 from rloop_mcore.preflight.place import Place, place_of
-from rloop_mcore.preflight.reach import Clock
+from rloop_mcore.preflight.reach import Clock, is_newer, sign
 
 
 def preflight(options: argparse.Namespace, clock: Clock = time.time) -> int:
@@ -31,7 +31,7 @@ def preflight(options: argparse.Namespace, clock: Clock = time.time) -> int:
     try:
         found = check(config, place, clock)
     except NoMaster as error:
-        return _without_master(config, place, str(error), begun)
+        return _without_master(config, place, str(error), time.time() - begun)
     verdict = judge(config, found)
     if place.rank == 0:
         report = _report(found, verdict, time.time() - begun)
@@ -48,16 +48,16 @@ def _config(overrides: Sequence[str]) -> Config:
     return config
 
 
-def _without_master(config: Config, place: Place, why: str, begun: float) -> int:
+def _without_master(config: Config, place: Place, why: str, seconds: float) -> int:
     """Node 0 is the bad one, as far as this node can tell. It writes that where node 0 has written nothing."""
     name = place.name(0)
     message = f"{name}: {why}"
     print(f"{place.name(place.rank)} says: {message}", file=sys.stderr, flush=True)
-    written = RunDirectory(Path(config.run.dir)).preflight
-    if not (written.exists() and written.stat().st_mtime >= begun):
+    run = RunDirectory(Path(config.run.dir))
+    if not is_newer(run.preflight, sign(run.path, place.rank)):
         verdict = Verdict([Problem("present", (name,), message)], [])
         names = {rank: place.name(rank) for rank in range(place.nodes)}
-        _write(config, _report(Findings(names, {}, {0: "facts"}, {}), verdict, time.time() - begun))
+        _write(config, _report(Findings(names, {}, {0: "facts"}, {}), verdict, seconds))
     return BAD_NODE
 
 

@@ -112,9 +112,10 @@ def _supervise(run: RunDirectory, config: Config) -> tuple[int, str]:
     ending = run.ending()
     if ending is not None:
         return int(ending["code"]), str(ending["message"])
-    message = f"the ranks ended with exit code {code} without a word"
-    run.write_ending(1, message, run.log_tail())
-    return 1, f"{message}; the log is {run.log}, its end:\n{run.log_tail()}"
+    message, tail = f"the ranks ended with exit code {code} without a word", run.log_tail()
+    run.write_ending(1, message, tail)
+    print(f"rloop: the end of {run.log}:\n{tail}", file=sys.stderr)
+    return 1, message
 
 
 def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog) -> int:

@@ -19,6 +19,7 @@ Clock = Callable[[], float]
 
 _CONNECT_S = 5.0
 _SEEN_S = 8.0  # a network file system may show another node's file that late
+_SIGN = ".tmp-preflight-"
 _ASKED = 3  # times for the time: the quickest answer counts
 _AT_ONCE = 32
 
@@ -96,7 +97,7 @@ def leave_a_sign(folder: Path, rank: int) -> str:
     """Write a file that only this node, and only now, can have written; returns its content. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     word = secrets.token_hex(16)
-    _sign(folder, rank).write_text(json.dumps(word))
+    sign(folder, rank).write_text(json.dumps(word))
     return word
 
 
@@ -104,9 +105,16 @@ def unseen(folder: Path, words: Mapping[int, str]) -> list[int]:
     """The nodes whose signs don't show up here."""
     deadline, left = time.monotonic() + _SEEN_S, dict(words)
     while left and time.monotonic() < deadline:
-        left = {rank: word for rank, word in left.items() if not _shows(_sign(folder, rank), word)}
+        left = {rank: word for rank, word in left.items() if not _shows(sign(folder, rank), word)}
         time.sleep(0.2 if left else 0.0)
     return sorted(left)
+
+
+def is_newer(path: Path, own_sign: Path) -> bool:
+    """Whether `path` was written after this node came, by the file system's clock. Node 0 removes the signs last."""
+    if not path.exists():
+        return False
+    return not own_sign.exists() or path.stat().st_mtime_ns >= own_sign.stat().st_mtime_ns
 
 
 def remove_signs(folder: Path) -> None:
@@ -114,10 +122,7 @@ def remove_signs(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-_SIGN = ".tmp-preflight-"
-
-
-def _sign(folder: Path, rank: int) -> Path:
+def sign(folder: Path, rank: int) -> Path:
     return folder / f"{_SIGN}{rank}"
 
 

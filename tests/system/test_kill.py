@@ -182,7 +182,7 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
     assert metrics_places(run_dir) == metrics_places(undisturbed)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let_be(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -205,8 +205,8 @@ def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let
 
     for _ in range(3):
         process = runs.start(run_dir)
-        runs.wait_for("a rank", partial(is_there, process, "rank"), process)
-        runs.kill(process, "rank")
+        runs.wait_for("torchrun", partial(is_there, process, "torchrun"), process)
+        runs.kill(process, "torchrun")
         assert process.wait(runs.DEADLINE_S) == 1
     assert "that is the 3. time in a row after iteration 0 explore" in runs.status(run_dir)["message"]
     refused = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}")
