@@ -60,6 +60,7 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "guard.patience",
+    *(f"preflight.{name}_s" for name in ("timeout", "clock_skew")),
     "cluster.nodes",
 )
 _POSITIVE_OR_NULL = (
@@ -88,6 +89,8 @@ _NOT_NEGATIVE = (
     "cluster.gpus_per_node",
     "rollout.nodes",
     "cluster.stop_margin_s",
+    *(f"guard.stall_{name}" for name in ("factor", "floor_s")),
+    *(f"preflight.{name}_gib" for name in ("run", "tmp", "shm")),
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
@@ -20,8 +22,10 @@ from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.main.changes import take_changes
+from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
+from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
 from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.search import check_fit
@@ -30,6 +34,7 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
+_LOOK_S = 1.0
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm's --signal sends
 
 
@@ -46,10 +51,18 @@ def train(overrides: Sequence[str], force: bool) -> int:
     problems = _check_inputs(config, run.model(config))
     with run.lock():
         take_changes(run, config, force)
+        crashes = CrashRecord(run, config)
+        crashes.check(force)
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
-        return _supervise(run, config)
+        code, message = _supervise(run, config)
+        if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
+            code, message = 1, f"{message}; {enough}"
+            run.write_ending(code, message)
+        if message:
+            print(f"rloop: {message}", file=sys.stderr)
+        return code
 
 
 def _check_inputs(config: Config, model: Path) -> int:
@@ -72,7 +85,8 @@ def _check_inputs(config: Config, model: Path) -> int:
     return len(load_problems(config.data.train, config.data.limit))
 
 
-def _supervise(run: RunDirectory, config: Config) -> int:
+def _supervise(run: RunDirectory, config: Config) -> tuple[int, str]:
+    """Run the ranks to their end; the exit code, and what is to be said."""
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
     if end is not None and (left_s := end - time.time()) < margin_s:
@@ -81,8 +95,7 @@ def _supervise(run: RunDirectory, config: Config) -> int:
             "command goes on in another job"
         )
         run.write_ending(75, message)
-        print(f"rloop: {message}", file=sys.stderr)
-        return 75
+        return 75, message
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
         *("--nproc-per-node", str(processes(config.layout)), "-m", "rloop_mcore.main.worker", str(run.path)),
@@ -91,6 +104,7 @@ def _supervise(run: RunDirectory, config: Config) -> int:
     # one host for now: neither the rendezvous nor gloo has to be reached from another
     environment = {**os.environ, SUPERVISOR_VARIABLE: str(supervisor), "GLOO_SOCKET_IFNAME": "lo"}
     with open(run.log, "ab") as log:
+        watchdog = Watchdog(run, config)
         # a session of its own: Ctrl-C reaches only the supervisor, which asks the run to stop at a step's end
         ranks = subprocess.Popen(
             command,
@@ -100,18 +114,26 @@ def _supervise(run: RunDirectory, config: Config) -> int:
             preexec_fn=lambda: _become_a_rank(supervisor),
         )
         with _stop_signals(run, ranks):
-            code = ranks.wait()
+            code = _watch(run, ranks, watchdog)
     ending = run.ending()
     if ending is not None:
-        if ending["message"]:
-            print(f"rloop: {ending['message']}", file=sys.stderr)
-        return int(ending["code"])
-    run.write_ending(1, f"the ranks ended with exit code {code} without a word", run.log_tail())
-    print(
-        f"rloop: the ranks ended with exit code {code}; the log is {run.log}, its end:\n{run.log_tail()}",
-        file=sys.stderr,
-    )
-    return 1
+        return int(ending["code"]), str(ending["message"])
+    message, tail = f"the ranks ended with exit code {code} without a word", run.log_tail()
+    run.write_ending(1, message, tail)
+    print(f"rloop: the end of {run.log}:\n{tail}", file=sys.stderr)
+    return 1, message
+
+
+def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog) -> int:
+    """Wait for the end of the ranks, and bring it about where they stall; returns their exit code."""
+    while True:
+        try:
+            return ranks.wait(_LOOK_S)
+        except subprocess.TimeoutExpired:
+            if (why := watchdog.look()) is not None:
+                print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
+                kept = end_stalled(run, psutil.Process())
+                run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
 
 
 def _become_a_rank(supervisor: int) -> None:

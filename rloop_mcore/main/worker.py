@@ -15,13 +15,15 @@ from rloop_mcore.compose import read_config
 from rloop_mcore.errors import Fault, Interrupted, UserError
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
-from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.platform import heartbeat
+from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
 from rloop_mcore.validate import read_hf_config
 
 
 def main() -> int:
     """Run this rank to its end; how the run ended stands in the run directory."""
     _die_with_the_run()
+    show_stacks_when_asked()
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -37,6 +39,7 @@ def main() -> int:
 
         if rank == 0:
             with run.lock("lock.rank0"):
+                heartbeat.start(run.heartbeat)
                 conduct(config, run)
         else:
             follow(config)

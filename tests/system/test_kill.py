@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,46 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key
     assert metrics_places(run_dir) == metrics_places(undisturbed)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let_be(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "hanging"
+    process = runs.start(run_dir, "guard.stall_floor_s=8", "guard.stall_factor=2")
+    runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    runs.tree(process)["rank"].send_signal(signal.SIGSTOP)
+    assert process.wait(runs.DEADLINE_S) == 75
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive
+    state = runs.status(run_dir)
+    assert state["state"] == "interrupted"
+    assert state["message"].startswith("stalled: nothing has got done for ")
+    (rank,) = run_dir.glob("stalls/*/rank-0.txt")
+    assert "stopped: " in rank.read_text().splitlines()[0]
+    assert "rloop_mcore/main/worker.py" in rank.read_text()
+    (engine,) = run_dir.glob("stalls/*/engine-*.txt")
+    assert "rollout/embedded/__main__.py" in engine.read_text()
+
+    for _ in range(3):
+        process = runs.start(run_dir)
+        runs.wait_for("torchrun", partial(is_there, process, "torchrun"), process)
+        runs.kill(process, "torchrun")
+        assert process.wait(runs.DEADLINE_S) == 1
+    assert "that is the 3. time in a row after iteration 0 explore" in runs.status(run_dir)["message"]
+    refused = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}")
+    assert refused.returncode == 2
+    assert "ended 3 times in a row after iteration 0 explore" in refused.stderr
+    runs.finish(runs.start(run_dir, "--force"), run_dir)
+    found, expected = runs.status(run_dir), runs.status(undisturbed)
+    for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
+        assert found[key] == expected[key], key
+
+
+def is_there(process: subprocess.Popen[bytes], role: str) -> bool:
+    return role in runs.tree(process)
 
 
 def test_another_configuration_is_refused(undisturbed: Path) -> None:
