@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, I, MatrixBase  # type: ignore[import-untyped]
+from sympy import Basic, Expr, I, MatrixBase, Number  # type: ignore[import-untyped]
 
 from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.types import Problem, Verdict
@@ -27,6 +28,7 @@ if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
     PSParser.AtomContext.FUNC_GAMMA = lambda self: self.getToken(PSParser.FUNC_GAMMA, 0)
 
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+_DECIMALS, _DIGITS = 6, 30
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
 _CURRENCY = re.compile(r"^(-?)(?:\\?\$|[€£¥])\s*(?=\d)|(?<=\d)\s*(?:\\text\{\s*)?dollars?(?:\s*\})?$", re.IGNORECASE)
@@ -45,6 +47,38 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
     if reason:
         return Verdict(False, reason)
     return compare(problem.answer, answer)
+
+
+def vote_math(problem: Problem, response: str, truncated: bool, answer_format: str) -> str:
+    """What a response of the verifier named `math` votes for: the normal form of its answer, "" without one.
+
+    A right answer has the gold's: the verifier says that all of those are the same.
+    """
+    answer, reason = extract_answer(response, truncated, answer_format)
+    if reason:
+        return ""
+    right = compare(problem.answer, answer).correct
+    return normal_form(problem.answer if right else answer)
+
+
+def normal_form(answer: str) -> str:
+    """One text for the spellings of an answer, as far as that takes no algebra.
+
+    A number rounded to 6 decimals, as math-verify compares numbers; words without case; other mathematics as SymPy
+    prints it, in its order of terms; else the text without spaces.
+    """
+    answer = clean(answer)
+    text = _plain_text(answer)
+    if _INTEGER.fullmatch(answer) or _WORDS.fullmatch(text):
+        return text
+    parsed = _parse(answer)
+    if not parsed:
+        return text
+    value = parsed[0].evalf(_DIGITS) if isinstance(parsed[0], Expr) and parsed[0].is_number else None
+    if isinstance(value, Number) and abs(value) < 10**_DIGITS:  # to print a larger one may take for ever
+        number = f"{Decimal(str(value)):.{_DECIMALS}f}".rstrip("0").rstrip(".")
+        return "0" if number == "-0" else number
+    return str(parsed[0])
 
 
 def compare(gold: str, answer: str) -> Verdict:

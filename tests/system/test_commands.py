@@ -60,11 +60,11 @@ def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = runs.rloop(
         *("evaluate", "--policy", str(tmp_path / "model"), "--data", "countdown:validation", "--samples", "4"),
-        *("--k", "1,4", "--json", str(out), "experiment=tiny", "evaluation.limit=5"),
+        *("--k", "1,4", "--json", str(out), "--out", str(tmp_path), "experiment=tiny", "evaluation.limit=5"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4"}
+    assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4", "maj@4"}
     assert result["problems"] == 5
     assert sum(result["reasons"].values()) == 20
     assert "pass@4" in done.stdout
