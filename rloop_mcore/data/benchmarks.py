@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,20 @@ from rloop_mcore.data.problems import BadRow, load_problems, parse_row
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
+FORMS = {
+    "integer": re.compile(r"[0-9]{1,3}"),  # 0 to 999
+    "number": re.compile(r"-?[0-9][0-9,]*(\.[0-9]+)?"),
+    "latex": re.compile(r".+", re.DOTALL),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """`file` in a folder of the project's schema, or `dataset` on the hub, with its `subset` and `split`.
 
-    `answers` is the form of its gold answers: integer, number or latex.
+    `answers` is the form of its gold answers, a key of FORMS.
     """
 
-    title: str
     file: str
     dataset: str
     split: str
@@ -29,16 +35,14 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "aime24": Benchmark("AIME 2024", "aime24.jsonl", "HuggingFaceH4/aime_2024", "train", "integer"),
-    "aime25": Benchmark("AIME 2025", "aime25.jsonl", "math-ai/aime25", "test", "integer"),
-    "amc23": Benchmark("AMC 2023", "amc23.jsonl", "math-ai/amc23", "test", "number"),
-    "math500": Benchmark("MATH-500", "math500.jsonl", "HuggingFaceH4/MATH-500", "test", "latex"),
-    "minerva_math": Benchmark("Minerva Math", "minerva_math.jsonl", "math-ai/minervamath", "test", "latex"),
-    "omni_math": Benchmark("Omni-MATH", "omni_math_rule.jsonl", "KbsdJames/Omni-MATH", "test", "latex"),
-    "olympiadbench": Benchmark(
-        "OlympiadBench", "olympiadbench.jsonl", "Hothan/OlympiadBench", "train", "latex", "OE_TO_maths_en_COMP"
-    ),
-    "gsm8k": Benchmark("GSM8K", "gsm8k_test.jsonl", "openai/gsm8k", "test", "number", "main"),
+    "aime24": Benchmark("aime24.jsonl", "HuggingFaceH4/aime_2024", "train", "integer"),
+    "aime25": Benchmark("aime25.jsonl", "math-ai/aime25", "test", "integer"),
+    "amc23": Benchmark("amc23.jsonl", "math-ai/amc23", "test", "number"),
+    "math500": Benchmark("math500.jsonl", "HuggingFaceH4/MATH-500", "test", "latex"),
+    "minerva_math": Benchmark("minerva_math.jsonl", "math-ai/minervamath", "test", "latex"),
+    "omni_math": Benchmark("omni_math_rule.jsonl", "KbsdJames/Omni-MATH", "test", "latex"),
+    "olympiadbench": Benchmark("olympiadbench.jsonl", "Hothan/OlympiadBench", "train", "latex", "OE_TO_maths_en_COMP"),
+    "gsm8k": Benchmark("gsm8k_test.jsonl", "openai/gsm8k", "test", "number", "main"),
 }
 
 # What data sets call the columns of the project's schema, and of `meta`.
@@ -56,8 +60,17 @@ def load_benchmark(name: str, folder: Path | None = None) -> list[Problem]:
     if name not in BENCHMARKS:
         raise UserError(f"--benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}; give other problems with --data.")
     benchmark = BENCHMARKS[name]
-    if folder is not None:
-        return load_problems(str(folder / benchmark.file))
+    problems = _from_hub(name, benchmark) if folder is None else load_problems(str(folder / benchmark.file))
+    for problem in problems:
+        if not FORMS[benchmark.answers].fullmatch(problem.answer):
+            raise UserError(
+                f"benchmark {name}, problem {problem.id}: the gold answer {problem.answer!r:.80} is no "
+                f"{benchmark.answers}, as this benchmark's are; give another file with --benchmark-files."
+            )
+    return problems
+
+
+def _from_hub(name: str, benchmark: Benchmark) -> list[Problem]:
     where = f"{benchmark.dataset}, split {benchmark.split}"
     try:
         rows = enumerate(_rows(name, benchmark))
