@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
 from rloop_mcore.data.benchmarks import load_benchmark
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
 from rloop_mcore.main.comparison import compare, read_result
 from rloop_mcore.main.evaluation import PolicyEvaluation
 from rloop_mcore.main.evaluation_tables import print_comparison, print_results
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
-from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.types import Problem
 from rloop_mcore.weights.tensor_files import catalogue
@@ -36,6 +36,7 @@ def evaluate(options: argparse.Namespace) -> int:
     display = ProgressDisplay()
     with ExitStack() as stack:
         stack.callback(display.close)
+        stack.enter_context(_explained(source, options.out))
         policy = as_hf_folder(source, options.out / "converted", display)
         validate.check_model(config, policy)
         catalogue(policy)
@@ -51,6 +52,21 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _explained(source: Source, out: Path) -> Iterator[None]:
+    """What may happen to files meanwhile, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(f"no space is left under {out}: make some; the same command goes on from there.") from error
+        if not source.path.exists():
+            raise Fault(
+                f"{source.path} was removed by its run while it was evaluated: choose another --step."
+            ) from error
+        raise
+
+
 def _config(options: argparse.Namespace, source: Source) -> Config:
     """The overrides, the options over them. Paths are set as they are: Hydra's grammar would read signs in them.
 
@@ -58,6 +74,11 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
     """
     if source.run is not None:
         config = load_config_over(source.run.config, options.overrides)
+        if config.rollout.endpoints and not any(text.startswith("rollout.endpoints=") for text in options.overrides):
+            raise UserError(
+                f"{source.run.path} trains with the servers of its rollout.endpoints, which hold other weights: give "
+                "rollout.endpoints=[http://...] of servers with this policy, or rollout.endpoints=[] to start some."
+            )
     else:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
     config.model.path = str(source.path)

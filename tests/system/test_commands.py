@@ -19,6 +19,11 @@ pytestmark = pytest.mark.system
         (["status", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
+        (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
+        (
+            ["evaluate", "--policy", "/nowhere", "--data", "x", "--against", "/none.json"],
+            "--against /none.json cannot be",
+        ),
         (["grade", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["train", "experiment=tiny", "run.dir=/proc/x"], "run.dir=/proc/x cannot be created"),
         (["train", "experiment=tiny", "algorithm.rl_step=3"], "did you mean algorithm.rl_steps?"),
