@@ -39,7 +39,8 @@ def compare(records: Sequence[Record], others: Mapping[str, Record], seed: int) 
     """{benchmark: the other policy, how many problems both have, what differs beside the policies, and by metric
     {"mean", "low", "high", "p_value"} of this policy's score minus the other's}.
 
-    Benchmarks that the other result lacks are left out. Raises UserError where none, or no problem, is in both.
+    Benchmarks that the other result lacks are left out. Raises UserError where none is in both, or of one no problem or
+    no metric.
     """
     found = {
         record["name"]: _one(record, others[record["name"]], seed) for record in records if record["name"] in others
@@ -58,6 +59,11 @@ def _one(record: Record, other: Record, seed: int) -> Record:
         mine, theirs = record["scores"][key], other["scores"][key]
         difference = compare_paired([mine[id] for id in shared], [theirs[id] for id in shared], seed)
         metrics[key] = {**asdict(difference.interval), "p_value": difference.p_value}
+    if not metrics:
+        raise UserError(
+            f"--against: the two results of {record['name']} have no metric in common "
+            f"({', '.join(record['scores'])} and {', '.join(other['scores'])}): give --k with the other's."
+        )
     differing = {key: [record.get(key), other.get(key)] for key in _CONDITIONS if record.get(key) != other.get(key)}
     sampling, theirs = record["sampling"], other["sampling"]
     differing |= {key: [sampling[key], theirs.get(key)] for key in _SAMPLING if sampling[key] != theirs.get(key)}

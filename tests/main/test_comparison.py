@@ -43,6 +43,8 @@ def test_what_differs_beside_the_policies_is_said() -> None:
 def test_nothing_in_common_is_refused() -> None:
     with pytest.raises(UserError, match="no problem in common"):
         compare([record({"a": 0.5})], {"aime24": record({"b": 0.5})}, seed=0)
+    with pytest.raises(UserError, match=r"no metric in common \(avg@8 and avg@32\)"):
+        compare([record({"a": 0.5})], {"aime24": {**record({"a": 0.5}), "scores": {"avg@32": {"a": 0.5}}}}, seed=0)
     with pytest.raises(UserError, match="has math500"):
         compare([record({"a": 0.5})], {"math500": record({"a": 0.5})}, seed=0)
 
