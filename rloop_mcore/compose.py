@@ -44,6 +44,20 @@ def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
         raise UserError(_sentence(error)) from error
 
 
+def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a run directory (`config.yaml`), with the keys that `overrides` name changed.
+
+    Raises UserError as `load_config` does, and for a group such as experiment=NAME: the run has its own.
+    """
+    changed = OmegaConf.structured(load_config([*overrides, "model.path=?", "data.train=?", "run.dir=?"]))
+    config = OmegaConf.structured(read_config(path))
+    for key in (override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))):
+        if (config_folder() / key).is_dir():
+            raise UserError(f"{key}=... chooses a whole configuration, and {path} is one: give single keys.")
+        OmegaConf.update(config, key, OmegaConf.select(changed, key))
+    return _typed(config)
+
+
 def read_config(path: Path) -> Config:
     """The resolved configuration that a run directory holds (`config.yaml`)."""
     try:

@@ -142,6 +142,9 @@ class Rewards(Protocol):
     def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
         """Grade (problem, response text, truncated) items; one verdict each, in order. Never raises for an answer."""
 
+    def votes(self, items: Sequence[tuple[Problem, str, bool]]) -> list[str]:
+        """What each of such items votes for in a majority, in order; "" for nothing."""
+
 
 class Prompts(Protocol):
     """The training problems, rendered and tokenised."""

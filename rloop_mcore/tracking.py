@@ -53,6 +53,7 @@ class Tracker:
         self._clock = clock
         self._place = ""
         self._marks: deque[tuple[int, float]] = deque(maxlen=_STEPS_FOR_ETA + 1)
+        self._begun = clock()  # the activity that `show` shows
 
     def log(
         self, iteration: int, phase: str, step: int, global_step: int, metrics: Mapping[str, float], total: int = 0
@@ -99,9 +100,12 @@ class Tracker:
             self._display.message(f"{place}, step {step}: {_words(values)}")
 
     def show(self, activity: str, done: int, total: int) -> None:
-        """Show how far an activity between two steps is (an evaluation, say); nothing is recorded."""
+        """Show how far an activity between two steps is (an evaluation, say), from its 0 on; nothing is recorded."""
+        if done == 0:
+            self._begun = self._clock()
+        eta_s = (self._clock() - self._begun) / done * (total - done) if done else None
         if self._display is not None:
-            self._display.show(f"{self._place} {activity}".strip(), done, total, None, {})
+            self._display.show(f"{self._place} {activity}".strip(), done, total, eta_s, {})
 
     def message(self, text: str) -> None:
         """Tell the person who watches."""

@@ -67,12 +67,13 @@ class SampleRequest:
 class Verdict:
     """A verifier's answer about one response.
 
-    reason: correct, wrong, no_answer, unparsable, timeout, crashed or truncated.
+    reason: correct, wrong, no_answer, unparsable, timeout, crashed or truncated. vote: see `Rewards.votes`.
     """
 
     correct: bool
     reason: str
     seconds: float = 0.0
+    vote: str = ""
 
 
 @dataclass(frozen=True, slots=True)

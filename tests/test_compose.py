@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rloop_mcore.compose import config_folder, flat, load_config, read_config, to_yaml
+from rloop_mcore.compose import config_folder, flat, load_config, load_config_over, read_config, to_yaml
 from rloop_mcore.errors import UserError
 from rloop_mcore.validate import check_values
 
@@ -125,3 +125,18 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
 def test_a_key_without_a_value_is_named() -> None:
     with pytest.raises(UserError, match=r"data\.train"):
         load_config(["run.dir=r", "model.path=m"])
+
+
+def test_a_runs_configuration_with_single_keys_over_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny", "rollout.max_tokens=17"])))
+    config = load_config_over(tmp_path / "config.yaml", ["evaluation.k=[1,2]", "rollout.top_p=0.5"])
+    before = flat(read_config(tmp_path / "config.yaml"))
+    assert flat(config) == {**before, "evaluation.k": [1, 2], "rollout.top_p": 0.5}
+    assert before["rollout.max_tokens"] == 17
+    for wrong, words in (
+        ("experiment=paper", "give single keys"),
+        ("rollout.topp=1", "did you mean"),
+        ("x", "override"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config_over(tmp_path / "config.yaml", [wrong])

@@ -139,6 +139,18 @@ def test_plain_lines_are_throttled_but_never_lose_the_end(tmp_path: Path) -> Non
     assert printed[-1] == "no experts in iteration 0 [empty]"
 
 
+def test_an_activity_has_an_estimate_of_its_own(tmp_path: Path) -> None:
+    clock, text = Clock(), io.StringIO()
+    display = ProgressDisplay(Console(file=text, width=120), clock)
+    tracker = Tracker(tmp_path, TrackingConfig(tensorboard=False), display, clock)
+    clock.now = 100.0
+    tracker.show("evaluation", 0, 64)
+    clock.now += 30.0
+    tracker.show("evaluation", 16, 64)
+    tracker.close()
+    assert "16/64  0:01:30 left" in text.getvalue()
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     out = io.StringIO()
     display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))

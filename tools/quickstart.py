@@ -125,7 +125,7 @@ def evaluation(name: str, run: Path, chosen: Evaluation) -> Job:
         f"held-out: {name}",
         [
             *("evaluate", "--policy", str(run / chosen.policy), "--data", HELD_OUT, "--json", str(_held_out(name))),
-            *("experiment=quickstart", f"evaluation.limit={HELD_OUT_PROBLEMS}"),
+            *("--out", str(ROOT / "evaluations"), "experiment=quickstart", f"evaluation.limit={HELD_OUT_PROBLEMS}"),
         ],
         ROOT / "logs" / "evaluate.log",
     )

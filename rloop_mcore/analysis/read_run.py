@@ -20,7 +20,8 @@ class Evaluation:
     """One checkpoint on the validation problems.
 
     `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"}. `phase` is "base" for theta_0, "explore" for
-    an RL checkpoint after `step` steps of iteration `iteration`, "exploit" for theta_{iteration+1}.
+    an RL checkpoint after `step` steps of iteration `iteration`, "exploit" for theta_{iteration+1}. `conditions` are
+    the prompt template and the answer format, "" where an older rloop wrote it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Evaluation:
     step: int
     policy: str | None
     metrics: dict[str, dict[str, float]]
+    conditions: str = ""
 
     @property
     def average(self) -> float:
@@ -78,6 +80,11 @@ def read_run(path: Path) -> Run:
     )
 
 
+def conditions_of(record: dict[str, Any]) -> str:
+    """The prompt template and the answer format of a result, in words; "" where it doesn't say."""
+    return ", ".join(str(record[key]) for key in ("template", "answer_format") if record.get(key))
+
+
 def average_key(metrics: dict[str, Any]) -> str:
     """The name under which an evaluation holds its Avg@n, e.g. "avg@32"."""
     return next(key for key in metrics if key.startswith("avg@"))
@@ -115,10 +122,11 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         return None  # written by `rloop evaluate` under a name of the user's
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        metrics, policy = record["metrics"], record.get("policy")
+        metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_of(record)
         average_key(metrics)
     except (ValueError, KeyError, StopIteration) as error:
         raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r})") from error
     if place is None:
-        return Evaluation(path.stem, 0, "base", 0, policy, metrics)
-    return Evaluation(path.stem, int(place["iteration"]), place["phase"], int(place["step"]), policy, metrics)
+        return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions)
+    iteration, phase, step = int(place["iteration"]), place["phase"], int(place["step"])
+    return Evaluation(path.stem, iteration, phase, step, policy, metrics, conditions)

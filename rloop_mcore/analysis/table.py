@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from rloop_mcore.algorithm.best_checkpoint import RULE
 from rloop_mcore.analysis.curves import checkpoint_label
 from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
-from rloop_mcore.analysis.read_run import Evaluation, Run, average_key, pass_keys
+from rloop_mcore.analysis.read_run import Evaluation, Run, average_key, conditions_of, pass_keys
 
 INTERVALS = "Percent, with 95 % bootstrap intervals over problems in brackets."
 _REMOVED = " (removed)"
@@ -22,11 +22,15 @@ _ARMS = {"base": "Base", "dapo": "DAPO", "rloop": "RLoop"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A policy's line: `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"} in [0, 1]."""
+    """A policy's line: `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"} in [0, 1].
+
+    `conditions`: see `read_run.conditions_of`.
+    """
 
     label: str
     checkpoint: str
     metrics: dict[str, dict[str, float]]
+    conditions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,13 @@ def results_table(results: dict[str, Any]) -> Table:
     """The table of a `results.json`.
 
     `results` holds `arms`, {arm: {metric: {"mean", "low", "high"}}} ("base", "dapo", "rloop"), and may hold `others`
-    (the same, for rows below the arms), `title` and `note`. An arm may hold `label` and `checkpoint` (text) too.
+    (the same, for rows below the arms), `title` and `note`. An arm may hold `label`, `checkpoint`, `template` and
+    `answer_format` (text) too.
     """
     rows = [_row(name, arm) for name, arm in results["arms"].items()]
     others = [_row(name, arm) for name, arm in results.get("others", {}).items()]
     note = results.get("note", f"Each arm is the checkpoint that validation picks: {RULE}.")
-    return Table(results.get("title", "Held-out problems"), f"{note} {INTERVALS}", _columns(rows), rows, others)
+    return _table(results.get("title", "Held-out problems"), note, rows, others)
 
 
 def validation_table(runs: Sequence[Run]) -> Table | None:
@@ -67,7 +72,7 @@ def validation_table(runs: Sequence[Run]) -> Table | None:
     note = f"The picked checkpoint has {RULE}. It was picked on these very problems, so its row is optimistic."
     if any(row.checkpoint.endswith(_REMOVED) for row in [*rows, *others]):
         note += " A removed checkpoint was measured, but its weights were not kept (checkpoint.keep_best)."
-    return Table("Validation problems", f"{note} {INTERVALS}", _columns(rows), rows, others)
+    return _table("Validation problems", note, rows, others)
 
 
 def to_rich(table: Table) -> RichTable:
@@ -107,14 +112,27 @@ def to_html(table: Table) -> str:
     return f"<table class='results'>{caption}<thead><tr>{heads}</tr></thead>{bodies}</table>"
 
 
+def _table(title: str, note: str, rows: list[Row], others: list[Row]) -> Table:
+    """Where the rows were not all measured under the same conditions, each says under which."""
+    if len({row.conditions for row in [*rows, *others]}) > 1:
+        rows, others = ([_marked(row) for row in group] for group in (rows, others))
+        note += " Rows with another prompt template or answer format are not to be compared."
+    return Table(title, f"{note} {INTERVALS}", _columns(rows), rows, others)
+
+
+def _marked(row: Row) -> Row:
+    return replace(row, label=f"{row.label} ({row.conditions or 'template not recorded'})")
+
+
 def _row(name: str, arm: dict[str, Any]) -> Row:
     metrics = {key: value for key, value in arm.items() if "@" in key}
-    return Row(arm.get("label") or _ARMS.get(name, name.replace("_", " ")), arm.get("checkpoint", ""), metrics)
+    label = arm.get("label") or _ARMS.get(name, name.replace("_", " "))
+    return Row(label, arm.get("checkpoint", ""), metrics, conditions_of(arm))
 
 
 def _rows(run: Run, found: dict[str, Evaluation | None]) -> list[Row]:
     return [
-        Row(f"{run.name}, {role}", _checkpoint(run, evaluation), evaluation.metrics)
+        Row(f"{run.name}, {role}", _checkpoint(run, evaluation), evaluation.metrics, evaluation.conditions)
         for role, evaluation in found.items()
         if evaluation is not None
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,21 @@ def bootstrap_interval(scores: ArrayLike, seed: int, resamples: int = 10_000, le
     tail = (1 - level) / 2
     low, high = np.quantile(_resampled_means(values, np.random.default_rng(seed), resamples), [tail, 1 - tail])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def bootstrap_mean_interval(
+    benchmarks: Sequence[ArrayLike], seed: int, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """The unweighted mean over benchmarks of each one's mean score, with its interval; scores are [problems].
+
+    Every benchmark's problems are resampled among themselves. Raises ValueError for one without scores.
+    """
+    rng, scores = np.random.default_rng(seed), [np.asarray(each, dtype=np.float64) for each in benchmarks]
+    if not scores or any(values.size == 0 for values in scores):
+        raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
+    means = np.mean([_resampled_means(values, rng, resamples) for values in scores], axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.mean([values.mean() for values in scores])), float(low), float(high))
 
 
 def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:

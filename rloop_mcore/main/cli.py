@@ -58,14 +58,34 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="Avg@k and pass@k of a policy on a problem file",
-        description="Sample responses of a policy, grade them, print Avg@N and unbiased pass@k with 95 %% intervals.",
+        help="Avg@k, pass@k and maj@k of a policy on benchmarks",
+        description="Sample responses of a policy, grade them, print Avg@N, unbiased pass@k and maj@k with 95 %% "
+        "intervals. The same command again goes on where a killed one stood; more samples add to those there are.",
     )
-    evaluate.add_argument("--policy", required=True, type=Path, metavar="PATH", help="a Hugging Face folder")
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="problems: JSONL, Parquet or hf:NAME[:SPLIT]")
+    evaluate.add_argument(
+        "--policy", required=True, type=Path, metavar="PATH", help="a Hugging Face folder, Megatron checkpoint or run"
+    )
+    evaluate.add_argument("--step", metavar="NAME", help="of a run: i1_explore_000100, theta_1, last or best (default)")
+    evaluate.add_argument(
+        "--data", action="append", metavar="FILE", help="problems: JSONL, Parquet or hf:NAME[:SPLIT]; may be repeated"
+    )
+    evaluate.add_argument("--benchmarks", action="append", metavar="NAME,...", help="aime24, math500, ... from the hub")
+    evaluate.add_argument(
+        "--benchmark-files", type=Path, metavar="FOLDER", help="where the benchmarks are as files: FOLDER/aime24.jsonl"
+    )
     evaluate.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
     evaluate.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
     evaluate.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON too")
+    evaluate.add_argument(
+        "--against", type=Path, metavar="JSON", help="an earlier result: paired differences with p-values"
+    )
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/evaluations"),
+        help="where samples are kept, and reused (default runs/evaluations)",
+    )
     evaluate.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=quickstart rollout.max_tokens=1024"
     )

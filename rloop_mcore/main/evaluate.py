@@ -1,77 +1,87 @@
-"""`rloop evaluate`: Avg@N and pass@k of a policy folder on a problem file, by the engine alone."""
+"""`rloop evaluate`: Avg@N, pass@k and maj@k of a policy on benchmarks, and how it differs from another's results."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from rloop_mcore import platform, validate
-from rloop_mcore.compose import load_config
+from rloop_mcore import validate
+from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
+from rloop_mcore.data.benchmarks import load_benchmark
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
-from rloop_mcore.data.templates import PromptTemplate
-from rloop_mcore.errors import UserError
-from rloop_mcore.evaluation.evaluate import EngineEvaluator
-from rloop_mcore.main.engines import start_servers
-from rloop_mcore.main.run_directory import check_not_removed
-from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.errors import DiskFull, Fault, UserError
+from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
+from rloop_mcore.main.comparison import compare, read_result
+from rloop_mcore.main.evaluation import PolicyEvaluation
+from rloop_mcore.main.evaluation_tables import print_comparison, print_results
+from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
+from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
-from rloop_mcore.reward.pool import RewardPool
-from rloop_mcore.rollout.fleet import Fleet
-from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.types import Problem
 from rloop_mcore.weights.tensor_files import catalogue
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate, print a table, write JSON if asked for. Raises UserError."""
-    config = _config(options)
-    template, tokenizer = PromptTemplate(config.data.template), TextTokenizer(options.policy)
-    prompts = TemplatePrompts(
-        load_problems(options.data, config.evaluation.limit),
-        tokenizer,
-        template,
-        config.run.seed,
-        config.data.max_prompt_tokens,
-    )
-    with tempfile.TemporaryDirectory() as folder, _engine(config, options.policy, Path(folder)) as fleet:
-        display = ProgressDisplay()
-        with RewardPool(config.reward) as rewards:
-            evaluator = EngineEvaluator(
-                fleet,
-                rewards,
-                prompts.prompts,
-                prompts.decode,
-                config.evaluation,
-                config.rollout.max_tokens,
-                template.stop,
-                config.run.seed,
-                Path(folder),
-                2 * config.rollout.max_running,
-                lambda done, total: display.show("evaluation", done, total, None, {}),
-            )
-            evaluator.evaluate("result", str(options.policy))
-        display.close()
-        result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-    result |= {"data": options.data, "template": config.data.template, "verifier": config.reward.verifier}
-    result["too_long"] = prompts.too_long
-    _print(result)
+    """Evaluate, print tables, write JSON if asked for. Raises UserError."""
+    other = read_result(options.against) if options.against is not None else None
+    source = find_policy(options.policy, options.step)
+    config = _config(options, source)
+    benchmarks = _benchmarks(options)
+    display = ProgressDisplay()
+    with ExitStack() as stack:
+        stack.callback(display.close)
+        stack.enter_context(_explained(source, options.out))
+        policy = as_hf_folder(source, options.out / "converted", display)
+        validate.check_model(config, policy)
+        catalogue(policy)
+        evaluation = PolicyEvaluation(config, policy, str(source.path), options.out, display, stack)
+        records = [evaluation.run(name, data, problems) for name, (data, problems) in benchmarks.items()]
+    result = _together(records, config.run.seed)
+    print_results(records, result["metrics"])
+    if other is not None:
+        result["against"] = {"file": str(options.against), "benchmarks": compare(records, other, config.run.seed)}
+        print_comparison(result["against"])
     if options.json is not None:
         write_atomic(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def _config(options: argparse.Namespace) -> Config:
-    """The overrides, the options over them. Paths are set as they are: Hydra's grammar would read signs in them."""
-    config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
-    config.model.path = str(options.policy)
+@contextmanager
+def _explained(source: Source, out: Path) -> Iterator[None]:
+    """What may happen to files meanwhile, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(f"no space is left under {out}: make some; the same command goes on from there.") from error
+        if not source.path.exists():
+            raise Fault(
+                f"{source.path} was removed by its run while it was evaluated: choose another --step."
+            ) from error
+        raise
+
+
+def _config(options: argparse.Namespace, source: Source) -> Config:
+    """The overrides, the options over them. Paths are set as they are: Hydra's grammar would read signs in them.
+
+    A run's policy is evaluated by the run's own keys, but where something else is said.
+    """
+    if source.run is not None:
+        config = load_config_over(source.run.config, options.overrides)
+        if config.rollout.endpoints and not any(text.startswith("rollout.endpoints=") for text in options.overrides):
+            raise UserError(
+                f"{source.run.path} trains with the servers of its rollout.endpoints, which hold other weights: give "
+                "rollout.endpoints=[http://...] of servers with this policy, or rollout.endpoints=[] to start some."
+            )
+    else:
+        config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
+    config.model.path = str(source.path)
     if options.samples is not None:
         config.evaluation.samples = options.samples
         config.evaluation.k = [k for k in config.evaluation.k if k <= options.samples]
@@ -81,46 +91,42 @@ def _config(options: argparse.Namespace) -> Config:
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
     validate.check_values(config)
-    check_not_removed(options.policy)
-    validate.check_model(config, options.policy)
-    catalogue(options.policy)
+    if not source.is_checkpoint:
+        validate.check_model(config, source.path)
     if options.json is not None and not (options.json.absolute().parent.is_dir() and not options.json.is_dir()):
         raise UserError(f"--json {options.json} cannot be written: give a file in a folder that exists.")
     return config
 
 
-@contextmanager
-def _engine(config: Config, policy: Path, folder: Path) -> Iterator[Fleet]:
-    """An engine that serves the policy folder as it is: no actor, no weight sync."""
-    servers = start_servers(config, policy, folder)
-    model = ServedModel.of(validate.read_hf_config(policy), policy)
-    with Fleet(
-        servers,
-        None,
-        model=model,
-        bucket_mib=config.rollout.bucket_mib,
-        start_timeout_s=config.rollout.start_timeout_s,
-        request_timeout_s=config.rollout.request_timeout_s,
-        deterministic=platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device)),
-        max_running=config.rollout.max_running,
-    ) as fleet:
-        fleet.adopt_weights()
-        yield fleet
+def _benchmarks(options: argparse.Namespace) -> dict[str, tuple[str, list[Problem]]]:
+    """Of every `--data` and every name of `--benchmarks`: a short name, where it is from, its problems."""
+    names = [name.strip() for text in options.benchmarks or () for name in text.split(",")]
+    found = [(_short(data), data, load_problems(data)) for data in options.data or ()]
+    found += [(name, name, load_benchmark(name, options.benchmark_files)) for name in names]
+    if not found:
+        raise UserError("nothing to evaluate on: give --data FILE, or --benchmarks with names such as aime24,math500.")
+    benchmarks = {name: (data, problems) for name, data, problems in found}
+    if len(benchmarks) < len(found):
+        raise UserError(f"two benchmarks have one name: {', '.join(name for name, *_ in found)}; evaluate them apart.")
+    return benchmarks
 
 
-def _print(result: dict) -> None:  # type: ignore[type-arg]
-    table = Table(title=f"{result['policy']} on {result['data']}", title_justify="left")
-    for heading in ("metric", "mean", "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for name, value in result["metrics"].items():
-        table.add_row(name, f"{100 * value['mean']:.2f}", f"{100 * value['low']:.2f} - {100 * value['high']:.2f}")
-    console = Console()
-    console.print(table)
-    sampling = result["sampling"]
-    console.print(
-        f"{result['problems']} problems x {sampling['samples']} responses, temperature {sampling['temperature']}, "
-        f"top-p {sampling['top_p']}, at most {sampling['max_tokens']} tokens; template {result['template']}, "
-        f"verifier {result['verifier']}; mean length {result['response_length']:.1f} tokens, "
-        f"{result['truncated']:.1%} truncated; {result['too_long']} problems left out as too long",
-        highlight=False,
-    )
+def _short(data: str) -> str:
+    """A name for files: aime24 of data/aime24.jsonl, countdown-test of countdown:test."""
+    path = Path(data)
+    return path.stem if path.suffix in (".jsonl", ".parquet") else data.replace(":", "-").replace("/", "-")
+
+
+def _together(records: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """The record of the only benchmark; of several, their records and the unweighted mean of each metric."""
+    if len(records) == 1:
+        return dict(records[0])
+    metrics = {
+        key: asdict(bootstrap_mean_interval([list(record["scores"][key].values()) for record in records], seed))
+        for key in records[0]["scores"]
+    }
+    return {
+        "policy": records[0]["policy"],
+        "metrics": metrics,
+        "benchmarks": {record["name"]: record for record in records},
+    }

@@ -14,7 +14,7 @@ from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import Interrupted, UserError
-from rloop_mcore.evaluation.evaluate import EngineEvaluator
+from rloop_mcore.evaluation.evaluate import EngineEvaluator, conditions_of
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.main.deadline import stop_requests
@@ -105,6 +105,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             run.evaluation,
             2 * config.rollout.max_running,
             lambda done, total: tracker.show("evaluation", done, total),
+            conditions_of(config),
         )
     cache = TrajectoryCache(run.cache.resolve())
     must_stop = stop_requests(config.cluster, run)

@@ -39,3 +39,8 @@ def grade_countdown(problem: Problem, response: str, truncated: bool, answer_for
     if available == [problem.meta["target"]]:
         return Verdict(True, "correct")
     return Verdict(False, "truncated" if truncated and len(available) > 1 else "wrong")
+
+
+def vote_countdown(problem: Problem, response: str, truncated: bool, answer_format: str) -> str:
+    """What a response votes for: its steps without spaces, "" where it was cut. A problem has many right solutions."""
+    return "" if truncated else re.sub(r"\s", "", response)

@@ -99,12 +99,13 @@ def _leading_zeros(number: Any) -> int:
         if not number.is_number:
             return 0
         value = abs(number.evalf(3))
-        _, mantissa, exponent, bits = value._mpf_
+        _, mantissa, exponent, _ = value._mpf_
     except Exception:  # SymPy raises many kinds for what has no value
         return 0
     if not mantissa:
         return 0
-    return min(max(0, math.ceil(-(exponent + bits) * math.log10(2))), _MOST_ZEROS)
+    magnitude = math.log10(mantissa) + exponent * math.log10(2)
+    return min(max(0, math.ceil(-magnitude) - 1), _MOST_ZEROS)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:

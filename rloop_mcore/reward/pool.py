@@ -96,15 +96,26 @@ class RewardPool:
         self.counts.update(verdict.reason for verdict in verdicts)
         return verdicts
 
-    def _grade(self, items: Sequence[Item]) -> list[Verdict]:
+    def votes(self, items: Sequence[Item]) -> list[str]:
+        """What each answer votes for, in order; "" where it is for nothing, or where finding out took too long.
+
+        Two answers to a problem have the same vote where the verifier takes them for the same. Always "" with a
+        verifier that is not a shipped one.
+        """
+        with self._lock:
+            return [verdict.vote for verdict in self._grade(items, votes=True)]
+
+    def _grade(self, items: Sequence[Item], votes: bool = False) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(items)
         pending = deque(range(len(items)))
         failures, allowed = 0, max(self._config.max_failure_share * max(len(items), FEWEST_TO_JUDGE), 1)
+        if votes:
+            allowed = len(items)
         left = len(items)
         while left:
             for child in self._children:
                 if pending and child.ready and not child.jobs and child.process.poll() is None:
-                    self._assign(child, pending, items)
+                    self._assign(child, pending, items, votes)
             for index, verdict in self._exchange(pending):
                 beat()
                 verdicts[index] = verdict
@@ -119,11 +130,11 @@ class RewardPool:
                     )
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def _assign(self, child: Child, pending: deque[int], items: Sequence[Item]) -> None:
+    def _assign(self, child: Child, pending: deque[int], items: Sequence[Item], votes: bool) -> None:
         """Give an idle worker the next items: large chunks first, single ones at the end, so that all end together."""
         size = max(1, min(LARGEST_CHUNK, len(pending) // (2 * len(self._children))))
         child.jobs.extend(pending.popleft() for _ in range(min(size, len(pending))))
-        child.send([_message(items[index]) for index in child.jobs])
+        child.send([[*_message(items[index]), votes] for index in child.jobs])
 
     def _exchange(self, pending: deque[int]) -> list[tuple[int, Verdict]]:
         """Wait for the workers, at most to the next deadline; returns (index, verdict) of what got one.
@@ -162,9 +173,9 @@ class RewardPool:
         graded = []
         for message in child.receive():
             if child.ready:
-                correct, reason, seconds, note = message
+                correct, reason, seconds, note, vote = message
                 self._take_note(note)
-                graded.append((child.jobs.popleft(), Verdict(correct, reason, seconds)))
+                graded.append((child.jobs.popleft(), Verdict(correct, reason, seconds, vote)))
             elif "error" in message:
                 raise UserError(message["error"])
             else:

@@ -12,10 +12,14 @@ from rloop_mcore.types import Problem, Verdict
 # (problem, response, truncated, answer_format) -> a Verdict, or just (correct, reason)
 Verifier = Callable[[Problem, str, bool, str], Verdict | tuple[bool, str]]
 
+# (problem, response, truncated, answer_format) -> what the response votes for in a majority; "" for nothing
+Vote = Callable[[Problem, str, bool, str], str]
+
 SHIPPED = {
     "math": "rloop_mcore.reward.math:grade_math",
     "countdown": "rloop_mcore.reward.countdown:grade_countdown",
 }
+VOTES = {"math": "rloop_mcore.reward.votes:vote_math", "countdown": "rloop_mcore.reward.countdown:vote_countdown"}
 REASONS = frozenset({"correct", "wrong", "no_answer", "unparsable", "timeout", "crashed", "truncated"})
 
 
@@ -34,6 +38,15 @@ def load_verifier(name: str) -> Verifier:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"reward.verifier={name!r}: module {module_name!r} has no function {function_name!r}; {known}")
+    return function
+
+
+def load_vote(name: str) -> Vote | None:
+    """How answers of a shipped verifier vote; None for a verifier of the user's."""
+    if name not in VOTES:
+        return None
+    module_name, _, function_name = VOTES[name].partition(":")
+    function: Vote = getattr(importlib.import_module(module_name), function_name)
     return function
 
 

@@ -1,7 +1,7 @@
 """A worker of the reward pool: `python -m rloop_mcore.reward.worker PARENT_PID`, started by `child.Child`.
 
 JSON lines over its pipes: settings in, {"ready": true} or {"error": sentence} out; then lists of items in and one line
-[correct, reason, seconds, note] an item out, as soon as it is graded, so that the pool knows which item hangs.
+[correct, reason, seconds, note, vote] an item out, as soon as it is graded, so that the pool knows which item hangs.
 Imports no torch.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.process import die_with_parent
-from rloop_mcore.reward.verifiers import Verifier, as_verdict, load_verifier
+from rloop_mcore.reward.verifiers import Verifier, Vote, as_verdict, load_verifier, load_vote
 from rloop_mcore.types import Problem
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     requests, replies = _private_pipes()
     settings = json.loads(requests.readline())
     try:
-        verifier = load_verifier(settings["verifier"])
+        verifier, vote = load_verifier(settings["verifier"]), load_vote(settings["verifier"])
     except UserError as error:
         _reply(replies, {"error": str(error)})
         return
@@ -39,26 +39,33 @@ def main() -> None:
     _reply(replies, {"ready": True})
     for line in requests:
         for item in json.loads(line):
-            _reply(replies, grade(verifier, item, settings["answer_format"], settings["cpu_s"]))
+            _reply(replies, grade(verifier, vote, item, settings["answer_format"], settings["cpu_s"]))
 
 
-def grade(verifier: Verifier, item: list[Any], answer_format: str, cpu_s: float) -> list[Any]:
-    """[correct, reason, seconds, note] of one item [*Problem's fields, response, truncated].
+def grade(verifier: Verifier, vote: Vote | None, item: list[Any], answer_format: str, cpu_s: float) -> list[Any]:
+    """[correct, reason, seconds, note, vote] of one item [*Problem's fields, response, truncated, asks for its vote].
+
+    An item that asks for its vote is not graded.
 
     Past `cpu_s` seconds of CPU time the kernel ends this process by SIGPROF, whatever the code is doing: an exception
     could be caught by the verifier, or wait for ever inside a C function.
     """
-    *fields, response, truncated = item
+    *fields, response, truncated, asks_vote = item
+    arguments = Problem(*fields), response, truncated, answer_format
+    correct, reason, note, choice = False, "wrong", "", ""
     start = time.perf_counter()
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
-        verdict = as_verdict(verifier(Problem(*fields), response, truncated, answer_format))
-        correct, reason, note = verdict.correct, verdict.reason, ""
+        if asks_vote:
+            choice = vote(*arguments) if vote is not None else ""
+        else:
+            verdict = as_verdict(verifier(*arguments))
+            correct, reason = verdict.correct, verdict.reason
     except BaseException as error:  # SystemExit too: one answer must not end the worker
         correct, reason, note = False, "crashed", f"{type(error).__name__}: {error}"[:300]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    return [correct, reason, time.perf_counter() - start, note]
+    return [correct, reason, time.perf_counter() - start, note, choice]
 
 
 def _private_pipes() -> tuple[Any, int]:

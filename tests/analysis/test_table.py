@@ -100,3 +100,31 @@ def test_a_checkpoint_whose_weights_are_gone_says_so(dapo_run: Path) -> None:
 
 def test_no_evaluation_no_table(make_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert validation_table([read_run(make_run(tmp_path / "run", {}))]) is None
+
+
+def test_rows_of_different_templates_say_so(rloop_run: Path, dapo_run: Path) -> None:
+    for run, template in ((rloop_run, "r1_zero"), (dapo_run, "r1_zero")):
+        for path in (run / "evaluation").glob("*.json"):
+            path.write_text(
+                json.dumps({**json.loads(path.read_text()), "template": template, "answer_format": "boxed"})
+            )
+    alike = validation_table([read_run(rloop_run), read_run(dapo_run)])
+    assert alike is not None
+    assert "template" not in to_markdown(alike)
+    base = dapo_run / "evaluation" / "base.json"
+    base.write_text(base.read_text().replace("r1_zero", "qwen25_math_cot"))
+    table = validation_table([read_run(rloop_run), read_run(dapo_run)])
+    assert table is not None
+    assert [row.label for row in table.rows] == [
+        "rloop, base (r1_zero, boxed)",
+        "rloop, picked by validation (r1_zero, boxed)",
+        "dapo, base (qwen25_math_cot, boxed)",
+        "dapo, picked by validation (r1_zero, boxed)",
+    ]
+    assert "not to be compared" in to_html(table)
+
+
+def test_an_arm_of_an_unknown_template_is_marked_beside_a_known_one() -> None:
+    arms = {**RESULTS["arms"], "dapo": {**RESULTS["arms"]["base"], "template": "dapo", "answer_format": "answer_line"}}
+    labels = [row.label for row in results_table({"arms": arms}).rows]
+    assert labels == ["Base (template not recorded)", "RLoop (template not recorded)", "DAPO (dapo, answer_line)"]

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rloop_mcore.evaluation.bootstrap import bootstrap_interval
+from rloop_mcore.evaluation.bootstrap import bootstrap_interval, bootstrap_mean_interval
 
 
 def test_equals_the_enumeration_of_all_resamples() -> None:
@@ -40,3 +40,12 @@ def test_equal_scores_have_no_width() -> None:
 def test_no_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="non-empty"):
         bootstrap_interval([], seed=0)
+
+
+def test_a_mean_over_benchmarks_resamples_each_among_itself() -> None:
+    first, second = np.array([0.0, 0.1, 0.35, 0.4, 1.0]), np.array([0.5, 0.6, 0.75, 0.9])
+    all_means = [(np.mean(a) + np.mean(b)) / 2 for a in product(first, repeat=5) for b in product(second, repeat=4)]
+    interval = bootstrap_mean_interval([first, second], seed=1, resamples=200_000)
+    assert interval.mean == pytest.approx((first.mean() + second.mean()) / 2)
+    assert interval.low == pytest.approx(np.quantile(all_means, 0.025), abs=0.01)
+    assert interval.high == pytest.approx(np.quantile(all_means, 0.975), abs=0.01)

@@ -42,3 +42,11 @@ def test_pass_at_1_is_the_average() -> None:
 def test_impossible_counts_are_refused(c: list[int], n: int, k: int) -> None:
     with pytest.raises(ValueError, match=r"samples|at least"):
         pass_at_k(c, n, k)
+
+
+def test_equals_the_estimator_as_published() -> None:
+    """Chen et al. 2021, figure 3: 1 - prod(1 - k / arange(n - c + 1, n + 1)), at the paper's n of 200."""
+    n, successes = 200, np.arange(201)
+    for k in (1, 10, 100):
+        published = [1.0 if n - c < k else 1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) for c in successes]
+        np.testing.assert_allclose(pass_at_k(successes, n, k), published, rtol=1e-9, atol=1e-12)

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.system
         (["status", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
+        (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
+        (
+            ["evaluate", "--policy", "/nowhere", "--data", "x", "--against", "/none.json"],
+            "--against /none.json cannot be",
+        ),
         (["grade", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["train", "experiment=tiny", "run.dir=/proc/x"], "run.dir=/proc/x cannot be created"),
         (["train", "experiment=tiny", "algorithm.rl_step=3"], "did you mean algorithm.rl_steps?"),
@@ -60,11 +65,11 @@ def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = runs.rloop(
         *("evaluate", "--policy", str(tmp_path / "model"), "--data", "countdown:validation", "--samples", "4"),
-        *("--k", "1,4", "--json", str(out), "experiment=tiny", "evaluation.limit=5"),
+        *("--k", "1,4", "--json", str(out), "--out", str(tmp_path), "experiment=tiny", "evaluation.limit=5"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4"}
+    assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4", "maj@4"}
     assert result["problems"] == 5
     assert sum(result["reasons"].values()) == 20
     assert "pass@4" in done.stdout

@@ -1,0 +1,96 @@
+"""Draw responses to the problems of an evaluation and grade them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rloop_mcore.algorithm.seeds import derive_seed
+from rloop_mcore.errors import UserError
+from rloop_mcore.protocols import Rewards, Rollout
+from rloop_mcore.types import Prompt, SampleRequest, Sampling, Times, Trajectory
+
+Wanted = tuple[Prompt, int]  # a problem's sample, from 0
+
+
+class Sampler:
+    """Responses to benchmark problems, as trajectories of step 0 of iteration 0.
+
+    A sample's seed depends on `seed`, its problem and its number alone: two checkpoints differ by their policies and
+    not by their luck, and the first 8 of 32 samples are what 8 would have been.
+    """
+
+    def __init__(
+        self, rollout: Rollout, rewards: Rewards, decode: Callable[[Sequence[int]], str], sampling: Sampling, seed: int
+    ) -> None:
+        self._rollout = rollout
+        self._rewards = rewards
+        self._decode = decode
+        self._sampling = sampling
+        self._seed = seed
+
+    def draw(self, wanted: Sequence[Wanted]) -> list[Trajectory]:
+        """One graded response a (prompt, sample), in order."""
+        requests = [
+            SampleRequest(prompt.ids, derive_seed(self._seed, "evaluation", prompt.problem.id, sample))
+            for prompt, sample in wanted
+        ]
+        completions = self._rollout.generate(requests, self._sampling)
+        verdicts = self._rewards.grade(
+            [
+                (prompt.problem, self._decode(completion.response_ids), completion.finish_reason == "length")
+                for (prompt, _), completion in zip(wanted, completions, strict=True)
+            ]
+        )
+        return [
+            Trajectory(
+                iteration=0,
+                step=0,
+                problem_id=prompt.problem.id,
+                sample=sample,
+                prompt_ids=prompt.ids,
+                response_ids=completion.response_ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                weight_versions=completion.weight_versions,
+                correct=verdict.correct,
+                reward=float(verdict.correct),
+                reason=verdict.reason,
+                engine=completion.engine,
+                times=Times(completion.started, completion.seconds, verdict.seconds),
+            )
+            for (prompt, sample), completion, verdict in zip(wanted, completions, verdicts, strict=True)
+        ]
+
+
+def still_wanted(prompts: Sequence[Prompt], samples: int, kept: Iterable[Trajectory]) -> list[Wanted]:
+    """What is missing of `samples` a problem, where `kept` has been drawn before.
+
+    Problem after problem, so that those that begin alike are decoded together. Raises UserError where a kept sample
+    was drawn for another prompt than the problem's.
+    """
+    asked = {prompt.problem.id: prompt.ids for prompt in prompts}
+    have = set()
+    for row in kept:
+        if asked.get(row.problem_id, row.prompt_ids) != row.prompt_ids:
+            raise UserError(
+                f"problem {row.problem_id!r} was sampled before with another prompt: choose another folder (--out)."
+            )
+        have.add((row.problem_id, row.sample))
+    return [
+        (prompt, sample) for prompt in prompts for sample in range(samples) if (prompt.problem.id, sample) not in have
+    ]
+
+
+def votes_of(
+    rows: Sequence[Trajectory],
+    prompts: Sequence[Prompt],
+    rewards: Rewards,
+    decode: Callable[[Sequence[int]], str],
+) -> list[str]:
+    """What each sample votes for, in order; "" for nothing. Equal responses to a problem are looked at once."""
+    problems = {prompt.problem.id: prompt.problem for prompt in prompts}
+    asked = [(row.problem_id, decode(row.response_ids), row.finish_reason == "length") for row in rows]
+    distinct = list(dict.fromkeys(asked))
+    votes = rewards.votes([(problems[id], text, truncated) for id, text, truncated in distinct])
+    found = dict(zip(distinct, votes, strict=True))
+    return [found[key] for key in asked]

@@ -1,0 +1,77 @@
+"""Two results of `rloop evaluate`, benchmark by benchmark and problem by problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.evaluation.paired import compare_paired
+
+Record = dict[str, Any]
+
+# Where these differ, so does what was measured, and not the policies alone.
+_CONDITIONS = ("data_digest", "template", "template_digest", "answer_format", "verifier", "engine", "precision", "seed")
+_SAMPLING = ("max_tokens", "temperature", "top_p")
+
+
+def read_result(path: Path) -> dict[str, Record]:
+    """The records of a file that `rloop evaluate --json` wrote, by benchmark. Raises UserError for another file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        records = dict(result["benchmarks"]) if "benchmarks" in result else {result["name"]: result}
+        for record in records.values():
+            if not record["scores"] or not isinstance(record["sampling"], dict):
+                raise ValueError("no scores")
+    except OSError as error:
+        raise UserError(f"--against {path} cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--against {path} is not what `rloop evaluate --json` of this version writes ({error!r})."
+        ) from None
+    return records
+
+
+def compare(records: Sequence[Record], others: Mapping[str, Record], seed: int) -> dict[str, Record]:
+    """{benchmark: the other policy, how many problems both have, what differs beside the policies, and by metric
+    {"mean", "low", "high", "p_value"} of this policy's score minus the other's}.
+
+    Benchmarks that the other result lacks are left out. Raises UserError where none is in both, or of one no problem or
+    no metric.
+    """
+    found = {
+        record["name"]: _one(record, others[record["name"]], seed) for record in records if record["name"] in others
+    }
+    if not found:
+        raise UserError(f"--against: the other result has {', '.join(others)}, and none of these was evaluated now.")
+    return found
+
+
+def _one(record: Record, other: Record, seed: int) -> Record:
+    metrics = {}
+    shared = [id for id in record["counts"] if id in other["counts"]]
+    if not shared:
+        raise UserError(f"--against: the two results of {record['name']} have no problem in common.")
+    for key in [key for key in record["scores"] if key in other["scores"]]:
+        mine, theirs = record["scores"][key], other["scores"][key]
+        difference = compare_paired([mine[id] for id in shared], [theirs[id] for id in shared], seed)
+        metrics[key] = {**asdict(difference.interval), "p_value": difference.p_value}
+    if not metrics:
+        raise UserError(
+            f"--against: the two results of {record['name']} have no metric in common "
+            f"({', '.join(record['scores'])} and {', '.join(other['scores'])}): give --k with the other's."
+        )
+    differing = {key: [record.get(key), other.get(key)] for key in _CONDITIONS if record.get(key) != other.get(key)}
+    sampling, theirs = record["sampling"], other["sampling"]
+    differing |= {key: [sampling[key], theirs.get(key)] for key in _SAMPLING if sampling[key] != theirs.get(key)}
+    return {
+        "policy": record["policy"],
+        "other": other["policy"],
+        "problems": len(shared),
+        "problems_each": [len(record["counts"]), len(other["counts"])],
+        "differing": differing,
+        "metrics": metrics,
+    }

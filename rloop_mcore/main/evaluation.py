@@ -1,0 +1,145 @@
+"""The evaluation of one policy on one benchmark after the other, resumable: what `rloop evaluate` does."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore import platform, validate
+from rloop_mcore.config import Config
+from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.evaluation.evaluate import check_problems
+from rloop_mcore.evaluation.sampling import Sampler, still_wanted, votes_of
+from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
+from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
+from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.reward.pool import RewardPool
+from rloop_mcore.reward.verifiers import VOTES
+from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.types import Problem, Trajectory
+from rloop_mcore.weights.digest import digest_of
+
+
+class PolicyEvaluation:
+    """Of the policy in the HF folder `policy`, called `label` in the results; its samples are kept under `out`.
+
+    The engine and the verifiers start when they are first needed, and serve all benchmarks; `stack` ends them.
+    """
+
+    def __init__(
+        self, config: Config, policy: Path, label: str, out: Path, display: ProgressDisplay, stack: ExitStack
+    ) -> None:
+        self._config, self._policy, self._label, self._out = config, policy, label, out
+        self._display, self._stack = display, stack
+        self._template, self._tokenizer = PromptTemplate(config.data.template), TextTokenizer(policy)
+        self._digest = digest_of(policy)
+
+    def run(self, name: str, data: str, problems: Sequence[Problem]) -> dict[str, Any]:
+        """The record of the benchmark `name`, `problems` of `data`: its kept samples count, missing ones are drawn."""
+        config, started = self._config, time.monotonic()
+        prompts = TemplatePrompts(
+            problems[: config.evaluation.limit],
+            self._tokenizer,
+            self._template,
+            config.run.seed,
+            config.data.max_prompt_tokens,
+        )
+        check_problems(config.evaluation, prompts.prompts)
+        conditions = Conditions.of(config, self._digest, data, problems, self._template)
+        with open_samples(self._out, name, conditions, self._display.message) as kept:
+            if kept.lost:
+                self._display.message(f"{kept.folder}: {', '.join(kept.lost)} damaged: those samples are drawn again")
+            rows = self._rows(name, prompts, conditions, kept)
+            record = {
+                "name": name,
+                "policy": self._label,
+                **self._numbers(prompts, rows),
+                **asdict(conditions),
+                "sampling": {**asdict(conditions.sampling), "samples": config.evaluation.samples},
+                "too_long": prompts.too_long,
+                "samples": str(kept.folder),
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            write_atomic(kept.folder / "result.json", json.dumps(record, indent=1) + "\n")
+        return record
+
+    def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Trajectory]:
+        """The wanted samples in the order of the problems; every batch that is drawn is kept at once."""
+        samples, at_once = self._config.evaluation.samples, 2 * self._config.rollout.max_running
+        wanted = still_wanted(prompts.prompts, samples, kept.rows)
+        drawn: list[Trajectory] = []
+        if wanted:
+            total = len(prompts.prompts) * samples
+            sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, conditions.seed)
+            show = _progress(self._display, name, total - len(wanted), total)
+            show(drawn)
+            for start in range(0, len(wanted), at_once):
+                batch = sampler.draw(wanted[start : start + at_once])
+                kept.add(batch)
+                drawn += batch
+                show(drawn)
+        places = {prompt.problem.id: place for place, prompt in enumerate(prompts.prompts)}
+        rows = [row for row in [*kept.rows, *drawn] if row.problem_id in places and row.sample < samples]
+        return sorted(rows, key=lambda row: (places[row.problem_id], row.sample))
+
+    def _numbers(self, prompts: TemplatePrompts, rows: Sequence[Trajectory]) -> dict[str, Any]:
+        evaluation, seed = self._config.evaluation, self._config.run.seed
+        problems = [prompt.problem for prompt in prompts.prompts]
+        scores = scores_of(counts_of(rows), evaluation.samples, evaluation.k)
+        if self._config.reward.verifier in VOTES and max(evaluation.k, default=1) > 1:
+            votes = votes_of(rows, prompts.prompts, self._rewards, prompts.decode)
+            scores |= majorities(rows, votes, evaluation.k)
+        return {
+            "metrics": intervals(scores, seed),
+            "problems": len(problems),
+            **summary(rows),
+            "groups": breakdown(problems, rows, scores, seed),
+            "scores": {key: dict(zip((p.id for p in problems), values, strict=True)) for key, values in scores.items()},
+        }
+
+    @cached_property
+    def _rewards(self) -> RewardPool:
+        return self._stack.enter_context(RewardPool(self._config.reward))
+
+    @cached_property
+    def _fleet(self) -> Fleet:
+        """An engine that serves the policy folder as it is: no actor, no weight sync."""
+        config = self._config
+        logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        fleet = Fleet(
+            start_servers(config, self._policy, logs),
+            None,
+            model=ServedModel.of(validate.read_hf_config(self._policy), self._policy),
+            bucket_mib=config.rollout.bucket_mib,
+            start_timeout_s=config.rollout.start_timeout_s,
+            request_timeout_s=config.rollout.request_timeout_s,
+            deterministic=platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device)),
+            max_running=config.rollout.max_running,
+        )
+        self._stack.enter_context(fleet)
+        fleet.adopt_weights()
+        return fleet
+
+
+def _progress(display: ProgressDisplay, name: str, before: int, total: int) -> Callable[[Sequence[Trajectory]], None]:
+    """Show how many of the samples there are; the time left follows from the pace of those drawn now."""
+    begun = time.monotonic()
+
+    def show(drawn: Sequence[Trajectory]) -> None:
+        seconds, done = max(time.monotonic() - begun, 1e-6), before + len(drawn)
+        left = seconds / len(drawn) * (total - done) if drawn else None
+        tokens = sum(len(row.response_ids) for row in drawn)
+        display.show(name, done, total, left, {"tokens_per_s": tokens / seconds} if drawn else {})
+
+    return show

@@ -1,0 +1,65 @@
+"""Comparing two results, problem by problem."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.evaluation.paired import compare_paired
+from rloop_mcore.main.comparison import compare, read_result
+
+
+def record(scores: dict[str, float], **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "aime24",
+        "policy": "p",
+        "scores": {"avg@8": scores},
+        "counts": {id: [0, 8] for id in scores},
+        "sampling": {"max_tokens": 10, "temperature": 1.0, "top_p": 0.7, "samples": 8},
+        "template": "r1_zero",
+        **changes,
+    }
+
+
+def test_problems_are_paired_by_id() -> None:
+    mine, theirs = record({"a": 0.5, "b": 1.0, "c": 0.25}), record({"c": 0.5, "a": 0.25, "d": 1.0}, policy="q")
+    found = compare([mine], {"aime24": theirs}, seed=3)["aime24"]
+    expected = compare_paired([0.5, 0.25], [0.25, 0.5], seed=3)
+    assert found["metrics"]["avg@8"]["mean"] == expected.interval.mean
+    assert found["metrics"]["avg@8"]["p_value"] == expected.p_value
+    assert (found["problems"], found["problems_each"]) == (2, [3, 3])
+    assert found["differing"] == {}
+
+
+def test_what_differs_beside_the_policies_is_said() -> None:
+    other = record({"a": 0.5}, template="qwen25_math_cot")
+    other["sampling"]["temperature"] = 0.6
+    found = compare([record({"a": 0.5})], {"aime24": other}, seed=0)["aime24"]
+    assert found["differing"] == {"template": ["r1_zero", "qwen25_math_cot"], "temperature": [1.0, 0.6]}
+
+
+def test_nothing_in_common_is_refused() -> None:
+    with pytest.raises(UserError, match="no problem in common"):
+        compare([record({"a": 0.5})], {"aime24": record({"b": 0.5})}, seed=0)
+    with pytest.raises(UserError, match=r"no metric in common \(avg@8 and avg@32\)"):
+        compare([record({"a": 0.5})], {"aime24": {**record({"a": 0.5}), "scores": {"avg@32": {"a": 0.5}}}}, seed=0)
+    with pytest.raises(UserError, match="has math500"):
+        compare([record({"a": 0.5})], {"math500": record({"a": 0.5})}, seed=0)
+
+
+def test_one_benchmark_or_several_are_read(tmp_path: Path) -> None:
+    one, several = record({"a": 0.5}), {"policy": "p", "benchmarks": {"aime24": record({"a": 0.5})}}
+    for content in (one, several):
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        assert read_result(tmp_path / "r.json") == {"aime24": one}
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"name": "x"}', '{"benchmarks": 3}', '{"benchmarks": {"a": 3}}'])
+def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UserError, match="is not what"):
+        read_result(tmp_path / "r.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_result(tmp_path / "none.json")

@@ -1,0 +1,37 @@
+"""How `rloop evaluate` ends where files fail it, and which servers it refuses."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.errors import DiskFull, Fault, UserError
+from rloop_mcore.main.evaluate import _config, _explained
+from rloop_mcore.main.policies import Source
+from rloop_mcore.main.run_directory import RunDirectory
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match="goes on from there"), _explained(Source(tmp_path), tmp_path):
+        Path("/dev/full").write_text("x")
+
+
+def test_a_policy_that_its_run_removes_is_a_sentence(tmp_path: Path) -> None:
+    gone = tmp_path / "policies" / "i0_explore_000001"
+    with pytest.raises(Fault, match="choose another --step"), _explained(Source(gone), tmp_path):
+        (gone / "model.safetensors").read_bytes()
+
+
+def test_other_failures_are_not_explained_away(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), _explained(Source(tmp_path), tmp_path):
+        (tmp_path / "x").read_bytes()
+
+
+def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
+    config = load_config(["experiment=tiny", "rollout.engine=sglang", "rollout.endpoints=[http://127.0.0.1:1]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    options = argparse.Namespace(overrides=[], samples=4, k="1,4", json=None)
+    source = Source(tmp_path / "checkpoints" / "i0_explore_000001", RunDirectory(tmp_path))
+    with pytest.raises(UserError, match="hold other weights"):
+        _config(options, source)

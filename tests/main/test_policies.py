@@ -1,0 +1,69 @@
+"""Which policy `--policy` and `--step` mean."""
+
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
+from rloop_mcore.main.policies import find_policy
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two RL checkpoints, of which the first is the better one, the second not kept as a folder; then theta_1."""
+    path = tmp_path / "run"
+    for folder in ("policies/base", "policies/i0_explore_000002", "policies/i0_exploit_000000"):
+        (path / folder).mkdir(parents=True)
+    (path / "checkpoints" / "i0_explore_000004").mkdir(parents=True)
+    (path / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny"])))
+    journal = Journal(path / "journal.jsonl")
+    journal.record("policy", iteration=0, path="policies/base", digest="0")
+    measured = {"digest": "1", "metrics": {"avg@8": 0.1}}
+    journal.record("measured", name="base", path="policies/base", **measured)
+    commit = {"iteration": 0, "phase": "explore", "shards": []}
+    journal.record("commit", step=2, checkpoint="checkpoints/i0_explore_000002", **commit)
+    measured["metrics"] = {"avg@8": 0.3}
+    journal.record("measured", name="i0_explore_000002", path="policies/i0_explore_000002", **measured)
+    journal.record("commit", step=4, checkpoint="checkpoints/i0_explore_000004", **commit)
+    measured["metrics"] = {"avg@8": 0.2}
+    journal.record("measured", name="i0_explore_000004", path="policies/i0_explore_000004", **measured)
+    journal.record("removed", paths=["policies/i0_explore_000004"])
+    journal.record("policy", iteration=1, path="policies/i0_exploit_000000", digest="2")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        (None, "policies/i0_explore_000002"),
+        ("best", "policies/i0_explore_000002"),
+        ("last", "policies/i0_exploit_000000"),
+        ("theta_0", "policies/base"),
+        ("theta_1", "policies/i0_exploit_000000"),
+        ("i0_explore_000002", "policies/i0_explore_000002"),
+        ("i0_explore_000004", "checkpoints/i0_explore_000004"),
+    ],
+)
+def test_a_runs_policies_by_name(run: Path, step: str | None, found: str) -> None:
+    assert find_policy(run, step).path == run / found
+
+
+def test_what_a_run_lacks_is_told_with_what_it_has(run: Path) -> None:
+    with pytest.raises(UserError, match=r"i3_explore_000001: .*i0_explore_000002.*theta_1, best, last"):
+        find_policy(run, "i3_explore_000001")
+
+
+def test_a_run_without_a_measurement_has_no_best(run: Path) -> None:
+    (run / "journal.jsonl").write_text("")
+    with pytest.raises(UserError, match="has evaluated no policy yet"):
+        find_policy(run, None)
+
+
+def test_a_folder_has_no_steps(run: Path) -> None:
+    assert find_policy(run / "policies" / "base", None).run is None
+    with pytest.raises(UserError, match="not a run directory"):
+        find_policy(run / "policies" / "base", "last")
+    with pytest.raises(UserError, match="was removed"):
+        find_policy(run / "policies" / "i0_explore_000004", None)
