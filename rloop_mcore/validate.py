@@ -18,6 +18,7 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
+from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _CHOICES = {
@@ -39,6 +40,7 @@ _CHOICES = {
     "rollout.engine": ("embedded", "sglang"),
     "reward.answer_format": ("boxed", "answer_line"),
     "cluster.device": ("auto", "cpu", "cuda"),
+    "cluster.slurm.container": ("none", "pyxis", "apptainer"),
 }
 _POSITIVE = (
     *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -58,6 +60,7 @@ _POSITIVE = (
     "checkpoint.keep",
     "guard.patience",
     "cluster.nodes",
+    "cluster.start_timeout_s",
 )
 _POSITIVE_OR_NULL = (
     "guard.entropy_low",
@@ -85,6 +88,7 @@ _NOT_NEGATIVE = (
     "cluster.gpus_per_node",
     "rollout.nodes",
     "cluster.stop_margin_s",
+    *(f"cluster.slurm.{name}" for name in ("signal_s", "cpus_per_node", "retries", "backoff_s")),
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")
@@ -136,6 +140,7 @@ def check_values(config: Config) -> None:
         raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
     _check_algorithm(config)
     _check_rollout(config)
+    roles(config)
 
 
 def _check_algorithm(config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
-ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
+ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning", "slurm"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
 RUN = {"commits", "feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {

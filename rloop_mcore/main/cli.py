@@ -43,6 +43,21 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="resume although a changed key makes it another run; the journal says so"
     )
 
+    launch = commands.add_parser(
+        "launch",
+        help="submit a run, or another command, as a Slurm job",
+        description="Check a run, write its batch script (cluster.* says what it asks for) and submit it; it starts "
+        "itself again until it is done. After `--`: another rloop command to run as a job, e.g. -- evaluate ...",
+    )
+    launch.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for rloop train")
+    launch.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    launch.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a run a line, each its own overrides")
+
+    node = commands.add_parser(
+        "node", help="one node of such a job (started by it)", description="What a job of `rloop launch` starts."
+    )
+    node.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
     evaluate = commands.add_parser(
         "evaluate",
         help="Avg@k and pass@k of a policy on a problem file",
@@ -127,13 +142,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    inner: list[str] = []  # of `rloop launch ... -- inner`
+    if words[:1] == ["launch"] and "--" in words:
+        words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
+    options = parser().parse_args(words)
     try:
         # each command is imported when it is wanted: `rloop status` must not wait for what training needs
         if options.command == "train":
             from rloop_mcore.main.train import train
 
             return train(options.overrides, options.force)
+        if options.command == "launch":
+            from rloop_mcore.main.launch import launch
+
+            return launch(options, inner)
+        if options.command == "node":
+            from rloop_mcore.main.node import node
+
+            return node(options.overrides)
         if options.command == "evaluate":
             from rloop_mcore.main.evaluate import evaluate
 

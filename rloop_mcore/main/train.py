@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,21 +18,30 @@ from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
-from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
-from rloop_mcore.planning.layouts import processes
+from rloop_mcore.main.head import explain, first_place
+from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
+from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
+from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
-_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm's --signal sends
+_POLL_S = 0.5
+_GRACE_S = 60.0
 
 
-def train(overrides: Sequence[str], force: bool) -> int:
-    """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
+def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None) -> int:
+    """Run or resume one training run; returns the exit code. `force` takes unsafe changes.
+
+    meeting: of the job whose first node this is. Raises UserError, and Fault where the other nodes don't come.
+    """
     config = load_config(overrides)
     validate.check_values(config)
+    if meeting is None and config.cluster.nodes > 1:
+        raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():
@@ -45,7 +53,7 @@ def train(overrides: Sequence[str], force: bool) -> int:
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
-        return _supervise(run, config)
+        return _supervise(run, config, meeting)
 
 
 def _check_inputs(config: Config, model: Path) -> int:
@@ -53,7 +61,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     device = platform.choose(config.cluster.device)
     validate.check_device(config, device)
     if device == "cuda":
-        platform.check_gpus(processes(config.layout), config.precision)
+        platform.check_gpus(roles(config).ranks, config.precision)
     check_not_removed(model)
     validate.check_model(config, model)
     catalogue(model)
@@ -66,7 +74,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     return len(load_problems(config.data.train, config.data.limit))
 
 
-def _supervise(run: RunDirectory, config: Config) -> int:
+def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> int:
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
     if end is not None and (left_s := end - time.time()) < margin_s:
@@ -77,42 +85,38 @@ def _supervise(run: RunDirectory, config: Config) -> int:
         run.write_ending(75, message)
         print(f"rloop: {message}", file=sys.stderr)
         return 75
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-        *("--nproc-per-node", str(processes(config.layout)), "-m", "rloop_mcore.main.worker", str(run.path)),
-    ]
-    supervisor = os.getpid()
-    # one host for now: neither the rendezvous nor gloo has to be reached from another
-    environment = {**os.environ, SUPERVISOR_VARIABLE: str(supervisor), "GLOO_SOCKET_IFNAME": "lo"}
-    with open(run.log, "ab") as log:
-        # a session of its own: Ctrl-C reaches only the supervisor, which asks the run to stop at a step's end
-        ranks = subprocess.Popen(
-            command,
-            stderr=log,
-            start_new_session=True,
-            env=environment,
-            preexec_fn=lambda: _become_a_rank(supervisor),
-        )
-        with _stop_signals(run, ranks):
-            code = ranks.wait()
+    place, log = Place(roles(config).ranks), run.log
+    if meeting is not None:
+        place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+    ranks = start_ranks(run.path, place, log)
+    with _stop_signals(run, ranks):
+        code = _watch(run, ranks)
+    if meeting is not None:
+        explain(run, meeting, config.cluster.nodes)
     ending = run.ending()
     if ending is not None:
         if ending["message"]:
             print(f"rloop: {ending['message']}", file=sys.stderr)
         return int(ending["code"])
-    run.write_ending(1, f"the ranks ended with exit code {code} without a word", run.log_tail())
+    run.write_ending(1, f"the ranks ended with exit code {code} without a word", log_tail(log))
     print(
-        f"rloop: the ranks ended with exit code {code}; the log is {run.log}, its end:\n{run.log_tail()}",
+        f"rloop: the ranks ended with exit code {code}; the log is {log}, its end:\n{log_tail(log)}",
         file=sys.stderr,
     )
     return 1
 
 
-def _become_a_rank(supervisor: int) -> None:
-    """Slurm signals every process of a job's step; only the supervisor is to heed it."""
-    for number in _SCHEDULERS:
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent(supervisor)
+def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> int:
+    """Wait for this node's ranks; when another's have ended the run, no longer than a moment."""
+    ended = None
+    while True:
+        try:
+            return ranks.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            if ended is None and (run.ending() or {"code": 0})["code"] != 0:
+                ended = time.monotonic()
+            if ended is not None and time.monotonic() > ended + _GRACE_S:
+                ranks.kill()
 
 
 @contextmanager
@@ -125,11 +129,11 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
 
     def handle(signum: int, frame: Any) -> None:
         nonlocal insisted
-        if insisted and signum not in _SCHEDULERS:
+        if insisted and signum not in SCHEDULERS:
             run.write_ending(75, "killed as asked; the same command goes on from the last commit")
             ranks.kill()
             return
-        insisted = insisted or signum not in _SCHEDULERS
+        insisted = insisted or signum not in SCHEDULERS
         try:
             if not run.stop_requested():
                 run.request_stop(f"{signal.Signals(signum).name} came")
@@ -138,7 +142,7 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, *_SCHEDULERS)
+    numbers = (signal.SIGTERM, signal.SIGINT, *SCHEDULERS)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
