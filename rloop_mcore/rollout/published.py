@@ -44,10 +44,9 @@ class Publication:
             return None
         return place["url"], place["start"]
 
-    def ask_restart(self) -> None:
-        """Of the engine as it was published last, should it still run."""
-        if (place := self.read()) is not None:
-            write_atomic(self._request, str(place[1]))
+    def refuse(self, start: int) -> None:
+        """Ask for another start than this one, which may still run."""
+        write_atomic(self._request, str(start))
 
     def refused(self) -> int:
         """The newest start that the trainer wants no more of; 0 where there is none."""
@@ -62,6 +61,7 @@ class PublishedServer:
 
     def __init__(self, publication: Publication, api_key: str) -> None:
         self._publication, self._api_key = publication, api_key
+        self._start = 0  # the one in use
 
     async def ready(self, timeout_s: float) -> tuple[str, str]:
         """(URL, key) once a start that was not refused is published. Raises EngineError."""
@@ -73,6 +73,7 @@ class PublishedServer:
                     f"node in {self._publication.folder}"
                 )
             await asyncio.sleep(_POLL_S)
+        self._start = place[1]
         return place[0], self._api_key
 
     def failure(self) -> str | None:
@@ -80,7 +81,7 @@ class PublishedServer:
         return None
 
     def restart(self) -> None:
-        self._publication.ask_restart()
+        self._publication.refuse(self._start)
 
     def stop(self) -> None:
         """Its keeper does, when the run has ended."""

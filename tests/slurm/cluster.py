@@ -121,7 +121,9 @@ class Cluster:
         while self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split().count("idle") < self.nodes:
             if time.monotonic() > deadline:
                 logs = "\n".join(log.read_text()[-2000:] for log in (self.folder / "log").glob("*.log"))
-                raise TimeoutError(f"the nodes were not idle within {_WAIT_S:g} s:\n{self.run('sinfo', '-N', '-l')}\n{logs}")
+                raise TimeoutError(
+                    f"the nodes were not idle within {_WAIT_S:g} s:\n{self.run('sinfo', '-N', '-l')}\n{logs}"
+                )
             time.sleep(0.2)
 
     def down(self) -> None:
@@ -142,33 +144,24 @@ class Cluster:
         self.run(*where, "bash", "-c", f"{rename}exec slurmd -N {name}")
 
     def kill_node(self, name: str) -> None:
-        """The node dies: its slurmd, its job's shepherds and all they have started."""
-        file = self.folder / "run" / f"slurmd-{name}.pid"
-        victims = [int(file.read_text())]
-        victims += self.processes_of(name)
-        for pid in victims:
+        """The node dies: its slurmd, its jobs' shepherds and all they have started."""
+        daemon = int((self.folder / "run" / f"slurmd-{name}.pid").read_text())
+        for pid in (daemon, *self.processes_of(name)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def processes_of(self, name: str) -> list[int]:
-        """Of the jobs on a node: all with its SLURMD_NODENAME, and slurmstepd."""
+        """What runs on a node: all in its network, else all that has Slurm's name for it in its environment."""
+        if self.apart:
+            return [int(pid) for pid in self.run("ip", "netns", "pids", f"{BRIDGE}-{name}").split()]
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (place / "environ").read_bytes().split(b"\0")
-                ours = b"SLURM_CONF=" + str(self.folder / "slurm.conf").encode() in words
-                if (ours and f"SLURMD_NODENAME={name}".encode() in words) or self._is_shepherd(place, name):
+                here = {f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()}
+                if here <= set(words):
                     found.append(int(place.name))
         return found
-
-    def _is_shepherd(self, place: Path, name: str) -> bool:
-        title = (place / "cmdline").read_bytes()
-        if not title.startswith(b"slurmstepd"):
-            return False
-        if not self.apart:
-            return False
-        own = subprocess.run(["ip", "netns", "identify", place.name], capture_output=True, text=True).stdout.strip()
-        return own == f"{BRIDGE}-{name}"
 
     def run(self, *command: str, check: bool = True, timeout: float = 30.0) -> str:
         """Run a command as a user of the cluster would; returns its output."""
