@@ -22,12 +22,13 @@ _SUBMIT_S = 120.0
 
 def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
     """Submit a training run, an array of them, or another `rloop` command; or print the script. Raises UserError."""
+    runs: list[Run] = []
     if command:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
-        script, folder = command_script(config, command), None
+        script = command_script(config, command)
     else:
-        lines = [[]] if options.sweep is None else _lines(options.sweep)
+        lines: list[list[str]] = [[]] if options.sweep is None else _lines(options.sweep)
         configs = [_config([*options.overrides, *line]) for line in lines]
         runs = [
             Run(Path(config.run.dir).absolute(), [*options.overrides, *line])
@@ -36,12 +37,12 @@ def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
         _check_distinct(runs, configs)
         first = configs[0]
         script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes)
-        folder = runs
     if options.dry_run:
         print(script, end="")
         return 0
-    saved = _save(script, folder or [])
-    return _submit(script, saved)
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
+    return _submit(script, _save(script, runs))
 
 
 def _config(overrides: Sequence[str]) -> Config:
@@ -86,8 +87,6 @@ def _save(script: str, runs: Sequence[Run]) -> Path | None:
 
 
 def _submit(script: str, saved: Path | None) -> int:
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
     done = subprocess.run(
         ["sbatch", "--parsable", *([str(saved)] if saved else [])],
         input=None if saved else script,

@@ -221,18 +221,22 @@ def test_a_chain_of_jobs_is_one_run(slurm: Cluster, base: Path, undisturbed: Pat
     """The first start meets its time limit; later ones are warned as Slurm does before the limit."""
     more = ("cluster.nodes=2", "cluster.slurm.time=1", "cluster.slurm.signal_s=30")
     job = Job(slurm, base, tmp_path / "run", *more)
-    seen = -1
-    for start in (1, 2, 3):
-        job.wait_for(f"start {start}", lambda start=start: job.restarts() >= start - 1)
-        job.wait_for("a step more", lambda: job.steps() > seen or job.restarts() >= start)
-        seen = job.steps()
-        if start > 1 and job.restarts() < start:
-            slurm.run("scancel", "--batch", "--signal=USR1", job.number)
-        job.wait_for("the next start", lambda start=start: job.restarts() >= start)
+    job.wait_for("the time limit's requeue", lambda: job.restarts() == 1)
+    for restarts in (1, 2):
+        warn_after_a_step(job, slurm, restarts)
     job.finish()
     assert job.restarts() >= 3
     assert_same(job.run, undisturbed)
     assert not [r for r in Journal(job.run / "journal.jsonl").records if r["event"] == "changed"]
+
+
+def warn_after_a_step(job: Job, slurm: Cluster, restarts: int) -> None:
+    """Have the job's start after so many restarts commit one more step, warn it, and wait until it starts again."""
+    seen = job.steps()
+    job.wait_for("another step", lambda: job.steps() > seen or job.restarts() > restarts)
+    if job.restarts() == restarts:
+        slurm.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for("the next start", lambda: job.restarts() > restarts)
 
 
 def test_a_heterogeneous_job(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -20,12 +20,7 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "plain": [],
     "sized": ["cluster.slurm.cpus_per_node=8", "cluster.gpus_per_node=8", "cluster.slurm.time=04:00:00"],
-    "named": [
-        "cluster.slurm.partition=gpu",
-        "cluster.slurm.account=a",
-        "cluster.slurm.qos=q",
-        "cluster.slurm.constraint=h100",
-    ],
+    "named": [f"cluster.slurm.{name}" for name in ("partition=gpu", "account=a", "qos=q", "constraint=h100")],
     "hetjob": ["cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.hetjob=true", "layout.dp=2"],
     "resubmit": ["cluster.slurm.resubmit=true"],
     "pyxis": ["cluster.slurm.container=pyxis", "cluster.slurm.image='my image.sqsh'", "cluster.slurm.mounts=[/data]"],
@@ -92,14 +87,14 @@ def test_a_whole_node_is_asked_for_where_nothing_is_said() -> None:
 
 
 def test_what_is_said_is_asked_for() -> None:
-    lines = directives(script_of(*VARIANTS["named"], *VARIANTS["sized"], "cluster.slurm.flags=[--exclude=n7]"))
+    lines = directives(script_of(*VARIANTS["named"], *VARIANTS["sized"], "cluster.slurm.flags=['--exclude=n7']"))
     expected = ("--partition=gpu", "--account=a", "--qos=q", "--constraint=h100", "--time=04:00:00", "--exclude=n7")
     assert {*expected, "--cpus-per-task=8", "--gpus-per-node=8"} <= set(lines)
     assert "--exclusive" not in lines
 
 
 def test_a_heterogeneous_job_has_two_components() -> None:
-    lines = directives(script_of(*VARIANTS["hetjob"], "cluster.slurm.engine_flags=[--partition=cheap]"))
+    lines = directives(script_of(*VARIANTS["hetjob"], "cluster.slurm.engine_flags=['--partition=cheap']"))
     between = lines.index("hetjob")
     assert "--nodes=2" in lines[:between]
     assert "--nodes=1" in lines[between:]
@@ -302,5 +297,5 @@ def test_without_slurm_it_says_what_to_do(
 
 
 def test_a_run_on_many_nodes_is_not_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "experiment=tiny", f"run.dir={tmp_path}/run", "cluster.nodes=2", "layout.dp=2"]) == 2
+    assert main(["train", "experiment=tiny", f"run.dir={tmp_path}/run", "cluster.nodes=2", "rollout.nodes=1"]) == 2
     assert "`rloop launch` starts a run on more than one node" in capsys.readouterr().err
