@@ -235,6 +235,9 @@ class GuardConfig:
     policy: str = "stop"  # the run; or end_phase, with what it has come to; or skip: note it and go on
     entropy_low: float | None = None  # an RL step is bad when its mean token entropy (nats) is below this; null: never
     entropy_high: float | None = None  # likewise above
+    # a run stalls when it gets no further for so many median steps of its phase, and stall_floor_s at least; 0: never
+    stall_factor: float = 5.0
+    stall_floor_s: float = 1800.0
 
 
 @dataclass
@@ -300,6 +303,19 @@ class ClusterConfig:
 
 
 @dataclass
+class PreflightConfig:
+    """What `rloop preflight` asks of every node before a run (docs/preflight.md)."""
+
+    timeout_s: float = 120.0  # for all nodes to come
+    run_gib: float = 1.0  # free in run.dir
+    tmp_gib: float = 1.0  # free in /tmp
+    shm_gib: float = 0.25  # free in /dev/shm, through which weights go to the engines
+    clock_skew_s: float = 2.0  # between a node's clock and the others'
+    # a link is slow below this share of the usual bandwidth; 0: none is; null: 0.5 between GPUs, else 0
+    slow_link: float | None = None
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -320,4 +336,5 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     experiment: str | None = None  # name of the experiment file the run was made from

@@ -18,6 +18,7 @@ from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
+from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory
@@ -225,6 +226,7 @@ class RLStep:
         with watch("update"):
             for rows in mini_batches(len(experiences), updates, seed):
                 results.append(self.actor.update([experiences[i] for i in rows]))
+                beat()
                 if len(results) == 1 and not stale:
                     self._check_mismatch(step, results[0])
         metrics = {key: sum(r[key] for r in results) / len(results) for key in results[0]}

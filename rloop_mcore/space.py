@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from rloop_mcore.errors import DiskFull, Interrupted
 from rloop_mcore.platform.files import is_disk_full
+from rloop_mcore.platform.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Space:
                 log.warning(text)
                 self.tell(text)
                 told = True
+            beat()  # a wait with a deadline of its own, of which people were told
             time.sleep(_POLL_S)
 
     def _free(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore.platform.files import passing_over_a_full_disk
+from rloop_mcore.platform.heartbeat import beat
 
 FILE = "timeline.jsonl"
 
@@ -37,6 +38,7 @@ class Timeline:
 
     def add(self, track: str, name: str, begin: float, seconds: float, **facts: Any) -> None:
         """Record a span that has passed."""
+        beat()
         if self._file is None:
             return
         line = {"track": track, "name": name, "begin": round(begin, 6), "seconds": round(seconds, 6), **facts}

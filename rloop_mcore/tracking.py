@@ -20,6 +20,7 @@ from typing import Any
 from rloop_mcore.config import TrackingConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import is_disk_full, passing_over_a_full_disk
+from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.progress import ProgressDisplay
 
 _STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
@@ -61,6 +62,7 @@ class Tracker:
         The line also holds `total`, `eta_s` (seconds to the end of the phase, null while unknown) and `time` (Unix
         seconds). Numbers that are not finite are written as null.
         """
+        beat()
         place = f"iteration {iteration} {phase}"
         eta_s = self._eta(place, step, total) if total else None
         values = {key: _plain(value) for key, value in metrics.items()}

@@ -59,6 +59,7 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "guard.patience",
+    *(f"preflight.{name}_s" for name in ("timeout", "clock_skew")),
     "cluster.nodes",
     "cluster.start_timeout_s",
 )
@@ -89,6 +90,8 @@ _NOT_NEGATIVE = (
     "rollout.nodes",
     "cluster.stop_margin_s",
     *(f"cluster.slurm.{name}" for name in ("signal_s", "cpus_per_node", "retries", "backoff_s")),
+    *(f"guard.stall_{name}" for name in ("factor", "floor_s")),
+    *(f"preflight.{name}_gib" for name in ("run", "tmp", "shm")),
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")

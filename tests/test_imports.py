@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
-ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning", "slurm"}
+ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
+ROOMS |= {"preflight", "slurm"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
 RUN = {"commits", "feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rloop_mcore.compose import flat, read_config
-from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, SlurmConfig
+from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
@@ -34,6 +34,8 @@ _FREE = (
     *(f"rollout.{name}" for name in ("sleep", "max_running", "bucket_mib", "start_timeout_s", "request_timeout_s")),
     *("optimizer.skip_grad", "rft.optimizer.skip_grad", "sft.optimizer.skip_grad"),
     *(f"guard.{name}" for name in ("patience", "policy", "entropy_low", "entropy_high")),
+    *("guard.stall_factor", "guard.stall_floor_s"),
+    *(f"preflight.{asked.name}" for asked in fields(PreflightConfig)),
     *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
     *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),

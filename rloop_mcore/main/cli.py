@@ -1,6 +1,7 @@
 """`rloop COMMAND ...`: the arguments of every command, and the exit codes.
 
-0 done; 2 the user's mistake, told in one sentence; 75 checkpointed and wants to be started again; 1 a fault.
+0 done; 2 the user's mistake, told in one sentence; 75 checkpointed and wants to be started again; 69 a bad node
+(`rloop preflight` only); 1 a fault.
 """
 
 from __future__ import annotations
@@ -100,6 +101,19 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core, at most 8")
     convert.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
 
+    preflight = commands.add_parser(
+        "preflight",
+        help="is every node of a job fit for the run? Names the ones that are not",
+        description="Run once on every node of a job, before `rloop train`: GPUs, versions, disks, clocks, network, a "
+        "small all-reduce. Exit code 69: a bad node, which preflight.json in run.dir names (docs/preflight.md).",
+    )
+    preflight.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="those of rloop train")
+    preflight.add_argument("--nodes", type=int, metavar="N", help="how many run it (default: as Slurm says, or 1)")
+    preflight.add_argument("--node-rank", type=int, metavar="R", help="this one, from 0 (default: as Slurm says, or 0)")
+    preflight.add_argument("--master", metavar="HOST:PORT", help="where node 0 listens")
+    preflight.add_argument("--names", metavar="LIST", help="the nodes by rank: n1,n2 or n[1-2] (default: Slurm's)")
+    preflight.add_argument("--json", action="store_true", help="node 0 prints its report as one JSON object")
+
     status = commands.add_parser(
         "status", help="where a run stands", description="Where a run stands: state, phase, step, cache, last metrics."
     )
@@ -173,6 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.report import report
 
             return report(options.runs, options.out)
+        if options.command == "preflight":
+            from rloop_mcore.main.preflight import preflight
+
+            return preflight(options)
         if options.command == "status":
             from rloop_mcore.main.status import status
 

@@ -53,6 +53,14 @@ class RunDirectory:
         """Of its Slurm jobs: their script and logs, and how their nodes find each other."""
         return self.path / "slurm"
 
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
+
     def create(self) -> None:
         """Make the directory. Raises UserError where that is impossible, or where it holds something that is no run."""
         try:
@@ -62,7 +70,7 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK):
             raise UserError(f"run.dir={self.path} is not writable: choose another.")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
-        if names and not names & {"config.yaml", "lock", "model", "slurm"}:  # what a run makes first
+        if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
         if not self.journal.exists() and any((self.path / "policies").glob("*")):
             raise UserError(f"{self.journal} is gone but policies/ is not: restore it, or choose another run.dir.")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
@@ -20,16 +22,18 @@ from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.changes import take_changes
+from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.head import explain, first_place
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
 from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
+from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.weights.tensor_files import catalogue
 
-_POLL_S = 0.5
+_LOOK_S = 1.0
 _GRACE_S = 60.0
 
 
@@ -50,10 +54,18 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
     problems = _check_inputs(config, run.model(config))
     with run.lock():
         take_changes(run, config, force)
+        crashes = CrashRecord(run, config)
+        crashes.check(force)
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
-        return _supervise(run, config, meeting)
+        code, message = _supervise(run, config, meeting)
+        if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
+            code, message = 1, f"{message}; {enough}"
+            run.write_ending(code, message)
+        if message:
+            print(f"rloop: {message}", file=sys.stderr)
+        return code
 
 
 def _check_inputs(config: Config, model: Path) -> int:
@@ -74,7 +86,8 @@ def _check_inputs(config: Config, model: Path) -> int:
     return len(load_problems(config.data.train, config.data.limit))
 
 
-def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> int:
+def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tuple[int, str]:
+    """Run the ranks to their end; the exit code, and what is to be said."""
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
     if end is not None and (left_s := end - time.time()) < margin_s:
@@ -83,36 +96,40 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> in
             "command goes on in another job"
         )
         run.write_ending(75, message)
-        print(f"rloop: {message}", file=sys.stderr)
-        return 75
+        return 75, message
     place, log = Place(roles(config).ranks), run.log
     if meeting is not None:
         place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+    watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
     with _stop_signals(run, ranks):
-        code = _watch(run, ranks)
+        code = _watch(run, ranks, watchdog)
     if meeting is not None:
         explain(run, meeting, config.cluster.nodes)
     ending = run.ending()
     if ending is not None:
-        if ending["message"]:
-            print(f"rloop: {ending['message']}", file=sys.stderr)
-        return int(ending["code"])
-    run.write_ending(1, f"the ranks ended with exit code {code} without a word", log_tail(log))
-    print(
-        f"rloop: the ranks ended with exit code {code}; the log is {log}, its end:\n{log_tail(log)}",
-        file=sys.stderr,
-    )
-    return 1
+        return int(ending["code"]), str(ending["message"])
+    if run.stop_requested():  # whoever asked has killed the ranks too, as Slurm does to a cancelled job
+        message = "killed when it was to stop; the same command goes on from the last commit"
+        run.write_ending(75, message)
+        return 75, message
+    message = f"the ranks ended with exit code {code} without a word"
+    run.write_ending(1, message, log_tail(log))
+    return 1, f"{message}; the log is {log}, its end:\n{log_tail(log)}"
 
 
-def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> int:
-    """Wait for this node's ranks; when another's have ended the run, no longer than a moment."""
+def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog) -> int:
+    """Wait for the end of this node's ranks, and bring it about where they stall, or where the run has been ended on
+    another node for a while; returns their exit code."""
     ended = None
     while True:
         try:
-            return ranks.wait(_POLL_S)
+            return ranks.wait(_LOOK_S)
         except subprocess.TimeoutExpired:
+            if (why := watchdog.look()) is not None:
+                print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
+                kept = end_stalled(run, psutil.Process())
+                run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
             if ended is None and (run.ending() or {"code": 0})["code"] != 0:
                 ended = time.monotonic()
             if ended is not None and time.monotonic() > ended + _GRACE_S:

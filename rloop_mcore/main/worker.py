@@ -16,13 +16,15 @@ from rloop_mcore.errors import Fault, Interrupted, UserError
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
-from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.platform import heartbeat
+from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
 from rloop_mcore.validate import read_hf_config
 
 
 def main() -> int:
     """Run this rank to its end; how the run ended stands in the run directory."""
     _die_with_the_run()
+    show_stacks_when_asked()
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
     if (meeting := Meeting.of_this_job()) is not None:
         _log_to(meeting.log(f"rank-{rank}"), progress=rank == 0)
@@ -40,6 +42,7 @@ def main() -> int:
 
         if rank == 0:
             with run.lock("lock.rank0"):
+                heartbeat.start(run.heartbeat)
                 conduct(config, run)
         else:
             follow(config)

@@ -81,9 +81,9 @@ def device() -> torch.device:
     return _device
 
 
-def backend() -> str:
-    """The torch.distributed backend of this device's collectives: nccl or gloo."""
-    return "nccl" if device().type == "cuda" else "gloo"
+def backend(kind: str | None = None) -> str:
+    """The torch.distributed backend of collectives, nccl or gloo, on a device: cpu or cuda, else that of `setup`."""
+    return "nccl" if (kind or device().type) == "cuda" else "gloo"
 
 
 def deterministic(setting: bool | None, device: str) -> bool:

@@ -1,13 +1,17 @@
-"""Child processes that cannot outlive their parent."""
+"""Child processes that cannot outlive their parent, and that say where they are when they hang."""
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+STACKS = "rloop-stacks"  # the name of the file in memory that a process writes its stacks to
+# SIGUSR1 and SIGUSR2 are Slurm's, SIGQUIT is SGLang's, and this one nobody's
+STACKS_SIGNAL = signal.SIGRTMIN + 1 if sys.platform == "linux" else signal.SIGQUIT
 
 
 def die_with_parent(parent: int) -> None:
@@ -20,3 +24,13 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def show_stacks_when_asked() -> None:
+    """At STACKS_SIGNAL write the stacks of all threads, whatever they wait for, to a file in memory (Linux).
+
+    Others read it as /proc/PID/fd/N, where N is a link to `memfd:rloop-stacks`; a process without one must not be sent
+    the signal, which would end it.
+    """
+    if sys.platform == "linux":
+        faulthandler.register(STACKS_SIGNAL, file=os.memfd_create(STACKS), all_threads=True)

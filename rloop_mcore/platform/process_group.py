@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def host_store(address: str = "127.0.0.1", timeout_s: float = 60.0) -> dist.TCPStore:
-    """Host a rendezvous store on a free port of `address` only; it lives as long as the returned object.
+def host_store(address: str = "127.0.0.1", timeout_s: float = 60.0, port: int = 0) -> dist.TCPStore:
+    """Host a rendezvous store on `address` only; it lives as long as the returned object. Raises OSError.
 
-    Its port is `store.port`. TCPStore alone would listen on every interface, hence the socket made here.
+    port: 0 is any free one, `store.port`. TCPStore alone would listen on every interface, hence the socket made here.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind((address, 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
     listener.listen(1024)
     port = listener.getsockname()[1]
     return dist.TCPStore(

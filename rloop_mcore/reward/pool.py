@@ -15,6 +15,7 @@ from typing import Any
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.reward.canaries import ANSWER_LINE, BOXED, CANARIES
 from rloop_mcore.reward.child import Child
 from rloop_mcore.types import Problem, Verdict
@@ -105,6 +106,7 @@ class RewardPool:
                 if pending and child.ready and not child.jobs and child.process.poll() is None:
                     self._assign(child, pending, items)
             for index, verdict in self._exchange(pending):
+                beat()
                 verdicts[index] = verdict
                 left -= 1
                 failures += verdict.reason in ("timeout", "crashed")

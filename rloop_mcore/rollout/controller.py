@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, Protocol
 
+from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.together import together
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -245,6 +246,7 @@ class Controller:
                     _signed(completion, request.partial, engine.number, started, seconds)
                     for request, completion in zip(call.requests, answer, strict=True)
                 ]
+                beat()
                 engine.failures = engine.restarts = 0
                 engine.heard = asyncio.get_running_loop().time()
                 return

@@ -181,6 +181,40 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
     assert metrics_places(run_dir) == metrics_places(undisturbed)
 
 
+@pytest.mark.timeout(600)
+def test_a_run_that_hangs_leaves_its_stacks_and_goes_on_when_started_again(undisturbed: Path, tmp_path: Path) -> None:
+    """Three times at the same place are enough; --force tries again."""
+    run_dir = tmp_path / "hanging"
+    stalls = ["guard.stall_floor_s=3", "guard.stall_factor=2", "rollout.start_timeout_s=60"]
+    for number in range(1, 4):
+        process = runs.start(run_dir, *stalls)
+        runs.wait_for("an engine", lambda: "engine" in runs.tree(process), process)  # noqa: B023  it is waited for here
+        if number == 1:
+            runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        runs.tree(process)["rank"].send_signal(signal.SIGSTOP)
+        assert process.wait(runs.DEADLINE_S) == (75 if number < 3 else 1)
+        _, alive = psutil.wait_procs(everyone, timeout=60)
+        assert not alive
+        state = runs.status(run_dir)
+        assert state["message"].startswith("stalled: nothing has got done for ")
+        assert state["state"] == ("interrupted" if number < 3 else "failed")
+        folder = max((run_dir / "stalls").iterdir(), key=lambda path: path.stat().st_mtime)
+        (rank,) = folder.glob("rank-0.txt")
+        assert "stopped: " in rank.read_text().splitlines()[0]
+        assert "rloop_mcore/main/worker.py" in rank.read_text()
+    (engine,) = min((run_dir / "stalls").iterdir()).glob("engine-*.txt")
+    assert "rollout/embedded/__main__.py" in engine.read_text()
+    assert "that is the 3. time in a row after iteration 0 explore" in state["message"]
+    refused = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}", *stalls)
+    assert refused.returncode == 2
+    assert "ended 3 times in a row" in refused.stderr
+    runs.finish(runs.start(run_dir, "--force"), run_dir)
+    found, expected = runs.status(run_dir), runs.status(undisturbed)
+    for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
+        assert found[key] == expected[key], key
+
+
 def test_another_configuration_is_refused(undisturbed: Path) -> None:
     other = runs.rloop("train", "experiment=tiny", f"run.dir={undisturbed}", "algorithm.group_size=4")
     assert other.returncode == 2

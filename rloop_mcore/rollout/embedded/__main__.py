@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
 
@@ -56,6 +56,7 @@ async def _serve(arguments: argparse.Namespace, api_key: str | None) -> None:
 
 def main() -> None:
     arguments = _arguments()
+    show_stacks_when_asked()
     if arguments.parent is not None:
         die_with_parent(arguments.parent)
     if not (arguments.model_path / "config.json").is_file():

@@ -1,0 +1,173 @@
+"""When a run is taken to have stalled, and what its processes say then."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.stacks import collect
+from rloop_mcore.main.watchdog import Watchdog, step_seconds
+from rloop_mcore.platform import heartbeat
+from rloop_mcore.space import Space
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 500.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watch(folder: Path, *overrides: str) -> tuple[Watchdog, Clock]:
+    given = ["model.path=m", "data.train=d", f"run.dir={folder}", "rollout.start_timeout_s=300"]
+    clock = Clock()
+    return Watchdog(RunDirectory(folder), load_config([*given, *overrides]), clock), clock
+
+
+def silent_for(watchdog: Watchdog, clock: Clock, seconds: int) -> str | None:
+    """What the watchdog says at the end of a silence in which it looked every second."""
+    said = None
+    for _ in range(seconds):
+        clock.now += 1.0
+        said = watchdog.look()
+    return said
+
+
+def beat(folder: Path) -> None:
+    stat = (folder / "heartbeat").stat()
+    os.utime(folder / "heartbeat", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+
+
+def log_steps(folder: Path, *rows: tuple[str, int, float]) -> None:
+    """Lines of metrics.jsonl: phase, step, time."""
+    lines = [
+        {"iteration": 0, "phase": p, "step": s, "total": 0 if p == "evaluate" else 9, "time": t} for p, s, t in rows
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+
+
+def test_the_floor_counts_until_steps_are_known_and_the_start_may_take_longer(tmp_path: Path) -> None:
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=60")
+    assert silent_for(watchdog, clock, 360) is None  # the engines may still be starting
+    assert silent_for(watchdog, clock, 1) == "stalled: nothing has got done for 361 s"
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=60")
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 60) is None
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 61) is None
+    assert silent_for(watchdog, clock, 1) == "stalled: nothing has got done for 61 s"
+
+
+def test_long_steps_are_given_their_multiple(tmp_path: Path) -> None:
+    log_steps(tmp_path, ("explore", 1, 100.0), ("explore", 2, 140.0), ("evaluate", 2, 150.0), ("explore", 3, 180.0))
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=60", "guard.stall_factor=5")
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 201) is None
+    assert silent_for(watchdog, clock, 1) == "stalled: nothing has got done for 201 s (a step takes 40.0 s)"
+
+
+def test_the_steps_of_another_phase_say_nothing(tmp_path: Path) -> None:
+    log_steps(tmp_path, ("sft", 1, 0.0), ("sft", 2, 900.0), ("explore", 1, 1000.0))
+    assert step_seconds(tmp_path / "metrics.jsonl") is None
+    log_steps(tmp_path, ("explore", 1, 0.0), ("explore", 2, 7.0), ("explore", 2, 5000.0), ("explore", 3, 5009.0))
+    assert step_seconds(tmp_path / "metrics.jsonl") == 8.0  # what a resume repeats is no step
+    assert step_seconds(tmp_path / "none.jsonl") is None
+
+
+def test_time_in_which_everything_was_stopped_does_not_count(tmp_path: Path) -> None:
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=60")
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 50) is None
+    clock.now += 3600.0  # Slurm suspends a job so
+    assert watchdog.look() is None
+    assert silent_for(watchdog, clock, 10) is not None
+
+
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=1", "guard.stall_factor=0")
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 10000) is None
+
+
+@pytest.fixture
+def beating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A heartbeat of this process, of the year 1970 until something gets done."""
+    path = tmp_path / "heartbeat"
+    path.touch()
+    os.utime(path, (0, 0))
+    monkeypatch.setattr(heartbeat, "_EVERY_S", 0.0)
+    heartbeat.start(path)
+    yield path
+    heartbeat.start(None)
+
+
+def test_waiting_for_a_full_disk_is_no_stall(beating: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def sleep(seconds: float) -> None:
+        seen.append(beating.stat().st_mtime)
+        os.utime(beating, (0, 0))
+
+    monkeypatch.setattr("rloop_mcore.space.time.sleep", sleep)
+    space = Space(beating.parent, lambda text: None, lambda: len(seen) > 3, 3600.0)
+    with pytest.raises(Exception, match="no space"):
+        space.write("it", lambda: None, needed=2**60)
+    assert len(seen) > 3
+    assert all(seen)
+
+
+HANGS = """
+import sys, time
+from rloop_mcore.platform.process import show_stacks_when_asked
+show_stacks_when_asked()
+def where_it_hangs():
+    print("there", flush=True)
+    time.sleep(600)
+where_it_hangs()
+"""
+
+
+@pytest.fixture
+def hanging() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_shows_where_it_hangs(hanging: subprocess.Popen[str], tmp_path: Path, stopped: bool) -> None:
+    if stopped:
+        os.kill(hanging.pid, signal.SIGSTOP)
+        while psutil.Process(hanging.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+    for state in ("stopped" if stopped else "sleeping", "sleeping"):
+        names = collect([psutil.Process(hanging.pid)], tmp_path)
+        assert names == [f"other-{hanging.pid}.txt"]
+        text = (tmp_path / names[0]).read_text()
+        assert text.startswith(f"pid {hanging.pid}, {state}: ")
+        assert text.count("in where_it_hangs") == 1
+    assert hanging.poll() is None
+
+
+def test_a_process_that_can_not_be_asked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with subprocess.Popen(["sleep", "600"]) as process:
+        assert collect([psutil.Process(process.pid)], tmp_path) == []
+        assert process.poll() is None
+        process.kill()
