@@ -282,6 +282,8 @@ class SlurmConfig:
     mounts: list[str] = field(default_factory=list)  # HOST, HOST:CONTAINER or HOST:CONTAINER:ro
     # variables that jobs get from where they are submitted; besides them PATH, HOME, USER, LANG and Slurm's
     environment: list[str] = field(default_factory=list)
+    preflight: bool = True  # before each start (docs/preflight.md)
+    exclude_bad: bool = True  # nodes that it names are left out of the next start
     retries: int = 3  # starts in a row that end before their time without a new commit; then the job is given up
     backoff_s: int = 60  # before the first of them, doubled for each further one
     resubmit: bool = False  # start again as a dependent job, where the cluster allows no requeueing

@@ -52,12 +52,14 @@ def parser() -> argparse.ArgumentParser:
     )
     launch.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for rloop train")
     launch.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    launch.add_argument("--force", action="store_true", help="as for rloop train, at the first start of the job")
     launch.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a run a line, each its own overrides")
 
     node = commands.add_parser(
         "node", help="one node of such a job (started by it)", description="What a job of `rloop launch` starts."
     )
     node.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    node.add_argument("--force", action="store_true")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "node":
             from rloop_mcore.main.node import node
 
-            return node(options.overrides)
+            return node(options.overrides, options.force)
         if options.command == "evaluate":
             from rloop_mcore.main.evaluate import evaluate
 

@@ -36,7 +36,7 @@ def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
         ]
         _check_distinct(runs, configs)
         first = configs[0]
-        script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes)
+        script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes, options.force)
     if options.dry_run:
         print(script, end="")
         return 0

@@ -25,7 +25,7 @@ _LAST_WAIT_S = 120.0  # for the first node to end once this one's ranks have fai
 _POLL_S = 0.2
 
 
-def node(overrides: Sequence[str]) -> int:
+def node(overrides: Sequence[str], force: bool) -> int:
     """Do this node's part of the job; returns the exit code, of which the first node's is the job's.
 
     Raises UserError outside of a job.
@@ -34,14 +34,14 @@ def node(overrides: Sequence[str]) -> int:
     if meeting is None or "SLURM_PROCID" not in os.environ:
         raise UserError(f"`rloop node` is for the jobs of `rloop launch`, which set {FOLDER_VARIABLE}.")
     number = int(os.environ["SLURM_PROCID"])
-    return _first(overrides, meeting) if number == 0 else _other(overrides, meeting, number)
+    return _first(overrides, force, meeting) if number == 0 else _other(overrides, meeting, number)
 
 
-def _first(overrides: Sequence[str], meeting: Meeting) -> int:
+def _first(overrides: Sequence[str], force: bool, meeting: Meeting) -> int:
     code = 1
     try:
         meeting.new_key()
-        code = train(overrides, force=False, meeting=meeting)
+        code = train(overrides, force, meeting)
     except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1

@@ -30,10 +30,11 @@ class Run:
     overrides: Sequence[str]
 
 
-def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_nodes: int) -> str:
+def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_nodes: int, force: bool = False) -> str:
     """The job that trains `runs`, one a task of an array where there are several. Raises UserError for a bad value.
 
     `engine_nodes` of the `nodes` have engines only: the last ones, or a second component of a heterogeneous job.
+    force: the first start takes unsafe changes, and goes on after a row of equal faults.
     """
     slurm = config.cluster.slurm
     apart = engine_nodes if slurm.hetjob else 0
@@ -55,6 +56,9 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
         retries=slurm.retries,
         backoff=slurm.backoff_s,
         resubmit=slurm.resubmit,
+        preflight=slurm.preflight,
+        exclude_bad=slurm.exclude_bad,
+        force=force,
         saved="$run_dir/slurm/job.sh",
     )
 

@@ -117,6 +117,10 @@ class Cluster:
         self.run("slurmctld", "-c")
         for name in self.names:
             self.start_node(name)
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Raises TimeoutError with the logs."""
         deadline = time.monotonic() + _WAIT_S
         while self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split().count("idle") < self.nodes:
             if time.monotonic() > deadline:
@@ -134,14 +138,14 @@ class Cluster:
             time.sleep(0.2)
         for file in (*(self.folder / "run").glob("*.pid"), self.folder / "munge/public/pid"):
             self._end(file)
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", f"{BRIDGE}-{name}"], capture_output=True)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+        self._remove_networks()
 
-    def start_node(self, name: str) -> None:
-        where = ["nsenter", f"--net=/run/netns/{BRIDGE}-{name}", "unshare", "--uts"] if self.apart else []
-        rename = f"hostname {name} && " if self.apart else ""
-        self.run(*where, "bash", "-c", f"{rename}exec slurmd -N {name}")
+    def start_node(self, name: str, ailment: str = "true") -> None:
+        """ailment: a command that does something to the mounts that the node alone sees."""
+        where = ["nsenter", f"--net=/run/netns/{BRIDGE}-{name}"] if self.apart else []
+        rename = f"hostname {name}" if self.apart else "true"
+        start = f"{rename} && {ailment} && exec slurmd -N {name}"
+        self.run(*where, "unshare", "--uts", "--mount", "bash", "-c", start)
 
     def kill_node(self, name: str) -> None:
         """The node dies: its slurmd, its jobs' shepherds and all they have started."""
@@ -200,7 +204,14 @@ class Cluster:
             ]
         if shutil.which("ip") is None:
             return False
+        self._remove_networks()  # of a session that was killed
         return all(subprocess.run(["ip", *step], capture_output=True).returncode == 0 for step in steps)
+
+    def _remove_networks(self) -> None:
+        if shutil.which("ip") is not None:
+            for name in self.names:
+                subprocess.run(["ip", "netns", "del", f"{BRIDGE}-{name}"], capture_output=True)
+            subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
 
     def _end(self, pid_file: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):

@@ -33,6 +33,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     install()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster comes down then, too
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=4)
     try:
         cluster.up()
@@ -69,7 +70,12 @@ def overrides(base: Path, run: Path) -> list[str]:
     return [
         *("experiment=tiny", f"model.path={base}", "sft.demonstrations=null", f"run.dir={run}"),
         *("algorithm.iterations=1", f"algorithm.rl_steps={STEPS}", "layout.dp=2", "rollout.engines=2"),
-        *("evaluation.every=0", "cluster.stop_margin_s=5", "cluster.slurm.cpus_per_node=8"),
+        *(
+            "evaluation.every=0",
+            "cluster.stop_margin_s=5",
+            "cluster.slurm.cpus_per_node=8",
+            "cluster.slurm.preflight=false",
+        ),
     ]
 
 
@@ -243,6 +249,26 @@ def test_a_heterogeneous_job(slurm: Cluster, base: Path, undisturbed: Path, tmp_
     more = ("cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.hetjob=true")
     job = Job(slurm, base, tmp_path / "run", *more)
     job.finish()
+    assert_same(job.run, undisturbed)
+
+
+def test_a_bad_node_is_named_and_left_out(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:
+    slurm.kill_node("n2")
+    slurm.start_node("n2", ailment="mount -t tmpfs -o size=1m tmpfs /dev/shm")
+    slurm.wait_until_idle()
+    try:
+        more = ("cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.preflight=true")
+        job = Job(slurm, base, tmp_path / "run", *more, "preflight.tmp_gib=0.1", "preflight.run_gib=0.1")
+        job.finish()
+    finally:
+        slurm.kill_node("n2")
+        slurm.start_node("n2")
+        slurm.wait_until_idle()
+    assert job.restarts() == 1
+    first = job.run / f"slurm/{job.number}.0"
+    assert "n2: " in (first / "preflight-0.out").read_text()
+    assert not (first / "node-0.out").exists(), "the run was started on a bad node"
+    assert "ExcNodeList=n2" in slurm.run("scontrol", "show", "job", job.number)
     assert_same(job.run, undisturbed)
 
 

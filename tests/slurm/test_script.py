@@ -23,6 +23,7 @@ VARIANTS = {
     "named": [f"cluster.slurm.{name}" for name in ("partition=gpu", "account=a", "qos=q", "constraint=h100")],
     "hetjob": ["cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.hetjob=true", "layout.dp=2"],
     "resubmit": ["cluster.slurm.resubmit=true"],
+    "as it is": ["cluster.slurm.preflight=false", "cluster.slurm.exclude_bad=false"],
     "pyxis": ["cluster.slurm.container=pyxis", "cluster.slurm.image='my image.sqsh'", "cluster.slurm.mounts=[/data]"],
     "apptainer": [
         *("cluster.slurm.container=apptainer", "cluster.slurm.image=/images/rloop.sif", "cluster.gpus_per_node=8"),
@@ -113,18 +114,21 @@ def test_only_what_is_listed_is_forwarded_and_no_value_is_written(monkeypatch: p
     assert "secret-of-mine" not in script
 
 
-def test_containers_wrap_the_same_command() -> None:
-    (line,) = [line for line in script_of(*VARIANTS["pyxis"]).splitlines() if "--container-image" in line]
-    assert "--container-image='my image.sqsh'" in line
-    assert ",/data:/data " in line
-    assert line.endswith('rloop node "${overrides[@]}" &')
-    (line,) = [
-        line for line in script_of(*VARIANTS["apptainer"]).splitlines() if "apptainer" in line and "exec" in line
-    ]
-    assert "apptainer exec --nv --bind " in line
-    assert "/data:/data:ro,/scratch:/tmp" in line
-    assert line.endswith('/images/rloop.sif rloop node "${overrides[@]}" &')
-    assert '/envs/rloop/bin/rloop node "${overrides[@]}" &' in script_of(*VARIANTS["venv"])
+def lines_with(script: str, *words: str) -> list[str]:
+    return [line.strip() for line in script.splitlines() if all(word in line for word in words)]
+
+
+def test_containers_wrap_the_same_commands() -> None:
+    for command in ("node", "preflight"):
+        (line,) = lines_with(script_of(*VARIANTS["pyxis"]), f"on_all_nodes {command} ")
+        assert "--container-image='my image.sqsh'" in line
+        assert f',/data:/data --container-workdir="$PWD" rloop {command} "${{overrides[@]}}"' in line
+        (line,) = lines_with(script_of(*VARIANTS["apptainer"]), f"on_all_nodes {command} ")
+        assert "apptainer exec --nv --bind " in line
+        assert "/data:/data:ro,/scratch:/tmp" in line
+        assert f'/images/rloop.sif rloop {command} "${{overrides[@]}}"' in line
+        (line,) = lines_with(script_of(*VARIANTS["venv"]), f"on_all_nodes {command} ")
+        assert f"/envs/rloop/bin/rloop {command} " in line
 
 
 def run_body(script: str, folder: Path, programs: dict[str, str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -142,7 +146,7 @@ def run_body(script: str, folder: Path, programs: dict[str, str], **variables: s
 
 def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     odd = "data.template='a b;$(touch hacked) \"c\" `d`'"
-    config = load_config(["experiment=tiny", f"run.dir={tmp_path}/run"])
+    config = load_config(["experiment=tiny", f"run.dir={tmp_path}/run", "cluster.slurm.preflight=false"])
     script = training_script(config, [Run(tmp_path / "run", [odd])], 1, 0)
     srun = 'printf "%s\\n" "${@: -1}" >seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
     done = run_body(script, tmp_path, {"srun": srun, "squeue": "echo NONE"})
@@ -187,7 +191,7 @@ class Ends:
         self.folder = folder
         self.run = folder / "run"
         (self.run / "slurm").mkdir(parents=True)
-        config = load_config(["experiment=tiny", f"run.dir={self.run}", *overrides])
+        config = load_config(["experiment=tiny", f"run.dir={self.run}", "cluster.slurm.preflight=false", *overrides])
         self.script = training_script(config, [Run(self.run, [])], 1, 0).replace("sleep 300", "sleep 0")
 
     def start(self, code: str, commits: int = 0, **variables: str) -> tuple[int, list[str], str]:
@@ -247,6 +251,43 @@ def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) ->
     assert ends.start("75", 100)[1] == [f"sbatch --dependency=afterany:7 --begin=now+0seconds {ends.run}/slurm/job.sh"]
 
 
+BAD = """{"ok": false,
+ "bad_nodes": [
+  "n3",
+  "n5"
+ ],
+ "problems": [{"nodes": ["n9"]}]}"""
+
+
+def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "cluster.slurm.preflight=true")
+    (ends.run / "preflight.json").write_text(BAD)
+    srun = 'cd "$RLOOP_JOB_FOLDER"; touch preflight-0.out; [[ "$*" != *" node "* ]] || touch begun; exit 69'
+    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || echo 'JobId=7 ExcNodeList=n1 StdErr=x'"""
+    done = run_body(
+        ends.script,
+        tmp_path,
+        {"srun": srun, "squeue": "echo NONE", "scontrol": scontrol},
+        SLURM_JOB_NODELIST="n[1-5]",
+    )
+    assert done.returncode == 69
+    assert not list(ends.run.rglob("begun"))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[-3:] == ["requeue 7", "update JobId=7 StartTime=now+0seconds", "update JobId=7 ExcNodeList=n3,n5,n1"]
+
+
+def test_force_is_for_the_first_start_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    words = ("experiment=tiny", f"run.dir={run}", "cluster.slurm.preflight=false")
+    assert main(["launch", "--dry-run", "--force", *words]) == 0
+    script = capsys.readouterr().out
+    srun = 'echo "${@: -1}" >>seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
+    (run / "slurm").mkdir(parents=True)
+    for variables in ({}, {"SLURM_RESTART_COUNT": "1"}, {"RLOOP_CHAIN": "3"}):
+        assert run_body(script, tmp_path, {"srun": srun, "squeue": "echo NONE"}, **variables).returncode == 0
+    assert (tmp_path / "seen").read_text().splitlines() == ["--force", words[-1], words[-1]]
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +301,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: 
 def test_a_sweep_is_an_array_with_a_run_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text(f"run.dir={tmp_path}/a run.seed=1\n\n# a comment\nrun.dir='{tmp_path}/b' run.seed=2\n")
-    assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 0
+    words = ["launch", "--dry-run", "experiment=tiny", "cluster.slurm.preflight=false", "--sweep", str(sweep)]
+    assert main(words) == 0
     script = capsys.readouterr().out
     check(script, tmp_path / "job.sh")
     assert "--array=0-1" in directives(script)
