@@ -4,7 +4,7 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge kill-campaign check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge test-slurm kill-campaign check format bench
 
 install: $(STAMP)
 
@@ -76,6 +76,10 @@ MBRIDGE := .venv-mbridge
 test-mbridge: install
 	@$(VENV)/bin/uv pip install -q --no-deps --python $(PYTHON) --target $(MBRIDGE) mbridge==0.15.1 einops
 	PYTHONPATH=$(MBRIDGE) $(PYTHON) -m pytest tests/weights/test_mbridge.py
+
+# Whole runs as jobs of a real Slurm on this machine: needs root, and Debian's packages, which it installs.
+test-slurm: install
+	RLOOP_SLURM=1 $(PYTHON) -m pytest -v --durations 0 tests/slurm
 
 check: install
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ setup(
     packages=[*find_packages(include=["rloop_mcore*"]), "rloop_mcore.configs"],
     package_dir={"rloop_mcore.configs": "configs"},
     package_data={
-        "rloop_mcore": ["data/templates/*.jinja", "analysis/page/*"],
+        "rloop_mcore": ["data/templates/*.jinja", "analysis/page/*", "slurm/*.jinja"],
         "rloop_mcore.configs": ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["rloop=rloop_mcore.main.cli:main"]},

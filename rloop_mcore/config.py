@@ -261,11 +261,43 @@ class GpuConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """The job that `rloop launch` submits, and what becomes of it when it ends (docs/slurm.md)."""
+
+    job_name: str | None = None  # null: the name of run.dir
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # limit of one job of the chain, e.g. 04:00:00; null: the partition's
+    signal_s: int = 300  # seconds before the limit at which the run is told to stop
+    flags: list[str] = field(default_factory=list)  # further options of sbatch, e.g. --exclude=n7
+    cpus_per_node: int = 0  # 0: whole nodes
+    hetjob: bool = False  # the rollout.nodes are a second component of a heterogeneous job
+    engine_flags: list[str] = field(default_factory=list)  # further options of that component
+    setup: list[str] = field(default_factory=list)  # shell lines that come first, e.g. "module load cuda/12.8"
+    venv: str | None = None  # a folder whose bin/rloop is used; null: the one that writes the script
+    container: str = "none"  # pyxis or apptainer: every task runs in `image`, which has rloop
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)  # HOST, HOST:CONTAINER or HOST:CONTAINER:ro
+    # variables that jobs get from where they are submitted; besides them PATH, HOME, USER, LANG and Slurm's
+    environment: list[str] = field(default_factory=list)
+    preflight: bool = True  # before each start (docs/preflight.md)
+    exclude_bad: bool = True  # nodes that it names are left out of the next start
+    retries: int = 3  # starts in a row that end before their time without a new commit; then the job is given up
+    backoff_s: int = 60  # before the first of them, doubled for each further one
+    resubmit: bool = False  # start again as a dependent job, where the cluster allows no requeueing
+
+
+@dataclass
 class ClusterConfig:
     device: str = "auto"  # auto, cpu or cuda
     nodes: int = 1  # of the job, rollout.nodes among them
     gpus_per_node: int = 0  # 0: as many as there are
     gpu: GpuConfig = field(default_factory=GpuConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    interface: str | None = None  # by which nodes reach each other, e.g. ib0; null: that of the route to the first
+    start_timeout_s: float = 300.0  # the nodes of a job wait this long for each other at the start
     threads: int = 0  # CPU threads a process; 0: cores / processes
     collective_timeout_s: float = 3600.0  # a rank waits this long for the others
     job_end: str | None = None  # ISO time or Unix seconds: the run checkpoints before and exits 75; null: as Slurm says

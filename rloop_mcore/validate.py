@@ -19,8 +19,8 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import check_architecture
-from rloop_mcore.planning.cluster import idle_gpus
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
+from rloop_mcore.planning.nodes import idle_gpus
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _CHOICES = {
@@ -42,6 +42,7 @@ _CHOICES = {
     "rollout.engine": ("embedded", "sglang"),
     "reward.answer_format": ("boxed", "answer_line"),
     "cluster.device": ("auto", "cpu", "cuda"),
+    "cluster.slurm.container": ("none", "pyxis", "apptainer"),
 }
 _POSITIVE = (
     *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -62,6 +63,7 @@ _POSITIVE = (
     "guard.patience",
     *(f"preflight.{name}_s" for name in ("timeout", "clock_skew")),
     "cluster.nodes",
+    "cluster.start_timeout_s",
 )
 _POSITIVE_OR_NULL = (
     "guard.entropy_low",
@@ -89,6 +91,7 @@ _NOT_NEGATIVE = (
     "cluster.gpus_per_node",
     "rollout.nodes",
     "cluster.stop_margin_s",
+    *(f"cluster.slurm.{name}" for name in ("signal_s", "cpus_per_node", "retries", "backoff_s")),
     *(f"guard.stall_{name}" for name in ("factor", "floor_s")),
     *(f"preflight.{name}_gib" for name in ("run", "tmp", "shm")),
     *(

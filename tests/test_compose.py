@@ -134,7 +134,7 @@ def test_a_runs_configuration_with_single_keys_over_it(tmp_path: Path) -> None:
     assert flat(config) == {**before, "evaluation.k": [1, 2], "rollout.top_p": 0.5}
     assert before["rollout.max_tokens"] == 17
     for wrong, words in (
-        ("experiment=paper", "give single keys"),
+        ("experiment=tiny", "give single keys"),
         ("rollout.topp=1", "did you mean"),
         ("x", "override"),
     ):

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
-ROOMS |= {"preflight"}
+ROOMS |= {"preflight", "slurm"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
 RUN = {"commits", "feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
 ALLOWED = {

@@ -10,7 +10,7 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.cluster import check_cluster
+from rloop_mcore.planning.nodes import check_gpus
 from rloop_mcore.validate import check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
@@ -107,7 +107,7 @@ def test_sglang_servers_that_cannot_be_started_are_refused(override: str, words:
 
 def test_the_defaults_are_legal() -> None:
     check_values(load_config(NEEDED))
-    check_cluster(load_config(NEEDED))
+    check_gpus(load_config(NEEDED))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_defaults_are_legal() -> None:
 )
 def test_what_the_cluster_has_no_gpus_for_is_refused(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        check_cluster(load_config([*NEEDED, "cluster=h100_16", *overrides]))
+        check_gpus(load_config([*NEEDED, "cluster=h100_16", *overrides]))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -135,7 +135,7 @@ def test_what_the_cluster_has_no_gpus_for_is_refused(overrides: list[str], words
     ],
 )
 def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
-    check_cluster(load_config([*NEEDED, *overrides]))
+    check_gpus(load_config([*NEEDED, *overrides]))
 
 
 @pytest.mark.parametrize(

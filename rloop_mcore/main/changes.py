@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rloop_mcore.compose import flat, read_config
-from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig
+from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
@@ -40,7 +40,8 @@ _FREE = (
     *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
     *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s", "job_end", "stop_margin_s")),
-    *("cluster.nodes", "cluster.gpus_per_node", "rollout.nodes"),
+    *("cluster.nodes", "cluster.gpus_per_node", "rollout.nodes", "cluster.interface", "cluster.start_timeout_s"),
+    *(f"cluster.slurm.{option.name}" for option in fields(SlurmConfig)),
     *(f"cluster.gpu.{size.name}" for size in fields(GpuConfig)),
     *(f"model.architecture.{size.name}" for size in fields(ArchitectureConfig)),  # model.path's own config.json counts
 )

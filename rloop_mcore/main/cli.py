@@ -55,6 +55,22 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=qwen2.5_72b cluster=h100_64")
     plan.add_argument("--json", action="store_true", help="one JSON object on standard output")
     plan.add_argument("--search", action="store_true", help="rank all legal layouts of the cluster's GPUs")
+    launch = commands.add_parser(
+        "launch",
+        help="submit a run, or another command, as a Slurm job",
+        description="Check a run, write its batch script (cluster.* says what it asks for) and submit it; it starts "
+        "itself again until it is done. After `--`: another rloop command to run as a job, e.g. -- evaluate ...",
+    )
+    launch.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for rloop train")
+    launch.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    launch.add_argument("--force", action="store_true", help="as for rloop train, at the first start of the job")
+    launch.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a run a line, each its own overrides")
+
+    node = commands.add_parser(
+        "node", help="one node of such a job (started by it)", description="What a job of `rloop launch` starts."
+    )
+    node.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    node.add_argument("--force", action="store_true")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -187,7 +203,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    inner: list[str] = []  # of `rloop launch ... -- inner`
+    if words[:1] == ["launch"] and "--" in words:
+        words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
+    options = parser().parse_args(words)
     try:
         # each command is imported when it is wanted: `rloop status` must not wait for what training needs
         if options.command == "train":
@@ -198,6 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from rloop_mcore.main.plan import plan
 
             return plan(options.overrides, options.json, options.search)
+        if options.command == "launch":
+            from rloop_mcore.main.launch import launch
+
+            return launch(options, inner)
+        if options.command == "node":
+            from rloop_mcore.main.node import node
+
+            return node(options.overrides, options.force)
         if options.command == "evaluate":
             from rloop_mcore.main.evaluate import evaluate
 

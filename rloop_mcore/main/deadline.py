@@ -10,6 +10,7 @@ from datetime import datetime
 
 from rloop_mcore.config import ClusterConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import RunDirectory
 
 _SLURM_VARIABLE = "SLURM_JOB_END_TIME"
@@ -56,19 +57,23 @@ def in_words(end: float) -> str:
 
 
 def stop_requests(cluster: ClusterConfig, run: RunDirectory) -> Callable[[], bool]:
-    """What a run asks once a step: was it told to stop, or must it for the job's end?
+    """What a run asks once a step: was it told to stop, was its job warned, or must it for the job's end?
 
     The end is a date only when this is called: clocks that are set later change nothing.
     """
-    end = job_end(cluster)
-    if end is None:
-        return run.stop_requested
-    deadline = Deadline(end - time.time(), cluster.stop_margin_s)
+    end, meeting = job_end(cluster), Meeting.of_this_job()
+    deadline = None if end is None else Deadline(end - time.time(), cluster.stop_margin_s)
+
+    def reason() -> str | None:
+        if end is not None and deadline is not None and deadline.near():
+            return in_words(end)
+        return "Slurm warned the job" if meeting is not None and meeting.stop_flag.exists() else None
 
     def must_stop() -> bool:
-        if deadline.near() and not run.stop_requested():
+        why = reason()
+        if why is not None and not run.stop_requested():
             with suppress(OSError):  # of a full disk: it stops all the same, and says less
-                run.request_stop(in_words(end))
+                run.request_stop(why)
             return True
         return run.stop_requested()
 

@@ -14,8 +14,12 @@ import torch
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.process_group import address_towards
-from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer, running_servers
+from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.planning.nodes import roles
+from rloop_mcore.platform.network import address_towards
+from rloop_mcore.rollout.controller import Server
+from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, running_servers
+from rloop_mcore.rollout.published import Publication, PublishedServer
 from rloop_mcore.weights.channel import BroadcastChannel
 
 _SHARED_BUCKETS = 3  # in /dev/shm: two, and room for others
@@ -29,19 +33,25 @@ def weight_channel(config: Config, largest: int) -> BroadcastChannel | None:
     largest tensor.
     """
     rollout = config.rollout
-    beside = rollout.engine == "embedded" or not (rollout.endpoints or rollout.gpus)
+    apart = bool(rollout.endpoints or rollout.nodes)
+    elsewhere = apart or bool(roles(config).hosts)
+    beside = not apart and (rollout.engine == "embedded" or not rollout.gpus)
     backend = "gloo" if beside else platform.backend()
     needed = _SHARED_BUCKETS * max(rollout.bucket_mib * 2**20, largest * torch.float32.itemsize)
-    if beside and (platform.device().type == "cuda" or shutil.disk_usage("/dev/shm").free >= needed):
+    if not elsewhere and beside and (platform.device().type == "cuda" or shutil.disk_usage("/dev/shm").free >= needed):
         return None
     return BroadcastChannel(backend, "weights", rollout.start_timeout_s, meeting_address(config))
 
 
 def meeting_address(config: Config) -> str:
-    """Where the engines meet the trainer for the weight broadcast: on loopback, or where `rollout.endpoints` reach it.
+    """Where the engines meet the trainer for the weight broadcast: on loopback, where `rollout.endpoints` reach it, or
+    where the other nodes of the job do.
 
     Raises UserError for an endpoint on a host that is unknown or that no route leads to.
     """
+    meeting = Meeting.of_this_job()
+    if meeting is not None and roles(config).hosts:
+        return meeting.head().address
     for endpoint in config.rollout.endpoints:
         host = urlsplit(endpoint).hostname or ""
         try:
@@ -53,44 +63,62 @@ def meeting_address(config: Config) -> str:
     return "127.0.0.1"
 
 
-def start_servers(
-    config: Config, model: Path, log_folder: Path
-) -> Sequence[EmbeddedServer | SGLangServer | RunningServer]:
-    """The servers of `rollout.endpoints`, or `rollout.engines` of this run with `model`, still starting."""
+def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Server]:
+    """The servers of `rollout.endpoints`, or those that the nodes of the job keep, or `rollout.engines` of this run
+    with `model`, still starting."""
     if config.rollout.endpoints:
         return running_servers(config.rollout.endpoints)
-    engines = config.rollout.engines
-    threads = config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // engines)
+    meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)
+    if meeting is not None and roles(config).hosts:
+        key = meeting.key()
+        return [PublishedServer(Publication(meeting.folder, number), key) for number in engines]
+    return [start_engine(config, model, log_folder, number, engines) for number in engines]
+
+
+def start_engine(
+    config: Config, model: Path, log_folder: Path, number: int, here: range, host: str = "127.0.0.1", key: str = ""
+) -> EmbeddedServer | SGLangServer:
+    """Start engine `number`, one of those that this node has; does not wait.
+
+    host: the address it listens on; key: what it asks callers for, one of its own where empty.
+    """
+    threads = config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // len(here))
     dtype = "float32" if config.precision == "fp32" else "bfloat16"
     device = platform.choose(config.cluster.device)
     if config.rollout.sleep and config.rollout.engine == "sglang" and device == "cpu":
         raise UserError("rollout.sleep=true: SGLang can do that on a GPU only; set rollout.sleep=false here.")
-
-    def start(number: int) -> EmbeddedServer | SGLangServer:
-        name = f"engine-{number}" if engines > 1 else "engine"
-        most = config.rollout.max_running
-        if config.rollout.engine == "embedded":
-            return EmbeddedServer(
-                model, log_folder, name, max_running=most, threads=threads, dtype=dtype, device=device
-            )
-        return SGLangServer(
+    name = f"engine-{number}" if config.rollout.engines > 1 else "engine"
+    most = config.rollout.max_running
+    if config.rollout.engine == "embedded":
+        return EmbeddedServer(
             model,
             log_folder,
             name,
-            python=Path(str(config.rollout.python)),
             max_running=most,
             threads=threads,
             dtype=dtype,
             device=device,
-            arguments=_sglang_arguments(config, device, number),
-            gpus=config.rollout.gpus,
+            host=host,
+            api_key=key,
         )
-
-    return [start(number) for number in range(engines)]
+    return SGLangServer(
+        model,
+        log_folder,
+        name,
+        python=Path(str(config.rollout.python)),
+        max_running=most,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+        arguments=_sglang_arguments(config, device, number - here.start),
+        gpus=config.rollout.gpus,
+        host=host,
+        api_key=key,
+    )
 
 
 def _sglang_arguments(config: Config, device: str, number: int) -> list[str]:
-    """The flags of server `number` that its configuration decides."""
+    """The flags of server `number` of its node that its configuration decides."""
     rollout = config.rollout
     arguments = ["--tp-size", str(rollout.tp), "--ep-size", str(rollout.ep)]
     if device == "cuda":

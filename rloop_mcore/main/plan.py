@@ -15,12 +15,12 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
+from rloop_mcore.planning.nodes import check_gpus, trainer_gpus
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.plan import Plan, trainer_gpus
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
 from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
@@ -33,7 +33,7 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
     config = load_config(overrides, absent="-")
     validate.check_values(config, elsewhere=True)
-    check_cluster(config)
+    check_gpus(config)
     validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
     sizes, source = validate.stated_sizes(config.model)
     validate.check_sizes(config, sizes, source)

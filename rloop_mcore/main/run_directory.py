@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "ranks.log"
 
     @property
+    def jobs(self) -> Path:
+        """Of its Slurm jobs: their script and logs, and how their nodes find each other."""
+        return self.path / "slurm"
+
+    @property
     def heartbeat(self) -> Path:
         return self.path / "heartbeat"
 
@@ -65,7 +70,7 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK):
             raise UserError(f"run.dir={self.path} is not writable: choose another.")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
-        if names and not names & {"config.yaml", "lock", "model", "preflight.json"}:  # what a run makes first
+        if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
         if not self.journal.exists() and any((self.path / "policies").glob("*")):
             raise UserError(f"{self.journal} is gone but policies/ is not: restore it, or choose another run.dir.")
@@ -148,8 +153,10 @@ class RunDirectory:
         for name in ("stop", "fault.txt"):
             (self.path / name).unlink(missing_ok=True)
 
-    def log_tail(self, lines: int = 20) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+def log_tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log; nothing where there is none."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
 def check_not_removed(policy: Path) -> None:

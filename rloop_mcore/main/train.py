@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -21,28 +20,35 @@ from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
-from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
+from rloop_mcore.main.head import explain, first_place
+from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
+from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
-from rloop_mcore.planning.cluster import check_cluster
-from rloop_mcore.planning.layouts import processes
+from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue
 
 _LOOK_S = 1.0
-_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm's --signal sends
+_GRACE_S = 60.0
 
 
-def train(overrides: Sequence[str], force: bool) -> int:
-    """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
+def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None) -> int:
+    """Run or resume one training run; returns the exit code. `force` takes unsafe changes.
+
+    meeting: of the job whose first node this is. Raises UserError, and Fault where the other nodes don't come.
+    """
     config = load_config(overrides)
     validate.check_values(config)
-    check_cluster(config)
+    roles(config)
+    if meeting is None and config.cluster.nodes > 1:
+        raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():
@@ -56,7 +62,7 @@ def train(overrides: Sequence[str], force: bool) -> int:
         write_atomic(run.config, to_yaml(config))
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
-        code, message = _supervise(run, config)
+        code, message = _supervise(run, config, meeting)
         if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
             code, message = 1, f"{message}; {enough}"
             run.write_ending(code, message)
@@ -70,7 +76,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     device = platform.choose(config.cluster.device)
     validate.check_device(config, device)
     if device == "cuda":
-        platform.check_gpus(processes(config.layout), config.precision)
+        platform.check_gpus(roles(config).ranks, config.precision)
     check_not_removed(model)
     validate.check_model(config, model)
     if device == "cuda" and config.cluster.gpu.memory_gib:
@@ -85,7 +91,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     return len(load_problems(config.data.train, config.data.limit))
 
 
-def _supervise(run: RunDirectory, config: Config) -> tuple[int, str]:
+def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tuple[int, str]:
     """Run the ranks to their end; the exit code, and what is to be said."""
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
@@ -96,36 +102,31 @@ def _supervise(run: RunDirectory, config: Config) -> tuple[int, str]:
         )
         run.write_ending(75, message)
         return 75, message
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-        *("--nproc-per-node", str(processes(config.layout)), "-m", "rloop_mcore.main.worker", str(run.path)),
-    ]
-    supervisor = os.getpid()
-    # one host for now: neither the rendezvous nor gloo has to be reached from another
-    environment = {**os.environ, SUPERVISOR_VARIABLE: str(supervisor), "GLOO_SOCKET_IFNAME": "lo"}
-    with open(run.log, "ab") as log:
-        watchdog = Watchdog(run, config)
-        # a session of its own: Ctrl-C reaches only the supervisor, which asks the run to stop at a step's end
-        ranks = subprocess.Popen(
-            command,
-            stderr=log,
-            start_new_session=True,
-            env=environment,
-            preexec_fn=lambda: _become_a_rank(supervisor),
-        )
-        with _stop_signals(run, ranks):
-            code = _watch(run, ranks, watchdog)
+    place, log = Place(roles(config).ranks), run.log
+    if meeting is not None:
+        place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+    watchdog = Watchdog(run, config)
+    ranks = start_ranks(run.path, place, log)
+    with _stop_signals(run, ranks):
+        code = _watch(run, ranks, watchdog)
+    if meeting is not None:
+        explain(run, meeting, config.cluster.nodes)
     ending = run.ending()
     if ending is not None:
         return int(ending["code"]), str(ending["message"])
-    message, tail = f"the ranks ended with exit code {code} without a word", run.log_tail()
-    run.write_ending(1, message, tail)
-    print(f"rloop: the end of {run.log}:\n{tail}", file=sys.stderr)
-    return 1, message
+    if run.stop_requested():  # whoever asked has killed the ranks too, as Slurm does to a cancelled job
+        message = "killed when it was to stop; the same command goes on from the last commit"
+        run.write_ending(75, message)
+        return 75, message
+    message = f"the ranks ended with exit code {code} without a word"
+    run.write_ending(1, message, log_tail(log))
+    return 1, f"{message}; the log is {log}, its end:\n{log_tail(log)}"
 
 
 def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog) -> int:
-    """Wait for the end of the ranks, and bring it about where they stall; returns their exit code."""
+    """Wait for the end of this node's ranks, and bring it about where they stall, or where the run has been ended on
+    another node for a while; returns their exit code."""
+    ended = None
     while True:
         try:
             return ranks.wait(_LOOK_S)
@@ -134,13 +135,10 @@ def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
                 kept = end_stalled(run, psutil.Process())
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
-
-
-def _become_a_rank(supervisor: int) -> None:
-    """Slurm signals every process of a job's step; only the supervisor is to heed it."""
-    for number in _SCHEDULERS:
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent(supervisor)
+            if ended is None and (run.ending() or {"code": 0})["code"] != 0:
+                ended = time.monotonic()
+            if ended is not None and time.monotonic() > ended + _GRACE_S:
+                ranks.kill()
 
 
 @contextmanager
@@ -153,11 +151,11 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
 
     def handle(signum: int, frame: Any) -> None:
         nonlocal insisted
-        if insisted and signum not in _SCHEDULERS:
+        if insisted and signum not in SCHEDULERS:
             run.write_ending(75, "killed as asked; the same command goes on from the last commit")
             ranks.kill()
             return
-        insisted = insisted or signum not in _SCHEDULERS
+        insisted = insisted or signum not in SCHEDULERS
         try:
             if not run.stop_requested():
                 run.request_stop(f"{signal.Signals(signum).name} came")
@@ -166,7 +164,7 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, *_SCHEDULERS)
+    numbers = (signal.SIGTERM, signal.SIGINT, *SCHEDULERS)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

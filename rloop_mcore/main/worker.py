@@ -13,6 +13,7 @@ import psutil
 from rloop_mcore import platform
 from rloop_mcore.compose import read_config
 from rloop_mcore.errors import Fault, Interrupted, UserError
+from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
 from rloop_mcore.platform import heartbeat
@@ -25,6 +26,8 @@ def main() -> int:
     _die_with_the_run()
     show_stacks_when_asked()
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
+    if (meeting := Meeting.of_this_job()) is not None:
+        _log_to(meeting.log(f"rank-{rank}"), progress=rank == 0)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
@@ -57,6 +60,14 @@ def main() -> int:
         if rank == 0:
             run.write_ending(0, "")
     return 0
+
+
+def _log_to(log: Path, progress: bool) -> None:
+    """What this rank says goes to a file of its own; not its progress, which is the job's."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (2,) if progress else (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
 
 
 def _die_with_the_run() -> None:

@@ -12,7 +12,8 @@ from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, overrides, processes
-from rloop_mcore.planning.plan import Plan, trainer_gpus
+from rloop_mcore.planning.nodes import trainer_gpus
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.sizes import Architecture
 
 _RECOMPUTE = ("none", "selective", "full")

@@ -15,17 +15,6 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def address_towards(host: str) -> str:
-    """The address of this machine that `host` reaches it by: of the interface that the route to it takes.
-
-    Raises OSError where the name is unknown or there is no route. Nothing is sent.
-    """
-    family, kind, protocol, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)
-        return str(probe.getsockname()[0])
-
-
 def host_store(address: str = "127.0.0.1", timeout_s: float = 60.0, port: int = 0) -> dist.TCPStore:
     """Host a rendezvous store on `address` only; it lives as long as the returned object. Raises OSError.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rloop_mcore.config import Config
 from rloop_mcore.platform.files import is_disk_full
-from rloop_mcore.platform.process_group import address_towards
+from rloop_mcore.platform.network import address_towards
 from rloop_mcore.preflight.collectives import Workers, rounds, seconds
 from rloop_mcore.preflight.facts import Facts, gather
 from rloop_mcore.preflight.judge import Findings

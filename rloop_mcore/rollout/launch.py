@@ -87,9 +87,11 @@ class _ChildServer:
     kind: str  # how messages call it
     process: subprocess.Popen[bytes]
 
-    def __init__(self, run_dir: Path, name: str) -> None:
+    def __init__(self, run_dir: Path, name: str, host: str, api_key: str) -> None:
+        """host: the address to listen on; api_key: one of its own where empty."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.api_key = secrets.token_hex(32)  # no "-" to begin with: SGLang would read it as a flag
+        self.host = host
+        self.api_key = api_key or secrets.token_hex(32)  # no "-" to begin with: SGLang would read it as a flag
         self.log = run_dir / f"{name}.log"
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -160,14 +162,25 @@ class EmbeddedServer(_ChildServer):
     kind = "the embedded engine"
 
     def __init__(
-        self, model_path: Path, run_dir: Path, name: str, *, max_running: int, threads: int, dtype: str, device: str
+        self,
+        model_path: Path,
+        run_dir: Path,
+        name: str,
+        *,
+        max_running: int,
+        threads: int,
+        dtype: str,
+        device: str,
+        host: str = "127.0.0.1",
+        api_key: str = "",
     ) -> None:
         """Start the process; does not wait. dtype: float32 or bfloat16."""
-        super().__init__(run_dir, name)
+        super().__init__(run_dir, name, host, api_key)
         self.port_file = run_dir / f".{name}.port"
         self.port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rloop_mcore.rollout.embedded", "--model-path", str(model_path)]
         command += ["--port-file", str(self.port_file), "--parent", str(os.getpid()), "--max-running", str(max_running)]
+        command += ["--host", host]
         self.command = [*command, "--threads", str(threads), "--dtype", dtype, "--device", device]
         self.environment = {**os.environ, KEY_VARIABLE: self.api_key, "HF_HUB_OFFLINE": "1"}
         if threads:
@@ -178,7 +191,7 @@ class EmbeddedServer(_ChildServer):
         return self._spawn(self.command, self.environment)
 
     async def _answers(self) -> str | None:
-        return f"http://127.0.0.1:{int(self.port_file.read_text())}" if self.port_file.exists() else None
+        return f"http://{self.host}:{int(self.port_file.read_text())}" if self.port_file.exists() else None
 
     def _clean_up(self) -> None:
         self.port_file.unlink(missing_ok=True)
@@ -202,16 +215,18 @@ class SGLangServer(_ChildServer):
         device: str,
         arguments: Sequence[str] = (),
         gpus: Sequence[int] = (),
+        host: str = "127.0.0.1",
+        api_key: str = "",
     ) -> None:
         """Start the process; does not wait.
 
         python: the interpreter that has SGLang; dtype: float32 or bfloat16; device: cpu or cuda; arguments: further
         flags, which win; gpus: the devices it may see, all of them where empty.
         """
-        super().__init__(run_dir, name)
+        super().__init__(run_dir, name, host, api_key)
         self.secrets = run_dir / f".{name}.yaml"
         command = [str(python), "-c", _LAUNCH, str(os.getpid()), "--config", str(self.secrets)]
-        command += ["--model-path", str(model_path), "--host", "127.0.0.1", "--dtype", dtype, "--device", device]
+        command += ["--model-path", str(model_path), "--host", host, "--dtype", dtype, "--device", device]
         command += ["--max-running-requests", str(max_running), "--skip-server-warmup"]
         command += ["--log-level", "warning"]  # below it SGLang logs all of its settings, the key among them
         self.command = [*command, *(_SGLANG_ON_CPU if device == "cpu" else ()), *arguments]
@@ -227,13 +242,13 @@ class SGLangServer(_ChildServer):
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.port = _free_port()
+        self.port = _free_port(self.host)
         with open(self.secrets, "w", opener=_private) as file:
             file.write(f'api-key: "{self.api_key}"\n')
         return self._spawn([*self.command, "--port", str(self.port)], self.environment)
 
     async def _answers(self) -> str | None:
-        url = f"http://127.0.0.1:{self.port}"
+        url = f"http://{self.host}:{self.port}"
         try:
             async with (
                 aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_S)) as session,
@@ -247,12 +262,12 @@ class SGLangServer(_ChildServer):
         self.secrets.unlink(missing_ok=True)
 
 
-def _free_port() -> int:
+def _free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on. SGLang binds it half a minute later, so it is none that the kernel gives away."""
     while True:
         port = secrets.choice(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             return port
 
 

@@ -103,3 +103,14 @@ def test_a_clock_that_is_set_later_changes_nothing(tmp_path: Path, monkeypatch: 
     must_stop = stop_requests(ClusterConfig(job_end=str(time.time() + 1000), stop_margin_s=0), RunDirectory(tmp_path))
     monkeypatch.setattr(time, "time", lambda: 4e9)
     assert not must_stop()
+
+
+def test_the_warning_of_a_slurm_job_is_a_file_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLOOP_JOB_FOLDER", str(tmp_path / "slurm/7.0"))
+    (tmp_path / "slurm/7.0").mkdir(parents=True)
+    run = RunDirectory(tmp_path)
+    must_stop = stop_requests(ClusterConfig(), run)
+    assert not must_stop()
+    (tmp_path / "slurm/7.0/stop").touch()
+    assert must_stop()
+    assert run.stop_reason() == "Slurm warned the job"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.engines import meeting_address
-from rloop_mcore.platform.process_group import address_towards
+from rloop_mcore.platform.network import address_towards
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, _free_port, running_servers

@@ -21,8 +21,8 @@ import shrunk
 
 from rloop_mcore.compose import config_folder, flat, load_config
 from rloop_mcore.config import Config, LayoutConfig
-from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.layouts import ModelShape, broken_rule
+from rloop_mcore.planning.nodes import roles
 from rloop_mcore.validate import check_values
 from rloop_mcore.weights.digest import digest_of
 
@@ -42,7 +42,7 @@ def load(name: str, *overrides: str) -> Config:
 def test_every_shipped_experiment_is_legal(name: str) -> None:
     config = load(name)
     check_values(config)
-    check_cluster(config)
+    roles(config)
     assert config.experiment == name
     architecture = config.model.architecture
     assert broken_rule(config.layout, ModelShape.of(vars(architecture), name)) is None

@@ -1,0 +1,94 @@
+"""The engines of one node of a job: started, published for the trainer, started anew when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rloop_mcore.config import Config
+from rloop_mcore.main.engines import start_engine
+from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.planning.nodes import roles
+from rloop_mcore.platform.network import interface_of
+from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer
+from rloop_mcore.rollout.published import Publication
+
+_POLL_S = 0.3
+_BACKOFF_S = (1.0, 5.0, 15.0, 60.0)  # after so many starts in a row that never answered
+
+log = logging.getLogger(__name__)
+
+
+def keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int, address: str) -> None:
+    """Run the engines of `node`, reached at `address`, until the job has ended. Call it on the main thread."""
+    interface = interface_of(address)  # for the weight broadcast
+    os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    here, key = roles(config).engines_of(node), meeting.key()
+    servers = [start_engine(config, run.model(config), meeting.folder, k, here, address, key) for k in here]
+    try:
+        asyncio.run(_keep_all(meeting, dict(zip(here, servers, strict=True)), config.rollout.start_timeout_s))
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subprocess.Popen[bytes]:
+    """Keep the engines of a node that trains too, in a process that ends with this one."""
+    parent = os.getpid()
+    command = [sys.executable, "-m", "rloop_mcore.main.keeper", str(run), str(node), address]
+    with open(meeting.log(f"engines-{node}"), "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent),
+        )
+
+
+async def _keep_all(meeting: Meeting, servers: dict[int, EmbeddedServer | SGLangServer], timeout_s: float) -> None:
+    tasks = [asyncio.create_task(_keep(s, Publication(meeting.folder, k), timeout_s)) for k, s in servers.items()]
+    while not meeting.ended():
+        await asyncio.sleep(_POLL_S)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication, timeout_s: float) -> None:
+    """Publish each start of one engine, and start it anew when it dies or the trainer wants it so."""
+    start, in_vain = 1, 0
+    while True:
+        try:
+            url, _ = await server.ready(timeout_s)
+            publication.publish(url, start)
+            in_vain = 0
+            while server.failure() is None and publication.refused() < start:
+                await asyncio.sleep(_POLL_S)
+            reason = server.failure() or "the trainer got no good answer from it"
+        except EngineError as error:
+            reason, in_vain = str(error), in_vain + 1
+        log.warning("engine %d is started anew (start %d failed: %s)", publication.number, start, reason)
+        await asyncio.sleep(_BACKOFF_S[min(in_vain, len(_BACKOFF_S) - 1)])
+        with contextlib.suppress(OSError):  # no process is to be had: the next turn says so
+            server.restart()
+        start += 1
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run, meeting = RunDirectory(Path(sys.argv[1])), Meeting.of_this_job()
+    assert meeting is not None
+    keep_engines(run.read_config(), run, meeting, int(sys.argv[2]), sys.argv[3])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""`rloop launch`: check a run where it is submitted, write its batch script, give it to sbatch."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from rloop_mcore import validate
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.planning.nodes import roles
+from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.slurm.script import Run, command_script, training_script
+
+_SUBMIT_S = 120.0
+
+
+def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Submit a training run, an array of them, or another `rloop` command; or print the script. Raises UserError."""
+    runs: list[Run] = []
+    if command:
+        config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
+        validate.check_values(config)
+        script = command_script(config, command)
+    else:
+        lines: list[list[str]] = [[]] if options.sweep is None else _lines(options.sweep)
+        configs = [_config([*options.overrides, *line]) for line in lines]
+        runs = [
+            Run(Path(config.run.dir).absolute(), [*options.overrides, *line])
+            for config, line in zip(configs, lines, strict=True)
+        ]
+        _check_distinct(runs, configs)
+        first = configs[0]
+        script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes, options.force)
+    if options.dry_run:
+        print(script, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
+    return _submit(script, _save(script, runs))
+
+
+def _config(overrides: Sequence[str]) -> Config:
+    config = load_config(overrides)
+    validate.check_values(config)
+    roles(config)
+    return config
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """The overrides of each line of a sweep file; empty lines and comments are none."""
+    try:
+        lines = [shlex.split(line, comments=True) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"--sweep {file} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"--sweep {file} holds a line that is no shell words ({error}).") from error
+    if not (found := [line for line in lines if line]):
+        raise UserError(f"--sweep {file} is empty: write the overrides of one run on each line.")
+    return found
+
+
+def _check_distinct(runs: Sequence[Run], configs: Sequence[Config]) -> None:
+    """Runs of one job have a directory each, and the same wishes of Slurm."""
+    seen: dict[Path, int] = {}
+    for number, run in enumerate(runs, 1):
+        if run.directory in seen:
+            raise UserError(f"runs {seen[run.directory]} and {number} of the sweep have one run.dir={run.directory}.")
+        seen[run.directory] = number
+    for number, config in enumerate(configs, 1):
+        if (config.cluster, config.rollout.nodes) != (configs[0].cluster, configs[0].rollout.nodes):
+            raise UserError(f"run {number} of the sweep changes cluster.* or rollout.nodes, which one job has once.")
+
+
+def _save(script: str, runs: Sequence[Run]) -> Path | None:
+    """Keep the script with each run: what ran can be read there, and a job may have to submit it again."""
+    for run in runs:
+        directory = RunDirectory(run.directory)
+        directory.create()
+        directory.jobs.mkdir(exist_ok=True)
+        write_atomic(directory.jobs / "job.sh", script)
+    return RunDirectory(runs[0].directory).jobs / "job.sh" if runs else None
+
+
+def _submit(script: str, saved: Path | None) -> int:
+    done = subprocess.run(
+        ["sbatch", "--parsable", *([str(saved)] if saved else [])],
+        input=None if saved else script,
+        capture_output=True,
+        text=True,
+        timeout=_SUBMIT_S,
+    )
+    if done.returncode != 0:
+        raise UserError(f"sbatch refuses the job: {done.stderr.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    print(f"submitted job {job}" + (f"; its logs are in {saved.parent}" if saved else ""))
+    return 0

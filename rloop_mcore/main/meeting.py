@@ -1,0 +1,153 @@
+"""How the nodes of one job find each other: by files in a folder of the run that is new for every start of the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rloop_mcore.errors import Fault
+from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.network import address_of, addresses
+
+FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # the batch script makes the folder and names it
+_SEEN_VARIABLE = "SLURM_LAUNCH_NODE_IPADDR"  # the first node, as a task sees it
+_POLL_S = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the first node is reached: address, and port of torchrun's rendezvous."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Meeting:
+    folder: Path
+
+    @classmethod
+    def of_this_job(cls) -> Meeting | None:
+        """The meeting of the job that this process belongs to."""
+        folder = os.environ.get(FOLDER_VARIABLE)
+        return cls(Path(folder)) if folder else None
+
+    @property
+    def stop_flag(self) -> Path:
+        """Made by the batch script when Slurm warns it."""
+        return self.folder / "stop"
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    # -- what a node says -----------------------------------------------------------------------------------------
+
+    def hello(self, node: int) -> None:
+        """This node is there: its name, which machine it is, and how it sees the first node."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._write(
+            f"node-{node}.json",
+            {"host": socket.gethostname(), "boot": boot, "head": os.environ.get(_SEEN_VARIABLE, "")},
+        )
+
+    def publish_head(self, head: Head) -> None:
+        self._write("head.json", {"address": head.address, "port": head.port})
+
+    def write_failure(self, node: int, failure: dict[str, Any]) -> None:
+        """How the first of this node's ranks to fall did so."""
+        self._write(f"failed-{node}.json", {"node": node, "host": socket.gethostname(), **failure})
+
+    def end(self, code: int) -> None:
+        """The first node is done, and so is the job: its exit code."""
+        write_atomic(self.folder / "code", str(code))
+
+    def new_key(self) -> None:
+        """The key of the job's engines, in a file that only the user can read."""
+        key = self.folder / "key"
+        descriptor = os.open(key.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        key.with_suffix(".new").replace(key)
+
+    # -- what a node hears ----------------------------------------------------------------------------------------
+
+    def ended(self) -> bool:
+        return (self.folder / "code").exists()
+
+    def key(self) -> str:
+        return (self.folder / "key").read_text()
+
+    def head(self) -> Head:
+        return Head(**json.loads((self.folder / "head.json").read_text()))
+
+    def wait_for_head(self, timeout_s: float) -> Head | None:
+        """Wait for `publish_head`; None where the first node ends instead. Raises Fault."""
+        self._wait(
+            lambda: self.ended() or (self.folder / "head.json").exists(),
+            timeout_s,
+            "the first node to check the configuration",
+        )
+        return None if self.ended() else self.head()
+
+    def wait_for_nodes(self, nodes: int, timeout_s: float) -> list[dict[str, str]]:
+        """What nodes 1 .. `nodes` - 1 said in `hello`. Raises Fault that names those that said nothing."""
+        missing = range(1, nodes)
+
+        def all_here() -> bool:
+            nonlocal missing
+            missing = [node for node in missing if not (self.folder / f"node-{node}.json").exists()]  # type: ignore[assignment]
+            return not missing
+
+        try:
+            self._wait(all_here, timeout_s, "the other nodes")
+        except Fault:
+            raise Fault(
+                f"waited {timeout_s:g} s (cluster.start_timeout_s) for nodes {', '.join(map(str, missing))} of 0 to "
+                f"{nodes - 1} of the job: see their logs in {self.folder}"
+            ) from None
+        return [json.loads((self.folder / f"node-{node}.json").read_text()) for node in range(1, nodes)]
+
+    def failures(self, nodes: int) -> list[dict[str, Any]]:
+        """What was written by `write_failure` so far: ranks killed by a signal first, then by time."""
+        files = [self.folder / f"failed-{node}.json" for node in range(nodes)]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        return sorted(found, key=lambda failure: (failure["code"] >= 0, failure["time"]))
+
+    def _write(self, name: str, fields: dict[str, Any]) -> None:
+        write_atomic(self.folder / name, json.dumps(fields))
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Fault(f"waited {timeout_s:g} s (cluster.start_timeout_s) for {what}: see {self.folder}")
+            time.sleep(_POLL_S)
+
+
+def head_address(others: list[dict[str, str]], interface: str | None) -> str:
+    """The address of this, the first, node at which the others reach it: that of `interface`, else as they see it.
+
+    Where they see it on loopback, they are this machine, or its name leads there by mistake.
+    """
+    if interface is not None:
+        return address_of(interface)
+    own = addresses()
+    seen = {other["head"] for other in others}
+    if len(seen) == 1 and (address := seen.pop()) in own and not address.startswith("127."):
+        return address
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    if all(other["boot"] == boot for other in others):
+        return "127.0.0.1"
+    outside = [address for address, name in own.items() if name != "lo"]
+    if not outside:
+        raise Fault(f"{socket.gethostname()} has no address but loopback, and {len(others)} other nodes to talk to")
+    return outside[0]

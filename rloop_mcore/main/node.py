@@ -1,0 +1,96 @@
+"""`rloop node`: what a job starts on each of its nodes. The first trains as `rloop train` does; the others follow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.main.keeper import keep_engines, start_keeper
+from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
+from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure, start_ranks
+from rloop_mcore.main.run_directory import RunDirectory, log_tail
+from rloop_mcore.main.train import train
+from rloop_mcore.planning.nodes import roles
+from rloop_mcore.platform.network import address_of, address_towards
+
+_FIRST_WAIT_S = 300.0  # where the configuration is wrong, and says nothing of how long
+_LAST_WAIT_S = 120.0  # for the first node to end once this one's ranks have failed
+_POLL_S = 0.2
+
+
+def node(overrides: Sequence[str], force: bool) -> int:
+    """Do this node's part of the job; returns the exit code, of which the first node's is the job's.
+
+    Raises UserError outside of a job.
+    """
+    meeting = Meeting.of_this_job()
+    if meeting is None or "SLURM_PROCID" not in os.environ:
+        raise UserError(f"`rloop node` is for the jobs of `rloop launch`, which set {FOLDER_VARIABLE}.")
+    number = int(os.environ["SLURM_PROCID"])
+    return _first(overrides, force, meeting) if number == 0 else _other(overrides, meeting, number)
+
+
+def _first(overrides: Sequence[str], force: bool, meeting: Meeting) -> int:
+    code = 1
+    try:
+        meeting.new_key()
+        code = train(overrides, force, meeting)
+    except (UserError, Fault) as error:
+        print(f"rloop: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+    finally:
+        meeting.end(code)
+    return code
+
+
+def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
+    for signum in SCHEDULERS:  # the first node's to heed
+        signal.signal(signum, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s node {number} %(levelname)s %(name)s: %(message)s")
+    meeting.hello(number)
+    try:
+        config = load_config(overrides)
+    except UserError:  # the first node says it
+        meeting.wait_for_head(_FIRST_WAIT_S)
+        return 0
+    head = meeting.wait_for_head(config.cluster.start_timeout_s)
+    if head is None:
+        return 0
+    interface = config.cluster.interface
+    address = address_towards(head.address) if interface is None else address_of(interface)
+    run, nodes = RunDirectory(Path(config.run.dir)), roles(config)
+    if number >= nodes.trainers:
+        keep_engines(config, run, meeting, number, address)
+        return 0
+    if number in nodes.hosts:
+        start_keeper(run.path, meeting, number, address)
+    return _follow(run, meeting, Place(nodes.ranks, number, nodes.trainers, address, head.address, head.port))
+
+
+def _follow(run: RunDirectory, meeting: Meeting, place: Place) -> int:
+    """Run this node's ranks until they end, or the first node has."""
+    log = meeting.log(f"torchrun-{place.node}")
+    ranks = start_ranks(run.path, place, log)
+    while ranks.poll() is None and not meeting.ended():
+        time.sleep(_POLL_S)
+    if ranks.poll() is None:
+        ranks.terminate()
+        return 0
+    if ranks.returncode == 0:
+        return 0
+    if (failure := first_failure(log)) is not None:
+        meeting.write_failure(place.node, failure)
+    if run.ending() is None:
+        message = f"the ranks of node {place.node} ended with exit code {ranks.returncode} without a word"
+        run.write_ending(1, message, log_tail(log))
+    deadline = time.monotonic() + _LAST_WAIT_S  # so that it is the first node whose exit code Slurm sees
+    while not meeting.ended() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return 1

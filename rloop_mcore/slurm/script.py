@@ -1,0 +1,162 @@
+"""From a configuration to the batch script of its job. Every value is checked, or quoted for the shell."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from rloop_mcore.config import Config, SlurmConfig
+from rloop_mcore.errors import UserError
+
+# variables of the submitting shell that every job gets, beside cluster.slurm.environment
+_ALWAYS = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "RLOOP_CHAIN")
+_PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()]+")  # what sbatch reads in an #SBATCH line as it stands
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED")
+_LONGEST_WARNING_S = 65535
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a job: an array has several."""
+
+    directory: Path  # absolute
+    overrides: Sequence[str]
+
+
+def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_nodes: int, force: bool = False) -> str:
+    """The job that trains `runs`, one a task of an array where there are several. Raises UserError for a bad value.
+
+    `engine_nodes` of the `nodes` have engines only: the last ones, or a second component of a heterogeneous job.
+    force: the first start takes unsafe changes, and goes on after a row of equal faults.
+    """
+    slurm = config.cluster.slurm
+    apart = engine_nodes if slurm.hetjob else 0
+    if slurm.hetjob and not engine_nodes:
+        raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
+    logs = str(runs[0].directory / "slurm") if len(runs) == 1 else str(runs[0].directory.parent)
+    array = "" if len(runs) == 1 else f"--array=0-{len(runs) - 1}"
+    output = f"{logs}/{'%A_%a' if array else '%j'}.out"
+    directives = _directives(config, nodes - apart, output, slurm.flags)
+    directives += ["--requeue", f"--signal=B:USR1@{slurm.signal_s}", *([array] if array else [])]
+    if apart:
+        directives += ["hetjob", *_directives(config, apart, output, slurm.engine_flags)]
+    return _render(
+        "job.sh.jinja",
+        config,
+        _checked(directives),
+        runs=[{"directory": shlex.quote(str(run.directory)), "overrides": shlex.join(run.overrides)} for run in runs],
+        placement="--het-group=0,1" if apart else f"--nodes={nodes} --ntasks={nodes} --ntasks-per-node=1",
+        retries=slurm.retries,
+        backoff=slurm.backoff_s,
+        resubmit=slurm.resubmit,
+        preflight=slurm.preflight,
+        exclude_bad=slurm.exclude_bad,
+        force=force,
+        saved="$run_dir/slurm/job.sh",
+    )
+
+
+def command_script(config: Config, command: Sequence[str]) -> str:
+    """The job that runs another `rloop` command on one node. Raises UserError for a bad value."""
+    directives = _directives(config, 1, "rloop-%j.out", config.cluster.slurm.flags)
+    return _render("command.sh.jinja", config, _checked(directives), command=shlex.join(command))
+
+
+def _directives(config: Config, nodes: int, output: str, flags: Sequence[str]) -> list[str]:
+    """Options of one component of the job."""
+    slurm, gpus = config.cluster.slurm, config.cluster.gpus_per_node
+    name = slurm.job_name or Path(config.run.dir).name or "rloop"
+    named = [(f"--{key}", getattr(slurm, key)) for key in ("partition", "account", "qos", "constraint", "time")]
+    _check(slurm)
+    return [
+        f"--job-name={name}",
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        *([f"--cpus-per-task={slurm.cpus_per_node}"] if slurm.cpus_per_node else ["--exclusive", "--mem=0"]),
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
+        *(f"{option}={value}" for option, value in named if value is not None),
+        f"--output={output}",
+        "--open-mode=append",
+        f"--export={','.join((*_ALWAYS, *slurm.environment))}",
+        *flags,
+    ]
+
+
+def _check(slurm: SlurmConfig) -> None:
+    for name in slurm.environment:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"cluster.slurm.environment holds {name!r}: give names of variables; their values follow.")
+    if slurm.time is not None and not _TIME.fullmatch(slurm.time):
+        raise UserError(f"cluster.slurm.time={slurm.time} is no time limit: write 04:00:00, 2-12:00:00 or minutes.")
+    if slurm.signal_s > _LONGEST_WARNING_S:
+        raise UserError(f"cluster.slurm.signal_s={slurm.signal_s} is more than Slurm's {_LONGEST_WARNING_S}.")
+    for key in ("flags", "engine_flags"):
+        for flag in getattr(slurm, key):
+            if not flag.startswith("-"):
+                raise UserError(f"cluster.slurm.{key} holds {flag!r}: an option of sbatch looks like --exclude=n7.")
+    for line in slurm.setup:
+        if "\n" in line:
+            raise UserError(f"cluster.slurm.setup holds {line!r}: give one shell line an entry.")
+    if slurm.container == "none" and (slurm.image or slurm.mounts):
+        raise UserError("cluster.slurm.image and mounts need cluster.slurm.container=pyxis or apptainer.")
+    if slurm.container != "none" and not slurm.image:
+        raise UserError(f"cluster.slurm.container={slurm.container} needs cluster.slurm.image.")
+    for mount in slurm.mounts:
+        if not re.fullmatch(r"/[^:,]*(:/[^:,]*(:r[ow])?)?", mount):
+            raise UserError(f"cluster.slurm.mounts holds {mount!r}: write /HOST:/CONTAINER[:ro].")
+
+
+def _checked(directives: list[str]) -> list[str]:
+    for line in directives:
+        if not _PLAIN.fullmatch(line):
+            raise UserError(f"{line!r} can't stand in an #SBATCH line: leave out blanks, quotes and shell signs.")
+    return directives
+
+
+def _render(template: str, config: Config, directives: list[str], **values: object) -> str:
+    slurm = config.cluster.slurm
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # it is no HTML: what is quoted is quoted for the shell
+    )
+    return environment.get_template(template).render(
+        directives=directives,
+        setup=slurm.setup,
+        cpus=slurm.cpus_per_node,
+        wrapper=_wrapper(config),
+        rloop=shlex.join(_rloop(slurm)),
+        **values,
+    )
+
+
+def _rloop(slurm: SlurmConfig) -> list[str]:
+    """The program that tasks run: of the venv, of the container, or the one that writes the script."""
+    if slurm.venv is not None:
+        return [f"{slurm.venv}/bin/rloop"]
+    return ["rloop"] if slurm.container != "none" else [sys.executable, "-m", "rloop_mcore.main.cli"]
+
+
+def _wrapper(config: Config) -> str:
+    """What stands between srun's options and the program: nothing, or the container, which sees run.dir and where the
+    job was submitted as they are."""
+    slurm = config.cluster.slurm
+    if slurm.container == "none":
+        return ""
+    here = '"$PWD"', '"${run_dir:-$PWD}"'
+    mounts = [shlex.quote(mount if ":" in mount else f"{mount}:{mount}") for mount in slurm.mounts]
+    bound = ",".join([*(f"{place}:{place}" for place in here), *mounts])
+    image = shlex.quote(str(slurm.image))
+    if slurm.container == "pyxis":
+        return f' --container-image={image} --container-mounts={bound} --container-workdir="$PWD"'
+    gpus = " --nv" if config.cluster.gpus_per_node else ""
+    return f' apptainer exec{gpus} --bind {bound} --pwd "$PWD" {image}'

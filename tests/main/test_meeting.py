@@ -1,0 +1,126 @@
+"""How the nodes of a job find each other, and whose failure brought it down."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.errors import Fault
+from rloop_mcore.main.head import explain
+from rloop_mcore.main.meeting import Head, Meeting, head_address
+from rloop_mcore.main.ranks import Place, first_failure
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.platform.network import addresses
+
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+TORCHRUN = """\
+E1127 03:12:11 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: -9) local_rank: 1 (pid: 77)
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-27_03:12:11
+  host      : n1
+  rank      : 5 (local_rank: 1)
+  exitcode  : -9 (pid: 77)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 77
+"""
+
+
+def test_the_others_learn_where_the_first_node_is(tmp_path: Path) -> None:
+    meeting, found = Meeting(tmp_path), []
+    follower = threading.Thread(target=lambda: found.append(meeting.wait_for_head(20)))
+    follower.start()
+    time.sleep(0.2)
+    meeting.publish_head(Head("10.0.0.1", 4711))
+    follower.join(20)
+    assert found == [Head("10.0.0.1", 4711)]
+
+
+def test_a_first_node_that_ends_releases_the_others(tmp_path: Path) -> None:
+    Meeting(tmp_path).end(2)
+    assert Meeting(tmp_path).wait_for_head(20) is None
+
+
+def test_nodes_that_do_not_come_are_named(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    meeting.hello(1)
+    with pytest.raises(Fault, match=r"waited 0\.3 s \(cluster\.start_timeout_s\) for nodes 2, 3 of 0 to 3"):
+        meeting.wait_for_nodes(4, 0.3)
+    meeting.hello(2)
+    meeting.hello(3)
+    assert [other["boot"] for other in meeting.wait_for_nodes(4, 20)] == [BOOT] * 3
+
+
+def test_only_the_user_can_read_the_key(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    meeting.new_key()
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    before = meeting.key()
+    meeting.new_key()
+    assert len(before) == 64
+    assert meeting.key() != before
+
+
+def seen(address: str, boot: str = BOOT) -> dict[str, str]:
+    return {"head": address, "boot": boot, "host": "n2"}
+
+
+def test_the_first_node_is_where_the_others_see_it() -> None:
+    outside = [address for address, name in addresses().items() if name != "lo"]
+    for address in outside:
+        assert head_address([seen(address)], None) == address
+    assert head_address([seen("127.0.0.1"), seen("127.0.0.1")], None) == "127.0.0.1"  # of this machine, all of them
+    if outside:  # a name that leads to loopback on its own node, as Debian's /etc/hosts has it
+        assert head_address([seen("127.0.1.1", "another machine")], None) == outside[0]
+    assert head_address([seen("10.9.9.9", "another machine")], "lo") == "127.0.0.1"
+
+
+def test_torchrun_gets_fixed_numbers() -> None:
+    options = Place(2, 1, 3, "127.0.0.1", "10.0.0.1", 4711).rendezvous()
+    assert options == ["--nnodes", "3", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "4711"]
+    assert Place(2).rendezvous()[0] == "--standalone"
+    assert Place(2).environment() == {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_torchrun_says_who_fell_first(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert first_failure(log) is None
+    log.write_text("nothing of the kind")
+    assert first_failure(log) is None
+    log.write_text(TORCHRUN.replace("rank      : 5", "rank      : 4") + TORCHRUN)  # of two starts, the last
+    found = first_failure(log)
+    assert found is not None
+    assert (found["rank"], found["code"]) == (5, -9)
+
+
+def test_the_rank_that_was_killed_is_the_cause_and_not_the_one_that_said_so_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = RunDirectory(tmp_path), tmp_path / "slurm/7.0"
+    folder.mkdir(parents=True)
+    meeting = Meeting(folder)
+    run.write_ending(1, "rank 0: RuntimeError: Connection closed by peer", "a traceback")
+    meeting.log("torchrun-0").write_text(TORCHRUN.replace("-9", "1").replace("rank      : 5", "rank      : 0"))
+    meeting.write_failure(1, {"rank": 5, "code": -9, "time": time.time() + 1})
+    meeting.log("rank-5").write_text("its last words\n")
+    explain(run, meeting, 2)
+    assert "its last words" in capsys.readouterr().err
+    ending = json.loads((tmp_path / "ending.json").read_text())
+    assert ending["code"] == 1
+    assert ending["message"].startswith("rank 5 on node 1 (")
+    assert ending["message"].endswith("was killed by signal 9")
+
+
+def test_a_run_that_was_stopped_needs_no_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_ending(75, "stopped")
+    explain(run, Meeting(tmp_path), 4)
+    assert capsys.readouterr().err == ""

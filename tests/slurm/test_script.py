@@ -1,0 +1,343 @@
+"""The batch scripts that `rloop launch` writes: bash and shellcheck read them, values arrive as they are, bad ones are
+refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
+from rloop_mcore.main.cli import main
+from rloop_mcore.slurm.script import Run, command_script, training_script
+
+ROOT = Path(__file__).parents[2]
+
+VARIANTS = {
+    "plain": [],
+    "sized": ["cluster.slurm.cpus_per_node=8", "cluster.gpus_per_node=8", "cluster.slurm.time=04:00:00"],
+    "named": [f"cluster.slurm.{name}" for name in ("partition=gpu", "account=a", "qos=q", "constraint=h100")],
+    "hetjob": ["cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.hetjob=true", "layout.dp=2"],
+    "resubmit": ["cluster.slurm.resubmit=true"],
+    "as it is": ["cluster.slurm.preflight=false", "cluster.slurm.exclude_bad=false"],
+    "pyxis": ["cluster.slurm.container=pyxis", "cluster.slurm.image='my image.sqsh'", "cluster.slurm.mounts=[/data]"],
+    "apptainer": [
+        *("cluster.slurm.container=apptainer", "cluster.slurm.image=/images/rloop.sif", "cluster.gpus_per_node=8"),
+        "cluster.slurm.mounts=[/data:/data:ro,/scratch:/tmp]",
+    ],
+    "venv": ["cluster.slurm.venv=/envs/rloop", "cluster.slurm.setup=['module load cuda/12.8']"],
+    "environment": ["cluster.slurm.environment=[HF_HOME,WANDB_API_KEY]"],
+}
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(["experiment=tiny", "run.dir=/runs/a", *overrides])
+
+
+def script_of(*overrides: str) -> str:
+    config = configured(*overrides)
+    run = Run(Path("/runs/a"), ["experiment=tiny", "run.dir=/runs/a", *overrides])
+    return training_script(config, [run], config.cluster.nodes, config.rollout.nodes)
+
+
+def directives(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def check(script: str, path: Path) -> None:
+    path.write_text(script)
+    parsed = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
+    if shutil.which("shellcheck"):
+        found = subprocess.run(["shellcheck", "--severity=style", str(path)], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bash_and_shellcheck_read_every_variant(name: str, tmp_path: Path) -> None:
+    check(script_of(*VARIANTS[name]), tmp_path / "job.sh")
+    check(command_script(configured(*VARIANTS[name]), ["evaluate", "--policy", "a b"]), tmp_path / "command.sh")
+
+
+def test_the_scripts_of_the_repository_are_read_too() -> None:
+    files = sorted((ROOT / "slurm").glob("*.sbatch"))
+    assert {file.name for file in files} == {
+        *("train.sbatch", "train_hetjob.sbatch", "evaluate.sbatch", "convert.sbatch", "sweep.sbatch")
+    }
+    for file in files:
+        assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+        if shutil.which("shellcheck"):
+            found = subprocess.run(["shellcheck", "--shell=bash", str(file)], capture_output=True, text=True)
+            assert found.returncode == 0, found.stdout
+
+
+# -- what the job asks for -----------------------------------------------------------------------------------------
+
+
+def test_a_whole_node_is_asked_for_where_nothing_is_said() -> None:
+    lines = directives(script_of())
+    assert {"--nodes=1", "--ntasks-per-node=1", "--exclusive", "--mem=0", "--requeue"} <= set(lines)
+    assert "--signal=B:USR1@300" in lines
+    assert "--open-mode=append" in lines
+    assert "--output=/runs/a/slurm/%j.out" in lines
+    assert not [line for line in lines if "partition" in line or "time" in line or "gpus" in line]
+
+
+def test_what_is_said_is_asked_for() -> None:
+    lines = directives(script_of(*VARIANTS["named"], *VARIANTS["sized"], "cluster.slurm.flags=['--exclude=n7']"))
+    expected = ("--partition=gpu", "--account=a", "--qos=q", "--constraint=h100", "--time=04:00:00", "--exclude=n7")
+    assert {*expected, "--cpus-per-task=8", "--gpus-per-node=8"} <= set(lines)
+    assert "--exclusive" not in lines
+
+
+def test_a_heterogeneous_job_has_two_components() -> None:
+    lines = directives(script_of(*VARIANTS["hetjob"], "cluster.slurm.engine_flags=['--partition=cheap']"))
+    between = lines.index("hetjob")
+    assert "--nodes=2" in lines[:between]
+    assert "--nodes=1" in lines[between:]
+    assert "--partition=cheap" in lines[between:]
+    assert "--partition=cheap" not in lines[:between]
+    assert "--requeue" in lines[:between]
+
+
+def test_only_what_is_listed_is_forwarded_and_no_value_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-mine")
+    script = script_of(*VARIANTS["environment"])
+    (line,) = [line for line in directives(script) if line.startswith("--export=")]
+    names = line.removeprefix("--export=").split(",")
+    assert {"HF_HOME", "WANDB_API_KEY", "PATH", "HOME"} <= set(names)
+    assert "ALL" not in names
+    assert "secret-of-mine" not in script
+
+
+def lines_with(script: str, *words: str) -> list[str]:
+    return [line.strip() for line in script.splitlines() if all(word in line for word in words)]
+
+
+def test_containers_wrap_the_same_commands() -> None:
+    for command in ("node", "preflight"):
+        (line,) = lines_with(script_of(*VARIANTS["pyxis"]), f"on_all_nodes {command} ")
+        assert "--container-image='my image.sqsh'" in line
+        assert f',/data:/data --container-workdir="$PWD" rloop {command} "${{overrides[@]}}"' in line
+        (line,) = lines_with(script_of(*VARIANTS["apptainer"]), f"on_all_nodes {command} ")
+        assert "apptainer exec --nv --bind " in line
+        assert "/data:/data:ro,/scratch:/tmp" in line
+        assert f'/images/rloop.sif rloop {command} "${{overrides[@]}}"' in line
+        (line,) = lines_with(script_of(*VARIANTS["venv"]), f"on_all_nodes {command} ")
+        assert f"/envs/rloop/bin/rloop {command} " in line
+
+
+def run_body(script: str, folder: Path, programs: dict[str, str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with stand-ins for Slurm's programs."""
+    places = folder / "bin"
+    places.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (places / name).write_text(f"#!/bin/bash\n{text}\n")
+        (places / name).chmod(0o755)
+    environment = {"PATH": f"{places}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **variables}
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=60, env=environment, cwd=folder
+    )
+
+
+def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
+    odd = "data.template='a b;$(touch hacked) \"c\" `d`'"
+    config = load_config(["experiment=tiny", f"run.dir={tmp_path}/run", "cluster.slurm.preflight=false"])
+    script = training_script(config, [Run(tmp_path / "run", [odd])], 1, 0)
+    srun = 'printf "%s\\n" "${@: -1}" >seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
+    done = run_body(script, tmp_path, {"srun": srun, "squeue": "echo NONE"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").read_text() == odd + "\n"
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
+        ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
+        ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
+        ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
+        ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
+        ("cluster.slurm.container=pyxis", "needs cluster.slurm.image"),
+        ("cluster.slurm.image=x", "need cluster.slurm.container=pyxis or apptainer"),
+        ("cluster.slurm.hetjob=true", "needs rollout.nodes"),
+    ],
+)
+def test_bad_values_are_refused_in_a_sentence(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        script_of(override)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("mount", ["data:/data", "/data:/data:rx", "/a,/b:/c"])
+def test_mounts_that_are_none_are_refused(mount: str) -> None:
+    with pytest.raises(UserError, match="mounts holds"):
+        script_of("cluster.slurm.container=pyxis", "cluster.slurm.image=x", f"cluster.slurm.mounts=['{mount}']")
+
+
+# -- what becomes of the job when it ends ----------------------------------------------------------------------------
+
+
+class Ends:
+    """A script whose `srun` ends the run with `code`, after `commits` bytes more of the journal."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        (self.run / "slurm").mkdir(parents=True)
+        config = load_config(["experiment=tiny", f"run.dir={self.run}", "cluster.slurm.preflight=false", *overrides])
+        self.script = training_script(config, [Run(self.run, [])], 1, 0).replace("sleep 300", "sleep 0")
+
+    def start(self, code: str, commits: int = 0, **variables: str) -> tuple[int, list[str], str]:
+        """(exit code, what was asked of scontrol and sbatch, standard error)"""
+        srun = (
+            f'head -c {commits} /dev/zero >>"{self.run}/journal.jsonl"; touch "$RLOOP_JOB_FOLDER/node-0.out"; '
+            f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"'
+        )
+        asked = self.folder / "asked"
+        asked.write_text("")
+        record = f'echo "$(basename "$0") $*" >>"{asked}"'
+        programs = {"srun": srun, "squeue": "echo NONE", "scontrol": record, "sbatch": record}
+        done = run_body(self.script, self.folder, programs, **variables)
+        return done.returncode, asked.read_text().splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("code", ["0", "2"])
+def test_a_run_that_is_done_or_wrong_is_not_started_again(code: str, tmp_path: Path) -> None:
+    assert Ends(tmp_path).start(code) == (int(code), [], "")
+
+
+def test_a_run_that_has_checkpointed_is_requeued_at_once(tmp_path: Path) -> None:
+    code, asked, _ = Ends(tmp_path).start("75", commits=100)
+    assert code == 75
+    assert asked == ["scontrol requeue 7", "scontrol update JobId=7 StartTime=now+0seconds"]
+
+
+def test_a_task_of_an_array_requeues_itself_only(tmp_path: Path) -> None:
+    _, asked, _ = Ends(tmp_path).start("75", 100, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="0")
+    assert asked[0] == "scontrol requeue 5_0"
+
+
+def test_faults_are_retried_with_back_off_until_they_bring_nothing(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "cluster.slurm.retries=2", "cluster.slurm.backoff_s=10")
+    delays = []
+    for code in ("1", ""):  # "": the first node was killed before it could say anything
+        _, asked, _ = ends.start(code)
+        delays.append(asked[-1].rpartition("=")[2])
+    assert delays == ["now+10seconds", "now+20seconds"]
+    assert ends.start("1", commits=10)[1][-1].endswith("=now+10seconds"), "a commit starts the count anew"
+    ends.start("1")
+    ends.start("1")
+    code, asked, error = ends.start("1")
+    assert (code, asked) == (1, [])
+    assert "given up: 3 starts in a row without a new commit" in error
+    assert ends.start("1", SLURM_JOB_ID="8")[1], "a job that the user submits counts anew"
+
+
+def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "cluster.slurm.retries=1")
+    assert ends.start("75")[1]
+    assert ends.start("75")[:2] == (75, [])
+
+
+def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
+    assert ends.start("75", 100)[1] == [f"sbatch --dependency=afterany:7 --begin=now+0seconds {ends.run}/slurm/job.sh"]
+
+
+BAD = """{"ok": false,
+ "bad_nodes": [
+  "n3",
+  "n5"
+ ],
+ "problems": [{"nodes": ["n9"]}]}"""
+
+
+def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "cluster.slurm.preflight=true")
+    (ends.run / "preflight.json").write_text(BAD)
+    srun = 'cd "$RLOOP_JOB_FOLDER"; touch preflight-0.out; [[ "$*" != *" node "* ]] || touch begun; exit 69'
+    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || echo 'JobId=7 ExcNodeList=n1 StdErr=x'"""
+    done = run_body(
+        ends.script,
+        tmp_path,
+        {"srun": srun, "squeue": "echo NONE", "scontrol": scontrol},
+        SLURM_JOB_NODELIST="n[1-5]",
+    )
+    assert done.returncode == 69
+    assert not list(ends.run.rglob("begun"))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[-3:] == ["requeue 7", "update JobId=7 StartTime=now+0seconds", "update JobId=7 ExcNodeList=n3,n5,n1"]
+
+
+def test_force_is_for_the_first_start_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    words = ("experiment=tiny", f"run.dir={run}", "cluster.slurm.preflight=false")
+    assert main(["launch", "--dry-run", "--force", *words]) == 0
+    script = capsys.readouterr().out
+    srun = 'echo "${@: -1}" >>seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
+    (run / "slurm").mkdir(parents=True)
+    for variables in ({}, {"SLURM_RESTART_COUNT": "1"}, {"RLOOP_CHAIN": "3"}):
+        assert run_body(script, tmp_path, {"srun": srun, "squeue": "echo NONE"}, **variables).returncode == 0
+    assert (tmp_path / "seen").read_text().splitlines() == ["--force", words[-1], words[-1]]
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["launch", "--dry-run", "experiment=tiny", f"run.dir={run}"]) == 0
+    check(capsys.readouterr().out, tmp_path / "job.sh")
+    assert not run.exists()
+
+
+def test_a_sweep_is_an_array_with_a_run_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(f"run.dir={tmp_path}/a run.seed=1\n\n# a comment\nrun.dir='{tmp_path}/b' run.seed=2\n")
+    words = ["launch", "--dry-run", "experiment=tiny", "cluster.slurm.preflight=false", "--sweep", str(sweep)]
+    assert main(words) == 0
+    script = capsys.readouterr().out
+    check(script, tmp_path / "job.sh")
+    assert "--array=0-1" in directives(script)
+    srun = 'printf "%s\\n" "${@: -1}" >seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
+    done = run_body(script, tmp_path, {"srun": srun, "squeue": ""}, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").read_text() == "run.seed=2\n"
+    assert (tmp_path / "b/slurm/5_1.0/code").exists()
+
+
+def test_a_sweep_into_one_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("run.seed=1\nrun.seed=2\n")
+    assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
+    assert "runs 1 and 2 of the sweep have one run.dir=" in capsys.readouterr().err
+
+
+def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["launch", "--dry-run", "cluster.slurm.time=60", "--", "evaluate", "--policy", "a b", "--data", "x.jsonl"]
+    assert main(words) == 0
+    script = capsys.readouterr().out
+    check(script, tmp_path / "job.sh")
+    assert script.rstrip().endswith("evaluate --policy 'a b' --data x.jsonl")
+    assert "--time=60" in directives(script)
+
+
+def test_without_slurm_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
+    assert "sbatch is not on PATH here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_many_nodes_is_not_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=tiny", f"run.dir={tmp_path}/run", "cluster.nodes=2", "rollout.nodes=1"]) == 2
+    assert "`rloop launch` starts a run on more than one node" in capsys.readouterr().err
