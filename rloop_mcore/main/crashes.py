@@ -37,8 +37,8 @@ class CrashRecord:
             self._path.unlink(missing_ok=True)
         elif len(record["times"]) >= ENOUGH and self._key(record["error"]) == {**record, "times": []}:
             raise UserError(
-                f"{self._run.path} ended {len(record['times'])} times in a row {_in_words(record['place'])} with the "
-                f"same error: {record['error']}; mend it, change a key, or add --force to try again."
+                f"{self._run.path} ended {len(record['times'])} times in a row {_in_words(record['place'])}, with "
+                f"the same error: {record['error']}; mend it, change a key, or add --force to try again."
             )
 
     def note(self, message: str) -> str | None:
@@ -51,8 +51,8 @@ class CrashRecord:
         if len(times) < ENOUGH:
             return None
         return (
-            f"that is the {len(times)}. time in a row {_in_words(key['place'])}: another start would end the same way; "
-            "mend it, change a key, or add --force to try again"
+            f"it has ended so {len(times)} times in a row {_in_words(key['place'])}: another start would end the same "
+            "way; mend it, change a key, or add --force to try again"
         )
 
     def _key(self, message: str) -> dict[str, Any]:
@@ -75,4 +75,4 @@ def _alike(error: str) -> str:
 
 
 def _in_words(place: list[Any]) -> str:
-    return "after iteration {} {}, step {},".format(*place) if place else "before its first commit"
+    return "after iteration {} {}, step {}".format(*place) if place else "before its first commit"

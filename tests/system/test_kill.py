@@ -208,7 +208,7 @@ def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let
         runs.wait_for("torchrun", partial(is_there, process, "torchrun"), process)
         runs.kill(process, "torchrun")
         assert process.wait(runs.DEADLINE_S) == 1
-    assert "that is the 3. time in a row after iteration 0 explore" in runs.status(run_dir)["message"]
+    assert "it has ended so 3 times in a row after iteration 0 explore" in runs.status(run_dir)["message"]
     refused = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}")
     assert refused.returncode == 2
     assert "ended 3 times in a row after iteration 0 explore" in refused.stderr
