@@ -49,8 +49,9 @@ $(SGLANG_VENV)/installed: tools/find_python.sh | $(STAMP)
 quickstart: install
 	$(PYTHON) tools/quickstart.py
 
-# One worker a core, a file to a worker: fixtures that start servers and runs are shared within a file.
-PYTEST := $(PYTHON) -m pytest -n $(shell nproc) --dist loadfile
+# One worker a core, a file to a worker: fixtures that start servers and runs are shared within a file. tests/conftest.py
+# has the longest files first; xdist would begin with those of many tests, which are short.
+PYTEST := $(PYTHON) -m pytest -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

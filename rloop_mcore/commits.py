@@ -68,7 +68,7 @@ class Commits:
     def _record(self, commit: Mapping[str, Any]) -> None:
         """Journal a commit, and remove the checkpoint that it makes obsolete."""
         self.space.write("the journal", lambda: self.journal.record("commit", **commit))
-        names = [record["checkpoint"] for record in self.journal.records if record["event"] == "commit"]
+        names = [commit["checkpoint"] for commit in self.journal.commits()]
         for obsolete in names[: -self.keep][-1:]:
             remove(self.directory / obsolete)
 

@@ -71,9 +71,13 @@ class Journal:
         """The newest commit of the phase, or None before the first."""
         return self.newest("commit", iteration, phase)
 
+    def commits(self) -> list[dict[str, Any]]:
+        """Those of all phases, oldest first."""
+        return [record for record in self.records if record["event"] == "commit"]
+
     def shards(self) -> list[str]:
         """The names of the cache's shards that commits made part of the run, oldest first."""
-        return [shard for record in self.records if record["event"] == "commit" for shard in record["shards"]]
+        return [shard for commit in self.commits() for shard in commit["shards"]]
 
     def make_durable(self) -> None:
         """Bring what was replayed to disk, before anything that it makes obsolete is removed.

@@ -55,7 +55,7 @@ class RunState:
     def recover(self) -> None:
         """Discard what a killed run left beyond its journal."""
         self.journal.make_durable()
-        commits = [record for record in self.journal.records if record["event"] == "commit"]
+        commits = self.journal.commits()
         self.cache.keep_only(self.journal.shards())
         self.position = commits[-1]["position"] if commits else 0
         offsets = [record["metrics_offset"] for record in self.journal.records if "metrics_offset" in record]
@@ -273,7 +273,7 @@ class RunState:
     def _kept(self, name: str) -> Policy | None:
         """What a commit has kept as `policies/{name}`, for `checkpoint.policy_steps`."""
         path = f"policies/{name}"
-        commits = (record for record in self.journal.records if record["event"] == "commit")
+        commits = self.journal.commits()
         return next((Policy(self.directory / path, r["digest"]) for r in commits if r.get("path") == path), None)
 
     def _remove_policies(self) -> None:

@@ -118,7 +118,7 @@ def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:
 
 def _steps_under_way(journal: Journal) -> int:
     """RL steps of the exploration that has begun and is not done; 0 where there is none."""
-    commits = [r for r in journal.records if r["event"] == "commit" and r["phase"] == "explore"]
+    commits = [commit for commit in journal.commits() if commit["phase"] == "explore"]
     return commits[-1]["step"] if commits and not journal.done(commits[-1]["iteration"], "explore") else 0
 
 
