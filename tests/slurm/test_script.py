@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,22 @@ def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path)
 def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) -> None:
     ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
     assert ends.start("75", 100)[1] == [f"sbatch --dependency=afterany:7 --begin=now+0seconds {ends.run}/slurm/job.sh"]
+
+
+def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_path: Path) -> None:
+    """Slurm starts no job again that it has killed at its limit."""
+    ends = Ends(tmp_path)
+    asked = tmp_path / "asked"
+    commit = f'touch "$RLOOP_JOB_FOLDER/node-0.out"; head -c 9 /dev/zero >>{ends.run}/journal.jsonl'
+    programs = {
+        "srun": f"{commit}; exec sleep 59 >/dev/null 2>&1",
+        "scontrol": f'echo "$*" >>{asked}',
+    }
+    begun = time.monotonic()
+    done = run_body(ends.script, tmp_path, programs, SLURM_JOB_END_TIME=str(int(time.time()) + 23))
+    assert time.monotonic() - begun < 30
+    assert done.returncode == 75
+    assert asked.read_text().splitlines()[0] == "requeue 7"
 
 
 BAD = """{"ok": false,
