@@ -133,6 +133,16 @@ class Job:
             assert time.monotonic() < deadline, f"waited {deadline_s:g} s for {what}:\n{self.logs()}"
             time.sleep(0.1)
 
+    def wait_for_restart(self, restarts: int) -> None:
+        """Wait until the job has been started again so often; without the two minutes that Slurm waits."""
+
+        def begun() -> bool:
+            if self.shown("Reason") == "BeginTime":
+                self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
+            return self.restarts() >= restarts
+
+        self.wait_for(f"start {restarts + 1}", begun)
+
     def wait_for_steps(self, steps: int) -> None:
         self.wait_for(f"step {steps}", lambda: self.steps() >= steps)
 
@@ -228,8 +238,7 @@ def test_a_node_that_dies_has_the_job_start_again_elsewhere(
     job = Job(slurm, base, tmp_path / "run", "cluster.nodes=2")
     job.wait_for_steps(2)
     slurm.kill_node("n2")
-    job.wait_for("the requeue", lambda: job.state() == "PENDING", 60)
-    slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.wait_for_restart(1)
     job.finish()
     slurm.start_node("n2")
     assert_same(job.run, undisturbed)
@@ -245,7 +254,7 @@ def test_a_chain_of_jobs_is_one_run(slurm: Cluster, base: Path, undisturbed: Pat
         slurm.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={job.minutes() + 2}")
         job.wait_for("Slurm's warning", (job.folder() / "stop").exists)
     slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    job.wait_for("the second start", lambda: job.restarts() == 1)
+    job.wait_for_restart(1)
     for restarts in (1, 2):
         warn_after_a_step(job, slurm, restarts)
     job.finish()
@@ -260,7 +269,7 @@ def warn_after_a_step(job: Job, slurm: Cluster, restarts: int) -> None:
     job.wait_for("another step", lambda: job.steps() > seen or job.restarts() > restarts)
     if job.restarts() == restarts:
         slurm.run("scancel", "--batch", "--signal=USR1", job.number)
-    job.wait_for("the next start", lambda: job.restarts() > restarts)
+    job.wait_for_restart(restarts + 1)
 
 
 def test_a_heterogeneous_job(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -277,6 +286,7 @@ def test_a_bad_node_is_named_and_left_out(slurm: Cluster, base: Path, undisturbe
     try:
         more = ("cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.preflight=true")
         job = Job(slurm, base, tmp_path / "run", *more, "preflight.tmp_gib=0.1", "preflight.run_gib=0.1")
+        job.wait_for_restart(1)
         job.finish()
     finally:
         slurm.kill_node("n2")
