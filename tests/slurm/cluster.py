@@ -231,15 +231,12 @@ def _path() -> str:
 
 def _free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody listens on."""
-    first = 17000
     while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
-                return first
-            except OSError:
-                first += count
+        first = 15000 + secrets.randbelow(5000)  # another cluster may start at the same moment
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            return first
 
 
 if __name__ == "__main__":
