@@ -20,6 +20,7 @@ _PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()]+")  # what sbatch reads in an #SBATCH 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED")
 _LONGEST_WARNING_S = 65535
+_WAY_OUT_S = 20  # before a job's end, to have it requeued while it still runs
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
         preflight=slurm.preflight,
         exclude_bad=slurm.exclude_bad,
         force=force,
+        way_out_s=_WAY_OUT_S,
         saved="$run_dir/slurm/job.sh",
     )
 

@@ -18,12 +18,11 @@ import socket
 import subprocess
 import sys
 import time
+from hashlib import blake2b
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-BRIDGE = "rloop-test"
-SUBNET = "10.213.77"
 _WAIT_S = 30.0
 _CONF = """
 ClusterName=rloop
@@ -84,6 +83,8 @@ class Cluster:
         self.folder, self.nodes, self.cpus = folder, nodes, cpus
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.apart = False  # each node has a network of its own
+        self.bridge = "rl" + blake2b(str(folder).encode(), digest_size=3).hexdigest()  # of this cluster alone
+        self.subnet = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,11 +99,11 @@ class Cluster:
         self.apart = self._networks()
         self._munge()
         port = _free_ports(self.nodes + 1)
-        address = [f"{SUBNET}.{n}" if self.apart else "127.0.0.1" for n in range(1, self.nodes + 1)]
+        address = [f"{self.subnet}.{n}" if self.apart else "127.0.0.1" for n in range(1, self.nodes + 1)]
         host = socket.gethostname().split(".")[0]
         conf = _CONF.format(
             host=host,
-            controller=f"{SUBNET}.254" if self.apart else "127.0.0.1",
+            controller=f"{self.subnet}.254" if self.apart else "127.0.0.1",
             port=port,
             folder=self.folder,
             nodes=self.nodes,
@@ -142,7 +143,7 @@ class Cluster:
 
     def start_node(self, name: str, ailment: str = "true") -> None:
         """ailment: a command that does something to the mounts that the node alone sees."""
-        where = ["nsenter", f"--net=/run/netns/{BRIDGE}-{name}"] if self.apart else []
+        where = ["nsenter", f"--net=/run/netns/{self.bridge}-{name}"] if self.apart else []
         rename = f"hostname {name}" if self.apart else "true"
         start = f"{rename} && {ailment} && exec slurmd -N {name}"
         self.run(*where, "unshare", "--uts", "--mount", "bash", "-c", start)
@@ -157,7 +158,7 @@ class Cluster:
     def processes_of(self, name: str) -> list[int]:
         """What runs on a node: all in its network, else all that has Slurm's name for it in its environment."""
         if self.apart:
-            return [int(pid) for pid in self.run("ip", "netns", "pids", f"{BRIDGE}-{name}").split()]
+            return [int(pid) for pid in self.run("ip", "netns", "pids", f"{self.bridge}-{name}").split()]
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -187,31 +188,32 @@ class Cluster:
 
     def _networks(self) -> bool:
         """A bridge, and a network namespace of each node on it. False where this kernel allows none."""
+        if shutil.which("ip") is None:
+            return False
+        taken = self.run("ip", "-4", "addr")
+        self.subnet = next(net for number in range(256) if f"{(net := f'10.213.{number}')}." not in taken)
         steps = [
-            ["link", "add", BRIDGE, "type", "bridge"],
-            ["addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE],
-            ["link", "set", BRIDGE, "up"],
+            ["link", "add", self.bridge, "type", "bridge"],
+            ["addr", "add", f"{self.subnet}.254/24", "dev", self.bridge],
+            ["link", "set", self.bridge, "up"],
         ]
         for number, name in enumerate(self.names, 1):
-            space = f"{BRIDGE}-{name}"
+            space = f"{self.bridge}-{name}"
             steps += [
                 ["netns", "add", space],
-                ["link", "add", f"rloop-{name}", "type", "veth", "peer", "name", "net0", "netns", space],
-                ["link", "set", f"rloop-{name}", "master", BRIDGE, "up"],
-                ["-n", space, "addr", "add", f"{SUBNET}.{number}/24", "dev", "net0"],
+                ["link", "add", f"{self.bridge}-{name}", "type", "veth", "peer", "name", "net0", "netns", space],
+                ["link", "set", f"{self.bridge}-{name}", "master", self.bridge, "up"],
+                ["-n", space, "addr", "add", f"{self.subnet}.{number}/24", "dev", "net0"],
                 ["-n", space, "link", "set", "net0", "up"],
                 ["-n", space, "link", "set", "lo", "up"],
             ]
-        if shutil.which("ip") is None:
-            return False
-        self._remove_networks()  # of a session that was killed
         return all(subprocess.run(["ip", *step], capture_output=True).returncode == 0 for step in steps)
 
     def _remove_networks(self) -> None:
         if shutil.which("ip") is not None:
             for name in self.names:
-                subprocess.run(["ip", "netns", "del", f"{BRIDGE}-{name}"], capture_output=True)
-            subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+                subprocess.run(["ip", "netns", "del", f"{self.bridge}-{name}"], capture_output=True)
+            subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
 
     def _end(self, pid_file: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
@@ -229,15 +231,12 @@ def _path() -> str:
 
 def _free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody listens on."""
-    first = 17000
     while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
-                return first
-            except OSError:
-                first += count
+        first = 15000 + secrets.randbelow(5000)  # another cluster may start at the same moment
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            return first
 
 
 if __name__ == "__main__":

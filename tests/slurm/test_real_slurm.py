@@ -99,9 +99,22 @@ class Job:
         said = rloop("launch", *overrides(base, run), FORWARDED, *more, environment=slurm.environment)
         self.number = said.split()[2].rstrip(";")
 
+    def shown(self, name: str) -> str:
+        """A field of `scontrol show job`, of the first component."""
+        line = self.slurm.run("scontrol", "show", "job", self.number, "-o").splitlines()[0]
+        return next(word for word in line.split() if word.startswith(f"{name}=")).removeprefix(f"{name}=")
+
     def state(self) -> str:
-        shown = self.slurm.run("scontrol", "show", "job", self.number, "-o").splitlines()[0]
-        return next(word for word in shown.split() if word.startswith("JobState=")).removeprefix("JobState=")
+        return self.shown("JobState")
+
+    def head(self) -> str:
+        """The node of the batch script."""
+        return self.shown("BatchHost")
+
+    def minutes(self) -> int:
+        """For which the job has run."""
+        hours, minutes, _ = self.shown("RunTime").split(":")
+        return 60 * int(hours) + int(minutes)
 
     def restarts(self) -> int:
         return len(list((self.run / "slurm").glob(f"{self.number}.*/"))) - 1
@@ -119,6 +132,16 @@ class Job:
         while not condition():
             assert time.monotonic() < deadline, f"waited {deadline_s:g} s for {what}:\n{self.logs()}"
             time.sleep(0.1)
+
+    def wait_for_restart(self, restarts: int) -> None:
+        """Wait until the job has been started again so often; without the two minutes that Slurm waits."""
+
+        def begun() -> bool:
+            if self.shown("Reason") == "BeginTime":
+                self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
+            return self.restarts() >= restarts
+
+        self.wait_for(f"start {restarts + 1}", begun)
 
     def wait_for_steps(self, steps: int) -> None:
         self.wait_for(f"step {steps}", lambda: self.steps() >= steps)
@@ -171,7 +194,7 @@ def test_an_engine_that_dies_on_its_own_node_comes_back(
 ) -> None:
     job = Job(slurm, base, tmp_path / "run", "cluster.nodes=4", "rollout.nodes=2")
     job.wait_for_steps(1)
-    with stopped(slurm, "n1", "main.worker"):  # the policy waits, so that the engine is back before the run is over
+    with stopped(slurm, job.head(), "main.worker"):  # so that the engine is back before the run is over
         for engine in processes(slurm, "n3", "rollout.embedded"):
             os.kill(engine, signal.SIGKILL)
         job.wait_for("the engine", lambda: published(job)["start"] == 2)
@@ -215,8 +238,7 @@ def test_a_node_that_dies_has_the_job_start_again_elsewhere(
     job = Job(slurm, base, tmp_path / "run", "cluster.nodes=2")
     job.wait_for_steps(2)
     slurm.kill_node("n2")
-    job.wait_for("the requeue", lambda: job.state() == "PENDING", 60)
-    slurm.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    job.wait_for_restart(1)
     job.finish()
     slurm.start_node("n2")
     assert_same(job.run, undisturbed)
@@ -224,10 +246,15 @@ def test_a_node_that_dies_has_the_job_start_again_elsewhere(
 
 
 def test_a_chain_of_jobs_is_one_run(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The first start meets its time limit; later ones are warned as Slurm does before the limit."""
-    more = ("cluster.nodes=2", "cluster.slurm.time=1", "cluster.slurm.signal_s=30")
+    """The first start comes near its time limit; later ones are warned as Slurm does then."""
+    more = ("cluster.nodes=2", "cluster.slurm.time=30", "cluster.slurm.signal_s=120")
     job = Job(slurm, base, tmp_path / "run", *more)
-    job.wait_for("the time limit's requeue", lambda: job.restarts() == 1)
+    job.wait_for_steps(1)
+    with stopped(slurm, job.head(), "main.worker"):  # the limit comes nearer than the warning
+        slurm.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={job.minutes() + 2}")
+        job.wait_for("Slurm's warning", (job.folder() / "stop").exists)
+    slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    job.wait_for_restart(1)
     for restarts in (1, 2):
         warn_after_a_step(job, slurm, restarts)
     job.finish()
@@ -242,7 +269,7 @@ def warn_after_a_step(job: Job, slurm: Cluster, restarts: int) -> None:
     job.wait_for("another step", lambda: job.steps() > seen or job.restarts() > restarts)
     if job.restarts() == restarts:
         slurm.run("scancel", "--batch", "--signal=USR1", job.number)
-    job.wait_for("the next start", lambda: job.restarts() > restarts)
+    job.wait_for_restart(restarts + 1)
 
 
 def test_a_heterogeneous_job(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -259,6 +286,7 @@ def test_a_bad_node_is_named_and_left_out(slurm: Cluster, base: Path, undisturbe
     try:
         more = ("cluster.nodes=3", "rollout.nodes=1", "cluster.slurm.preflight=true")
         job = Job(slurm, base, tmp_path / "run", *more, "preflight.tmp_gib=0.1", "preflight.run_gib=0.1")
+        job.wait_for_restart(1)
         job.finish()
     finally:
         slurm.kill_node("n2")
