@@ -1,15 +1,19 @@
 """What answers vote for: the verifier's equal answers are one vote, unequal ones are not."""
 
+import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from rloop_mcore.config import RewardConfig
+from rloop_mcore.reward.extract import last_box
 from rloop_mcore.reward.math import compare
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.reward.votes import normal_form
 from rloop_mcore.types import Problem
 
+OUTPUTS = Path(__file__).parents[3] / "shared" / "data" / "grading_outputs.jsonl"
 ONE_VOTE_EACH = [
     ["1/2", "0.5", r"\frac12", r"$\frac{1}{2}$", "0.50"],
     ["5", "5.0", "$5$."],
@@ -68,3 +72,21 @@ def test_a_solution_of_countdown_is_its_own_vote() -> None:
 def test_a_verifier_of_the_users_has_no_votes() -> None:
     with RewardPool(RewardConfig(verifier="bad_verifiers:misbehave", workers=1)) as pool:
         assert pool.votes([(Problem("p", "?", "right"), "right", False)]) == [""]
+
+
+@pytest.mark.skipif(not OUTPUTS.exists(), reason="needs ../shared/data/grading_outputs.jsonl")
+def test_on_real_answers_a_wrong_one_never_has_the_golds_vote() -> None:
+    """And most right ones have it by their own normal form, before the verifier's word makes it so."""
+    right = alike = 0
+    for line in OUTPUTS.read_text().splitlines():
+        row = json.loads(line)
+        answer = last_box(row["pred"])
+        if not answer:
+            continue
+        same = normal_form(answer) == normal_form(row["gold"])
+        if compare(row["gold"], answer).correct:
+            right, alike = right + 1, alike + same
+        else:
+            assert not same, (row["gold"], answer)
+    assert right > 50
+    assert alike > 0.9 * right, (alike, right)
