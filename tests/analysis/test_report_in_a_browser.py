@@ -127,7 +127,9 @@ def test_hover_and_zoom(report: Path, chromium: Any) -> None:
     plot.scroll_into_view_if_needed()
     area = plot.locator(".nsewdrag").bounding_box()
     assert area is not None
-    page.mouse.move(area["x"] + area["width"] - 2, area["y"] + area["height"] / 2)
+    third = "plot => [plot._fullLayout.xaxis.d2p(3), plot._fullLayout.yaxis.d2p(0.775)]"
+    across, down = plot.evaluate(third)
+    page.mouse.move(area["x"] + across, area["y"] + down)
     wait_until("the hover's label", page, lambda: plot.locator(".hoverlayer text").count() > 0)
     before = plot.evaluate("plot => plot.layout.xaxis.range.slice()")
     page.mouse.move(area["x"] + area["width"] / 4, area["y"] + area["height"] / 3)
