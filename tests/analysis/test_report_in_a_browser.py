@@ -82,6 +82,7 @@ def test_it_loads_and_draws_every_figure(report: Path, chromium: Any, width: int
     assert watched.complaints == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in watched.asked)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    assert page.locator("#f-run").is_visible()
     specs = json.loads(page.text_content("#figures"))
     drawn = page.evaluate(
         "[...document.querySelectorAll('.plot')].map(plot => plot._fullData?.map(trace => trace.type))"
@@ -246,6 +247,7 @@ def test_a_live_page_follows_the_run(runs: list[Path], chromium: Any) -> None:
         watched = Watched(chromium, server.url)
         page = watched.page
         page.wait_for_selector("#live:has-text('not running')")
+        assert not page.locator("#f-run").is_visible()  # there is one run
         page.fill("#f-text", "train/4")
         with (runs[0] / "metrics.jsonl").open("a") as file:
             line = {"iteration": 1, "phase": "explore", "step": 5, "total": 5, "global_step": 9, "success_rate": 0.5}

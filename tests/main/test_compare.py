@@ -38,24 +38,18 @@ def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]]) ->
 
 
 def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = {"a": 2, "b": 0, "c": 4}
-    dapo = write_run(
-        tmp_path / "dapo",
-        1,
-        {"base": base, "i0_explore_000002": {"a": 4, "b": 1, "c": 4}, "i0_explore_000004": {"a": 0, "b": 0, "c": 4}},
-    )
-    rloop = write_run(
-        tmp_path / "rloop",
-        2,
-        {"base": base, "i0_explore_000002": {"a": 4, "b": 1, "c": 4}, "i1_explore_000002": {"a": 1, "b": 1, "c": 4}},
-    )
+    base, step_2 = {"a": 2, "b": 0, "c": 4}, {"a": 4, "b": 1, "c": 4}
+    last = {"dapo": {"a": 0, "b": 0, "c": 4}, "rloop": {"a": 1, "b": 1, "c": 4}}
+    solved = {"base": base, "i0_explore_000002": step_2}
+    dapo = write_run(tmp_path / "dapo", 1, solved | {"i0_explore_000004": last["dapo"]})
+    rloop = write_run(tmp_path / "rloop", 2, solved | {"i1_explore_000002": last["rloop"]})
     assert compare(dapo, rloop, tmp_path / "out.html", tmp_path / "out.json") == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["config"] == {"algorithm.iterations": ["1", "2"]}
-    last = result["paired"]["last RL policy"]
-    assert last["avg@4"]["mean"] == pytest.approx((1 / 4 + 1 / 4 + 0) / 3)
-    assert last["pass@2"]["mean"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)  # 1 - C(3, 2) / C(4, 2)
-    assert 0 <= last["avg@4"]["low"] <= last["avg@4"]["mean"] <= last["avg@4"]["high"]
+    found = result["paired"]["last RL policy"]
+    assert found["avg@4"]["mean"] == pytest.approx((1 / 4 + 1 / 4 + 0) / 3)
+    assert found["pass@2"]["mean"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)  # 1 - C(3, 2) / C(4, 2)
+    assert 0 <= found["avg@4"]["low"] <= found["avg@4"]["mean"] <= found["avg@4"]["high"]
     assert result["paired"]["base"]["avg@4"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "problems": 3}
     # base solves {a, c}, step 2 {a, b, c}, step 4 {c} and {a, b, c}: pairs (0,2) within, (0,4) and (2,4) between
     assert result["forgetting"] == [

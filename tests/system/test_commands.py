@@ -18,6 +18,8 @@ pytestmark = pytest.mark.system
     [
         (["status", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
+        (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
         (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
         (["grade", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["train", "experiment=tiny", "run.dir=/proc/x"], "run.dir=/proc/x cannot be created"),
