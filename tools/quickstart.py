@@ -24,6 +24,7 @@ from rloop_mcore.analysis.read_run import Evaluation, read_run
 from rloop_mcore.analysis.report import write_report
 from rloop_mcore.analysis.table import results_table, to_rich
 from rloop_mcore.compose import load_config
+from rloop_mcore.main.report import words_of
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 
@@ -183,7 +184,8 @@ def main() -> None:
     results["seconds"] = stopwatch.seconds
     write_atomic(ROOT / "results.json", json.dumps(results, indent=1) + "\n")
     table = _labelled(results, chosen)
-    write_report([rloop, dapo, base], ROOT / "report.html", table)
+    runs = [rloop, dapo, base]
+    write_report(runs, ROOT / "report.html", table, [words_of(run) for run in runs])
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(to_rich(results_table(table)))
     console.print(f"{results['seconds']:.0f} s; table: {ROOT}/results.json; plots: open {ROOT}/report.html")

@@ -1,4 +1,4 @@
-"""What a run learns and forgets between two checkpoints (arXiv 2511.04285, section 3 and figures 2 and 5)."""
+"""What a run learns and forgets between two checkpoints: the learning and forgetting matrices of arXiv 2511.04285."""
 
 from __future__ import annotations
 

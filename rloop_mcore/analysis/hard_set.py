@@ -44,7 +44,7 @@ def success_counts(samples: Samples, iteration: int) -> tuple[np.ndarray, np.nda
 def hard_problems(samples: Samples, iteration: int, threshold: float) -> np.ndarray:
     """Which problems are what RFT learns from: 0 < successes / samples < threshold over the phase; bool [problems].
 
-    `threshold` is the paper's 10 % (Algorithm 1, line "hard").
+    `threshold` is the paper's 10 %.
     """
     successes, asked = success_counts(samples, iteration)
     return (successes > 0) & (successes < threshold * asked)

@@ -5,19 +5,21 @@ A solution is the set of its bigrams: pairs of neighbouring token ids. For one p
 
     |a ∩ b| = (B B^T)[a, b],    J(a, b) = |a ∩ b| / (|a| + |b| - |a ∩ b|),
 
-and S[i, j] is the mean of J over all N x N pairs (a of i, b of j), averaged over problems. The products are counts
-below 2^24, so float32 has them exactly, and BLAS does them; a bigram that only one solution has is in no intersection.
+and S[i, j] is the mean of J over all N x N pairs (a of i, b of j), averaged over problems. A bigram that only one
+solution has is in no intersection; of one that few have, the pairs are counted; those that many have are multiplied by
+BLAS, in float32, which has these counts (below 2^24) exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rloop_mcore.analysis.answers import Answers
 
-_COLUMNS = 4096  # bigrams multiplied at once: 10 MB for 640 solutions
+_FEW = 80  # where counting pairs and multiplying take about the same time, for some hundred solutions
+_PAIRS = 2_000_000  # counted at once
 
 
 def similarity_matrix(checkpoints: Sequence[Answers], problems: Sequence[str]) -> np.ndarray:
@@ -41,12 +43,13 @@ def without_self_pairs(diagonal: float, samples: int) -> float:
 def pairwise_jaccard(responses: Sequence[np.ndarray]) -> np.ndarray:
     """J of the bigram sets of all pairs of responses (token ids each): [responses, responses]."""
     rows, bigrams = _incidence(responses)
-    sizes = np.bincount(rows, minlength=len(responses)).astype(np.float32)
-    shared = np.zeros((len(responses), len(responses)), np.float32)
-    for part_rows, part_columns, width in _parts(rows, bigrams):
-        dense = np.zeros((len(responses), width), np.float32)
-        dense[part_rows, part_columns] = 1
-        shared += dense @ dense.T
+    count = len(responses)
+    sizes = np.bincount(rows, minlength=count)
+    groups = list(_by_frequency(rows, bigrams))
+    shared = _multiply([holders for holders in groups if holders.shape[1] > _FEW], count)
+    for holders in groups:
+        if holders.shape[1] <= _FEW:
+            shared += _count_pairs(holders, count)
     np.fill_diagonal(shared, sizes)
     union = sizes[:, None] + sizes[None, :] - shared
     return np.divide(shared, union, out=np.ones(shared.shape), where=union > 0)
@@ -59,20 +62,32 @@ def _incidence(responses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     return rows, np.concatenate(sets) if sets else np.empty(0, np.int64)
 
 
-def _parts(rows: np.ndarray, bigrams: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """The incidences of bigrams that more than one response has, `_COLUMNS` bigrams at a time: rows, columns, width."""
-    _, column, counts = np.unique(bigrams, return_inverse=True, return_counts=True)
-    number = np.cumsum(counts > 1) - 1  # of the shared ones
-    shared = counts[column] > 1
-    rows, column = rows[shared], number[column[shared]]
-    order = np.argsort(column, kind="stable")
-    rows, column = rows[order], column[order]
-    width = int(number[-1]) + 1 if len(number) else 0
-    parts = []
-    for first in range(0, width, _COLUMNS):
-        low, high = np.searchsorted(column, [first, first + _COLUMNS])
-        parts.append((rows[low:high], column[low:high] - first, min(_COLUMNS, width - first)))
-    return parts
+def _by_frequency(rows: np.ndarray, bigrams: np.ndarray) -> Iterator[np.ndarray]:
+    """For each number d > 1 of responses that some bigrams have: which they are, [bigrams, d], ascending."""
+    order = np.lexsort((rows, bigrams))
+    rows = rows[order]
+    _, starts, counts = np.unique(bigrams[order], return_index=True, return_counts=True)
+    for d in np.unique(counts[counts > 1]).tolist():
+        yield rows[starts[counts == d][:, None] + np.arange(d)]
+
+
+def _count_pairs(holders: np.ndarray, count: int) -> np.ndarray:
+    """How many bigrams each two responses share [count, count]: pair by pair. The diagonal is left 0."""
+    first, second = np.triu_indices(holders.shape[1], 1)
+    upper = np.zeros(count * count)
+    for part in np.array_split(holders, -(-len(holders) * len(first) // _PAIRS)):
+        upper += np.bincount((part[:, first] * count + part[:, second]).ravel(), minlength=count * count)
+    return upper.reshape(count, count) + upper.reshape(count, count).T
+
+
+def _multiply(groups: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The same by B B^T, the diagonal too; B is small, as only so many bigrams can be that frequent."""
+    dense = np.zeros((count, sum(map(len, groups))), np.float32)
+    column = 0
+    for holders in groups:
+        dense[holders, column + np.arange(len(holders))[:, None]] = 1
+        column += len(holders)
+    return (dense @ dense.T).astype(np.float64)
 
 
 def _mean_by_block(pairs: np.ndarray, lengths: Sequence[int]) -> np.ndarray:

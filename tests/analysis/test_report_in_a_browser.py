@@ -82,6 +82,7 @@ def test_it_loads_and_draws_every_figure(report: Path, chromium: Any, width: int
     assert watched.complaints == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in watched.asked)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    assert page.locator("#f-run").is_visible()
     specs = json.loads(page.text_content("#figures"))
     drawn = page.evaluate(
         "[...document.querySelectorAll('.plot')].map(plot => plot._fullData?.map(trace => trace.type))"
@@ -127,7 +128,9 @@ def test_hover_and_zoom(report: Path, chromium: Any) -> None:
     plot.scroll_into_view_if_needed()
     area = plot.locator(".nsewdrag").bounding_box()
     assert area is not None
-    page.mouse.move(area["x"] + area["width"] - 2, area["y"] + area["height"] / 2)
+    third = "plot => [plot._fullLayout.xaxis.d2p(3), plot._fullLayout.yaxis.d2p(0.775)]"
+    across, down = plot.evaluate(third)
+    page.mouse.move(area["x"] + across, area["y"] + down)
     wait_until("the hover's label", page, lambda: plot.locator(".hoverlayer text").count() > 0)
     before = plot.evaluate("plot => plot.layout.xaxis.range.slice()")
     page.mouse.move(area["x"] + area["width"] / 4, area["y"] + area["height"] / 3)
@@ -244,6 +247,7 @@ def test_a_live_page_follows_the_run(runs: list[Path], chromium: Any) -> None:
         watched = Watched(chromium, server.url)
         page = watched.page
         page.wait_for_selector("#live:has-text('not running')")
+        assert not page.locator("#f-run").is_visible()  # there is one run
         page.fill("#f-text", "train/4")
         with (runs[0] / "metrics.jsonl").open("a") as file:
             line = {"iteration": 1, "phase": "explore", "step": 5, "total": 5, "global_step": 9, "success_rate": 0.5}

@@ -50,8 +50,8 @@ def test_all_pairs_as_the_definition_has_it(checkpoints: list[dict[str, Response
     assert found == pytest.approx(brute_force(checkpoints), abs=1e-6)
 
 
-def test_many_bigrams_are_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as a real response, over a real vocabulary, in parts that don't divide the number of bigrams."""
+def test_rare_and_frequent_bigrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a real response, over a real vocabulary, in both ways of counting."""
     generator = np.random.default_rng(0)
     base = generator.integers(0, 150_000, 3000)
     drawn = [
@@ -60,8 +60,10 @@ def test_many_bigrams_are_taken_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
     expected = np.array([[jaccard(a, b) for b in drawn] for a in drawn])
     arrays = [np.asarray(response, np.int32) for response in drawn]
     assert pairwise_jaccard(arrays) == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(similarity, "_COLUMNS", 37)
-    assert pairwise_jaccard(arrays) == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr(similarity, "_PAIRS", 50)
+    for few in (0, 2, 100):  # all are multiplied, some, none
+        monkeypatch.setattr(similarity, "_FEW", few)
+        assert pairwise_jaccard(arrays) == pytest.approx(expected, abs=1e-6)
 
 
 def test_identical_and_different_solutions() -> None:

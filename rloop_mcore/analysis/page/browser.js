@@ -142,7 +142,7 @@ function badges(problem) {
   return element("div", {className: "badges"}, ...made);
 }
 
-function history(problem) {
+function visitBars(problem) {
   const run = library.runs[chosen.run];
   const made = element("div", {className: "history"});
   made.ariaLabel = "Success rate visit by visit";
@@ -167,7 +167,7 @@ function showProblem() {
   const place = byId("problem");
   if (chosen.problem === null) return place.replaceChildren(element("p", {textContent: "No problem fits the filters."}));
   const problem = library.runs[chosen.run].problems[chosen.problem], query = filters().text;
-  const parts = [element("h3", {textContent: problem.id}), badges(problem), history(problem)];
+  const parts = [element("h3", {textContent: problem.id}), badges(problem), visitBars(problem)];
   if (problem.prompt) {
     const prompt = element("div", {className: "prose prompt"}, ...prose(problem.prompt, query));
     prompt.tabIndex = 0;

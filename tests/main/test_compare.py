@@ -1,0 +1,67 @@
+"""`rloop compare` against counting by hand."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rloop_mcore.errors import UserError
+from rloop_mcore.main.compare import compare
+
+METRIC = {"mean": 0.5, "low": 0.4, "high": 0.6}
+
+
+def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]]) -> Path:
+    """Evaluations {name: {problem: correct samples of 4}}, at RL steps 2 and 4 in all."""
+    (path / "evaluation").mkdir(parents=True)
+    steps = 4 // iterations
+    lines = [
+        {"iteration": i, "phase": "explore", "step": s, "global_step": i * steps + s, "success_rate": 0.1}
+        for i in range(iterations)
+        for s in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "config.yaml").write_text(f"algorithm: {{iterations: {iterations}}}\n")
+    for name, counts in solved.items():
+        rows = [(problem, sample, [1, 2], sample < right) for problem, right in counts.items() for sample in range(4)]
+        columns = dict(zip(("problem_id", "sample", "response_ids", "correct"), zip(*rows, strict=True), strict=True))
+        table = pa.table({key: list(values) for key, values in columns.items()})
+        more = {"text": [""] * len(rows), "reason": ["wrong"] * len(rows), "finish_reason": ["stop"] * len(rows)}
+        for key, values in more.items():
+            table = table.append_column(key, [values])
+        pq.write_table(table, path / "evaluation" / f"{name}.parquet")
+        record = {"metrics": {"avg@4": METRIC, "pass@2": METRIC}, "policy": name}
+        (path / "evaluation" / f"{name}.json").write_text(json.dumps(record))
+    return path
+
+
+def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, step_2 = {"a": 2, "b": 0, "c": 4}, {"a": 4, "b": 1, "c": 4}
+    last = {"dapo": {"a": 0, "b": 0, "c": 4}, "rloop": {"a": 1, "b": 1, "c": 4}}
+    solved = {"base": base, "i0_explore_000002": step_2}
+    dapo = write_run(tmp_path / "dapo", 1, solved | {"i0_explore_000004": last["dapo"]})
+    rloop = write_run(tmp_path / "rloop", 2, solved | {"i1_explore_000002": last["rloop"]})
+    assert compare(dapo, rloop, tmp_path / "out.html", tmp_path / "out.json") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["config"] == {"algorithm.iterations": ["1", "2"]}
+    found = result["paired"]["last RL policy"]
+    assert found["avg@4"]["mean"] == pytest.approx((1 / 4 + 1 / 4 + 0) / 3)
+    assert found["pass@2"]["mean"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)  # 1 - C(3, 2) / C(4, 2)
+    assert 0 <= found["avg@4"]["low"] <= found["avg@4"]["mean"] <= found["avg@4"]["high"]
+    assert result["paired"]["base"]["avg@4"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "problems": 3}
+    # base solves {a, c}, step 2 {a, b, c}, step 4 {c} and {a, b, c}: pairs (0,2) within, (0,4) and (2,4) between
+    assert result["forgetting"] == [
+        {"run": "dapo", "intra": 0.0, "inter": pytest.approx((1 / 3 + 2 / 3) / 2)},
+        {"run": "rloop", "intra": 0.0, "inter": 0.0},
+    ]
+    assert "forgets 0.0 % of the problems within an iteration, 50.0 % between iterations" in capsys.readouterr().out
+    assert "Differential forgetting: dapo − rloop" in (tmp_path / "out.html").read_text()
+
+
+def test_nothing_in_common_is_said(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", 1, {"base": {"a": 1}})
+    second = write_run(tmp_path / "second", 1, {"base": {"b": 1}})
+    with pytest.raises(UserError, match="no evaluations of the same problems"):
+        compare(first, second, None, None)
