@@ -15,13 +15,13 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan, trainer_gpus
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.time import mfu_of
 

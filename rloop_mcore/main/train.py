@@ -22,9 +22,9 @@ from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.search import check_fit
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.weights.tensor_files import catalogue

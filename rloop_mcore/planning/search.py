@@ -10,10 +10,10 @@ from typing import Any
 
 from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, overrides, processes
 from rloop_mcore.planning.plan import Plan, trainer_gpus
-from rloop_mcore.planning.sizes import Architecture
 
 _RECOMPUTE = ("none", "selective", "full")
 _CONTEXT, _VIRTUAL = (1, 2, 4, 8), (1, 2, 4)  # sizes of cp and vpp that are tried
