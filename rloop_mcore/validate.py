@@ -19,6 +19,7 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import check_architecture
+from rloop_mcore.planning.cluster import idle_gpus
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
@@ -254,35 +255,6 @@ def _check_sglang(rollout: RolloutConfig) -> None:
         raise UserError(f"rollout.gpus names {named} devices; rollout.engines x rollout.tp is {needed}.")
 
 
-def check_cluster(config: Config) -> None:
-    """Whether the trainer's processes and the engines have the GPUs that `cluster` has. Raises UserError.
-
-    Where cluster.gpus_per_node is 0 only the nodes are known.
-    """
-    cluster, rollout = config.cluster, config.rollout
-    if rollout.nodes >= cluster.nodes:
-        raise UserError(
-            f"rollout.nodes={rollout.nodes} leaves the trainer none of cluster.nodes={cluster.nodes}: raise "
-            "cluster.nodes, or set rollout.nodes=0 to share them."
-        )
-    needed, gpus = processes(config.layout), (cluster.nodes - rollout.nodes) * cluster.gpus_per_node
-    if needed > gpus > 0:
-        away = f" - rollout.nodes={rollout.nodes}" if rollout.nodes else ""
-        raise UserError(
-            f"layout.tp x pp x cp x dp is {needed} processes, and the trainer has {gpus} GPUs "
-            f"(cluster.nodes={cluster.nodes}{away}, cluster.gpus_per_node={cluster.gpus_per_node}): lower layout.dp or "
-            "take more nodes."
-        )
-    if rollout.engine == "sglang" and not rollout.endpoints:
-        needed, gpus = rollout.engines * rollout.tp, (rollout.nodes or cluster.nodes) * cluster.gpus_per_node
-        if needed > gpus > 0:
-            key = "rollout" if rollout.nodes else "cluster"
-            raise UserError(
-                f"rollout.engines={rollout.engines} x rollout.tp={rollout.tp} is {needed} GPUs, and {key}.nodes has "
-                f"{gpus}: lower rollout.engines or take more nodes."
-            )
-
-
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
@@ -358,6 +330,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
+    return [*idle_gpus(config), *_empty_expert_sets(config, problems)]
+
+
+def _empty_expert_sets(config: Config, problems: int) -> list[str]:
     algorithm = config.algorithm
     if not (config.rft.enabled and algorithm.iterations and algorithm.rl_steps and algorithm.hard_threshold):
         return []

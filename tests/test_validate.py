@@ -10,7 +10,8 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.validate import check_cluster, check_device, check_model, check_values, warnings
+from rloop_mcore.planning.cluster import check_cluster
+from rloop_mcore.validate import check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 
@@ -166,10 +167,17 @@ def model(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(shape | changes))
 
 
+def test_a_cluster_of_which_half_is_idle_is_a_warning() -> None:
+    half, all_of_it = (load_config([*NEEDED, "cluster=h100_16", f"layout.dp={dp}"]) for dp in (8, 16))
+    assert any("8 of 16 GPUs" in warning and "layout.dp" in warning for warning in warnings(half, 17_000))
+    assert not any("GPUs" in warning for warning in warnings(all_of_it, 17_000))
+    assert not any("GPUs" in warning for warning in warnings(load_config(NEEDED), 17_000))
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ({"num_hidden_layers": 28}, ["model.architecture.num_hidden_layers=24", "says 28", "model.path"]),
+        ({"num_hidden_layers": 28}, ["model.architecture.num_hidden_layers=24", "says 28", "model="]),
         ({"tie_word_embeddings": False}, ["model.architecture.tie_word_embeddings=true", "says false"]),
         ({"hidden_size": 896, "head_dim": 128}, ["model.architecture.head_dim=64", "says 128"]),
         ({"hidden_size": 1792}, ["model.architecture.hidden_size=896", "says 1792"]),
@@ -197,7 +205,7 @@ def test_a_release_may_have_other_positions_than_its_size_and_leave_sizes_out(tm
 def test_transformers_5_calls_the_experts_local(tmp_path: Path) -> None:
     moe = {"model_type": "qwen3_moe", "num_local_experts": 64, "num_hidden_layers": 48, "intermediate_size": 6144}
     model(tmp_path, **moe, num_attention_heads=32, num_key_value_heads=4)
-    with pytest.raises(UserError, match=r"num_experts=128, and .* says 64"):
+    with pytest.raises(UserError, match=r"num_experts=128 and .* says 64"):
         check_model(load_config([*NEEDED, "model=qwen3_30b_a3b"]), tmp_path)
 
 

@@ -16,11 +16,12 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
+from rloop_mcore.planning.cluster import check_cluster, trainer_gpus
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.plan import Plan, trainer_gpus
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.time import mfu_of
@@ -32,7 +33,7 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
     config = load_config(overrides, absent="-")
     validate.check_values(config, elsewhere=True)
-    validate.check_cluster(config)
+    check_cluster(config)
     validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
     sizes, source = validate.stated_sizes(config.model)
     validate.check_sizes(config, sizes, source)
@@ -54,7 +55,7 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
     legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
     if not others:
-        layouts = legal_layouts(model, trainer_gpus(config), config.cluster.gpus_per_node or 8)
+        layouts = legal_layouts(model, _gpus(chosen), config.cluster.gpus_per_node or 8)
         legal = [{"layout": _layout(layout, model.layers)} for layout in layouts]
     nearest = nearest_fit(model, config) if chosen.fits is False else None
     return {
@@ -86,6 +87,11 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
         "fits": chosen.fits,
         "nearest": changes(config, nearest.config) if nearest else None,
     }
+
+
+def _gpus(plan: Plan) -> int:
+    """GPUs that the policy may train on; those of the layout where the cluster doesn't say."""
+    return trainer_gpus(plan.config) or processes(plan.config.layout)
 
 
 def _layout(layout: LayoutConfig, layers: int) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
     )
     console.print(
-        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
+        f"{processes(config.layout)} of {_gpus(chosen)} GPUs train: {sizes or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
     console.print(_parts_table(chosen.worst))

@@ -23,6 +23,7 @@ from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.run_directory import GENERATED_MODEL, SUPERVISOR_VARIABLE, RunDirectory, check_not_removed
 from rloop_mcore.planning.architecture import Architecture
+from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
@@ -36,7 +37,7 @@ def train(overrides: Sequence[str], force: bool) -> int:
     """Run or resume one training run; returns the exit code. `force` takes unsafe changes. Raises UserError."""
     config = load_config(overrides)
     validate.check_values(config)
-    validate.check_cluster(config)
+    check_cluster(config)
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():

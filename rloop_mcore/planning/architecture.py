@@ -94,8 +94,8 @@ def check_architecture(stated: ArchitectureConfig, found: Mapping[str, Any], fil
         wanted, value = getattr(stated, name), values.get(name)
         if wanted is not None and value is not None and wanted != value:
             raise UserError(
-                f"model.architecture.{name}={_text(wanted)}, and {file} says {_text(value)}: model.path is not the "
-                "model that was chosen with model=."
+                f"model.architecture.{name}={_text(wanted)} and {file} says {_text(value)}: it is not of the model "
+                "that model= or the experiment chose."
             )
 
 

@@ -8,7 +8,6 @@ from functools import cached_property
 from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
-from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.memory import StageMemory, memory_of
 from rloop_mcore.planning.time import Times, step_times
 
@@ -58,11 +57,3 @@ class Plan:
         """Whether an engine can't hold one whole sequence."""
         longest = self.config.data.max_prompt_tokens + self.config.rollout.max_tokens
         return not self.config.rollout.endpoints and self.engine.tokens < longest
-
-
-def trainer_gpus(config: Config) -> int:
-    """GPUs of the nodes that train; those of the layout where the cluster doesn't say."""
-    cluster = config.cluster
-    if not cluster.gpus_per_node:
-        return processes(config.layout)
-    return (cluster.nodes - config.rollout.nodes) * cluster.gpus_per_node

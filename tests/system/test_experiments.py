@@ -21,14 +21,15 @@ import shrunk
 
 from rloop_mcore.compose import config_folder, flat, load_config
 from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.planning.cluster import check_cluster
 from rloop_mcore.planning.layouts import ModelShape, broken_rule
-from rloop_mcore.validate import check_cluster, check_values
+from rloop_mcore.validate import check_values
 from rloop_mcore.weights.digest import digest_of
 
 EXPERIMENTS = sorted(
     (path.stem for path in (config_folder() / "experiment").glob("*.yaml")), key=lambda name: (name[:2] != "rl", name)
 )
-DRY_RUN_S = 280.0
+DRY_RUN_S = 380.0
 
 
 def load(name: str, *overrides: str) -> Config:
@@ -46,6 +47,14 @@ def test_every_shipped_experiment_is_legal(name: str) -> None:
     architecture = config.model.architecture
     assert broken_rule(config.layout, ModelShape.of(vars(architecture), name)) is None
     assert config.data.max_prompt_tokens + config.rollout.max_tokens <= architecture.max_position_embeddings
+
+
+@pytest.mark.parametrize("layout", sorted(path.stem for path in (config_folder() / "layout").glob("*.yaml")))
+def test_every_shipped_layout_is_legal_for_a_shipped_model(layout: str) -> None:
+    models = [path.stem for path in (config_folder() / "model").glob("*.yaml")]
+    composed = [load("tiny", f"layout={layout}", "layout.dp=4", f"model={model}") for model in models]
+    shapes = [(config.layout, ModelShape.of(vars(config.model.architecture))) for config in composed]
+    assert any(broken_rule(*legal) is None for legal in shapes)
 
 
 @dataclass
@@ -101,7 +110,7 @@ def metrics(folder: Path, phase: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_step_of_every_shipped_experiment_runs_shrunk(name: str, tmp_path: Path) -> None:
     run, config = dry_run(name, tmp_path), load(name)
