@@ -15,6 +15,7 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
@@ -22,7 +23,6 @@ from rloop_mcore.planning.nodes import check_gpus, trainer_gpus
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.time import mfu_of
 
@@ -55,17 +55,15 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
     legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
     if not others:
-        layouts = legal_layouts(model, trainer_gpus(config), config.cluster.gpus_per_node or 8)
-        legal = [{"layout": _layout(layout, model.layers)} for layout in layouts]
+        layouts = legal_layouts(model, _gpus(chosen), config.cluster.gpus_per_node or 8)
+        legal = [_layout(layout, model.layers) for layout in layouts]
     nearest = nearest_fit(model, config) if chosen.fits is False else None
     return {
         "model": asdict(model),
-        "parameters": {
-            "total": parameters.pop("total"),
-            "active": parameters.pop("active"),
-            "by_tensor": parameters,
-            "of_a_rank_by_stage": of_ranks,
-        },
+        "parameters": parameters.pop("total"),
+        "active_parameters": parameters.pop("active"),
+        "parameters_by_tensor": parameters,
+        "parameters_of_a_rank_by_stage": of_ranks,
         "layouts": legal,
         "engine_layouts": [{"tp": tp} for tp in legal_engine_tp(model, config.cluster.gpus_per_node or 8)],
         "chosen": {
@@ -89,13 +87,17 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     }
 
 
+def _gpus(plan: Plan) -> int:
+    """GPUs that the policy may train on; those of the layout where the cluster doesn't say."""
+    return trainer_gpus(plan.config) or processes(plan.config.layout)
+
+
 def _layout(layout: LayoutConfig, layers: int) -> dict[str, Any]:
     return vars(layout) | {"stages": stages(layout, layers)}
 
 
 def _ranked_json(plan: Plan) -> dict[str, Any]:
-    return {
-        "layout": _layout(plan.config.layout, plan.model.layers),
+    return _layout(plan.config.layout, plan.model.layers) | {
         "recompute": plan.config.actor.recompute,
         "memory_fraction": plan.config.rollout.memory_fraction,
         "total_gib": round(plan.worst.total / GIB, 3),
@@ -121,7 +123,7 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
     )
     console.print(
-        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
+        f"{processes(config.layout)} of {_gpus(chosen)} GPUs train: {sizes or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
     console.print(_parts_table(chosen.worst))

@@ -29,9 +29,9 @@ from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
 from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.weights.tensor_files import catalogue
 

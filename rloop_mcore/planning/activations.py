@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, padded_vocabulary
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 from rloop_mcore.platform.precision import RECIPES, token_multiple
 

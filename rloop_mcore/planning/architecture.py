@@ -1,18 +1,83 @@
-"""The sizes that a configuration states for a model (`model.architecture`), against those of its config.json."""
+"""A model's sizes: those that a configuration states, against those of its config.json; and as the planner has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rloop_mcore.config import ArchitectureConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.layouts import ModelShape
 
 # Not sizes: base and instruct models of one size, or their later releases, differ in them, and config.json counts.
 _OF_A_RELEASE = ("max_position_embeddings", "rope_theta", "rms_norm_eps")
 SIZES = tuple(size.name for size in fields(ArchitectureConfig) if size.name not in _OF_A_RELEASE)
+_NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_QKV_BIAS = ("qwen2",)  # families whose Q, K and V projections have biases
+_QK_NORM = ("qwen3", "qwen3_moe")  # families that norm every query and key head
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a decoder: all that its parameters, activations and arithmetic follow from."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    positions: int  # 0: not said
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: int = 0  # 0: a dense model
+    top_k: int = 0
+    expert_ffn: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: Path | str) -> Architecture:
+        """From the keys of a config.json, which came from `source`. Raises UserError where a size is missing."""
+        for key in _NEEDED:
+            if not isinstance(values.get(key), int):
+                raise UserError(f"{source} has no {key}: the sizes of a model need it.")
+        heads = values["num_attention_heads"]
+        experts = values.get("num_experts") or values.get("num_local_experts") or 0
+        family = values.get("model_type")
+        return cls(
+            layers=values["num_hidden_layers"],
+            hidden=values["hidden_size"],
+            heads=heads,
+            kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            ffn=values["intermediate_size"],
+            vocabulary=values["vocab_size"],
+            positions=values.get("max_position_embeddings") or 0,
+            tied=bool(values.get("tie_word_embeddings")),
+            qkv_bias=family in _QKV_BIAS,
+            qk_norm=family in _QK_NORM,
+            experts=experts,
+            top_k=(values.get("num_experts_per_tok") or 1) if experts else 0,
+            expert_ffn=(values.get("moe_intermediate_size") or values["intermediate_size"]) if experts else 0,
+        )
+
+    @property
+    def queries(self) -> int:
+        """The width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """The width of all key heads, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a layout has to divide."""
+        return ModelShape(self.layers, self.heads, self.kv_heads, self.ffn, self.experts, self.expert_ffn)
 
 
 def check_architecture(stated: ArchitectureConfig, found: Mapping[str, Any], file: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.sizes import Architecture
 
 GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about

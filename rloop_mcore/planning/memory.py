@@ -12,10 +12,10 @@ from rloop_mcore.planning.activations import (
     loss_working_bytes,
     micro_batch_tokens,
 )
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
 from rloop_mcore.planning.parameters import Chunk, chunk_tensors, chunks_of, padded_vocabulary
 from rloop_mcore.planning.schedule import micro_batches, most_held
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 

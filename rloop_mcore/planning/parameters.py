@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rloop_mcore.config import LayoutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import stages
-from rloop_mcore.planning.sizes import Architecture
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rloop_mcore.config import Config
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
 from rloop_mcore.planning.memory import StageMemory, memory_of
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.time import Times, step_times
 
 

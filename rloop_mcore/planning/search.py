@@ -10,11 +10,11 @@ from typing import Any
 
 from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, overrides, processes
 from rloop_mcore.planning.nodes import trainer_gpus
 from rloop_mcore.planning.plan import Plan
-from rloop_mcore.planning.sizes import Architecture
 
 _RECOMPUTE = ("none", "selective", "full")
 _CONTEXT, _VIRTUAL = (1, 2, 4, 8), (1, 2, 4)  # sizes of cp and vpp that are tried
@@ -44,7 +44,8 @@ def ranked(model: Architecture, config: Config, gpus: int | None = None) -> list
     Those that fit come first, by the estimated time of a step; without rates, and those that don't fit, by memory.
     """
     node = config.cluster.gpus_per_node or 8
-    layouts = legal_layouts(model, gpus or trainer_gpus(config), node)
+    gpus = gpus or trainer_gpus(config) or processes(config.layout)
+    layouts = legal_layouts(model, gpus, node)
     plans = [_best(list(_variants(model, replace(config, layout=layout)))) for layout in layouts]
     return sorted(plans, key=_rank)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, Tensor, chunk_tensors, chunks_of
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.platform.precision import RECIPES
 
 _ALIGNED = 64  # elements: a parameter begins at a multiple of them in Megatron's buffer

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import EnginePlan, cache_bytes
 from rloop_mcore.planning.parameters import chunks_of, total_parameters
 from rloop_mcore.planning.schedule import bubble, micro_batches
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import TokenWork, longest_row, mean_lengths, rows_of_update
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rloop_mcore.config import Config
-from rloop_mcore.planning.sizes import Architecture
+from rloop_mcore.planning.architecture import Architecture
 
 # Unknown before a run, and assumed: how long a prompt and a response are on average, as shares of their limits.
 _PROMPT_SHARE, _RESPONSE_SHARE = 0.25, 0.5

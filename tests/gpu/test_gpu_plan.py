@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.config import ActorConfig, AlgorithmConfig, Config, DataConfig, RftConfig, RolloutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.memory import memory_of
-from rloop_mcore.planning.sizes import Architecture
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "tools" / "bench"

@@ -23,9 +23,9 @@ from rloop_mcore.config import (
     RolloutConfig,
 )
 from rloop_mcore.planning.activations import Modules, chunk_bytes, micro_batch_tokens
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.memory import memory_of
 from rloop_mcore.planning.parameters import Chunk
-from rloop_mcore.planning.sizes import Architecture
 
 _SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,

@@ -9,12 +9,12 @@ import pytest
 
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, GpuConfig, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, cache_bytes, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.time import efficiency, mfu_of
 
 H100 = GpuConfig("H100", 79.1, 3350, 989, 1979, 450, 50)

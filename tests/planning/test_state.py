@@ -13,9 +13,9 @@ import pytest
 
 from rloop_mcore.compose import config_folder, load_config
 from rloop_mcore.config import ActorConfig, Config, Fp8Config, LayoutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.sizes import Architecture
 from rloop_mcore.planning.state import Coordinates, coordinates, state_of
 
 _SIZES: dict[str, Any] = {  # odd ones: they need padding everywhere
@@ -116,13 +116,13 @@ SHIPPED = shipped()
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_experiments_at_every_coordinate(name: str) -> None:
-    """The first and the last rank of every pipeline stage; all of them where RLOOP_EVERY_RANK is set (minutes)."""
+    """The first rank of every pipeline stage and the last of all; each where RLOOP_EVERY_RANK is set (minutes)."""
     job, config = SHIPPED[name]
     model = Architecture.of(job["architecture"], name)
     stage_size = processes(config.layout) // config.layout.pp
     ranks = list(range(processes(config.layout)))
     if "RLOOP_EVERY_RANK" not in os.environ:
-        ranks = [rank for rank in ranks if rank % stage_size in (0, stage_size - 1)]
+        ranks = sorted({*ranks[::stage_size], ranks[-1]})
     (theirs,) = megatron_sizes([job | {"ranks": ranks}])
     for rank, held in zip(ranks, theirs, strict=True):
         ours = vars(state_of(model, config, coordinates(rank, config.layout)))
