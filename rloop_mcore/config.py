@@ -195,6 +195,7 @@ class DataConfig:
     template: str = "r1_zero"  # a file of rloop_mcore/data/templates, or a path to a .jinja file
     max_prompt_tokens: int = 1024  # longer prompts are counted and left out
     limit: int | None = None  # first N problems only
+    remove_overlap: bool = False  # leave out training problems that are in `validation` too (always reported)
 
 
 @dataclass
