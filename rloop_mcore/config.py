@@ -200,7 +200,7 @@ class DataConfig:
 
 @dataclass
 class RewardConfig:
-    verifier: str = "math"  # math, countdown, or a dotted path package.module:function
+    verifier: str = "math"  # math, exact, choice, countdown, or a dotted path package.module:function
     answer_format: str = "boxed"  # boxed or answer_line
     workers: int = 0  # 0: one a core, at most 16
     deadline_s: float = 10.0  # hard limit an answer

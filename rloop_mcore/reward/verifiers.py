@@ -14,6 +14,8 @@ Verifier = Callable[[Problem, str, bool, str], Verdict | tuple[bool, str]]
 
 SHIPPED = {
     "math": "rloop_mcore.reward.math:grade_math",
+    "exact": "rloop_mcore.reward.exact:grade_exact",
+    "choice": "rloop_mcore.reward.exact:grade_choice",
     "countdown": "rloop_mcore.reward.countdown:grade_countdown",
 }
 REASONS = frozenset({"correct", "wrong", "no_answer", "unparsable", "timeout", "crashed", "truncated"})

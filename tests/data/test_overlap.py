@@ -1,7 +1,5 @@
 """Which training problems an evaluation set holds too."""
 
-import pytest
-
 from rloop_mcore.config import Config
 from rloop_mcore.data.overlap import overlapping
 from rloop_mcore.types import Problem
@@ -30,6 +28,13 @@ def test_a_run_of_thirteen_words() -> None:
     assert overlapping([problem("a", LONG + " Where?")], []) == {}
 
 
+def test_a_turn_of_phrase_is_no_overlap() -> None:
+    phrase = "The answer can be written as m/n where m and n are relatively prime positive integers. Find m+n."
+    evaluation = [problem("x", f"First thing. {phrase}"), problem("y", f"Another. {phrase}")]
+    assert overlapping([problem("a", f"A third. {phrase}")], evaluation) == {}
+    assert overlapping([problem("a", f"A third. {phrase}")], evaluation[:1]) == {"a": "13-gram"}
+
+
 def test_against_all_runs_counted_by_hand() -> None:
     """Two texts of single-letter words: they overlap where they share 13 letters in a row, by brute force."""
     one, others = "abcdefghijklmnopqrstuvwxyz", {"n": "nopqrstuvwxyz", "o": "opqrstuvwxyz", "m": "zzmnopqrstuvwxyaa"}
@@ -42,7 +47,6 @@ def test_the_option_is_off_by_default() -> None:
     assert Config().data.remove_overlap is False
 
 
-@pytest.mark.parametrize("count", [2000])
-def test_a_large_set_is_looked_through_once(count: int) -> None:
-    problems = [problem(str(n), LONG.replace("60", str(n))) for n in range(count)]
-    assert len(overlapping(problems, problems[:1])) == count  # its last 13 words are in all
+def test_a_large_set_is_looked_through_once() -> None:
+    problems = [problem(str(n), f"Problem {n}: {LONG}") for n in range(2000)]
+    assert len(overlapping(problems, problems[:1])) == 2000

@@ -186,7 +186,7 @@ def test_too_many_failures_stop_the_run() -> None:
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [
-        ("maths", "no known verifier: use math, countdown or"),
+        ("maths", "no known verifier: use math, exact, choice, countdown or"),
         ("no_such_package.verifier:fn", "cannot import 'no_such_package.verifier'"),
         ("tests.reward.bad_verifiers:absent", "has no function 'absent'"),
         ("tests.reward.bad_verifiers:NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
@@ -228,6 +228,10 @@ def test_canaries_are_graded_again_as_the_run_goes_on(monkeypatch: pytest.Monkey
         assert pool.counts == {"correct": 180}
         # as if the verifier had begun to call it correct
         monkeypatch.setattr(canaries_module, "CANARIES", [*canaries_module.CANARIES[:-1], ("1", "1", False)])
-        pool.grade([right] * 60)  # now they are due
+
+        def go_on() -> None:
+            for _ in range(20):
+                pool.grade([right] * 60)
+
         with pytest.raises(UserError, match=r"math verifier is broken here: it calls the answer '1'"):
-            pool.grade([right] * 600)
+            go_on()
