@@ -20,16 +20,16 @@ def overlapping(problems: Iterable[Problem], evaluation: Iterable[Problem]) -> d
     that stands in several problems of `evaluation` is a turn of phrase ("where m and n are relatively prime positive
     integers"), and tells nothing.
     """
-    texts: set[tuple[str, ...]] = set()
+    texts: set[str] = set()
     runs: Counter[tuple[str, ...]] = Counter()
     for problem in evaluation:
         words = _words(problem)
-        texts.add(tuple(words))
+        texts.add("".join(words))
         runs.update(set(_runs(words)))
     found = {}
     for problem in problems:
         words = _words(problem)
-        if tuple(words) in texts:
+        if "".join(words) in texts:
             found[problem.id] = "exact"
         elif any(runs[run] == 1 for run in _runs(words)):
             found[problem.id] = f"{WORDS}-gram"
