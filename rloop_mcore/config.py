@@ -195,11 +195,12 @@ class DataConfig:
     template: str = "r1_zero"  # a file of rloop_mcore/data/templates, or a path to a .jinja file
     max_prompt_tokens: int = 1024  # longer prompts are counted and left out
     limit: int | None = None  # first N problems only
+    remove_overlap: bool = False  # leave out training problems that are in `validation` too (always reported)
 
 
 @dataclass
 class RewardConfig:
-    verifier: str = "math"  # math, countdown, or a dotted path package.module:function
+    verifier: str = "math"  # math, exact, choice, countdown, or a dotted path package.module:function
     answer_format: str = "boxed"  # boxed or answer_line
     workers: int = 0  # 0: one a core, at most 16
     deadline_s: float = 10.0  # hard limit an answer

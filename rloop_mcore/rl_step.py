@@ -300,6 +300,8 @@ def _figures(batch: Batch) -> dict[str, float]:
         "sampled_tokens": float(tokens),
         "truncated": sum(t.finish_reason == "length" for t in trajectories) / count,
         "verifier_failures": sum(t.reason in ("timeout", "crashed") for t in trajectories) / count,
+        "unparsable": sum(t.reason == "unparsable" for t in trajectories) / count,
+        "no_answer": sum(t.reason == "no_answer" for t in trajectories) / count,
         "groups_sampled": float(len(batch.sampled)),
         "groups_kept": float(len(batch.kept)),
     }

@@ -8,20 +8,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rloop_mcore.data.countdown import standard_splits
+from rloop_mcore.data.dapo import from_dapo_row, is_dapo_row
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
+
+log = logging.getLogger(__name__)
 
 HF_PREFIX = "hf:"
 GENERATED = ("countdown", "countdown3")
 BAD_ROWS_SHOWN = 10
 COLUMNS = ("id", "problem", "answer", "source", "meta")
+DAPO_COLUMNS = ("prompt", "reward_model", "data_source")
 
 Row = tuple[str, Any]  # where it stands ("FILE:LINE"), its content
 
@@ -33,27 +37,37 @@ class BadRow(Exception):
 def load_problems(source: str, limit: int | None = None) -> list[Problem]:
     """Load the first `limit` problems (None: all) of a file, of `hf:NAME[:SPLIT]` or of `countdown:SPLIT`.
 
-    A row without an id gets a hash of its content. Raises UserError that lists the bad rows with file and line,
-    for duplicate ids, and for an empty source.
+    A row without an id gets a hash of its content. A row that repeats an earlier one (its id, problem and answer) is
+    left out and counted in a warning. Raises UserError that lists the bad rows with file and line, for an id that
+    stands for two problems, and for an empty source.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data limit is {limit}; it must be at least 1, or null for all of {source}")
     problems: list[Problem] = []
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, Problem]] = {}
     bad: list[str] = []
-    for where, row in islice(_rows(source), limit):
+    repeated = 0
+    for where, row in _rows(source):
+        if len(problems) == limit:
+            break
         try:
             problem = parse_row(row)
             if problem.id in seen:
-                raise BadRow(f"id {problem.id!r} stands already at {seen[problem.id]}")
+                first, earlier = seen[problem.id]
+                if (problem.problem, problem.answer) != (earlier.problem, earlier.answer):
+                    raise BadRow(f"id {problem.id!r} stands already at {first}, for another problem")
+                repeated += 1
+                continue
         except BadRow as error:
             bad.append(f"{where}: {error}")
             continue
-        seen[problem.id] = where
+        seen[problem.id] = where, problem
         problems.append(problem)
     if bad:
         more = [f"... and {len(bad) - BAD_ROWS_SHOWN} more"] if len(bad) > BAD_ROWS_SHOWN else []
         raise UserError("\n".join([f"{source} has {len(bad)} bad rows:", *bad[:BAD_ROWS_SHOWN], *more]))
+    if repeated:
+        log.warning("%s: %d rows repeat an earlier one and are left out; %d are left", source, repeated, len(problems))
     if not problems:
         raise UserError(f"{source} is empty: it must hold at least one problem")
     return problems
@@ -63,6 +77,8 @@ def parse_row(row: Any) -> Problem:
     """One row as a Problem; raises BadRow."""
     if isinstance(row, BadRow):
         raise row
+    if is_dapo_row(row):
+        row = from_dapo_row(row)
     if not isinstance(row, dict):
         raise BadRow(f"must be an object with problem and answer, not {type(row).__name__}")
     meta = row.get("meta")
@@ -140,7 +156,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            columns = [name for name in COLUMNS + DAPO_COLUMNS if name in file.schema_arrow.names]
             _require_columns(str(path), file.schema_arrow.names)
             batches: Iterable[pyarrow.RecordBatch] = file.iter_batches(columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -174,6 +190,8 @@ def _generated_rows(source: str) -> Iterator[Row]:
 
 
 def _require_columns(source: str, names: list[str]) -> None:
+    if {"prompt", "reward_model"} <= set(names):
+        return
     missing = [column for column in ("problem", "answer") if column not in names]
     if missing:
         raise UserError(f"{source} has no column {' nor '.join(missing)}; it has {', '.join(names)}")

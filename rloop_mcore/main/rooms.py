@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rloop_mcore.main.deadline import stop_requests
 from rloop_mcore.main.engines import start_servers, weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.start_record import start_record
+from rloop_mcore.main.training_problems import training_problems
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
@@ -30,7 +31,7 @@ from rloop_mcore.run_state import RunState
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.types import Policy
+from rloop_mcore.types import Policy, Problem
 from rloop_mcore.validate import read_hf_config
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
@@ -84,19 +85,18 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     """Go on where the journal stands, to the end."""
     template, tokenizer = PromptTemplate(config.data.template), TextTokenizer(Path(config.model.path))
 
-    def prompts_of(source: str, limit: int | None) -> TemplatePrompts:
-        problems = load_problems(source, limit)
+    def prompts_of(problems: Sequence[Problem]) -> TemplatePrompts:
         return TemplatePrompts(problems, tokenizer, template, config.run.seed, config.data.max_prompt_tokens)
 
     directory, journal = run.path.resolve(), Journal(run.journal.resolve())
     tracker, timeline = Tracker(directory, config.tracking), Timeline(directory)
-    prompts = prompts_of(config.data.train, config.data.limit)
+    prompts = prompts_of(training_problems(config))
     evaluator = None
     if config.data.validation is not None:
         evaluator = EngineEvaluator(
             rollout,
             rewards,
-            prompts_of(config.data.validation, config.evaluation.limit).prompts,
+            prompts_of(load_problems(config.data.validation, config.evaluation.limit)).prompts,
             prompts.decode,
             config.evaluation,
             config.rollout.max_tokens,

@@ -1,10 +1,11 @@
-"""The pool's end of one worker process."""
+"""The pool's end of one worker."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)  # verifiers ru
 
 
 class Child:
-    """A worker process, its two pipes, and the items it has in flight. Nothing here blocks but `end`."""
+    """A worker (see `worker.py`), its two pipes, and the items it has in flight. Nothing here blocks but `end`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         # A new interpreter, not a fork: the trainer has threads. It finds the modules that this process finds.
@@ -37,9 +38,10 @@ class Child:
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
-        self.ready = False
+        self.grader = 0  # pid of the process that grades; 0: none yet
         self.ended = False  # it closed its end: dead, or dying
-        self.jobs: deque[int] = deque()  # indices of the items in flight; it is at work on the first
+        self.overran = False  # its grader was killed at the deadline, and it has not said so yet
+        self.jobs: deque[Any] = deque()  # the items in flight; it is at work on the first
         self.sign_of_life = time.monotonic()  # when it last got work or answered
         self._unsent = b""
         self._unread = b""
@@ -78,6 +80,13 @@ class Child:
         if lines:
             self.sign_of_life = time.monotonic()
         return [json.loads(line) for line in lines]
+
+    def kill_grader(self) -> None:
+        """End the process that grades; the worker says so when it has the next."""
+        self.overran = True
+        self.sign_of_life = time.monotonic()
+        with suppress(ProcessLookupError):
+            os.kill(self.grader, signal.SIGKILL)
 
     def end(self) -> int:
         """Kill the process if it lives, reap it, close the pipes. Returns its exit code, -N for signal N.

@@ -10,13 +10,16 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.platform.heartbeat import beat
-from rloop_mcore.reward.canaries import ANSWER_LINE, BOXED, CANARIES
+from rloop_mcore.reward.canaries import canary_items, check_canaries
 from rloop_mcore.reward.child import Child
 from rloop_mcore.types import Problem, Verdict
 
@@ -25,8 +28,12 @@ logger = logging.getLogger(__name__)
 Item = tuple[Problem, str, bool]  # (problem, response text, truncated)
 
 START_TIMEOUT_S = 120.0
+FORK_TIMEOUT_S = 20.0  # for a worker to have its next grader, once the last one is killed
 WALL_PER_CPU_SECOND = 20.0  # with CPU-time deadlines: how much slower than its CPU time an answer may be
 LARGEST_CHUNK = 64  # items sent to a worker at a time: one line each way an item would cost more than a cheap verdict
+RECYCLE_AFTER = 20_000  # answers, after which a grader makes room for a fresh one: SymPy's caches grow
+MOST_PENDING = 100_000  # items beyond which `submit` waits
+CANARIES_EVERY = 16_384  # answers: a step of the paper
 FEWEST_TO_JUDGE = 8  # answers of a call below which their share of failures says nothing
 
 
@@ -34,18 +41,35 @@ class TooManyFailures(Fault):
     """So many answers of a call timed out or crashed that their rewards would teach nothing true."""
 
 
-class RewardPool:
-    """`protocols.Rewards` over worker processes; use it as a context manager.
+@dataclass(eq=False)
+class _Call:
+    """The items of one `submit`."""
 
-    An answer that hangs or kills its worker gets the verdict timeout or crashed; the worker is replaced and the other
+    items: Sequence[Item]
+    allowed: float  # failures
+    future: Future[list[Verdict]] = field(default_factory=Future)
+    verdicts: list[Verdict | None] = field(default_factory=list)
+    left: int = 0
+    failures: int = 0
+    canaries: bool = False
+    votes: bool = False  # what the answers vote for is asked, not whether they are right
+
+
+_Job = tuple[_Call, int]  # an item of a call
+
+
+class RewardPool:
+    """`protocols.Rewards` over worker processes; use it as a context manager, from any thread.
+
+    An answer that hangs or kills its grader gets the verdict timeout or crashed; the grader is replaced and the other
     answers are graded. With `deterministic` the deadline of an answer is CPU time (and a generous wall time behind it),
-    so that a busy machine changes no verdict; without, it is wall time. Use it from one long-lived thread: the kernel
-    ends a worker with the thread that started it.
+    so that a busy machine changes no verdict; without, it is wall time. In asyncio: `await asyncio.wrap_future(
+    pool.submit(items))`.
     """
 
     def __init__(self, config: RewardConfig, deterministic: bool = True) -> None:
         self.counts: Counter[str] = Counter()  # verdicts so far, by reason
-        self.replaced = 0  # workers lost and replaced
+        self.replaced = 0  # graders lost and replaced
         self._config = config
         self._wall_s = config.deadline_s * (WALL_PER_CPU_SECOND if deterministic else 1.0)
         self._settings = {
@@ -53,20 +77,30 @@ class RewardPool:
             "answer_format": config.answer_format,
             "cpu_s": config.deadline_s,
             "memory_mib": config.memory_mib,
+            "recycle": RECYCLE_AFTER,
+            "canaries": [[*_message(item), False] for item in canary_items(config)],
         }
-        self._lock = threading.Lock()
         self._children: list[Child] = []
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()  # guards what `submit` shares with the thread
+        self._inbox: deque[_Call] = deque()
+        self._pending = 0
+        self._since_canaries = 0
+        self._open = False
+        self._wake_in, self._wake_out = -1, -1
+        self._thread: threading.Thread | None = None
+        self._started: Future[None] = Future()
+        self._error: BaseException | None = None  # what ended the thread
         self._first_note = ""
 
     def __enter__(self) -> RewardPool:
         """Start the workers and grade the canaries. Raises UserError for a verifier that cannot be loaded."""
+        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._open = True
+        self._thread = threading.Thread(target=self._work, name="reward pool", daemon=True)
+        self._thread.start()
         try:
-            for _ in range(self._config.workers or min(len(os.sched_getaffinity(0)), 16)):
-                self._children.append(Child(self._settings))
-            while not all(child.ready for child in self._children):
-                self._exchange(deque())
-            if self._config.verifier == "math":
-                self._check_canaries()
+            self._started.result()
         except BaseException:
             self.close()
             raise
@@ -76,25 +110,29 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """End the workers; none is left, not even as a zombie."""
-        while self._children:
-            self._children.pop().end()
+        """End the workers; none is left, not even as a zombie. What was not graded is cancelled."""
+        if self._thread is None:
+            return
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+        self._wake()
+        self._thread.join()
+        self._thread = None
+        for end in (self._wake_in, self._wake_out):
+            os.close(end)
 
     def grade(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict an item, in order, whatever worker graded it when.
 
         Raises TooManyFailures when more than `reward.max_failure_share` of the items time out or crash.
         """
-        with self._lock:
-            if not self._children:
-                raise RuntimeError("the reward pool is closed: use it inside `with RewardPool(...)`")
-            try:
-                verdicts = self._grade(items)
-            except BaseException:
-                self.close()  # a worker may still have items of this call
-                raise
-        self.counts.update(verdict.reason for verdict in verdicts)
-        return verdicts
+        return self.submit(items).result()
+
+    def submit(self, items: Sequence[Item]) -> Future[list[Verdict]]:
+        """`grade`, begun: what it would return or raise. Waits while `MOST_PENDING` items wait for their verdicts."""
+        share = self._config.max_failure_share
+        return self._submit(_Call(items, max(share * max(len(items), FEWEST_TO_JUDGE), 1)))
 
     def votes(self, items: Sequence[Item]) -> list[str]:
         """What each answer votes for, in order; "" where it is for nothing, or where finding out took too long.
@@ -102,46 +140,91 @@ class RewardPool:
         Two answers to a problem have the same vote where the verifier takes them for the same. Always "" with a
         verifier that is not a shipped one.
         """
-        with self._lock:
-            return [verdict.vote for verdict in self._grade(items, votes=True)]
+        return [verdict.vote for verdict in self._submit(_Call(items, allowed=len(items), votes=True)).result()]
 
-    def _grade(self, items: Sequence[Item], votes: bool = False) -> list[Verdict]:
-        verdicts: list[Verdict | None] = [None] * len(items)
-        pending = deque(range(len(items)))
-        failures, allowed = 0, max(self._config.max_failure_share * max(len(items), FEWEST_TO_JUDGE), 1)
-        if votes:
-            allowed = len(items)
-        left = len(items)
-        while left:
-            for child in self._children:
-                if pending and child.ready and not child.jobs and child.process.poll() is None:
-                    self._assign(child, pending, items, votes)
-            for index, verdict in self._exchange(pending):
-                beat()
-                verdicts[index] = verdict
-                left -= 1
-                failures += verdict.reason in ("timeout", "crashed")
-                if failures > allowed:
-                    raise TooManyFailures(
-                        f"{failures} of {len(items)} answers timed out or crashed in the verifier "
-                        f"{self._config.verifier!r}, more than reward.max_failure_share="
-                        f"{self._config.max_failure_share:g} allows (reward.deadline_s={self._config.deadline_s:g}, "
-                        f"reward.memory_mib={self._config.memory_mib}); the first: {self._first_note}"
-                    )
-        return [verdict for verdict in verdicts if verdict is not None]
+    def _submit(self, call: _Call) -> Future[list[Verdict]]:
+        call.verdicts, call.left = [None] * len(call.items), len(call.items)
+        call.future.set_running_or_notify_cancel()
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending < MOST_PENDING or not self._open)
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                raise RuntimeError("the reward pool is closed: use it inside `with RewardPool(...)`")
+            self._pending += call.left
+            self._inbox.append(call)
+        self._wake()
+        return call.future
 
-    def _assign(self, child: Child, pending: deque[int], items: Sequence[Item], votes: bool) -> None:
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # it is awake already
+            os.write(self._wake_in, b"x")
+
+    def _work(self) -> None:
+        """The pool's thread: it owns the workers, which the kernel ends with the thread that started them."""
+        try:
+            for _ in range(self._config.workers or min(len(os.sched_getaffinity(0)), 16)):
+                self._children.append(Child(self._settings))
+            while not all(child.grader for child in self._children) and self._open:
+                self._exchange()
+            self._started.set_result(None)
+            while self._open:
+                self._take_calls()
+                for child in self._children:
+                    if self._jobs and child.grader and not child.jobs and not child.ended:
+                        self._assign(child)
+                self._exchange()
+        except BaseException as error:
+            self._error = error
+            if self._started.done():
+                self._fail(error)
+            else:
+                self._started.set_exception(error)
+        finally:
+            with self._changed:
+                self._open = False
+                self._changed.notify_all()
+            while self._children:
+                self._children.pop().end()
+            self._fail(RuntimeError("the reward pool was closed before this was graded"))
+
+    def _take_calls(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_out, 4096)
+        while self._inbox:
+            call = self._inbox.popleft()
+            self._jobs.extend((call, index) for index in range(len(call.items)))
+            if not call.items:
+                call.future.set_result([])
+
+    def _fail(self, error: BaseException) -> None:
+        """Every call that has no result yet raises `error`."""
+        calls = {call for call, _ in self._jobs} | {call for child in self._children for call, _ in child.jobs}
+        for call in calls | set(self._inbox):
+            if not call.future.done():
+                call.future.set_exception(error)
+        self._jobs.clear()
+        self._inbox.clear()
+
+    def _assign(self, child: Child) -> None:
         """Give an idle worker the next items: large chunks first, single ones at the end, so that all end together."""
-        size = max(1, min(LARGEST_CHUNK, len(pending) // (2 * len(self._children))))
-        child.jobs.extend(pending.popleft() for _ in range(min(size, len(pending))))
-        child.send([[*_message(items[index]), votes] for index in child.jobs])
+        size = max(1, min(LARGEST_CHUNK, len(self._jobs) // (2 * len(self._children))))
+        while self._jobs and len(child.jobs) < size:
+            job = self._jobs.popleft()
+            if job[0].future.done():  # it failed
+                self._release(1)
+            else:
+                child.jobs.append(job)
+        if child.jobs:
+            child.send([[*_message(call.items[index]), call.votes] for call, index in child.jobs])
 
-    def _exchange(self, pending: deque[int]) -> list[tuple[int, Verdict]]:
-        """Wait for the workers, at most to the next deadline; returns (index, verdict) of what got one.
+    def _exchange(self) -> None:
+        """Wait for the workers, at most to the next deadline, and take what they have to say.
 
-        Replaces the workers that died or passed a deadline; their other items go back to `pending`.
+        Replaces the graders that died or passed a deadline; their other items go back to the front.
         """
         poller = select.poll()
+        poller.register(self._wake_out, select.POLLIN)
         for child in self._children:
             poller.register(child.stdout, select.POLLIN)
             if child.sending:
@@ -150,72 +233,113 @@ class RewardPool:
         wait_s = min(deadlines, default=time.monotonic() + 1.0) - time.monotonic()
         ready = {fd for fd, _ in poller.poll(max(0.0, wait_s) * 1000 + 1)}
         now = time.monotonic()
-        graded: list[tuple[int, Verdict]] = []
         for position, child in enumerate(self._children):
             if child.stdin in ready:
                 child.flush()
             if child.stdout in ready:
-                graded += self._receive(child)
+                self._receive(child)
             limit = self._limit(child)
-            if child.ended or (limit and now - child.sign_of_life > limit):
-                graded += self._bury(child, now, pending)
+            late = limit is not None and now - child.sign_of_life > limit
+            if late and child.grader and not child.overran:
+                child.kill_grader()
+            elif late or child.ended:
+                self._bury(child)
                 self._children[position] = Child(self._settings)
-                self.replaced += 1
-        return graded
 
     def _limit(self, child: Child) -> float | None:
         """Seconds that a worker may be silent; None for an idle one."""
-        if not child.ready:
+        if not child.grader:
             return START_TIMEOUT_S
+        if child.overran:
+            return FORK_TIMEOUT_S
         return self._wall_s if child.jobs else None
 
-    def _receive(self, child: Child) -> list[tuple[int, Verdict]]:
-        graded = []
+    def _receive(self, child: Child) -> None:
         for message in child.receive():
-            if child.ready:
+            if isinstance(message, list):
                 correct, reason, seconds, note, vote = message
                 self._take_note(note)
-                graded.append((child.jobs.popleft(), Verdict(correct, reason, seconds, vote)))
+                self._settle(child.jobs.popleft(), Verdict(correct, reason, seconds, vote))
             elif "error" in message:
                 raise UserError(message["error"])
+            elif "ready" in message:
+                check_canaries(self._config, message["canaries"])
+                child.grader = message["ready"]
             else:
-                child.ready = True
-        return graded
+                child.grader = message["grader"]
+                if message["died"] is not None:
+                    self._lost(child, message["died"])
 
-    def _bury(self, child: Child, now: float, pending: deque[int]) -> list[tuple[int, Verdict]]:
-        """End a worker that died or overran: the verdict of the item it was at; the rest goes back to the front."""
-        hung = not child.ended
+    def _bury(self, child: Child) -> None:
+        """End a worker that is beyond use as a whole."""
+        late = not child.ended
         code = child.end()
-        if not child.ready:
-            cause = f"not within {START_TIMEOUT_S:g} s" if hung else f"it ended with code {code}"
+        if not child.grader:
+            cause = f"not within {START_TIMEOUT_S:g} s" if late else f"it ended with code {code}"
             raise RuntimeError(f"a reward worker for the verifier {self._config.verifier!r} did not start: {cause}")
-        if not child.jobs:
-            return []
-        seconds = now - child.sign_of_life
-        index = child.jobs.popleft()
-        pending.extendleft(reversed(child.jobs))
-        if hung or code == -signal.SIGPROF:
-            self._take_note(f"no verdict within reward.deadline_s={self._config.deadline_s:g}")
-            return [(index, Verdict(False, "timeout", seconds))]
-        self._take_note(f"the worker ended with code {code}")
-        return [(index, Verdict(False, "crashed", seconds))]
+        self._lost(child, code)
+
+    def _lost(self, child: Child, code: int) -> None:
+        """A grader died: the verdict of the item it was at; the others go back to the front."""
+        self.replaced += 1
+        if child.jobs:
+            job = child.jobs.popleft()
+            self._jobs.extendleft(reversed(child.jobs))
+            child.jobs.clear()
+            if child.overran or code == -signal.SIGPROF:
+                self._take_note(f"no verdict within reward.deadline_s={self._config.deadline_s:g}")
+                reason = "timeout"
+            else:
+                self._take_note(f"the worker ended with code {code}")
+                reason = "crashed"
+            seconds = self._wall_s if child.overran else time.monotonic() - child.sign_of_life
+            self._settle(job, Verdict(False, reason, seconds))
+        child.overran = False
+
+    def _settle(self, job: _Job, verdict: Verdict) -> None:
+        call, index = job
+        beat()
+        self._release(1)
+        if call.future.done():
+            return
+        call.verdicts[index] = verdict
+        call.left -= 1
+        call.failures += verdict.reason in ("timeout", "crashed")
+        if call.failures > call.allowed:
+            call.future.set_exception(
+                TooManyFailures(
+                    f"{call.failures} of {len(call.items)} answers timed out or crashed in the verifier "
+                    f"{self._config.verifier!r}, more than reward.max_failure_share="
+                    f"{self._config.max_failure_share:g} allows (reward.deadline_s={self._config.deadline_s:g}, "
+                    f"reward.memory_mib={self._config.memory_mib}); the first: {self._first_note}"
+                )
+            )
+        elif not call.left:
+            self._finish(call, [verdict for verdict in call.verdicts if verdict is not None])
+
+    def _finish(self, call: _Call, verdicts: list[Verdict]) -> None:
+        if call.canaries:
+            check_canaries(self._config, [(verdict.correct, verdict.reason) for verdict in verdicts])
+        elif not call.votes:
+            self.counts.update(verdict.reason for verdict in verdicts)
+            self._since_canaries += len(verdicts)
+        call.future.set_result(verdicts)
+        if self._since_canaries >= CANARIES_EVERY and (items := canary_items(self._config)):
+            self._since_canaries = 0
+            check = _Call(items, len(items), verdicts=[None] * len(items), left=len(items), canaries=True)
+            self._jobs.extend((check, index) for index in range(len(items)))
+            with self._changed:
+                self._pending += len(items)
+
+    def _release(self, items: int) -> None:
+        with self._changed:
+            self._pending -= items
+            self._changed.notify_all()
 
     def _take_note(self, note: str) -> None:
         if note and not self._first_note:
             self._first_note = note
             logger.warning("first answer that the verifier %r failed on: %s", self._config.verifier, note)
-
-    def _check_canaries(self) -> None:
-        """Grade pairs with known verdicts; UserError if one comes out wrong."""
-        form = BOXED if self._config.answer_format == "boxed" else ANSWER_LINE
-        items = [(Problem("canary", "", gold), form.format(answer), False) for gold, answer, _ in CANARIES]
-        for (gold, answer, right), verdict in zip(CANARIES, self._grade(items), strict=True):
-            if verdict.correct != right:
-                raise UserError(
-                    f"the math verifier is broken here: it calls the answer {answer!r} to the gold answer {gold!r} "
-                    f"{verdict.reason}, not {'correct' if right else 'wrong'}; check the installed versions of "
-                    "math-verify, latex2sympy2_extended, sympy and antlr4-python3-runtime"
-                )
 
 
 def _message(item: Item) -> list[Any]:

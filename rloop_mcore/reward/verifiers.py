@@ -17,6 +17,8 @@ Vote = Callable[[Problem, str, bool, str], str]
 
 SHIPPED = {
     "math": "rloop_mcore.reward.math:grade_math",
+    "exact": "rloop_mcore.reward.exact:grade_exact",
+    "choice": "rloop_mcore.reward.exact:grade_choice",
     "countdown": "rloop_mcore.reward.countdown:grade_countdown",
 }
 VOTES = {"math": "rloop_mcore.reward.votes:vote_math", "countdown": "rloop_mcore.reward.countdown:vote_countdown"}

@@ -1,4 +1,5 @@
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from rloop_mcore.data.problems import load_problems
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
 ROWS = [
     {"id": "a", "problem": "1 + 1", "answer": "2", "source": "s", "meta": {"level": 1}},
     {"id": "b", "problem": "größer: 2 + 2", "answer": "4", "source": "s", "meta": {}},
@@ -92,8 +98,40 @@ def test_a_missing_id_becomes_a_content_hash(tmp_path: Path) -> None:
     other_order = [problem.id for problem in load_problems(jsonl(tmp_path / "b.jsonl", bare[::-1]))]
     assert len(set(first)) == 3
     assert other_order == first[::-1]
-    with pytest.raises(UserError, match="stands already at"):  # the same content twice is a duplicate
-        load_problems(jsonl(tmp_path / "c.jsonl", [bare[0], bare[0]]))
+
+
+def test_repeated_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bare = [{"problem": f"{n} + 1", "answer": str(n + 1)} for n in range(3)]
+    source = jsonl(tmp_path / "p.jsonl", [*bare, *ROWS] * 20)
+    assert [problem.problem for problem in load_problems(source)] == [row["problem"] for row in [*bare, *ROWS]]
+    assert "114 rows repeat an earlier one and are left out; 6 are left" in caplog.text
+    assert len(load_problems(source, limit=5)) == 5
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_dapo_math_17k_as_published(tmp_path: Path, kind: str) -> None:
+    """A generated file of that shape, every problem a hundred times in shuffled order."""
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"role": "user", "content": DAPO_PROMPT.format(problem=f"What is ${n}^2$?")}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str(n * n), "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": f"uuid-{n}"},
+        }
+        for n in range(170)
+    ] * 100
+    random.Random(0).shuffle(rows)
+    path = tmp_path / f"p.{kind}"
+    if kind == "jsonl":
+        jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    problems = load_problems(str(path))
+    assert len(problems) == len({problem.id for problem in problems}) == 170
+    assert {(p.problem, p.answer, p.source) for p in problems} == {
+        (f"What is ${n}^2$?", str(n * n), "math_dapo") for n in range(170)
+    }
 
 
 @pytest.mark.parametrize(

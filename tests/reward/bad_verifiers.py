@@ -40,7 +40,7 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
     if response == "torch":
         return "torch" in sys.modules, "wrong"
     if response == "pid":
-        return True, "correct" if os.getppid() == problem.meta["parent"] else "wrong"
+        return True, "correct" if os.getpid() in problem.meta["graders"] else "wrong"
     correct = response == problem.answer
     return correct, "correct" if correct else "wrong"
 

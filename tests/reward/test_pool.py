@@ -1,6 +1,6 @@
 """The pool under fire: whatever one answer does, the others get their verdicts, in order, in bounded time."""
 
-import os
+import asyncio
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ import pytest
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.reward import canaries as canaries_module
 from rloop_mcore.reward import pool as pool_module
 from rloop_mcore.reward.pool import RewardPool, TooManyFailures
 from rloop_mcore.types import Problem
@@ -32,7 +33,8 @@ TROUBLE = {
 
 
 def item(response: str, gold: str = "right", truncated: bool = False) -> tuple[Problem, str, bool]:
-    return Problem("p", "", gold, meta={"parent": os.getpid()}), response, truncated
+    graders = [grader.pid for worker in psutil.Process().children() for grader in worker.children()]
+    return Problem("p", "", gold, meta={"graders": graders}), response, truncated
 
 
 def config(verifier: str = BAD, **settings: object) -> RewardConfig:
@@ -93,6 +95,53 @@ def test_a_worker_killed_while_idle_is_replaced_and_blames_nobody() -> None:
         assert pool.grade([item("right")])[0].correct
 
 
+def test_a_grader_makes_room_for_a_fresh_one_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "RECYCLE_AFTER", 100)
+    with RewardPool(config(workers=1)) as pool:
+        (worker,) = psutil.Process().children()
+        first = {grader.pid for grader in worker.children()}
+        for _ in range(4):
+            assert all(v.correct for v in pool.grade([item("right")] * 70))
+        assert first.isdisjoint(grader.pid for grader in worker.children())
+        assert pool.replaced == 0  # none was lost
+
+
+def test_calls_are_graded_side_by_side_and_a_failed_one_harms_no_other() -> None:
+    with RewardPool(config(max_failure_share=0.25)) as pool:
+        bad = pool.submit([item("raise")] * 40)
+        good = [pool.submit([item("right" if n % 2 else "no")] * 10) for n in range(20)]
+        with pytest.raises(TooManyFailures):
+            bad.result(60)
+        for n, future in enumerate(good):
+            assert [v.correct for v in future.result(60)] == [n % 2 == 1] * 10
+        assert pool.submit([]).result(60) == []
+        assert [v.correct for v in pool.grade([item("right")])] == [True]
+
+
+def test_asyncio_goes_on_while_answers_hang() -> None:
+    async def run(pool: RewardPool) -> list[str]:
+        hanging = asyncio.wrap_future(pool.submit([item("loop")]))
+        ticks = 0
+        while not hanging.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert ticks > 5
+        return [v.reason for v in await hanging]
+
+    with RewardPool(config()) as pool:
+        assert asyncio.run(run(pool)) == ["timeout"]
+
+
+def test_back_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MOST_PENDING", 30)
+    with RewardPool(config(workers=1)) as pool:
+        slow = pool.submit([item("loop")] * 1 + [item("right")] * 39)
+        start = time.monotonic()
+        assert pool.grade([item("right")])[0].correct  # waited for room
+        assert time.monotonic() - start > 0.1
+        assert Counter(v.reason for v in slow.result(60)) == {"timeout": 1, "correct": 39}
+
+
 def test_workers_are_children_without_torch_and_end_with_the_pool() -> None:
     before = set(psutil.Process().children())
     with RewardPool(config()) as pool:
@@ -111,12 +160,12 @@ def test_workers_of_a_killed_trainer_die() -> None:
         "from rloop_mcore.config import RewardConfig\n"
         "from rloop_mcore.reward.pool import RewardPool\n"
         f"RewardPool(RewardConfig(verifier={BAD!r}, workers=2)).__enter__()\n"
-        "print(*[p.pid for p in psutil.Process().children()], flush=True)\n"
+        "print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     pids = [int(pid) for pid in run.stdout.split()]
-    assert len(pids) == 2, run.stderr
+    assert len(pids) == 4, run.stderr  # a worker and its grader, twice
     for pid in pids:
         try:
             process = psutil.Process(pid)
@@ -137,7 +186,7 @@ def test_too_many_failures_stop_the_run() -> None:
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [
-        ("maths", "no known verifier: use math, countdown or"),
+        ("maths", "no known verifier: use math, exact, choice, countdown or"),
         ("no_such_package.verifier:fn", "cannot import 'no_such_package.verifier'"),
         ("tests.reward.bad_verifiers:absent", "has no function 'absent'"),
         ("tests.reward.bad_verifiers:NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
@@ -162,9 +211,27 @@ def test_math_in_the_pool_with_its_canaries() -> None:
 
 def test_a_wrong_canary_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     canaries = [("1", "1", True), ("1", "2", True)]
-    monkeypatch.setattr(pool_module, "CANARIES", canaries)
+    monkeypatch.setattr(canaries_module, "CANARIES", canaries)
     with (
         pytest.raises(UserError, match=r"math verifier is broken here: .*'2'.*'1'.*wrong, not correct"),
         RewardPool(config("math", workers=1, deadline_s=5.0, memory_mib=2048)),
     ):
         pass
+
+
+def test_canaries_are_graded_again_as_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "CANARIES_EVERY", 50)
+    right = (Problem("p", "", "1"), r"\boxed{1}", False)
+    with RewardPool(config("math", workers=1, deadline_s=5.0, memory_mib=2048)) as pool:
+        for _ in range(3):
+            assert all(v.correct for v in pool.grade([right] * 60))
+        assert pool.counts == {"correct": 180}
+        # as if the verifier had begun to call it correct
+        monkeypatch.setattr(canaries_module, "CANARIES", [*canaries_module.CANARIES[:-1], ("1", "1", False)])
+
+        def go_on() -> None:
+            for _ in range(20):
+                pool.grade([right] * 60)
+
+        with pytest.raises(UserError, match=r"math verifier is broken here: it calls the answer '1'"):
+            go_on()

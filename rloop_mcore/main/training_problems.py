@@ -1,0 +1,48 @@
+"""The problems a run trains on: those of `data.train` without what teaches nothing, or teaches the evaluation set."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from rloop_mcore.config import Config
+from rloop_mcore.data.overlap import overlapping
+from rloop_mcore.data.problems import load_problems
+from rloop_mcore.errors import UserError
+from rloop_mcore.reward.golds import unverifiable
+from rloop_mcore.types import Problem
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 10
+
+
+def training_problems(config: Config) -> list[Problem]:
+    """Load them; report overlap with `data.validation`, left out with `data.remove_overlap`, and bad golds, left out.
+
+    Raises UserError if none is left. The same problems at every start of a run: a gold that is merely slow stays.
+    """
+    problems = load_problems(config.data.train, config.data.limit)
+    if config.data.validation is not None:
+        shared = overlapping(problems, load_problems(config.data.validation, config.evaluation.limit))
+        if shared:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
+            done = "are left out" if config.data.remove_overlap else "stay (data.remove_overlap=true leaves them out)"
+            _warn(
+                f"{len(shared)} of {len(problems)} training problems are in data.validation too ({kinds}) and {done}",
+                shared,
+            )
+        if config.data.remove_overlap:
+            problems = [problem for problem in problems if problem.id not in shared]
+    bad = {name: reason for name, reason in unverifiable(problems, config.reward).items() if reason != "timeout"}
+    if bad:
+        _warn(f"{len(bad)} of {len(problems)} gold answers don't verify against themselves and are left out", bad)
+    problems = [problem for problem in problems if problem.id not in bad]
+    if not problems:
+        raise UserError(f"no problem of data.train={config.data.train} is left to train on (see the warnings above)")
+    return problems
+
+
+def _warn(message: str, why: dict[str, str]) -> None:
+    names = ", ".join(f"{name} ({reason})" for name, reason in list(why.items())[:_SHOWN])
+    log.warning("%s: %s%s", message, names, ", ..." if len(why) > _SHOWN else "")
