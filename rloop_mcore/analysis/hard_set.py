@@ -47,7 +47,8 @@ def hard_problems(samples: Samples, iteration: int, threshold: float) -> np.ndar
     `threshold` is the paper's 10 %.
     """
     successes, asked = success_counts(samples, iteration)
-    return (successes > 0) & (successes < threshold * asked)
+    # The same quotient and comparison as algorithm.hard_problems.is_hard.
+    return (successes > 0) & (successes / np.maximum(asked, 1) < threshold)
 
 
 def hard_sets(samples: Samples, threshold: float) -> list[HardSet]:

@@ -18,7 +18,7 @@ from rloop_mcore.analysis.read_run import Evaluation, Run, pass_keys
 from rloop_mcore.analysis.report import read_runs, write_report
 from rloop_mcore.analysis.table import to_rich, validation_table
 from rloop_mcore.errors import UserError
-from rloop_mcore.evaluation.bootstrap import bootstrap_interval
+from rloop_mcore.evaluation.paired import compare_paired
 from rloop_mcore.evaluation.pass_at_k import average, pass_at_k
 from rloop_mcore.main.report import words_of
 from rloop_mcore.platform.files import write_atomic
@@ -50,7 +50,7 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
 
 
 def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
-    """Per metric the mean difference second - first over the problems that both answered, with its 95 % interval."""
+    """Per metric the mean difference second - first over the problems that both answered, its interval and p-value."""
     evaluations = [_ROLES[role](run.evaluations) for run in runs]
     answers = [_answers(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
     if answers[0] is None or answers[1] is None:
@@ -64,9 +64,10 @@ def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
     ks = [k for key in pass_keys(dict.fromkeys(known)) if (k := int(key.removeprefix("pass@"))) <= samples]
     values = {f"avg@{samples}": [average(*each) for each in counts]}
     values |= {f"pass@{k}": [pass_at_k(*each, k) for each in counts] for k in ks}
+    found = {name: compare_paired(b, a, _SEED) for name, (a, b) in values.items()}
     return {
-        name: {**asdict(bootstrap_interval(np.asarray(b) - np.asarray(a), _SEED)), "problems": len(problems)}
-        for name, (a, b) in values.items()
+        name: {**asdict(each.interval), "p_value": each.p_value, "problems": each.problems}
+        for name, each in found.items()
     }
 
 
@@ -96,7 +97,7 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     if (validation := validation_table(runs)) is not None:
         console.print(to_rich(validation))
     table = Table(title=f"{names[1]} − {names[0]}, problem by problem, points", title_justify="left")
-    table.caption = "95 % bootstrap intervals over problems; * where 0 is outside."
+    table.caption = "95 % bootstrap intervals over problems; p: two-sided sign-flip permutation test."
     table.add_column("policies")
     columns = list(dict.fromkeys(name for found in result["paired"].values() for name in found))
     for name in columns:
@@ -112,5 +113,5 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
 def _difference(found: dict[str, float] | None) -> str:
     if found is None:
         return "–"
-    star = " *" if found["low"] > 0 or found["high"] < 0 else ""
-    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{star}"
+    interval = f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return f"{100 * found['mean']:+.1f} {interval} p={found['p_value']:.2g}"

@@ -110,3 +110,10 @@ def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
     (cache / "shard-000003.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"shard-000003\.parquet is missing or damaged"):
         read_samples(cache)
+
+
+def test_a_success_rate_of_the_threshold_is_not_hard(tmp_path: Path) -> None:
+    cache = TrajectoryCache(tmp_path)  # 0.1 * 30 is more than 3 in floating point, 3 / 30 is 0.1
+    cache.append([trajectory(0, 0, 0, sample, sample < 3, 1) for sample in range(30)])
+    cache.seal()
+    assert not hard_problems(read_samples(tmp_path), 0, 0.1).any()

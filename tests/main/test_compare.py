@@ -50,7 +50,7 @@ def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["avg@4"]["mean"] == pytest.approx((1 / 4 + 1 / 4 + 0) / 3)
     assert found["pass@2"]["mean"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)  # 1 - C(3, 2) / C(4, 2)
     assert 0 <= found["avg@4"]["low"] <= found["avg@4"]["mean"] <= found["avg@4"]["high"]
-    assert result["paired"]["base"]["avg@4"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "problems": 3}
+    assert result["paired"]["base"]["avg@4"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "problems": 3}
     # base solves {a, c}, step 2 {a, b, c}, step 4 {c} and {a, b, c}: pairs (0,2) within, (0,4) and (2,4) between
     assert result["forgetting"] == [
         {"run": "dapo", "intra": 0.0, "inter": pytest.approx((1 / 3 + 2 / 3) / 2)},
