@@ -14,7 +14,9 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, training_script
 
@@ -47,9 +49,17 @@ def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _config(overrides: Sequence[str]) -> Config:
+    """A run's configuration, checked as far as that is possible where it is submitted.
+
+    The layout and the memory where the model's sizes are known here, by model.path or model.architecture.
+    """
     config = load_config(overrides)
-    validate.check_values(config)
+    validate.check_values(config, elsewhere=config.cluster.slurm.container != "none")
     roles(config)
+    if (Path(config.model.path) / "config.json").is_file() or any(vars(config.model.architecture).values()):
+        sizes, source = validate.stated_sizes(config.model)
+        validate.check_sizes(config, sizes, source)
+        check_fit(Architecture.of(sizes, source), config)
     return config
 
 

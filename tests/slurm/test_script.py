@@ -314,6 +314,16 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: 
     assert not run.exists()
 
 
+def test_what_cannot_run_is_refused_before_it_is_queued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "--dry-run", "experiment=qwen2.5_72b", f"run.dir={tmp_path}/run", "model.path=/models/72b"]
+    words += ["cluster.slurm.container=pyxis", "cluster.slurm.image=i.sqsh"]  # which has SGLang's interpreter
+    assert main(words) == 0
+    assert main([*words, "layout.pp=1", "layout.dp=8"]) == 2
+    assert "the nearest that fits has layout.pp=4 layout.dp=2" in capsys.readouterr().err
+    assert main([*words, "layout.tp=16", "layout.pp=2", "layout.dp=2"]) == 2
+    assert "layout.tp=16 does not divide num_key_value_heads=8" in capsys.readouterr().err
+
+
 def test_a_sweep_is_an_array_with_a_run_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text(f"run.dir={tmp_path}/a run.seed=1\n\n# a comment\nrun.dir='{tmp_path}/b' run.seed=2\n")
