@@ -23,13 +23,13 @@ from rloop_mcore.slurm.script import Run, command_script, training_script
 _SUBMIT_S = 120.0
 
 
-def launch(options: argparse.Namespace, command: Sequence[str]) -> int:
+def launch(options: argparse.Namespace) -> int:
     """Submit a training run, an array of them, or another `rloop` command; or print the script. Raises UserError."""
     runs: list[Run] = []
-    if command:
+    if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
-        script = command_script(config, command)
+        script = command_script(config, options.inner)
     else:
         lines: list[list[str]] = [[]] if options.sweep is None else _lines(options.sweep)
         configs = [_config([*options.overrides, *line]) for line in lines]

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.main.cli import parser
+from rloop_mcore.main.arguments import parse
 
 DEADLINE_S = 100.0
 _SERVER = get_context("forkserver")
@@ -86,7 +86,7 @@ def _be(node: Node, words: list[str], log: Path) -> None:
         sys.path.insert(0, str(node.site))
     os.environ.update(node.environment)
     time.sleep(node.late_s)
-    options = parser().parse_args(["preflight", *words])
+    options = parse(["preflight", *words])
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         code = preflight(options, clock=lambda: time.time() + node.ahead_s)
     os._exit(code)

@@ -1,0 +1,261 @@
+"""The arguments of every `rloop` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rloop_mcore.compose import config_folder
+
+_TRAIN_EXAMPLES = """
+examples:
+  rloop train experiment=tiny run.dir=runs/tiny        a run of seconds, to see every phase
+  rloop train experiment=quickstart_base               the quickstart's base model; then experiment=quickstart
+  rloop train model.path=/models/Qwen2.5-Math-7B data.train=dapo.jsonl data.validation=aime24.jsonl run.dir=runs/7b
+
+The same command again goes on where the run stands, after any kill. Every key, with its default and what it means, is
+in rloop_mcore/config.py; experiments are the files of {folder}.
+"""
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command and its options; `inner` is what follows `--` in `rloop launch ... -- COMMAND...`.
+
+    Overrides (KEY=VALUE) may stand between options. Leaves the process with 2 for what no command takes.
+    """
+    inner: Sequence[str] = ()
+    if words[:1] == ["launch"] and "--" in words:
+        words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
+    top = _parser()
+    options, rest = top.parse_known_args(words)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        top.error(f"{' '.join(unknown)}: not known to rloop {options.command}, see rloop {options.command} --help")
+    if rest:
+        options.overrides += rest
+    options.inner = inner
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="rloop", description="RL on verifiable rewards, in iterations (arXiv 2511.04285)."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _train,
+        _launch,
+        _plan,
+        _preflight,
+        _status,
+        _evaluate,
+        _report,
+        _compare,
+        _cache,
+        _trace,
+        _convert,
+        _grade,
+        _node,
+    ):
+        add(commands)
+    return top
+
+
+def _train(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="run RLoop (or plain DAPO, or SFT), or resume it",
+        description="Run, or resume, one training run in run.dir.",
+        epilog=_TRAIN_EXAMPLES.format(folder=config_folder() / "experiment"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, e.g. algorithm.rl_steps=100"
+    )
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="resume although a changed key makes it another run, or it failed alike three times",
+    )
+
+
+def _launch(commands: Any) -> None:
+    command = commands.add_parser(
+        "launch",
+        help="submit a run, or another command, as a Slurm job",
+        description="Check a run, write its batch script (cluster.* says what it asks for) and submit it; it starts "
+        "itself again until it is done. After `--`: another rloop command to run as a job, e.g. -- evaluate ...",
+    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for rloop train")
+    command.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    command.add_argument("--force", action="store_true", help="as for rloop train, at the first start of the job")
+    command.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a run a line, each its own overrides")
+
+
+def _plan(commands: Any) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="memory, legal layouts and time of a run, before a GPU is used",
+        description="What a run takes of each GPU and how long a step is, from its configuration alone: no GPU, "
+        "weights, data or run.dir needed. Exit code 2 where it can't fit, with the nearest that does.",
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=qwen2.5_72b cluster=h100_64"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    command.add_argument("--search", action="store_true", help="rank all legal layouts of the cluster's GPUs")
+
+
+def _preflight(commands: Any) -> None:
+    command = commands.add_parser(
+        "preflight",
+        help="is every node of a job fit for the run? Names the ones that are not",
+        description="Run once on every node of a job, before `rloop train`: GPUs, versions, disks, clocks, network, a "
+        "small all-reduce. Exit code 69: a bad node, which preflight.json in run.dir names (docs/preflight.md).",
+    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="those of rloop train")
+    command.add_argument("--nodes", type=int, metavar="N", help="how many run it (default: as Slurm says, or 1)")
+    command.add_argument("--node-rank", type=int, metavar="R", help="this one, from 0 (default: as Slurm says, or 0)")
+    command.add_argument("--master", metavar="HOST:PORT", help="where node 0 listens")
+    command.add_argument("--names", metavar="LIST", help="the nodes by rank: n1,n2 or n[1-2] (default: Slurm's)")
+    command.add_argument("--json", action="store_true", help="node 0 prints its report as one JSON object")
+
+
+def _status(commands: Any) -> None:
+    command = commands.add_parser(
+        "status", help="where a run stands", description="Where a run stands: state, phase, step, cache, last metrics."
+    )
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    command.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def _evaluate(commands: Any) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="Avg@k, pass@k and maj@k of a policy on benchmarks",
+        description="Sample responses of a policy, grade them, print Avg@N, unbiased pass@k and maj@k with 95 %% "
+        "intervals. The same command again goes on where a killed one stood; more samples add to those there are.",
+    )
+    command.add_argument(
+        "--policy", required=True, type=Path, metavar="PATH", help="a Hugging Face folder, Megatron checkpoint or run"
+    )
+    command.add_argument("--step", metavar="NAME", help="of a run: i1_explore_000100, theta_1, last or best (default)")
+    command.add_argument(
+        "--data", action="append", metavar="FILE", help="problems: JSONL, Parquet or hf:NAME[:SPLIT]; may be repeated"
+    )
+    command.add_argument("--benchmarks", action="append", metavar="NAME,...", help="aime24, math500, ... from the hub")
+    command.add_argument(
+        "--benchmark-files", type=Path, metavar="FOLDER", help="where the benchmarks are as files: FOLDER/aime24.jsonl"
+    )
+    command.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
+    command.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON too")
+    command.add_argument(
+        "--against", type=Path, metavar="JSON", help="an earlier result: paired differences with p-values"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/evaluations"),
+        help="where samples are kept, and reused (default runs/evaluations)",
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="e.g. experiment=quickstart rollout.max_tokens=1024"
+    )
+
+
+def _report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="one self-contained HTML file with the curves and the table of runs",
+        description="Write one HTML file, readable offline, with the curves and the final table of one or more runs.",
+    )
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    command.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
+    command.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
+    command.add_argument("--port", type=int, default=0, metavar="N", help="for --live; default: any free one")
+
+
+def _compare(commands: Any) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="two runs problem by problem, with intervals",
+        description="Say what two runs differ in and what came of it: paired differences on the validation problems, "
+        "and what each forgets. Writes the report of both, too.",
+    )
+    command.add_argument("first", type=Path, metavar="RUN_A")
+    command.add_argument("second", type=Path, metavar="RUN_B")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: compare.html in RUN_A")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write the comparison as JSON too")
+
+
+def _cache(commands: Any) -> None:
+    command = commands.add_parser(
+        "cache",
+        help="what a run has sampled: counts, a check, rows as text or JSON lines",
+        description="Summarise the trajectory cache of a run; or check it, look at rows, export them. While no run "
+        "works in RUN_DIR: set damaged shards aside, merge small ones.",
+    )
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    command.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
+    command.add_argument("--quarantine", action="store_true", help="set damaged shards aside, and say what is lost")
+    command.add_argument("--compact", action="store_true", help="merge small shards into large ones; same rows")
+    command.add_argument("--show", type=int, default=0, metavar="N", help="the first N trajectories as text")
+    command.add_argument("--export", type=Path, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
+    command.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")
+    command.add_argument("--problem", metavar="ID", help="for --show and --export: of this problem")
+
+
+def _trace(commands: Any) -> None:
+    command = commands.add_parser(
+        "trace",
+        help="the timeline of a run, for Perfetto",
+        description="Write what a run did when (generation, grading, training, syncs) as a Chrome trace.",
+    )
+    command.add_argument("run", type=Path, metavar="RUN_DIR")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: trace.json in the run directory")
+
+
+def _convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="a Hugging Face folder to a Megatron checkpoint, or back",
+        description="Convert a Hugging Face folder to a Megatron checkpoint (torch_dist) that any layout loads, or a "
+        "checkpoint to a folder. Needs no GPU. Ends by mapping every tensor back from its files and comparing.",
+    )
+    command.add_argument("source", type=Path, metavar="SRC")
+    command.add_argument("target", type=Path, metavar="DST", help="appears when it is complete and verified")
+    command.add_argument("--to", choices=("mcore", "hf"), help="default: the other one than SRC is")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: each tensor's own")
+    for option, what in (("tp", "tensor parallel"), ("pp", "pipeline"), ("ep", "expert parallel")):
+        command.add_argument(
+            f"--{option}", type=int, default=1, metavar="N", help=f"files for N {what} ranks (to mcore)"
+        )
+    command.add_argument("--config", type=Path, metavar="FOLDER", help="config and tokenizer files (to hf)")
+    command.add_argument("--family", default="auto", help="default: the one config.json names")
+    command.add_argument("--trust", action="store_true", help="take a checkpoint that rloop did not write (to hf)")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core, at most 8")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+
+
+def _grade(commands: Any) -> None:
+    command = commands.add_parser(
+        "grade",
+        help="grade answers against gold answers",
+        description='Grade rows {"id", "gold", "pred"}; pred is a whole response.',
+    )
+    command.add_argument("file", type=Path, metavar="FILE.jsonl")
+    command.add_argument("--json", type=Path, metavar="OUT.jsonl", help="the rows with correct, reason and seconds")
+    command.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
+
+
+def _node(commands: Any) -> None:
+    command = commands.add_parser(
+        "node",
+        description="One node of a job: what `rloop launch` has the job start.",  # no help: not listed
+    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    command.add_argument("--force", action="store_true")

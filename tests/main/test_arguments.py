@@ -1,0 +1,36 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from rloop_mcore.main.arguments import parse
+
+
+def test_overrides_may_stand_between_options() -> None:
+    options = parse(["plan", "experiment=tiny", "--json", "cluster=h100_8", "--search", "layout.dp=8"])
+    assert options.overrides == ["experiment=tiny", "cluster=h100_8", "layout.dp=8"]
+    assert options.json
+    assert options.search
+
+
+@pytest.mark.parametrize("words", [["plan", "a=1", "--jsn"], ["plan", "a=1", "--json", "b"], ["status", "RUN", "a=1"]])
+def test_what_a_command_does_not_take_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    assert f"{words[-1]}: not known to rloop {words[0]}" in capsys.readouterr().err
+
+
+def test_a_job_of_another_command() -> None:
+    options = parse(["launch", "--dry-run", "cluster.nodes=1", "--", "evaluate", "--policy", "p", "--json", "o"])
+    assert options.overrides == ["cluster.nodes=1"]
+    assert options.inner == ["evaluate", "--policy", "p", "--json", "o"]
+
+
+def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert "train" in listed
+    assert "node" not in listed
