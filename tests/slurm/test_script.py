@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
 from rloop_mcore.main.cli import main
 from rloop_mcore.slurm.script import Run, command_script, training_script
 
@@ -186,19 +188,24 @@ def test_mounts_that_are_none_are_refused(mount: str) -> None:
 
 
 class Ends:
-    """A script whose `srun` ends the run with `code`, after `commits` bytes more of the journal."""
+    """A script whose `srun` ends the run with `code`, after `commits` more in the journal, which has every start."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder = folder
         self.run = folder / "run"
         (self.run / "slurm").mkdir(parents=True)
+        journal = Journal(folder / "records.jsonl")
+        journal.record("started", previous=None)
+        journal.record("commit", iteration=0, phase="explore", step=1, shards=[])
+        self.lines = [shlex.quote(line) for line in journal.path.read_text().splitlines()]
         config = load_config(["experiment=tiny", f"run.dir={self.run}", "cluster.slurm.preflight=false", *overrides])
         self.script = training_script(config, [Run(self.run, [])], 1, 0).replace("sleep 300", "sleep 0")
 
     def start(self, code: str, commits: int = 0, **variables: str) -> tuple[int, list[str], str]:
         """(exit code, what was asked of scontrol and sbatch, standard error)"""
         srun = (
-            f'head -c {commits} /dev/zero >>"{self.run}/journal.jsonl"; touch "$RLOOP_JOB_FOLDER/node-0.out"; '
+            f'printf "%s\\n" {" ".join([self.lines[0], *[self.lines[1]] * commits])} >>"{self.run}/journal.jsonl"; '
+            'touch "$RLOOP_JOB_FOLDER/node-0.out"; '
             f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"'
         )
         asked = self.folder / "asked"
@@ -215,13 +222,13 @@ def test_a_run_that_is_done_or_wrong_is_not_started_again(code: str, tmp_path: P
 
 
 def test_a_run_that_has_checkpointed_is_requeued(tmp_path: Path) -> None:
-    code, asked, _ = Ends(tmp_path).start("75", commits=100)
+    code, asked, _ = Ends(tmp_path).start("75", commits=2)
     assert code == 75
     assert asked == ["scontrol requeue 7"]
 
 
 def test_a_task_of_an_array_requeues_itself_only(tmp_path: Path) -> None:
-    _, asked, _ = Ends(tmp_path).start("75", 100, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="0")
+    _, asked, _ = Ends(tmp_path).start("75", 2, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="0")
     assert asked[0] == "scontrol requeue 5_0"
 
 
@@ -231,7 +238,7 @@ def test_faults_are_retried_with_back_off_until_they_bring_nothing(tmp_path: Pat
     ends.script = ends.script.replace('|| sleep "', f'|| echo >>{tmp_path}/asked "slept ')
     assert ends.start("1")[1] == ["scontrol requeue 7"]
     assert ends.start("")[1] == ["slept 80", "scontrol requeue 7"]  # the first node was killed before it said anything
-    assert ends.start("1", commits=10)[1] == ["scontrol requeue 7"], "a commit starts the count anew"
+    assert ends.start("1", commits=1)[1] == ["scontrol requeue 7"], "a commit starts the count anew"
     ends.start("1")
     ends.start("1")
     code, asked, error = ends.start("1")
@@ -248,14 +255,14 @@ def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path)
 
 def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) -> None:
     ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
-    assert ends.start("1", 100)[1] == [f"sbatch --dependency=afterany:7 --begin=now+60seconds {ends.run}/slurm/job.sh"]
+    assert ends.start("1", 1)[1] == [f"sbatch --dependency=afterany:7 --begin=now+60seconds {ends.run}/slurm/job.sh"]
 
 
 def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_path: Path) -> None:
     """Slurm starts no job again that it has killed at its limit."""
     ends = Ends(tmp_path)
     asked = tmp_path / "asked"
-    commit = f'touch "$RLOOP_JOB_FOLDER/node-0.out"; head -c 9 /dev/zero >>{ends.run}/journal.jsonl'
+    commit = f'touch "$RLOOP_JOB_FOLDER/node-0.out"; echo {ends.lines[1]} >>{ends.run}/journal.jsonl'
     programs = {
         "srun": f"{commit}; exec sleep 59 >/dev/null 2>&1",
         "scontrol": f'echo "$*" >>{asked}',
