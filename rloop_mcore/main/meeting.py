@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,13 @@ class Meeting:
         """How the first of this node's ranks to fall did so."""
         self._write(f"failed-{node}.json", {"node": node, "host": socket.gethostname(), **failure})
 
+    def ask_for_stacks(self, stamp: str) -> None:
+        """The run hangs: every node is to keep its stacks, under this stamp."""
+        self._write("stacks.json", {"stamp": stamp})
+
+    def stacks_kept(self, node: int, where: str) -> None:
+        self._write(f"stacks-{node}.json", {"where": where})
+
     def end(self, code: int) -> None:
         """The first node is done, and so is the job: its exit code."""
         write_atomic(self.folder / "code", str(code))
@@ -115,6 +123,20 @@ class Meeting:
                 f"{nodes - 1} of the job: see their logs in {self.folder}"
             ) from None
         return [json.loads((self.folder / f"node-{node}.json").read_text()) for node in range(1, nodes)]
+
+    def stacks_asked(self, node: int) -> str | None:
+        """The stamp of `ask_for_stacks`, where this node has not answered yet."""
+        asked = self.folder / "stacks.json"
+        if not asked.exists() or (self.folder / f"stacks-{node}.json").exists():
+            return None
+        return str(json.loads(asked.read_text())["stamp"])
+
+    def wait_for_stacks(self, nodes: int, timeout_s: float) -> list[str]:
+        """What nodes 1 .. `nodes` - 1 say in `stacks_kept`, as far as they do within `timeout_s`."""
+        files = [self.folder / f"stacks-{node}.json" for node in range(1, nodes)]
+        with suppress(Fault):
+            self._wait(lambda: all(file.exists() for file in files), timeout_s, "the stacks")
+        return [json.loads(file.read_text())["where"] for file in files if file.exists()]
 
     def failures(self, nodes: int) -> list[dict[str, Any]]:
         """What was written by `write_failure` so far: ranks killed by a signal first, then by time."""

@@ -5,24 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.main.keeper import keep_engines, start_keeper
+from rloop_mcore.main.keeper import start_keeper
 from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, log_tail
 from rloop_mcore.main.train import train
+from rloop_mcore.main.watchdog import keep_stacks
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_of, address_towards
 
 _FIRST_WAIT_S = 300.0  # where the configuration is wrong, and says nothing of how long
 _LAST_WAIT_S = 120.0  # for the first node to end once this one's ranks have failed
+_WAY_OUT_S = 20.0  # for its processes to end after that
 _POLL_S = 0.2
+
+Work = tuple[subprocess.Popen[bytes], Path]  # a process of this node, and its log
 
 
 def node(overrides: Sequence[str], force: bool) -> int:
@@ -66,31 +72,40 @@ def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
     interface = config.cluster.interface
     address = address_towards(head.address) if interface is None else address_of(interface)
     run, nodes = RunDirectory(Path(config.run.dir)), roles(config)
-    if number >= nodes.trainers:
-        keep_engines(config, run, meeting, number, address)
-        return 0
+    work: dict[str, Work] = {}
     if number in nodes.hosts:
-        start_keeper(run.path, meeting, number, address)
-    return _follow(run, meeting, Place(nodes.ranks, number, nodes.trainers, address, head.address, head.port))
+        keeper = start_keeper(run.path, meeting, number, address)
+        work["keeper of the engines"] = keeper, meeting.log(f"engines-{number}")
+    if number < nodes.trainers:
+        log = meeting.log(f"torchrun-{number}")
+        place = Place(nodes.ranks, number, nodes.trainers, address, head.address, head.port)
+        work["ranks"] = start_ranks(run.path, place, log), log
+    return _follow(run, meeting, number, work)
 
 
-def _follow(run: RunDirectory, meeting: Meeting, place: Place) -> int:
-    """Run this node's ranks until they end, or the first node has."""
-    log = meeting.log(f"torchrun-{place.node}")
-    ranks = start_ranks(run.path, place, log)
-    while ranks.poll() is None and not meeting.ended():
+def _follow(run: RunDirectory, meeting: Meeting, number: int, work: dict[str, Work]) -> int:
+    """Wait for this node's processes to end, or the first node; meanwhile keep stacks where it asks for them."""
+    while not meeting.ended() and all(process.poll() is None for process, _ in work.values()):
+        if (stamp := meeting.stacks_asked(number)) is not None:
+            meeting.stacks_kept(number, keep_stacks(run, stamp))
         time.sleep(_POLL_S)
-    if ranks.poll() is None:
-        ranks.terminate()
-        return 0
-    if ranks.returncode == 0:
-        return 0
-    if (failure := first_failure(log)) is not None:
-        meeting.write_failure(place.node, failure)
-    if run.ending() is None:
-        message = f"the ranks of node {place.node} ended with exit code {ranks.returncode} without a word"
-        run.write_ending(1, message, log_tail(log))
+    ended = {name: log for name, (process, log) in work.items() if process.poll()}
+    if ended and not meeting.ended():
+        _tell(run, meeting, number, *next(iter(ended.items())))
     deadline = time.monotonic() + _LAST_WAIT_S  # so that it is the first node whose exit code Slurm sees
     while not meeting.ended() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    return 1
+    if "ranks" in work:
+        work["ranks"][0].terminate()
+    for process, _ in work.values():
+        with suppress(subprocess.TimeoutExpired):  # the keeper stops its engines; ranks may hang
+            process.wait(_WAY_OUT_S)
+    return 1 if ended else 0
+
+
+def _tell(run: RunDirectory, meeting: Meeting, number: int, name: str, log: Path) -> None:
+    """What has ended on this node, for the first node to explain."""
+    if (failure := first_failure(log)) is not None:
+        meeting.write_failure(number, failure)
+    if run.ending() is None:
+        run.write_ending(1, f"the {name} of node {number} ended without a word", log_tail(log))

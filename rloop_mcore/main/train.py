@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
@@ -108,7 +106,7 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
     watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
     with _stop_signals(run, ranks):
-        code = _watch(run, ranks, watchdog)
+        code = _watch(run, ranks, watchdog, meeting, config.cluster.nodes)
     if meeting is not None:
         explain(run, meeting, config.cluster.nodes)
     ending = run.ending()
@@ -123,7 +121,9 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
     return 1, f"{message}; the log is {log}, its end:\n{log_tail(log)}"
 
 
-def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog) -> int:
+def _watch(
+    run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog, meeting: Meeting | None, nodes: int
+) -> int:
     """Wait for the end of this node's ranks, and bring it about where they stall, or where the run has been ended on
     another node for a while; returns their exit code."""
     ended = None
@@ -133,7 +133,7 @@ def _watch(run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog
         except subprocess.TimeoutExpired:
             if (why := watchdog.look()) is not None:
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = end_stalled(run, psutil.Process())
+                kept = end_stalled(run, meeting, nodes)
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
             if ended is None and (run.ending() or {"code": 0})["code"] != 0:
                 ended = time.monotonic()

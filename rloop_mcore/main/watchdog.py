@@ -15,12 +15,14 @@ from typing import Any
 import psutil
 
 from rloop_mcore.config import Config
+from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.stacks import collect
 
 STALLED = "stalled"  # an ending begins so
 
 _LAST_STEPS = 50  # the median is of these
+_OTHERS_S = 60.0  # for the other nodes to keep their stacks
 _LONGEST_LOOK_S = 5.0  # between two looks: more is time in which nobody ran, the run as little as the watchdog
 
 
@@ -79,15 +81,27 @@ def step_seconds(metrics: Path) -> float | None:
     return median(gaps[-_LAST_STEPS:]) if gaps else None
 
 
-def end_stalled(run: RunDirectory, supervisor: psutil.Process) -> str:
-    """Keep the stacks of the run's processes on this host, then kill them all. Returns, in words, where they are."""
-    everyone = supervisor.children(recursive=True)
-    folder = run.path / "stalls" / f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}"
-    try:
-        kept = f"the stacks of {', '.join(collect(everyone, folder)) or 'none of its processes'} are in {folder}"
-    except OSError as error:  # a full disk, say
-        kept = f"its stacks could not be written ({error.strerror})"
-    for process in everyone:
+def end_stalled(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
+    """Keep the stacks of the run's processes, those on the other nodes of the job too, then kill this node's.
+
+    Returns, in words, where they are.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    kept = [keep_stacks(run, stamp)]
+    if meeting is not None and nodes > 1:
+        meeting.ask_for_stacks(stamp)
+        kept += meeting.wait_for_stacks(nodes, _OTHERS_S)
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()
-    return kept
+    return ", ".join(kept)
+
+
+def keep_stacks(run: RunDirectory, stamp: str) -> str:
+    """Write the stacks of this process's children, and theirs; returns, in words, where they are."""
+    folder = run.path / "stalls" / f"{stamp}-{socket.gethostname()}"
+    try:
+        names = collect(psutil.Process().children(recursive=True), folder)
+    except OSError as error:  # a full disk, say
+        return f"the stacks of {socket.gethostname()} could not be written ({error.strerror})"
+    return f"the stacks of {', '.join(names) or 'none of its processes'} are in {folder}"

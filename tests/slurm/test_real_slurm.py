@@ -232,6 +232,21 @@ def stopped(slurm: Cluster, node: str, mark: str) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+def test_a_run_that_hangs_leaves_the_stacks_of_all_nodes(
+    slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    stall = ("guard.stall_floor_s=20", "guard.stall_factor=2")
+    job = Job(slurm, base, tmp_path / "run", "cluster.nodes=4", "rollout.nodes=2", *stall)
+    job.wait_for_steps(1)
+    (rank,) = processes(slurm, "n2", "-u\0-m\0rloop_mcore.main.worker")
+    os.kill(rank, signal.SIGSTOP)
+    job.wait_for_restart(1)
+    job.finish()
+    assert_same(job.run, undisturbed)
+    names = [path.name.partition("-")[0] for path in job.run.glob("stalls/*/*.txt")]
+    assert names.count("rank") == names.count("engine") == 2, sorted(job.run.glob("stalls/*/*"))
+
+
 def test_a_node_that_dies_has_the_job_start_again_elsewhere(
     slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
