@@ -21,6 +21,7 @@ from rloop_mcore.main.comparison import compare, read_result
 from rloop_mcore.main.evaluation import PolicyEvaluation
 from rloop_mcore.main.evaluation_tables import print_comparison, print_results
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
+from rloop_mcore.planning.nodes import on_one_node
 from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.types import Problem
@@ -73,7 +74,7 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
     A run's policy is evaluated by the run's own keys, but where something else is said.
     """
     if source.run is not None:
-        config = load_config_over(source.run.config, options.overrides)
+        config = on_one_node(load_config_over(source.run.config, options.overrides))
         if config.rollout.endpoints and not any(text.startswith("rollout.endpoints=") for text in options.overrides):
             raise UserError(
                 f"{source.run.path} trains with the servers of its rollout.endpoints, which hold other weights: give "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
@@ -43,6 +43,16 @@ def roles(config: Config) -> Roles:
     if hosts and rollout.engines % hosts:
         raise UserError(f"rollout.engines={rollout.engines} must be a multiple of the {hosts} nodes that have them.")
     return Roles(nodes, trainers, wanted // trainers, rollout.engines // hosts if hosts else 0)
+
+
+def on_one_node(config: Config) -> Config:
+    """The configuration with a single node, which has the engines that a node of the job has."""
+    engines = roles(config).engines or config.rollout.engines
+    return replace(
+        config,
+        cluster=replace(config.cluster, nodes=1),
+        rollout=replace(config.rollout, nodes=0, engines=engines),
+    )
 
 
 def check_gpus(config: Config) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.nodes import Roles, roles
+from rloop_mcore.planning.nodes import Roles, on_one_node, roles
 
 
 def of(*overrides: str) -> Roles:
@@ -36,6 +36,15 @@ def test_the_last_nodes_have_engines_only() -> None:
 def test_engines_that_run_already_are_nobodys() -> None:
     endpoints = ("rollout.engine=sglang", "rollout.endpoints=['http://h:1']")
     assert shares(of("cluster.nodes=2", "layout.dp=2", *endpoints)) == [[], []]
+
+
+def test_one_node_has_the_engines_of_a_node() -> None:
+    for apart in (0, 2):
+        job = load_config(["experiment=tiny", "run.dir=x", "cluster.nodes=4", f"rollout.nodes={apart}"])
+        job.layout.dp, job.rollout.engines = 4, 8
+        alone = on_one_node(job)
+        assert (alone.cluster.nodes, alone.rollout.nodes, alone.rollout.engines) == (1, 0, 8 // (apart or 4))
+    assert on_one_node(alone) == alone
 
 
 @pytest.mark.parametrize(
