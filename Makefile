@@ -80,7 +80,7 @@ test-mbridge: install
 
 # Whole runs as jobs of a real Slurm on this machine: needs root, and Debian's packages, which it installs.
 test-slurm: install
-	RLOOP_SLURM=1 $(PYTHON) -m pytest -v --durations 0 tests/slurm
+	RLOOP_SLURM=1 $(PYTHON) -m pytest -v --durations 12 tests/slurm
 
 check: install
 	$(VENV)/bin/ruff check .
