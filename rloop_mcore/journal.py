@@ -75,6 +75,10 @@ class Journal:
         """Those of all phases, oldest first."""
         return [record for record in self.records if record["event"] == "commit"]
 
+    def places(self) -> list[dict[str, Any]]:
+        """Where the run has been: commits and ends of phases, oldest first."""
+        return [record for record in self.records if record["event"] in ("commit", "done")]
+
     def shards(self) -> list[str]:
         """The names of the cache's shards that commits made part of the run, oldest first."""
         return [shard for commit in self.commits() for shard in commit["shards"]]

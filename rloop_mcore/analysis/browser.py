@@ -96,7 +96,7 @@ def _add_training(held: dict[str, Any], run: Run, words: Words, formulas: Formul
 
 
 def _add_validation(held: dict[str, Any], run: Run, words: Words, formulas: Formulas, characters: int) -> None:
-    paths = [(each, run.path / "evaluation" / f"{each.name}.parquet") for each in run.evaluations]
+    paths = [(each, run.samples_file(each)) for each in run.evaluations]
     there = [(evaluation, path) for evaluation, path in paths if path.exists()]
     shown, numbers = spread(len(there), VISITS), dict[str, int]()
     for place, (evaluation, path) in enumerate(there):

@@ -70,7 +70,7 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def _read(run: Run, evaluations: Sequence[Evaluation]) -> Checkpoints:
-    paths = [(each, run.path / "evaluation" / f"{each.name}.parquet") for each in evaluations]
+    paths = [(each, run.samples_file(each)) for each in evaluations]
     there = [(each, _file(path)) for each, path in paths if path.exists()]
     summaries = [_summary(file) for _, file in there]
     problems, solved = solved_matrix([summary.verdicts for summary in summaries])

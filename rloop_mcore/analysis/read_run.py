@@ -54,6 +54,10 @@ class Run:
         """The configuration as nested dictionaries."""
         return yaml.safe_load(self.config) or {}
 
+    def samples_file(self, evaluation: Evaluation) -> Path:
+        """Where the graded responses of an evaluation are, if they are kept."""
+        return self.path / "evaluation" / f"{evaluation.name}.parquet"
+
     @property
     def hard_threshold(self) -> float:
         """Under which success rate a problem is hard; where the run has no such filter, the paper's."""

@@ -104,7 +104,7 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> None:
 
 def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:
     """What is against a change of `key` to `value` where the journal stands."""
-    places = [record for record in journal.records if record["event"] in ("commit", "done")]
+    places = journal.places()
     if key == "algorithm.iterations":
         begun = max((record["iteration"] + 1 for record in places), default=0)
         return Rule(f"{begun} iterations have begun", (key,), forcible=False) if value < begun else None

@@ -74,7 +74,7 @@ def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
 def _answers(run: Run, evaluation: Evaluation | None) -> Answers | None:
     if evaluation is None:
         return None
-    path = run.path / "evaluation" / f"{evaluation.name}.parquet"
+    path = run.samples_file(evaluation)
     return read_answers(path) if path.exists() else None
 
 

@@ -57,7 +57,7 @@ class CrashRecord:
 
     def _key(self, message: str) -> dict[str, Any]:
         """What makes two ends the same; an error's first line says what it is, the others where."""
-        places = [record for record in Journal(self._run.journal).records if record["event"] in ("commit", "done")]
+        places = Journal(self._run.journal).places()
         place = [places[-1]["iteration"], places[-1]["phase"], places[-1].get("step", 0)] if places else []
         error = message.strip().partition("\n")[0]
         return {"place": place, "error": error, "config": self._config, "times": []}

@@ -27,7 +27,7 @@ _BACKOFF_S = (1.0, 5.0, 15.0, 60.0)  # after so many starts in a row that never 
 log = logging.getLogger(__name__)
 
 
-def keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int, address: str) -> None:
+def _keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int, address: str) -> None:
     """Run the engines of `node`, reached at `address`, until the job has ended. Call it on the main thread."""
     interface = interface_of(address)  # for the weight broadcast
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
@@ -41,7 +41,7 @@ def keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int,
 
 
 def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subprocess.Popen[bytes]:
-    """Keep the engines of a node that trains too, in a process that ends with this one."""
+    """Keep the engines of `node`, reached at `address`, in a process that ends with this one."""
     parent = os.getpid()
     command = [sys.executable, "-m", "rloop_mcore.main.keeper", str(run), str(node), address]
     with open(meeting.log(f"engines-{node}"), "ab") as output:
@@ -87,7 +87,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run, meeting = RunDirectory(Path(sys.argv[1])), Meeting.of_this_job()
     assert meeting is not None
-    keep_engines(run.read_config(), run, meeting, int(sys.argv[2]), sys.argv[3])
+    _keep_engines(run.read_config(), run, meeting, int(sys.argv[2]), sys.argv[3])
 
 
 if __name__ == "__main__":

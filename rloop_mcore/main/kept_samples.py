@@ -7,7 +7,6 @@ A folder holds what was sampled under one set of conditions (`set.json`), named 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import conditions_of
-from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.files import try_lock, write_atomic
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.quarantine import quarantine
 from rloop_mcore.types import Problem, Sampling, Trajectory
@@ -117,22 +116,14 @@ def open_samples(
 
 
 def _wait_for(lock: int, folder: Path, tell: Callable[[str], None], patience_s: float) -> None:
-    if _try_lock(lock):
+    if try_lock(lock):
         return
     tell(f"{folder} is in use by another evaluation: waiting for it")
     deadline = time.monotonic() + patience_s
-    while not _try_lock(lock):
+    while not try_lock(lock):
         if time.monotonic() > deadline:
             raise UserError(f"{folder} was in use by another evaluation for {patience_s:.0f} s: give another --out.")
         time.sleep(_POLL_S)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _open(samples: Path) -> tuple[TrajectoryCache, list[Trajectory]]:

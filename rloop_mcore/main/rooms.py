@@ -90,13 +90,15 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
 
     directory, journal = run.path.resolve(), Journal(run.journal.resolve())
     tracker, timeline = Tracker(directory, config.tracking), Timeline(directory)
-    prompts = prompts_of(training_problems(config))
+    held_out = config.data.validation
+    validation = [] if held_out is None else load_problems(held_out, config.evaluation.limit)
+    prompts = prompts_of(training_problems(config, validation))
     evaluator = None
-    if config.data.validation is not None:
+    if held_out is not None:
         evaluator = EngineEvaluator(
             rollout,
             rewards,
-            prompts_of(load_problems(config.data.validation, config.evaluation.limit)).prompts,
+            prompts_of(validation).prompts,
             prompts.decode,
             config.evaluation,
             config.rollout.max_tokens,

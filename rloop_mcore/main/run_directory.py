@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -17,7 +16,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
-from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
+from rloop_mcore.platform.files import passing_over_a_full_disk, try_lock, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 GENERATED_MODEL = "countdown"  # as model.path
@@ -92,7 +91,7 @@ class RunDirectory:
         descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT)
         try:
             deadline = time.monotonic() + _LOCK_WAIT_S
-            while not _try_lock(descriptor):
+            while not try_lock(descriptor):
                 if time.monotonic() > deadline:
                     raise UserError(f"run.dir={self.path} is in use by another run: wait for it, or choose another.")
                 time.sleep(0.1)
@@ -106,7 +105,7 @@ class RunDirectory:
             return False
         descriptor = os.open(self.path / "lock", os.O_RDONLY)
         try:
-            return not _try_lock(descriptor)
+            return not try_lock(descriptor)
         finally:
             os.close(descriptor)
 
@@ -171,11 +170,3 @@ def check_not_removed(policy: Path) -> None:
             f"{policy} was removed: checkpoint.keep_best of that run kept better ones"
             + (f", the best is {run.path / picked.path}." if picked else ".")
         )
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

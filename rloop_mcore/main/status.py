@@ -30,10 +30,11 @@ def status(path: Path, as_json: bool) -> int:
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
-    config, records = run.read_config(), Journal(run.journal).records
+    config, journal = run.read_config(), Journal(run.journal)
+    records = journal.records
     policies = [record for record in records if "digest" in record]
     finished = any(r["event"] == "done" and _is_last(r, config.algorithm.iterations) for r in records)
-    place = next((r for r in reversed(records) if r["event"] in ("commit", "done")), None)
+    place = next(reversed(journal.places()), None)
     cache = TrajectoryCache(run.cache) if run.cache.is_dir() else None
     return {
         "state": _state(run, finished),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.overlap import overlapping
@@ -17,21 +18,19 @@ log = logging.getLogger(__name__)
 _SHOWN = 10
 
 
-def training_problems(config: Config) -> list[Problem]:
-    """Load them; report overlap with `data.validation`, left out with `data.remove_overlap`, and bad golds, left out.
+def training_problems(config: Config, validation: Sequence[Problem]) -> list[Problem]:
+    """Load them; report overlap with `validation`, left out with `data.remove_overlap`, and bad golds, left out.
 
     Raises UserError if none is left. The same problems at every start of a run: a gold that is merely slow stays.
     """
     problems = load_problems(config.data.train, config.data.limit)
-    if config.data.validation is not None:
-        shared = overlapping(problems, load_problems(config.data.validation, config.evaluation.limit))
-        if shared:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
-            done = "are left out" if config.data.remove_overlap else "stay (data.remove_overlap=true leaves them out)"
-            _warn(
-                f"{len(shared)} of {len(problems)} training problems are in data.validation too ({kinds}) and {done}",
-                shared,
-            )
+    if shared := overlapping(problems, validation):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
+        done = "are left out" if config.data.remove_overlap else "stay (data.remove_overlap=true leaves them out)"
+        _warn(
+            f"{len(shared)} of {len(problems)} training problems are in data.validation too ({kinds}) and {done}",
+            shared,
+        )
         if config.data.remove_overlap:
             problems = [problem for problem in problems if problem.id not in shared]
     bad = {name: reason for name, reason in unverifiable(problems, config.reward).items() if reason != "timeout"}

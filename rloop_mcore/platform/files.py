@@ -43,6 +43,15 @@ def passing_over_a_full_disk() -> Iterator[None]:
             raise
 
 
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for this process alone, until it is closed; False where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling to write as a file or fill as a directory; on success it becomes `path`.
@@ -95,13 +104,15 @@ def remove_abandoned(path: Path) -> None:
         if re.fullmatch(rf"\.tmp-\d+-{re.escape(path.name)}", temporary.name) and temporary.is_dir():
             lock = os.open(temporary, os.O_RDONLY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if max(entry.lstat().st_mtime for entry in (temporary, *temporary.rglob("*"))) < time.time() - _QUIET_S:
+                if try_lock(lock) and _newest(temporary) < time.time() - _QUIET_S:
                     shutil.rmtree(temporary)
-            except BlockingIOError:
-                pass  # it is being written
             finally:
                 os.close(lock)
+
+
+def _newest(folder: Path) -> float:
+    """When something in the folder was last changed, in Unix seconds."""
+    return max(entry.lstat().st_mtime for entry in (folder, *folder.rglob("*")))
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import aiohttp
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.network import free_port
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
@@ -25,7 +25,6 @@ _POLL_S = 0.05
 _STOP_S = 10.0
 _HEALTH_S = 30.0  # SGLang's /health generates a token
 _LOG_LINES = 15
-_PORTS = range(20000, 32000)
 
 STUBS_VARIABLE = "RLOOP_SGLANG_STUBS"  # a folder with a stub of sgl_kernel, for SGLang on a CPU (tests/sglang_cpu)
 
@@ -242,7 +241,8 @@ class SGLangServer(_ChildServer):
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.port = _free_port(self.host)
+        # SGLang binds it half a minute later, so it is none that the kernel gives away
+        self.port = free_port(self.host, secrets.randbits(32))
         with open(self.secrets, "w", opener=_private) as file:
             file.write(f'api-key: "{self.api_key}"\n')
         return self._spawn([*self.command, "--port", str(self.port)], self.environment)
@@ -260,15 +260,6 @@ class SGLangServer(_ChildServer):
 
     def _clean_up(self) -> None:
         self.secrets.unlink(missing_ok=True)
-
-
-def _free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on. SGLang binds it half a minute later, so it is none that the kernel gives away."""
-    while True:
-        port = secrets.choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
 
 
 def _private(path: str, flags: int) -> int:

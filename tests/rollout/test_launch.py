@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.engines import meeting_address
-from rloop_mcore.platform.network import address_towards
+from rloop_mcore.platform.network import address_towards, free_port
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
-from rloop_mcore.rollout.launch import EmbeddedServer, _free_port, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
 from rloop_mcore.types import SampleRequest, Sampling
 from rloop_mcore.weights.channel import BroadcastChannel
 
@@ -91,13 +91,12 @@ def test_endpoints_must_be_urls() -> None:
         running_servers(["host:30000"])
 
 
-def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away() -> None:
     with socket.socket() as taken:
-        port = _free_port()
+        port = free_port("127.0.0.1", 9)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        monkeypatch.setattr("rloop_mcore.rollout.launch._PORTS", [port] * 9 + [port + 1])
-        assert _free_port() != port
+        assert free_port("127.0.0.1", 9) != port
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert port < lowest
 
