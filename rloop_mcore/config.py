@@ -192,7 +192,9 @@ class RolloutConfig:
 class DataConfig:
     train: str = MISSING  # JSONL or Parquet file of the project's schema, or hf:NAME[:SPLIT]
     validation: str | None = None
-    template: str = "r1_zero"  # a file of rloop_mcore/data/templates, or a path to a .jinja file
+    template: str = (
+        "r1_zero"  # a file of rloop_mcore/data/templates, e.g. chat, or a path to a .jinja file (docs/data.md)
+    )
     max_prompt_tokens: int = 1024  # longer prompts are counted and left out
     limit: int | None = None  # first N problems only
     remove_overlap: bool = False  # leave out training problems that are in `validation` too (always reported)

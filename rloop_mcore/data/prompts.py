@@ -3,56 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Example, Problem, Prompt
 
 log = logging.getLogger(__name__)
-
-
-class TextTokenizer:
-    """The tokenizer of an HF folder: its tokenizer.json, and the end token that tokenizer_config.json names.
-
-    Loaded with `tokenizers` alone: importing transformers for the same ids costs seconds.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
-        for file in files:
-            if not file.is_file():
-                raise UserError(
-                    f"{file} does not exist; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...) "
-                    "of transformers writes it"
-                )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(files[0]))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
-        eos = json.loads(files[1].read_text(encoding="utf-8")).get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos  # either a string or a description of the token
-        eos_id = self._tokenizer.token_to_id(eos) if eos else None
-        if eos_id is None:
-            raise UserError(f"{files[1]}: eos_token is {eos!r}; it must name a token of tokenizer.json")
-        self.eos_id: int = eos_id
-
-    def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text. `special_tokens`: with those (a BOS, say) that the tokenizer itself puts around it."""
-        try:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"the tokenizer cannot encode {text!r:.200}: {error}") from None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens dropped."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 class TemplatePrompts:
@@ -93,17 +53,18 @@ class TemplatePrompts:
 
     def prompt(self, problem: Problem) -> Prompt:
         """A problem rendered and tokenised, whatever its length; raises UserError if no token comes of it."""
-        ids = self.tokenizer.encode(self.template.render(problem.problem))
+        text = self.template.render(problem.problem)
+        ids = self.tokenizer.encode(text, special_tokens=not self.template.whole)
         if not ids:
             raise UserError(f"the tokenizer makes no token of problem {problem.id}: {problem.problem!r:.200}")
         return Prompt(problem=problem, ids=ids)
 
     def example(self, problem: Problem) -> Example:
-        """The demonstration in `problem.meta["solution"]`, ended by the end token; raises UserError without one."""
+        """The demonstration in `problem.meta["solution"]`, ended as the template says; raises UserError without one."""
         solution = problem.meta.get("solution")
         if not isinstance(solution, str) or not solution.strip():
             raise UserError(f"problem {problem.id} has no text in meta.solution, which a demonstration needs")
-        response = (*self.tokenizer.encode(solution, special_tokens=False), self.tokenizer.eos_id)
+        response = (*self.tokenizer.encode(solution, special_tokens=False), self.template.end)
         return Example(prompt_ids=self.prompt(problem).ids, response_ids=response)
 
     def draw(self, position: int, count: int) -> list[Prompt]:

@@ -1,19 +1,31 @@
 """Prompt templates: small Jinja files that turn a problem's text into the prompt's.
 
-A template sees one variable, `problem`, and may declare strings at which a response ends: `{% set stop = ["..."] %}`.
+A template sees one variable, `problem`. It may declare
+
+    {% set stop = ["..."] %}   strings at which a response ends
+    {% set chat = true %}      its text is a user's message, to be put into the tokenizer's chat template; or a mapping
+                               of what that template is to know: {% set chat = {"enable_thinking": false} %}
+    {% set system = "..." %}   the system's message before it
+
 Other variables are refused. One newline at the end of the file is not part of the prompt.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rloop_mcore.data.chat import ChatTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
+
+_TRIAL = "1 + 1 = ?"
 
 
 def template_names() -> list[str]:
@@ -22,31 +34,73 @@ def template_names() -> list[str]:
 
 
 class PromptTemplate:
-    """A template by the name of a shipped one, or by the path of a user's `.jinja` file.
+    """A template by the name of a shipped one, or by the path of a user's `.jinja` file, for a tokenizer.
 
-    `stop`: the strings it declares. Raises UserError if it cannot be found, read, parsed or rendered.
+    `stop`: the strings it declares, and the end of a chat's turn where the model's files don't name it as an end token.
+    `end`: the token that ends a demonstration. `text`: all that a prompt depends on besides the problem.
+    Raises UserError if it cannot be found, read, parsed or rendered.
     """
 
-    def __init__(self, name: str) -> None:
-        self.path = Path(name) if name.endswith(".jinja") else FOLDER / f"{name}.jinja"
-        if not self.path.is_file():
+    def __init__(self, name: str, tokenizer: TextTokenizer) -> None:
+        path = Path(name) if name.endswith(".jinja") else FOLDER / f"{name}.jinja"
+        if not path.is_file():
             raise UserError(
                 f"data.template {name!r} not found; it must be one of {', '.join(template_names())}, "
                 "or the path of a .jinja file"
             )
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True)
         try:
-            self._template: Template = environment.from_string(self.path.read_text(encoding="utf-8"))
-            trial = self._template.make_module({"problem": "1 + 1 = ?"})
+            self.text = path.read_text(encoding="utf-8")
+            self._template: Template = environment.from_string(self.text)
+            trial = self._template.make_module({"problem": _TRIAL})
         except (OSError, ValueError, TypeError, TemplateError) as error:
-            raise UserError(f"template {self.path}: {error}") from None
-        if "1 + 1 = ?" not in str(trial):
-            raise UserError(f"template {self.path} does not use problem: write {{{{ problem }}}} where its text goes")
+            raise UserError(f"template {path}: {error}") from None
         declared = getattr(trial, "stop", [])
         if not isinstance(declared, list) or not all(isinstance(text, str) and text for text in declared):
-            raise UserError(f"template {self.path}: stop must be a list of non-empty strings, not {declared!r}")
+            raise UserError(f"template {path}: stop must be a list of non-empty strings, not {declared!r}")
         self.stop: tuple[str, ...] = tuple(declared)
+        self.end = tokenizer.eos_id
+        self._chat: ChatTemplate | None = None
+        self._set_chat(path, getattr(trial, "chat", False), getattr(trial, "system", None), tokenizer)
+        if _TRIAL not in self.render(_TRIAL):
+            raise UserError(f"template {path} does not use problem: write {{{{ problem }}}} where its text goes")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a rendering has all its special tokens, a BOS say: the tokenizer is to add none."""
+        return self._chat is not None
 
     def render(self, problem: str) -> str:
-        """The prompt text for a problem's text."""
-        return self._template.render(problem=problem)
+        """The prompt text for a problem's text. Raises UserError where a chat template refuses it."""
+        text = self._template.render(problem=problem)
+        return text if self._chat is None else self._chat.render(self._messages(text), self._variables)
+
+    def _set_chat(self, path: Path, chat: Any, system: Any, tokenizer: TextTokenizer) -> None:
+        if not isinstance(chat, bool | dict):
+            raise UserError(f"template {path}: chat must be true, false or a mapping, not {chat!r}")
+        if system is not None and (chat is False or not isinstance(system, str)):
+            raise UserError(f"template {path}: system must be a string, and needs {{% set chat = true %}}")
+        if chat is False:
+            return
+        self._system, self._variables = system, {} if chat is True else dict(chat)
+        self._chat = ChatTemplate(tokenizer)
+        self.text += self._chat.text
+        end = self._chat.end_of_answer(self._messages(_TRIAL), self._variables)
+        if end is not None:
+            self.end, spelled = end
+            if self.end not in _end_tokens(tokenizer.folder):
+                self.stop += (spelled,)
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, {"role": "user", "content": text}]
+
+
+def _end_tokens(model: Path) -> list[int]:
+    """The ids at which every engine ends a response of this model by itself."""
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).is_file():
+            ids = json.loads((model / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rloop_mcore.config import Config
-from rloop_mcore.data.prompts import TextTokenizer
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.main.cache_upkeep import iterations_lost, merge_small, set_damaged_aside, steps_lost
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path

@@ -14,8 +14,9 @@ from typing import Any
 
 from rloop_mcore import platform, validate
 from rloop_mcore.config import Config
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.evaluation.evaluate import check_problems
 from rloop_mcore.evaluation.sampling import Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
@@ -42,7 +43,8 @@ class PolicyEvaluation:
     ) -> None:
         self._config, self._policy, self._label, self._out = config, policy, label, out
         self._display, self._stack = display, stack
-        self._template, self._tokenizer = PromptTemplate(config.data.template), TextTokenizer(policy)
+        self._tokenizer = TextTokenizer(policy)
+        self._template = PromptTemplate(config.data.template, self._tokenizer)
         self._digest = digest_of(policy)
 
     def run(self, name: str, data: str, problems: Sequence[Problem]) -> dict[str, Any]:

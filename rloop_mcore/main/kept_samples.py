@@ -56,7 +56,7 @@ class Conditions:
             policy_digest=policy_digest,
             data=data,
             data_digest=_digest(contents),
-            template_digest=_digest(template.path.read_text(encoding="utf-8")),
+            template_digest=_digest(template.text),
             sampling=Sampling(config.rollout.max_tokens, evaluation.temperature, evaluation.top_p, template.stop),
             seed=config.run.seed,
             engine=config.rollout.engine,

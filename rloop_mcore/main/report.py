@@ -9,7 +9,7 @@ from rloop_mcore.analysis.browser import Words
 from rloop_mcore.analysis.export import export
 from rloop_mcore.analysis.report import read_runs, write_report
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.data.prompts import TextTokenizer
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
 

@@ -11,8 +11,9 @@ from rloop_mcore.actor import parallel
 from rloop_mcore.actor.actor import MegatronActor
 from rloop_mcore.config import Config
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Interrupted, UserError
 from rloop_mcore.evaluation.evaluate import EngineEvaluator, conditions_of
 from rloop_mcore.journal import Journal
@@ -83,7 +84,8 @@ def conducted_actor(config: Config, bridge: HfBridge) -> Iterator[Actor]:
 
 def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Rollout, rewards: Rewards) -> None:
     """Go on where the journal stands, to the end."""
-    template, tokenizer = PromptTemplate(config.data.template), TextTokenizer(Path(config.model.path))
+    tokenizer = TextTokenizer(Path(config.model.path))
+    template = PromptTemplate(config.data.template, tokenizer)
 
     def prompts_of(problems: Sequence[Problem]) -> TemplatePrompts:
         return TemplatePrompts(problems, tokenizer, template, config.run.seed, config.data.max_prompt_tokens)

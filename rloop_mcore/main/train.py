@@ -16,8 +16,8 @@ from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.data.prompts import TextTokenizer
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.crashes import CrashRecord
@@ -80,8 +80,7 @@ def _check_inputs(config: Config, model: Path) -> int:
     if device == "cuda" and config.cluster.gpu.memory_gib:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
-    TextTokenizer(model)
-    PromptTemplate(config.data.template)
+    PromptTemplate(config.data.template, TextTokenizer(model))
     if config.data.validation is not None:
         load_problems(config.data.validation, config.evaluation.limit)
     if config.sft.demonstrations is not None:

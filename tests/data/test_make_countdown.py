@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.data.problems import load_problems
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
@@ -60,7 +61,7 @@ def test_files_load_with_their_sizes(folder: Path) -> None:
 def test_prompts_and_solutions_survive_the_tokenizer(folder: Path) -> None:
     tokenizer = TextTokenizer(folder / "model")
     problems = load_problems(str(folder / "demonstrations.jsonl"))
-    prompts = TemplatePrompts(problems, tokenizer, PromptTemplate("countdown"), seed=0, max_prompt_tokens=10)
+    prompts = TemplatePrompts(problems, tokenizer, PromptTemplate("countdown", tokenizer), seed=0, max_prompt_tokens=10)
     assert prompts.too_long == 0
     for problem in problems:
         example = prompts.example(problem)
@@ -75,7 +76,7 @@ def test_a_text_without_any_known_token_is_refused(folder: Path, tmp_path: Path)
     template.write_text("{{ problem }}")
     tokenizer, words = TextTokenizer(folder / "model"), Problem("x", "only words", "1")
     with pytest.raises(UserError, match="makes no token of problem x: 'only words'"):
-        TemplatePrompts([words], tokenizer, PromptTemplate(str(template)), seed=0, max_prompt_tokens=10)
+        TemplatePrompts([words], tokenizer, PromptTemplate(str(template), tokenizer), seed=0, max_prompt_tokens=10)
 
 
 def test_transformers_opens_the_model_folder(folder: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer
+from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
@@ -36,7 +37,9 @@ def make(
     tokenizer: TextTokenizer, count: int = 10, seed: int = 0, limit: int = 64, reverse: bool = False
 ) -> TemplatePrompts:
     problems = [Problem(id=f"p{n}", problem=" ".join(["7"] * (n + 1)), answer="1") for n in range(count)]
-    return TemplatePrompts(problems[:: -1 if reverse else 1], tokenizer, SpacedComma("countdown"), seed, limit)
+    return TemplatePrompts(
+        problems[:: -1 if reverse else 1], tokenizer, SpacedComma("countdown", tokenizer), seed, limit
+    )
 
 
 @pytest.fixture

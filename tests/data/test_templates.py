@@ -9,19 +9,26 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.data.templates import PromptTemplate, template_names
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
+from tests.data.chat_tokenizer import write_chat_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "templates"
 PROBLEM = 'What is $\\frac{1}{2} < x$ & "y"? {{ not a tag }}'  # must come out as it is: nothing escaped or evaluated
 
 
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> TextTokenizer:
+    return write_chat_tokenizer(tmp_path)
+
+
 def test_every_wanted_template_is_shipped() -> None:
-    assert set(template_names()) == {"countdown", "dapo", "gsm8k_fewshot", "qwen25_math_cot", "r1_zero"}
+    assert set(template_names()) == {"chat", "countdown", "dapo", "gsm8k_fewshot", "qwen25_math_cot", "r1_zero"}
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_golden(name: str) -> None:
-    template = PromptTemplate(name)
+def test_golden(name: str, tokenizer: TextTokenizer) -> None:
+    template = PromptTemplate(name, tokenizer)
     rendered = f"{template.render(PROBLEM)}\n=== stop: {list(template.stop)!r}\n"
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get("RLOOP_UPDATE_GOLDEN"):
@@ -30,10 +37,10 @@ def test_golden(name: str) -> None:
     assert PROBLEM in rendered
 
 
-def test_a_users_file(tmp_path: Path) -> None:
+def test_a_users_file(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text('{% set stop = ["\\n\\n", "END"] %}\nQ: {{ problem }}\nA:\n')
-    template = PromptTemplate(str(path))
+    template = PromptTemplate(str(path), tokenizer)
     assert template.render("1 + 1?") == "Q: 1 + 1?\nA:"
     assert template.stop == ("\n\n", "END")
 
@@ -49,13 +56,13 @@ def test_a_users_file(tmp_path: Path) -> None:
         ("Solve it.", "does not use problem"),
     ],
 )
-def test_a_bad_template_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_template_is_refused_by_name(tmp_path: Path, tokenizer: TextTokenizer, text: str, message: str) -> None:
     path = tmp_path / "bad.jinja"
     path.write_text(text)
     with pytest.raises(UserError, match=rf"bad\.jinja.*{message}"):
-        PromptTemplate(str(path))
+        PromptTemplate(str(path), tokenizer)
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'r1zero' not found; it must be one of countdown, .*r1_zero"):
-        PromptTemplate("r1zero")
+def test_an_unknown_name_lists_the_known_ones(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(UserError, match=r"'r1zero' not found; it must be one of chat, countdown, .*r1_zero"):
+        PromptTemplate("r1zero", tokenizer)

@@ -1,5 +1,6 @@
 """Kept samples: which conditions share them, what happens to damaged ones, one process at a time."""
 
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,17 +8,24 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.types import Problem, Trajectory
+from tests.data.chat_tokenizer import write_chat_tokenizer
 
 PROBLEMS = [Problem("a", "1+1", "2"), Problem("b", "2+2", "4")]
 
 
+def template(config: Config) -> PromptTemplate:
+    with tempfile.TemporaryDirectory() as folder:
+        return PromptTemplate(config.data.template, write_chat_tokenizer(Path(folder)))
+
+
 def conditions(*overrides: str, policy: str = "d0", data: str = "x.jsonl", problems: list[Problem] = PROBLEMS) -> str:
     config = load_config(["experiment=tiny", *overrides])
-    return Conditions.of(config, policy, data, problems, PromptTemplate(config.data.template)).digest
+    return Conditions.of(config, policy, data, problems, template(config)).digest
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ Opened = Callable[..., AbstractContextManager[KeptSamples]]
 @pytest.fixture
 def opened(tmp_path: Path) -> Opened:
     config = load_config(["experiment=tiny"])
-    fixed = Conditions.of(config, "d0", "x.jsonl", PROBLEMS, PromptTemplate(config.data.template))
+    fixed = Conditions.of(config, "d0", "x.jsonl", PROBLEMS, template(config))
     return lambda tell=print, patience_s=0.0: open_samples(tmp_path, "x", fixed, tell, patience_s)
 
 

@@ -50,8 +50,9 @@ from rloop_mcore.config import (  # noqa: E402
     RolloutConfig,
     RunConfig,
 )
-from rloop_mcore.data.prompts import TemplatePrompts, TextTokenizer  # noqa: E402
+from rloop_mcore.data.prompts import TemplatePrompts  # noqa: E402
 from rloop_mcore.data.templates import PromptTemplate  # noqa: E402
+from rloop_mcore.data.tokenizer import TextTokenizer  # noqa: E402
 from rloop_mcore.main.engines import start_servers  # noqa: E402
 from rloop_mcore.main.rooms import conducted_actor  # noqa: E402
 from rloop_mcore.rl_step import RLStep  # noqa: E402
@@ -147,7 +148,8 @@ def our_step(folder: Path, settings: Settings) -> Iterator[Callable[[], Step]]:
         cluster=ClusterConfig(device="cpu", threads=settings.threads),
     )
     problems = [Problem(str(number), text, "") for number, text in enumerate(settings.texts)]
-    prompts = TemplatePrompts(problems, TextTokenizer(model), PromptTemplate(str(template)), 0, settings.prompt_tokens)
+    tokenizer = TextTokenizer(model)
+    prompts = TemplatePrompts(problems, tokenizer, PromptTemplate(str(template), tokenizer), 0, settings.prompt_tokens)
     servers = start_servers(config, model, folder)
     bridge = HfBridge(model)
     channel = BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s)

@@ -1,0 +1,56 @@
+"""The tokenizer of an HF folder: text to token ids and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rloop_mcore.errors import UserError
+
+
+class TextTokenizer:
+    """The tokenizer of an HF folder: its tokenizer.json, and the end token that tokenizer_config.json names.
+
+    Loaded with `tokenizers` alone: importing transformers for the same ids costs seconds. `config`: the latter file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+        for file in files:
+            if not file.is_file():
+                raise UserError(
+                    f"{file} does not exist; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...) "
+                    "of transformers writes it"
+                )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(files[0]))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
+        eos = self.config.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos  # either a string or a description of the token
+        eos_id = self._tokenizer.token_to_id(eos) if eos else None
+        if eos_id is None:
+            raise UserError(f"{files[1]}: eos_token is {eos!r}; it must name a token of tokenizer.json")
+        self.eos_id: int = eos_id
+
+    def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text. `special_tokens`: with those (a BOS, say) that the tokenizer itself puts around it."""
+        try:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"the tokenizer cannot encode {text!r:.200}: {error}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens dropped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def special(self, token: int) -> str | None:
+        """The text of a special token, which `decode` drops; None for an id that is not one's."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        return added.content if added is not None and added.special else None
