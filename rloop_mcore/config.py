@@ -196,6 +196,7 @@ class DataConfig:
         "r1_zero"  # a file of rloop_mcore/data/templates, e.g. chat, or a path to a .jinja file (docs/data.md)
     )
     max_prompt_tokens: int = 1024  # longer prompts are counted and left out
+    sampler: str | None = None  # challenging, or a dotted path package.module:function (docs/data.md); null: evenly
     limit: int | None = None  # first N problems only
     remove_overlap: bool = False  # leave out training problems that are in `validation` too (always reported)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from rloop_mcore.types import (
     Sampling,
     Trajectory,
     Verdict,
+    Visit,
 )
 
 if TYPE_CHECKING:
@@ -149,11 +150,31 @@ class Rewards(Protocol):
 class Prompts(Protocol):
     """The training problems, rendered and tokenised."""
 
-    def draw(self, position: int, count: int) -> list[Prompt]:
-        """Problems `position` .. `position + count` of the endless seeded order (a new permutation each epoch)."""
+    def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
+        """The next `count` problems from a place of the endless seeded order on (a new permutation each epoch).
+
+        weights [problems]: chances from 0 to 1, one of them 1, that a problem is taken where its turn comes; None: all
+        are. Returns the place after the last one, too.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response ids, special tokens dropped."""
+
+
+class Curriculum(Protocol):
+    """How often problems are drawn, by how they went: `data.sampler`."""
+
+    def begin(self, visits: Iterable[tuple[str, Visit]]) -> None:
+        """Start from these visits of problems (by id) and no others; in the order of the steps."""
+
+    def observe(self, visits: Iterable[tuple[str, Visit]]) -> None:
+        """Take the visits of the step that follows. On the actor's thread; `weights` may run on another."""
+
+    def weights(self, iteration: int, step: int) -> Sequence[float]:
+        """For `Prompts.draw`, by what went before RL step `step` of `iteration`, whatever else was observed since.
+
+        Its calls come in the order of the steps. Raises UserError where the user's function gives no weights.
+        """
 
 
 class Cache(Protocol):
@@ -167,6 +188,9 @@ class Cache(Protocol):
 
     def keep_only(self, shards: Sequence[str]) -> None:
         """Discard whatever a crash left that is not in `shards`."""
+
+    def visits(self) -> Iterable[tuple[str, Visit]]:
+        """What is sealed of every problem (by id) and RL step; in the order of the steps."""
 
     def write_experts(self, query: ExpertQuery, folder: Path) -> dict[str, int]:
         """Select trajectories for RFT and make them the content of `folder`, durably. Returns experts and problems."""

@@ -19,9 +19,9 @@ from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
 from rloop_mcore.platform.heartbeat import beat
-from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
+from rloop_mcore.protocols import Actor, Cache, Curriculum, Prompts, Rewards, Rollout
 from rloop_mcore.timeline import Timeline
-from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory
+from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory, Visit
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Batch:
 
     sampled: list[Group]
     kept: list[Group]
-    position: int  # prompts drawn so far in the run, those of this batch included
+    position: int  # place of the endless order from which the next batch is drawn
     seconds: dict[str, float]
 
 
@@ -85,14 +85,17 @@ class RLStep:
     cache: Cache
     stop: tuple[str, ...] = ()  # strings at which a response ends, beside the end token
     timeline: Timeline = field(default_factory=Timeline)
+    curriculum: Curriculum | None = None
     _carried: list[_Asked] = field(
         default_factory=list, init=False
     )  # aborted as too slow; they go on in the next round
 
     def feed(self, iteration: int, first: int, last: int, position: int) -> Feed[Batch]:
-        """The batches of steps `first` .. `last` - 1. `position` counts the prompts drawn so far in the run."""
+        """The batches of steps `first` .. `last` - 1; `position`: the place of the endless order to draw from."""
         rollout, drawn = self.config.rollout, position
         self._carried = []
+        if self.curriculum is not None:  # what is sealed are the steps before `first`, in a resumed run or not
+            self.curriculum.begin(self.cache.visits())
 
         def collect(step: int) -> Batch:
             nonlocal drawn
@@ -108,10 +111,13 @@ class RLStep:
         sampled: list[Group] = []
         kept: list[Group] = []
         visits: Counter[str] = Counter()
+        weights = None
+        if self.curriculum is not None:
+            # The last steps before this one may not be trained on yet, or may be: neither way do they count.
+            weights = self.curriculum.weights(iteration, step - self.config.rollout.max_lag)
         for _ in range(algorithm.sampling_rounds):
             asked = math.ceil(algorithm.sampled_per_step * (1 + self.config.rollout.overprovision))
-            prompts = self.prompts.draw(position, max(0, asked - len(self._carried)))
-            position += len(prompts)
+            prompts, position = self.prompts.draw(position, max(0, asked - len(self._carried)), weights)
             sampled += self.sample(iteration, step, prompts, visits, watch)
             kept = informative_groups(sampled, algorithm.prompts_per_step, algorithm.dynamic_sampling)
             if len(kept) >= algorithm.prompts_per_step:
@@ -127,6 +133,8 @@ class RLStep:
         """
         watch = Stopwatch(self.timeline, step)
         self.cache.append([trajectory for group in batch.sampled for trajectory in group.trajectories])
+        if self.curriculum is not None:
+            self.curriculum.observe(_visits(iteration, step, batch.sampled))
         lag = _lag(batch.kept, version)
         if self.config.rollout.sleep:
             with watch("sleep"):
@@ -278,6 +286,15 @@ class RLStep:
 def _begun(completion: Completion | None) -> Completion | None:
     """What an aborted answer leaves to go on from."""
     return completion if completion is not None and completion.response_ids else None
+
+
+def _visits(iteration: int, step: int, groups: Sequence[Group]) -> list[tuple[str, Visit]]:
+    samples: Counter[str] = Counter()
+    successes: Counter[str] = Counter()
+    for group in groups:
+        samples[group.problem_id] += len(group.trajectories)
+        successes[group.problem_id] += sum(trajectory.correct for trajectory in group.trajectories)
+    return [(name, Visit(iteration, step, count, successes[name])) for name, count in samples.items()]
 
 
 def _lag(groups: Sequence[Group], version: int) -> dict[str, float]:

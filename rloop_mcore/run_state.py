@@ -38,7 +38,7 @@ class RunState:
     tracker: Tracker
     stop_requested: Callable[[], bool]
     timeline: Timeline = field(default_factory=Timeline)
-    position: int = 0  # prompts drawn so far
+    position: int = 0  # of the endless order of prompts: from there on they are drawn
     space: Space = field(init=False)
     commits: Commits = field(init=False)
     _streak: Streak = field(default_factory=Streak, init=False)

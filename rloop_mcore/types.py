@@ -146,6 +146,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """How a problem's samples of one RL step went."""
+
+    iteration: int
+    step: int
+    samples: int
+    successes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Experience:
     """A trajectory as the policy update takes it.
 

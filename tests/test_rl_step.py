@@ -19,8 +19,9 @@ GROUP = 4
 
 
 class FixedPrompts:
-    def draw(self, position: int, count: int) -> list[Prompt]:
-        return [Prompt(PROBLEMS[n % len(PROBLEMS)], (n % len(PROBLEMS),)) for n in range(position, position + count)]
+    def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
+        numbers = [n % len(PROBLEMS) for n in range(position, position + count)]
+        return [Prompt(PROBLEMS[n], (n,)) for n in numbers], position + count
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -67,14 +67,28 @@ class TemplatePrompts:
         response = (*self.tokenizer.encode(solution, special_tokens=False), self.template.end)
         return Example(prompt_ids=self.prompt(problem).ids, response_ids=response)
 
-    def draw(self, position: int, count: int) -> list[Prompt]:
-        """Prompts `position` .. `position + count` of the endless order; depends on nothing drawn before."""
-        places = (divmod(place, len(self.prompts)) for place in range(position, position + count))
-        return [self.prompts[self._epoch_order(epoch)[index]] for epoch, index in places]
+    def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
+        """The next `count` prompts from place `position` of the endless order on, and the place after them.
+
+        weights [prompts]: see `protocols.Prompts`. Depends on nothing drawn before.
+        """
+        drawn: list[Prompt] = []
+        while len(drawn) < count:
+            epoch, index = divmod(position, len(self.prompts))
+            number = self._epoch_order(epoch)[index]
+            if weights is None or self._chance(position) < weights[number]:
+                drawn.append(self.prompts[number])
+            position += 1
+        return drawn, position
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response ids, special tokens dropped."""
         return self.tokenizer.decode(ids)
+
+    def _chance(self, position: int) -> float:
+        """A number from [0, 1) for a place of the order; like the order itself, by a hash."""
+        digest = hashlib.sha256(f"{self._seed}/chance/{position}".encode()).digest()
+        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
     def _permutation(self, epoch: int) -> list[int]:
         """The order of an epoch: indices into `prompts` sorted by a hash of (seed, epoch, problem id).

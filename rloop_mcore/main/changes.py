@@ -46,7 +46,7 @@ _FREE = (
     *(f"model.architecture.{size.name}" for size in fields(ArchitectureConfig)),  # model.path's own config.json counts
 )
 _RULES = (
-    Rule("what was drawn until now followed from it", ("run.seed",)),
+    Rule("what was drawn until now followed from it", ("run.seed", "data.sampler")),
     Rule("the run would repeat bit for bit in one half and not in the other", ("run.deterministic",)),
     Rule("the weights, and the token ids in the cache, are this model's", ("model.",)),
     Rule("the steps so far were computed in it, and the checkpoint holds its state", ("precision", "fp8.")),

@@ -10,6 +10,7 @@ from rloop_mcore import platform
 from rloop_mcore.actor import parallel
 from rloop_mcore.actor.actor import MegatronActor
 from rloop_mcore.config import Config
+from rloop_mcore.data.curriculum import SampledCurriculum
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
@@ -116,7 +117,10 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     state = RunState(config, directory, journal, actor, rollout, cache, evaluator, tracker, must_stop, timeline)
     state.recover()
     state.record_start(start_record(run, platform.device_name()))
-    rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop, timeline)
+    curriculum = None
+    if config.data.sampler is not None:
+        curriculum = SampledCurriculum(config.data.sampler, [prompt.problem for prompt in prompts.prompts])
+    rl_step = RLStep(config, actor, rollout, rewards, prompts, cache, template.stop, timeline, curriculum)
     try:
         base, demonstrations = base_policy(config, journal), None
         if config.sft.demonstrations is not None and not journal.done(0, "base"):

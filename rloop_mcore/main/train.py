@@ -15,6 +15,7 @@ from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
@@ -81,6 +82,8 @@ def _check_inputs(config: Config, model: Path) -> int:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
     PromptTemplate(config.data.template, TextTokenizer(model))
+    if config.data.sampler is not None:
+        load_sampler(config.data.sampler)
     if config.data.validation is not None:
         load_problems(config.data.validation, config.evaluation.limit)
     if config.sft.demonstrations is not None:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from rloop_mcore.errors import UserError
+from rloop_mcore.platform.plugin import load_function
 from rloop_mcore.types import Problem, Verdict
 
 # (problem, response, truncated, answer_format) -> a Verdict, or just (correct, reason)
@@ -27,19 +27,7 @@ REASONS = frozenset({"correct", "wrong", "no_answer", "unparsable", "timeout", "
 
 def load_verifier(name: str) -> Verifier:
     """The function behind `reward.verifier`: a shipped name or `package.module:function`; else a UserError."""
-    path = SHIPPED.get(name, name)
-    module_name, _, function_name = path.partition(":")
-    known = f"use {', '.join(SHIPPED)} or a dotted path package.module:function"
-    if not module_name or not function_name:
-        raise UserError(f"reward.verifier={name!r} is no known verifier: {known}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"reward.verifier={name!r}: cannot import {module_name!r} ({cause}); {known}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"reward.verifier={name!r}: module {module_name!r} has no function {function_name!r}; {known}")
+    function: Verifier = load_function("reward.verifier", name, SHIPPED)
     return function
 
 

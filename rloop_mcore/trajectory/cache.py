@@ -16,7 +16,7 @@ from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.quarantine import Loss
 from rloop_mcore.trajectory.summary import Phase
 from rloop_mcore.trajectory.writer import Encoded, encode, write_shard
-from rloop_mcore.types import ExpertQuery, Trajectory
+from rloop_mcore.types import ExpertQuery, Trajectory, Visit
 
 
 class TrajectoryCache:
@@ -105,6 +105,10 @@ class TrajectoryCache:
     def count_experts(self, query: ExpertQuery) -> int:
         """How many trajectories the query selects."""
         return len(selection.select_experts(self.directory, self._shards, query))
+
+    def visits(self) -> list[tuple[str, Visit]]:
+        """How every problem (by id) went in every RL step, in the order of the steps."""
+        return summary.visits(self.directory, self._shards)
 
     def write_experts(self, query: ExpertQuery, folder: Path) -> dict[str, int]:
         """Make what the query selects the content of `folder`, durably; see `experts.write_experts`."""

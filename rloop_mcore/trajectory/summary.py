@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.reader import ShardFile
 from rloop_mcore.trajectory.schema import from_table
-from rloop_mcore.types import Trajectory
+from rloop_mcore.types import Trajectory, Visit
 
 _COLUMNS = ["iteration", "step", "correct", "finish_reason", "reason"]
+_VISIT = ["iteration", "step", "problem_id"]
 
 
 @dataclass
@@ -44,6 +45,23 @@ def phases(directory: Path, shards: Sequence[Shard]) -> list[Phase]:
             phase.truncated += count * (row["finish_reason"] == "length")
             phase.reasons[row["reason"]] += count
     return [found[iteration] for iteration in sorted(found)]
+
+
+def visits(directory: Path, shards: Sequence[Shard]) -> list[tuple[str, Visit]]:
+    """How every problem (by id) went in every RL step, in the order of the steps; whichever shard a row is in."""
+
+    def counted(shard: Shard) -> pa.Table:
+        table = ShardFile(directory, shard).read([*_VISIT, "correct"])
+        counts = table.group_by(_VISIT).aggregate([([], "count_all"), ("correct", "sum")])
+        return counts.rename_columns([*_VISIT, "samples", "successes"])
+
+    tables = [counted(shard) for shard in shards]
+    if not tables:
+        return []
+    sums = pa.concat_tables(tables).group_by(_VISIT).aggregate([("samples", "sum"), ("successes", "sum")])
+    ordered = sums.sort_by([(name, "ascending") for name in _VISIT])
+    iteration, step, problem, samples, successes = (column.to_pylist() for column in ordered.columns)
+    return list(zip(problem, map(Visit, iteration, step, samples, successes), strict=True))
 
 
 def rows(

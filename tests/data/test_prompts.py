@@ -48,7 +48,9 @@ def tokenizer(tmp_path: Path) -> TextTokenizer:
 
 
 def ids(prompts: TemplatePrompts, position: int, count: int) -> list[str]:
-    return [prompt.problem.id for prompt in prompts.draw(position, count)]
+    drawn, after = prompts.draw(position, count)
+    assert after == position + count
+    return [prompt.problem.id for prompt in drawn]
 
 
 def test_every_epoch_is_a_new_permutation(tokenizer: TextTokenizer) -> None:

@@ -20,7 +20,7 @@ from rloop_mcore.main.cache import summary
 from rloop_mcore.main.cli import main
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.writer import stored_order
-from rloop_mcore.types import ExpertQuery, Trajectory
+from rloop_mcore.types import ExpertQuery, Trajectory, Visit
 
 
 def sealed(directory: Path, rows: list[Trajectory], cut: int) -> TrajectoryCache:
@@ -43,6 +43,17 @@ def test_phases_are_counted(rows: list[Trajectory], cut: int) -> None:
         assert phase.correct == sum(row.correct for row in mine)
         assert phase.truncated == sum(row.finish_reason == "length" for row in mine)
         assert phase.reasons == Counter(row.reason for row in mine)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=trajectories(), cut=st.integers(0, 30))
+def test_visits_are_counted_whichever_shard_a_row_is_in(rows: list[Trajectory], cut: int) -> None:
+    with TemporaryDirectory() as folder:
+        found = sealed(Path(folder), rows, cut).visits()
+    keys = sorted({(row.iteration, row.step, row.problem_id) for row in rows})
+    verdicts = {key: [row.correct for row in rows if row.key[:3] == key] for key in keys}
+    wanted = [(key[2], Visit(*key[:2], len(verdicts[key]), sum(verdicts[key]))) for key in keys]
+    assert found == wanted
 
 
 @settings(deadline=None, max_examples=60)
