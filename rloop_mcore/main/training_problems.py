@@ -21,8 +21,10 @@ _SHOWN = 10
 def training_problems(config: Config, validation: Sequence[Problem]) -> list[Problem]:
     """Load them; report overlap with `validation`, left out with `data.remove_overlap`, and bad golds, left out.
 
-    Raises UserError if none is left. The same problems at every start of a run: a gold that is merely slow stays.
+    Bad golds of `validation` are reported too, and stay. Raises UserError if no problem is left to train on. The same
+    problems at every start of a run: a gold that is merely slow stays.
     """
+    report_bad_golds(validation, "data.validation", config)
     problems = load_problems(config.data.train, config.data.limit)
     if shared := overlapping(problems, validation):
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
@@ -40,6 +42,19 @@ def training_problems(config: Config, validation: Sequence[Problem]) -> list[Pro
     if not problems:
         raise UserError(f"no problem of data.train={config.data.train} is left to train on (see the warnings above)")
     return problems
+
+
+def report_bad_golds(problems: Sequence[Problem], name: str, config: Config) -> None:
+    """Say which of the problems evaluated on have golds that don't verify against themselves.
+
+    None is left out: results of a benchmark are over all of it, and the same for every run and every reader.
+    """
+    if bad := unverifiable(problems, config.reward):
+        _warn(
+            f"{len(bad)} of {len(problems)} gold answers of {name} don't verify against themselves: an answer counts "
+            "as right only where it is spelled like them; they stay, so that Avg@N is over all problems",
+            bad,
+        )
 
 
 def _warn(message: str, why: dict[str, str]) -> None:

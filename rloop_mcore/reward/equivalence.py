@@ -15,7 +15,7 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union  # type: ignore[import-untyped]
+from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union  # type: ignore[import-untyped]
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
@@ -57,6 +57,11 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
     ):
         return True
     return any(_same_region(one, other) for one in gold for other in answer)
+
+
+def is_one_value(answer: Parsed) -> bool:
+    """Is every reading of the answer a number or an expression, not several, nor a condition?"""
+    return bool(answer) and all(isinstance(item, Expr) for item in answer)
 
 
 def _both_signs(text: str) -> str:

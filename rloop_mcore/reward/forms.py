@@ -25,6 +25,9 @@ _NAMED = re.compile(
     | (?<=[fghPENSTV])\([^()=]*\) | \([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++""",
     re.VERBOSE,
 )
+_LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]{3,}|([A-Za-z])")  # neither a command's nor a word's
+_CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
+_INDEXED = re.compile(r"[0-9]\s*_")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
 _EQUALS = re.compile(r"(?<![<>!:])=")
 
@@ -62,7 +65,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     known = "?" not in (gold.unit, answer.unit)
     if gold.unit and answer.unit and known and gold.unit != answer.unit:
         return True
-    if gold.base and answer.base and gold.base != answer.base:
+    if _bases_conflict(gold, answer):
         return True
     if words_of(answer.text) - words_of(gold.text):
         return True  # it says more than the gold does: "5 or maybe 6"
@@ -70,6 +73,42 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     if is_tuple(gold.text) and names != sorted(names):
         return True  # y = 3, x = 4 is not (3, 4)
     return _ratios_conflict(gold.text, answer.text) or _brackets_conflict(gold.text, answer.text)
+
+
+def _bases_conflict(gold: Reading, answer: Reading) -> bool:
+    """The gold's base need not be repeated; but a number without one is decimal: 45 is neither 45_8 nor 45_x."""
+    if gold.base and answer.base:
+        return gold.base != answer.base
+    if gold.base:
+        return not _is_numeral(gold)
+    if answer.base and answer.base != "10":
+        decimal = re.fullmatch(r"[0-9]{2,}|[0-9]*\.[0-9]+", gold.text)
+        return decimal is not None or not _is_numeral(answer)
+    return _INDEXED.search(answer.text) is not None and _INDEXED.search(gold.text) is None
+
+
+def _is_numeral(reading: Reading) -> bool:
+    return not reading.base.isdigit() or all(int(d, 36) < int(reading.base) for d in reading.text if d != ".")
+
+
+def cases_apart(gold: str, answer: str) -> tuple[str, str]:
+    """Both texts, with other letters for capitals that occur beside their small letters: to a parser they are one.
+
+    Not where the gold is but letters: choices, and x for X, are taken either way; as is C for the constant "+ c".
+    """
+    letters = {found[1] for text in (gold, answer) for found in _LETTER.finditer(text) if found[1]}
+    capitals = [letter for letter in sorted(letters) if letter.isupper() and letter.lower() in letters]
+    if _CONSTANT.search(gold):
+        capitals = [letter for letter in capitals if letter != "C"]
+    if not capitals or re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(gold)):
+        return gold, answer
+    free = [letter for letter in "qwzvyuthkmnpsxabrcjgf" if not {letter, letter.upper()} & letters]
+    other = dict(zip(capitals, free, strict=False))
+
+    def renamed(found: re.Match[str]) -> str:
+        return other.get(found[0], found[0])
+
+    return _LETTER.sub(renamed, gold), _LETTER.sub(renamed, answer)
 
 
 def _ratios_conflict(gold: str, answer: str) -> bool:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from rloop_mcore.reward.equivalence import equivalent, parse_answer
+from rloop_mcore.reward.equivalence import equivalent, is_one_value, parse_answer
 from rloop_mcore.reward.extract import extract_answer
-from rloop_mcore.reward.forms import conflict, is_tuple, same_text, value_of_equation
+from rloop_mcore.reward.forms import cases_apart, conflict, is_tuple, same_text, value_of_equation
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read
 from rloop_mcore.types import Problem, Verdict
@@ -58,7 +58,9 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
     read_answer = replace(read_answer, text=value)
     if conflict(read_gold, read_answer):
         return WRONG
-    if not read_answer.readable or not parse_answer(value):
+    gold, answer = cases_apart(read_gold.text, value)
+    read_gold, read_answer = replace(read_gold, text=gold), replace(read_answer, text=answer)
+    if not read_answer.readable or not parse_answer(answer):
         return UNPARSABLE
     return _verdict(_equal_with_percent(read_gold, read_answer))
 
@@ -76,6 +78,8 @@ def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
 
 def _equal(gold: str, answer: str) -> bool:
     one, other = parse_answer(gold), parse_answer(answer)
+    if is_tuple(gold) != is_tuple(answer) and any(is_one_value(side) for side in (one, other)):
+        return False  # [7,7] is a pair, or an interval, and not 7
     if is_tuple(answer) and not is_tuple(gold) and "," in gold:  # a list is a tuple only in that order
         return equivalent(one, other) and equivalent(other, one)
     return equivalent(one, other)

@@ -54,6 +54,7 @@ _BASE = re.compile(
     r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?([0-9]{1,2})\}?|\{\\text\{([a-z]+)\}\})"
 )
 _BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_BASE_NAMES |= {"ten": "10", "twelve": "12", "sixteen": "16"}
 _MIXED = re.compile(r"(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(r"(-?(?:[0-9]*\.[0-9]+|[0-9]+))[eE](\+?[0-9]+|-[0-9]+)")
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}")
