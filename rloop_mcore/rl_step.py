@@ -18,10 +18,11 @@ from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
+from rloop_mcore.grading import Grading
 from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
 from rloop_mcore.timeline import Timeline
-from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory
+from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +62,17 @@ class Batch:
 
 @dataclass
 class _Asked:
-    """A group that the engines are asked for. A completion may be missing, or not finished."""
+    """A group that the engines are asked for. A completion may be missing, or not finished: it has no verdict then."""
 
     prompt: Prompt
     seeds: list[int]
     completions: list[Completion | None]
+    verdicts: list[Verdict | None]
     first: int = 0  # number of its first sample among those of the problem in the step
 
     @property
     def unfinished(self) -> list[int]:
-        return [i for i, c in enumerate(self.completions) if c is None or c.finish_reason == "abort"]
+        return [i for i, verdict in enumerate(self.verdicts) if verdict is None]
 
 
 @dataclass
@@ -144,12 +146,13 @@ class RLStep:
     ) -> list[Group]:
         """A scored group of G trajectories for each prompt; `visits` counts a problem's earlier groups in this step.
 
+        Answers are graded as they come: `seconds_grade` is what grading takes beyond generation.
         With `rollout.overprovision` the slowest groups are aborted once there are `sampled_per_step`; they go on from
         where they were in the next round.
         """
         algorithm, rollout, run_seed = self.config.algorithm, self.config.rollout, self.config.run.seed
         size = algorithm.group_size
-        wanted = self._carried + [_Asked(prompt, [], [None] * size) for prompt in prompts]
+        wanted = self._carried + [_Asked(prompt, [], [None] * size, [None] * size) for prompt in prompts]
         for group in wanted:
             name = group.prompt.problem.id
             group.first = visits[name] * size
@@ -159,29 +162,21 @@ class RLStep:
                 group.seeds = [derive_seed(run_seed, "rollout", iteration, step, name, number) for number in numbers]
         open_rows = [(group, i) for group in wanted for i in group.unfinished]
         requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i])) for g, i in open_rows]
-        with watch("generate", "engines"):
-            sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
-            enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
-            completions = self.rollout.submit(requests, sampling, enough).result()
-        for (group, i), completion in zip(open_rows, completions, strict=True):
-            group.completions[i] = completion
+        sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
+        enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
+        with Grading(self.rewards, [g.prompt.problem for g, _ in open_rows], self.prompts.decode) as grading:
+            with watch("generate", "engines"):
+                completions = self.rollout.submit(requests, sampling, enough, grading.take).result()
+            with watch("grade", "rewards"):
+                verdicts = grading.verdicts()
+        for row, ((group, i), completion) in enumerate(zip(open_rows, completions, strict=True)):
+            group.completions[i], group.verdicts[i] = completion, verdicts.get(row)
         self._carried = [group for group in wanted if group.unfinished]
-        return self._grade(iteration, step, [group for group in wanted if not group.unfinished], watch)
+        return [self._scored(iteration, step, group) for group in wanted if not group.unfinished]
 
-    def _grade(self, iteration: int, step: int, groups: Sequence[_Asked], watch: Stopwatch) -> list[Group]:
+    def _scored(self, iteration: int, step: int, group: _Asked) -> Group:
+        """The trajectories of a group that is whole."""
         algorithm, rollout = self.config.algorithm, self.config.rollout
-        rows = [(g, i, c) for g in groups for i, c in enumerate(g.completions) if c is not None]
-        with watch("grade", "rewards"):
-            verdicts = self.rewards.grade(
-                [
-                    (
-                        group.prompt.problem,
-                        self.prompts.decode(completion.response_ids),
-                        completion.finish_reason == "length",
-                    )
-                    for group, _, completion in rows
-                ]
-            )
         trajectories = [
             Trajectory(
                 iteration=iteration,
@@ -201,13 +196,10 @@ class RLStep:
                 engine=completion.engine,
                 times=Times(completion.started, completion.seconds, verdict.seconds),
             )
-            for (group, i, completion), verdict in zip(rows, verdicts, strict=True)
+            for i, (completion, verdict) in enumerate(zip(group.completions, group.verdicts, strict=True))
+            if completion is not None and verdict is not None
         ]
-        size = algorithm.group_size
-        return [
-            Group(group.prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size]))
-            for i, group in enumerate(groups)
-        ]
+        return Group(group.prompt.problem.id, tuple(trajectories))
 
     def update(
         self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch, stale: bool
