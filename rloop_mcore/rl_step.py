@@ -15,6 +15,7 @@ from rloop_mcore.algorithm.dynamic_sampling import informative_groups
 from rloop_mcore.algorithm.minibatch import mini_batches
 from rloop_mcore.algorithm.overlong import overlong_penalty
 from rloop_mcore.algorithm.seeds import derive_seed
+from rloop_mcore.algorithm.verdict_reward import verdict_reward
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
@@ -31,6 +32,10 @@ _MISMATCH_GATE_FP32, _MISMATCH_GATE = 1e-4, 5.0
 
 class MismatchError(Fault):
     """The trainer and the engine disagree about the logprobs of what the engine sampled."""
+
+
+class UnparsableError(Fault):
+    """So many answers can't be read that their rewards would teach nothing true."""
 
 
 @dataclass
@@ -125,9 +130,10 @@ class RLStep:
     def train(self, iteration: int, step: int, batch: Batch, version: int) -> dict[str, float]:
         """Cache the batch, update on it; `version`: of the weights that the actor holds. Returns the step's metrics.
 
-        Raises MismatchError past `rollout.mismatch_gate`.
+        Raises UnparsableError past `reward.max_unparsable_share` and MismatchError past `rollout.mismatch_gate`.
         """
-        watch = Stopwatch(self.timeline, step)
+        watch, figures = Stopwatch(self.timeline, step), _figures(batch)
+        self._check_unparsable(step, batch, figures["unparsable"])
         self.cache.append([trajectory for group in batch.sampled for trajectory in group.trajectories])
         lag = _lag(batch.kept, version)
         if self.config.rollout.sleep:
@@ -137,7 +143,6 @@ class RLStep:
         # What overlaps takes as long as the longer of the two.
         both = sum(batch.seconds.values()), sum(watch.seconds.values())
         seconds = max(both) if self.config.rollout.max_lag else sum(both)
-        figures = _figures(batch)
         throughput = {"tokens_per_s": figures["sampled_tokens"] / max(seconds, 1e-9)}
         return metrics | lag | figures | throughput | batch.seconds | watch.seconds
 
@@ -176,7 +181,7 @@ class RLStep:
 
     def _scored(self, iteration: int, step: int, group: _Asked) -> Group:
         """The trajectories of a group that is whole."""
-        algorithm, rollout = self.config.algorithm, self.config.rollout
+        algorithm, rollout, reward = self.config.algorithm, self.config.rollout, self.config.reward
         trajectories = [
             Trajectory(
                 iteration=iteration,
@@ -189,7 +194,7 @@ class RLStep:
                 finish_reason=completion.finish_reason,
                 weight_versions=completion.weight_versions,
                 correct=verdict.correct,
-                reward=float(verdict.correct)
+                reward=verdict_reward(verdict, reward.correct, reward.wrong, reward.format_penalty)
                 + overlong_penalty(len(completion.response_ids), rollout.max_tokens, algorithm.overlong_buffer),
                 reason=verdict.reason,
                 group=group.first // algorithm.group_size,
@@ -250,6 +255,18 @@ class RLStep:
         if algorithm.kl_coefficient > 0:
             reference = self.actor.logprobs(trajectories, True)
         return [Experience(*row) for row in zip(trajectories, advantages, old, reference, strict=True)]
+
+    def _check_unparsable(self, step: int, batch: Batch, share: float) -> None:
+        reward, template = self.config.reward, self.config.data.template
+        if share <= reward.max_unparsable_share:
+            return
+        trajectories = (trajectory for group in batch.sampled for trajectory in group.trajectories)
+        text = next(self.prompts.decode(t.response_ids) for t in trajectories if t.reason == "unparsable")
+        raise UnparsableError(
+            f"step {step}: {share:.1%} of the responses hold an answer that cannot be read, more than "
+            f"reward.max_unparsable_share={reward.max_unparsable_share:g} allows: does "
+            f"reward.answer_format={reward.answer_format} fit data.template={template}? The first ends {text[-200:]!r}."
+        )
 
     def _check_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         rollout, largest, mean = self.config.rollout, metrics["mismatch_max"], metrics["mismatch_mean"]

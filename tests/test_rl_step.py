@@ -14,7 +14,7 @@ from rloop_mcore.algorithm.guard import what_is_wrong
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault
 from rloop_mcore.protocols import Answered
-from rloop_mcore.rl_step import MismatchError, RLStep
+from rloop_mcore.rl_step import MismatchError, RLStep, UnparsableError
 from rloop_mcore.types import Completion, Experience, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
 
 PROBLEMS = [Problem(id=f"p{n}", problem=str(n), answer=str(n)) for n in range(6)]
@@ -217,6 +217,38 @@ def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
     step.rollout.answer = lambda requests: [long] * len(requests)  # type: ignore[method-assign]
     run(step, 0, 0, 0)
     assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
+
+
+def test_rewards_are_as_configured_while_success_and_informative_groups_go_by_the_verdict() -> None:
+    plain, shaped = make(first_only), make(first_only)
+    shaped.config.reward.correct, shaped.config.reward.wrong, shaped.config.reward.format_penalty = 2.0, -1.0, 0.5
+    reasons = ["no_answer", "unparsable", "wrong", "truncated", *["correct", "wrong", "timeout", "wrong"] * 2]
+    for step in (plain, shaped):
+        step.rewards.grade = lambda items: [Verdict(r == "correct", r) for _, r in zip(items, reasons, strict=True)]
+    (_, before), (_, after) = (run(step, 0, 0, 0) for step in (plain, shaped))
+    assert {row.reward for row in plain.cache.rows} == {0.0, 1.0}
+    rewards = {"no_answer": -1.5, "unparsable": -1.5, "truncated": -1.5, "wrong": -1, "timeout": -1, "correct": 2}
+    assert all(row.reward == rewards[row.reason] for row in shaped.cache.rows)
+    assert all(row.correct == (row.reason == "correct") for row in shaped.cache.rows)
+    assert {t.trajectory.problem_id for batch in shaped.actor.batches for t in batch} == {"p1", "p2"}
+    assert after["success_rate"] == before["success_rate"] == 2 / 12
+    assert before["reward_mean"] == 2 / 12
+    assert after["reward_mean"] == pytest.approx((2 * 2 - 7 - 3 * 1.5) / 12)
+
+
+def test_too_many_answers_that_cannot_be_read_stop_the_run_where_that_is_asked() -> None:
+    step = make(first_only)
+    step.rewards.grade = lambda items: [
+        Verdict(n == 4, "unparsable" if n < 4 else "wrong" if n > 4 else "correct") for n, _ in enumerate(items)
+    ]
+    batch = step.collect(0, 3, 0)
+    assert step.train(0, 3, batch, version=1)["unparsable"] == pytest.approx(1 / 3)  # off by default
+    step.config.reward.max_unparsable_share = 0.34
+    step.train(0, 3, batch, version=1)
+    step.config.reward.max_unparsable_share = 0.33
+    ends = batch.sampled[0].trajectories[0].response_ids[0]
+    with pytest.raises(UnparsableError, match=rf"step 3: 33.3% .*max_unparsable_share=0.33 .*boxed.*r1_zero.*'{ends}'"):
+        step.train(0, 3, batch, version=1)
 
 
 def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
