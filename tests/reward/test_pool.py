@@ -3,9 +3,11 @@
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -103,6 +105,22 @@ def test_a_share_of_failures_is_of_all_the_items_and_not_of_those_that_came_firs
     with RewardPool(config(max_failure_share=0.5)) as pool:
         responses = ["raise"] * 10 + ["right"] * 10
         assert [v.correct for v in pool.grade(item(r) for r in responses)] == [r == "right" for r in responses]
+
+
+def test_a_call_whose_items_are_still_to_come_ends_with_the_pool() -> None:
+    closed = threading.Event()
+
+    def items() -> Iterator[tuple[Problem, str, bool]]:
+        yield item("right")
+        assert closed.wait(60)
+        yield item("right")
+
+    with ThreadPoolExecutor(1) as thread:
+        with RewardPool(config(workers=1)) as pool:
+            begun = thread.submit(pool.grade, items())
+        closed.set()
+        with pytest.raises(RuntimeError, match="closed"):
+            begun.result(60)
 
 
 def test_odd_texts_arrive_whole() -> None:
