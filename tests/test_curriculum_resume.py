@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
+from rloop_mcore.protocols import Answered
 from rloop_mcore.rl_step import RLStep
 from rloop_mcore.run_state import RunState
 from rloop_mcore.tracking import Tracker
@@ -42,9 +43,13 @@ class EchoRollout:
     def sync(self, export: Callable[[], Iterator[tuple[str, Any]]], version: int) -> dict[str, float]:
         return {}
 
-    def submit(self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None) -> Future[Any]:
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None, answered: Answered
+    ) -> Future[Any]:
+        completions = [Completion((r.seed % 1000,), (-0.5,), "stop", ((1, 1),)) for r in requests]
+        answered(range(len(requests)), completions)
         future: Future[Any] = Future()
-        future.set_result([Completion((r.seed % 1000,), (-0.5,), "stop", ((1, 1),)) for r in requests])
+        future.set_result(completions)
         return future
 
     def wait(self, future: Future[Any], version: int | None = None) -> Any:
@@ -55,7 +60,7 @@ class EchoRollout:
 
 
 class SeedRewards:
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
         return [Verdict(hashlib.sha256(text.encode()).digest()[0] < 128, "") for _, text, _ in items]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.overlap import overlapping
@@ -18,13 +19,13 @@ log = logging.getLogger(__name__)
 _SHOWN = 10
 
 
-def training_problems(config: Config, validation: Sequence[Problem]) -> list[Problem]:
+def training_problems(config: Config, validation: Sequence[Problem], golds: Path) -> list[Problem]:
     """Load them; report overlap with `validation`, left out with `data.remove_overlap`, and bad golds, left out.
 
     Bad golds of `validation` are reported too, and stay. Raises UserError if no problem is left to train on. The same
-    problems at every start of a run: a gold that is merely slow stays.
+    problems at every start of a run: a gold that is merely slow stays. golds: the file that keeps which are bad.
     """
-    report_bad_golds(validation, "data.validation", config)
+    _report_bad_golds(validation, config, golds.with_name(f"validation_{golds.name}"))
     problems = load_problems(config.data.train, config.data.limit)
     if shared := overlapping(problems, validation):
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
@@ -35,7 +36,8 @@ def training_problems(config: Config, validation: Sequence[Problem]) -> list[Pro
         )
         if config.data.remove_overlap:
             problems = [problem for problem in problems if problem.id not in shared]
-    bad = {name: reason for name, reason in unverifiable(problems, config.reward).items() if reason != "timeout"}
+    found = unverifiable(problems, config.reward, golds)
+    bad = {name: reason for name, reason in found.items() if reason != "timeout"}
     if bad:
         _warn(f"{len(bad)} of {len(problems)} gold answers don't verify against themselves and are left out", bad)
     problems = [problem for problem in problems if problem.id not in bad]
@@ -44,15 +46,12 @@ def training_problems(config: Config, validation: Sequence[Problem]) -> list[Pro
     return problems
 
 
-def report_bad_golds(problems: Sequence[Problem], name: str, config: Config) -> None:
-    """Say which of the problems evaluated on have golds that don't verify against themselves.
-
-    None is left out: results of a benchmark are over all of it, and the same for every run and every reader.
-    """
-    if bad := unverifiable(problems, config.reward):
+def _report_bad_golds(validation: Sequence[Problem], config: Config, golds: Path) -> None:
+    """None is left out: results of a benchmark are over all of it, in every run and for every reader."""
+    if bad := unverifiable(validation, config.reward, golds):
         _warn(
-            f"{len(bad)} of {len(problems)} gold answers of {name} don't verify against themselves: an answer counts "
-            "as right only where it is spelled like them; they stay, so that Avg@N is over all problems",
+            f"{len(bad)} of {len(validation)} gold answers of data.validation don't verify against themselves: an "
+            "answer counts as right only where it is spelled like them; they stay, so that Avg@N is over all problems",
             bad,
         )
 

@@ -1,0 +1,30 @@
+"""What is said about golds that nobody can match, and which problems stay."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config
+from rloop_mcore.main.training_problems import training_problems
+from rloop_mcore.types import Problem
+
+
+def test_bad_golds_are_left_out_of_training_and_stay_in_the_validation_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = tmp_path / "train.jsonl"
+    golds = {"good": "1", "bad": "\\frac{5055}{2^{15}"}
+    train.write_text("".join(json.dumps({"id": n, "problem": f"{n}?", "answer": a}) + "\n" for n, a in golds.items()))
+    config = load_config(["run.dir=r", "model.path=m", f"data.train={train}", "reward.workers=1"])
+    validation = [Problem("v1", "one", "2"), Problem("v2", "other", "\\mathbb{Z}_8")]
+    for start in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            problems = training_problems(config, validation, tmp_path / "golds.json")
+        assert [problem.id for problem in problems] == ["good"], start
+        assert [problem.id for problem in validation] == ["v1", "v2"]
+        assert "1 of 2 gold answers of data.validation don't verify against themselves" in caplog.text
+        assert "v2 (unparsable)" in caplog.text
+        assert "1 of 2 gold answers don't verify against themselves and are left out: bad (unparsable)" in caplog.text
