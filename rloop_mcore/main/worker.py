@@ -17,7 +17,7 @@ from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
 from rloop_mcore.platform import heartbeat
-from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
+from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.validate import read_hf_config
 
 
@@ -37,8 +37,9 @@ def main() -> int:
         config.model.path = str(run.model(config))
         layers = ModelShape.of(read_hf_config(Path(config.model.path))).layers
         config.layout.stages = stages(config.layout, layers)
-        platform.setup(config.cluster.device, config.cluster.threads)
-        from rloop_mcore.main.rooms import conduct, follow  # the rooms import Megatron, which needs the set-up
+        with importing():
+            platform.setup(config.cluster.device, config.cluster.threads)
+            from rloop_mcore.main.rooms import conduct, follow  # the rooms import Megatron, which needs the set-up
 
         if rank == 0:
             with run.lock("lock.rank0"):
