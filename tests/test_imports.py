@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -70,5 +71,23 @@ def test_arrows_point_one_way(path: Path) -> None:
 
 def test_config_needs_no_torch() -> None:
     modules = "rloop_mcore.config, rloop_mcore.validate, rloop_mcore.main.status, rloop_mcore.main.report"
+    modules += ", rloop_mcore.main.evaluate, rloop_mcore.main.worker"  # they start engines before they import it
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="torch is asked where there is a driver")
+def test_the_supervisor_of_a_run_needs_no_torch_without_a_gpu(tmp_path: Path) -> None:
+    """Its import would take a second of each start, and half a GB as long as the run."""
+    code = """
+import sys
+from ctypes.util import find_library
+from pathlib import Path
+from rloop_mcore.compose import load_config
+from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.main import train
+write_model(Path("model"), seed=0)
+assert train._check_inputs(load_config(["experiment=tiny", "run.dir=run"]), Path("model")) == 48
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)

@@ -58,13 +58,13 @@ class MegatronActor(Conducted):
             transformer = architecture["transformer"]
             sizes = (transformer[key] for key in ("num_layers", "moe_router_topk", "num_moe_experts"))
             self._routing = RoutingReplay(*sizes)
-        gc.freeze()  # Megatron collects garbage at every save: leave what lives for ever out of it
 
     @collective
     def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
         """Take the weights of an HF folder and a fresh optimizer with its schedule over `total_updates`."""
         self._optimizer = self._reference = None
         gc.collect()  # the last phase's state goes before this one's comes
+        gc.freeze()  # Megatron collects garbage at every save: leave what outlives the phase out of it
         self._bridge.load(self._chunks, policy)
         fp8_simulation.reset(self._chunks)
         reset_scales(self._chunks, self._config.precision)

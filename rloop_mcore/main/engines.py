@@ -7,9 +7,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import torch
 
 from rloop_mcore import platform
 from rloop_mcore.config import Config
@@ -20,8 +19,11 @@ from rloop_mcore.platform.network import address_towards
 from rloop_mcore.rollout.controller import Server
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, running_servers
 from rloop_mcore.rollout.published import Publication, PublishedServer
-from rloop_mcore.weights.channel import BroadcastChannel
 
+if TYPE_CHECKING:
+    from rloop_mcore.weights.channel import BroadcastChannel
+
+_FP32_BYTES = 4
 _SHARED_BUCKETS = 3  # in /dev/shm: two, and room for others
 
 
@@ -37,9 +39,11 @@ def weight_channel(config: Config, largest: int) -> BroadcastChannel | None:
     elsewhere = apart or bool(roles(config).hosts)
     beside = not apart and (rollout.engine == "embedded" or not rollout.gpus)
     backend = "gloo" if beside else platform.backend()
-    needed = _SHARED_BUCKETS * max(rollout.bucket_mib * 2**20, largest * torch.float32.itemsize)
+    needed = _SHARED_BUCKETS * max(rollout.bucket_mib * 2**20, largest * _FP32_BYTES)
     if not elsewhere and beside and (platform.device().type == "cuda" or shutil.disk_usage("/dev/shm").free >= needed):
         return None
+    from rloop_mcore.weights.channel import BroadcastChannel  # torch, which the keeper of the engines does without
+
     return BroadcastChannel(backend, "weights", rollout.start_timeout_s, meeting_address(config))
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rloop_mcore import platform, validate
 from rloop_mcore.config import Config
@@ -26,10 +26,11 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.reward.verifiers import VOTES
-from rloop_mcore.rollout.fleet import Fleet
-from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.types import Problem, Trajectory
 from rloop_mcore.weights.digest import digest_of
+
+if TYPE_CHECKING:
+    from rloop_mcore.rollout.fleet import Fleet
 
 
 class PolicyEvaluation:
@@ -119,8 +120,12 @@ class PolicyEvaluation:
         """An engine that serves the policy folder as it is: no actor, no weight sync."""
         config = self._config
         logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = start_servers(config, self._policy, logs)
+        from rloop_mcore.rollout.fleet import Fleet  # torch: while the servers import theirs
+        from rloop_mcore.rollout.served import ServedModel
+
         fleet = Fleet(
-            start_servers(config, self._policy, logs),
+            servers,
             None,
             model=ServedModel.of(validate.read_hf_config(self._policy), self._policy),
             bucket_mib=config.rollout.bucket_mib,

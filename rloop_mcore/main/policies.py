@@ -12,8 +12,6 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed
 from rloop_mcore.progress import ProgressDisplay
-from rloop_mcore.weights import mcore_to_hf
-from rloop_mcore.weights.conversion import HF_FILES
 
 NEWEST, PICKED = "last", "best"
 _MOST_THREADS = 8
@@ -64,6 +62,8 @@ def as_hf_folder(source: Source, keep_in: Path, display: ProgressDisplay) -> Pat
     target = keep_in / f"{source.path.resolve().name}-{_fingerprint(source.path)}"
     if target.exists():
         return target
+    from rloop_mcore.weights import mcore_to_hf  # torch: for a conversion only
+
     keep_in.mkdir(parents=True, exist_ok=True)
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     try:
@@ -82,6 +82,8 @@ def _config_folder(checkpoint: Path) -> Path | None:
     A run's checkpoints don't: theta_0 has. Raises UserError for a checkpoint that neither `rloop convert` nor a run
     has written.
     """
+    from rloop_mcore.weights.conversion import HF_FILES
+
     if (checkpoint / HF_FILES).is_dir():
         return None
     journal = Journal(checkpoint.absolute().parent.parent / "journal.jsonl")

@@ -20,13 +20,14 @@ from rloop_mcore.evaluation.evaluate import EngineEvaluator, conditions_of
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.main.deadline import stop_requests
-from rloop_mcore.main.engines import start_servers, weight_channel
+from rloop_mcore.main.engines import weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.start_record import start_record
 from rloop_mcore.main.training_problems import training_problems
 from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
+from rloop_mcore.rollout.controller import Server
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.run_state import RunState
@@ -39,9 +40,8 @@ from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
 
 
-def conduct(config: Config, run: RunDirectory) -> None:
-    """Rank 0: build the rooms and run Algorithm 1. The engines start while Megatron does."""
-    servers = start_servers(config, Path(config.model.path), run.path)
+def conduct(config: Config, run: RunDirectory, servers: Sequence[Server]) -> None:
+    """Rank 0: build the rooms and run Algorithm 1. The engines' `servers` start while Megatron does."""
     deterministic = platform.deterministic(config.run.deterministic, platform.device().type)
     with RewardPool(config.reward, deterministic) as rewards:
         bridge = HfBridge(Path(config.model.path), config.model.family)

@@ -7,17 +7,20 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
 from rloop_mcore import platform
 from rloop_mcore.compose import read_config
+from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault, Interrupted, UserError
+from rloop_mcore.main.engines import start_servers
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
 from rloop_mcore.platform import heartbeat
-from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
+from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.validate import read_hf_config
 
 
@@ -37,15 +40,13 @@ def main() -> int:
         config.model.path = str(run.model(config))
         layers = ModelShape.of(read_hf_config(Path(config.model.path))).layers
         config.layout.stages = stages(config.layout, layers)
-        platform.setup(config.cluster.device, config.cluster.threads)
-        from rloop_mcore.main.rooms import conduct, follow  # the rooms import Megatron, which needs the set-up
-
         if rank == 0:
             with run.lock("lock.rank0"):
                 heartbeat.start(run.heartbeat)
-                conduct(config, run)
+                servers = start_servers(config, Path(config.model.path), run.path)  # before seconds of imports
+                _rooms(config).conduct(config, run, servers)
         else:
-            follow(config)
+            _rooms(config).follow(config)
     except Interrupted as why:
         run.write_ending(75, f"stopped: {str(why) or run.stop_reason()}; the same command goes on from here")
     except UserError as error:
@@ -60,6 +61,14 @@ def main() -> int:
         if rank == 0:
             run.write_ending(0, "")
     return 0
+
+
+def _rooms(config: Config) -> ModuleType:
+    """The rooms. They import Megatron, which needs the set-up."""
+    with importing():
+        platform.setup(config.cluster.device, config.cluster.threads)
+        from rloop_mcore.main import rooms
+    return rooms
 
 
 def _log_to(log: Path, progress: bool) -> None:

@@ -1,10 +1,12 @@
 """The one place that knows CUDA+NCCL from CPU+gloo. `setup` comes before any import of megatron.core.
 
-torch is imported where it is used: `rloop status` and the reward workers need files and processes, not torch.
+torch is imported where it is used: `rloop status`, the reward workers and, without a GPU, the supervisor of a run
+need files and processes, not torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import warnings
@@ -48,13 +50,23 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
 
 def choose(device: str) -> str:
     """cpu or cuda, for `cluster.device` auto, cpu or cuda. Raises UserError if cuda is wanted and missing."""
-    import torch
-
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"cluster.device is {device!r}; it is one of auto, cpu, cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
+    found = device != "cpu" and _sees_cuda()
+    if device == "cuda" and not found:
         raise UserError("cluster.device is 'cuda' and torch sees no CUDA device here; use 'cpu' or 'auto'.")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if found else "cpu"
+
+
+def _sees_cuda() -> bool:
+    """Whether torch sees a CUDA device. Without NVIDIA's driver it can't, and needn't be imported to say so."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check_gpus(processes: int, precision: str) -> None:

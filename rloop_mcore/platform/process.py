@@ -1,12 +1,15 @@
-"""Child processes that cannot outlive their parent, and that say where they are when they hang."""
+"""Child processes that cannot outlive their parent, that start fast, and that say where they are when they hang."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
 STACKS = "rloop-stacks"  # the name of the file in memory that a process writes its stacks to
@@ -24,6 +27,17 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While large packages are imported. What they make is no garbage: it is not looked for in it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def show_stacks_when_asked() -> None:

@@ -234,6 +234,7 @@ class SGLangServer(_ChildServer):
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)} | {"HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
+            self.environment["TORCHDYNAMO_DISABLE"] = "1"  # as in the trainer, which has it of the shim
             if STUBS_VARIABLE in os.environ:
                 self.environment["PYTHONPATH"] = os.environ[STUBS_VARIABLE]
         if gpus:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.platform.process import die_with_parent, show_stacks_when_asked
+from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
 
@@ -33,11 +33,12 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _serve(arguments: argparse.Namespace, api_key: str | None) -> None:
-    import torch
-    from aiohttp import web
+    with importing():
+        import torch
+        from aiohttp import web
 
-    from rloop_mcore.rollout.embedded.model import CausalModel
-    from rloop_mcore.rollout.embedded.server import Server
+        from rloop_mcore.rollout.embedded.model import CausalModel
+        from rloop_mcore.rollout.embedded.server import Server
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
