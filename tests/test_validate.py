@@ -92,7 +92,7 @@ def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) ->
     [
         ("rollout.python=/no/such/python", ["rollout.python=/no/such/python", "make install-sglang"]),
         ("rollout.ep=3", ["rollout.ep=3", "rollout.tp=2"]),
-        ("rollout.dp=2", ["rollout.dp=2", "rollout.engines"]),
+        ("rollout.dp=3", ["rollout.dp=3", "rollout.tp=2"]),
         ("rollout.memory_fraction=1.5", ["rollout.memory_fraction=1.5"]),
         ("rollout.gpus=[0,0,1]", ["names 2 devices", "is 4"]),
     ],

@@ -18,7 +18,7 @@ from rloop_mcore.evaluation.evaluate import EngineEvaluator, conditions_of
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.main.deadline import stop_requests
-from rloop_mcore.main.engines import start_servers, weight_channel
+from rloop_mcore.main.engines import start_servers, weight_channel, with_engines_for_routers
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.start_record import start_record
 from rloop_mcore.main.training_problems import training_problems
@@ -39,6 +39,7 @@ from rloop_mcore.weights.digest import digest_of
 
 def conduct(config: Config, run: RunDirectory) -> None:
     """Rank 0: build the rooms and run Algorithm 1. The engines start while Megatron does."""
+    config = with_engines_for_routers(config)
     servers = start_servers(config, Path(config.model.path), run.path)
     deterministic = platform.deterministic(config.run.deterministic, platform.device().type)
     with RewardPool(config.reward, deterministic) as rewards:
@@ -49,7 +50,11 @@ def conduct(config: Config, run: RunDirectory) -> None:
             Fleet(
                 servers,
                 channel,
-                model=ServedModel.of(read_hf_config(Path(config.model.path)), Path(config.model.path)),
+                model=ServedModel.of(
+                    read_hf_config(Path(config.model.path)),
+                    Path(config.model.path),
+                    fp8=config.rollout.quantization == "fp8",
+                ),
                 bucket_mib=config.rollout.bucket_mib,
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,
