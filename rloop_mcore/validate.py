@@ -306,7 +306,9 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
         )
     check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
     check_fp8_sizes(config.precision, architecture, config.layout.tp)
-    check_engine(Architecture.of(architecture, model), config.rollout)
+    rollout = config.rollout
+    if rollout.engine == "sglang" and (rollout.dp > 1 or rollout.quantization == "fp8"):
+        check_engine(Architecture.of(architecture, model), rollout)
     if config.actor.routing_replay != "none" and not shape.experts:
         raise UserError(
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."

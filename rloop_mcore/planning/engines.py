@@ -100,9 +100,7 @@ def legal_engine_tp(model: Architecture, gpus: int) -> list[int]:
 
 
 def check_engine(model: Architecture, rollout: RolloutConfig) -> None:
-    """Raise UserError where SGLang cannot split the model as asked."""
-    if rollout.engine != "sglang":
-        return
+    """Raise UserError where SGLang cannot split the model into `rollout.dp` groups, or into blocks of FP8."""
     if rollout.dp > 1 and not model.experts:
         raise UserError(
             f"rollout.dp={rollout.dp} copies the attention and shares the experts, and this model has none: use "
