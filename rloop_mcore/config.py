@@ -203,10 +203,14 @@ class DataConfig:
 class RewardConfig:
     verifier: str = "math"  # math, exact, choice, countdown, or a dotted path package.module:function
     answer_format: str = "boxed"  # boxed or answer_line
+    correct: float = 1.0  # reward of a correct answer
+    wrong: float = 0.0  # reward of any other; DAPO's paper has -1
+    format_penalty: float = 0.0  # taken off where no answer can be read: no_answer, truncated, unparsable
     workers: int = 0  # 0: one a core, at most 16
     deadline_s: float = 10.0  # hard limit an answer
     memory_mib: int = 2048  # address space of a worker above what it starts with
     max_failure_share: float = 0.5  # stop when more answers of a step than this time out or crash
+    max_unparsable_share: float = 1.0  # likewise when an answer is there and can't be read; 1: never
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 T = TypeVar("T")
+
+# Of completions that have come: the numbers of their requests, and they. Called on the engines' thread, which it must
+# not hold up.
+Answered = Callable[[Sequence[int], Sequence[Completion]], None]
 
 
 class Actor(Protocol):
@@ -115,12 +119,16 @@ class Rollout(Protocol):
         """
 
     def submit(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        enough: int | None = None,
+        answered: Answered | None = None,
     ) -> Future[list[Completion]]:
         """Start to generate one completion a request, in their order.
 
         enough: once that many groups (requests with one prompt) are complete the rest is aborted, and comes back as
-        far as it is.
+        far as it is. answered: told of completions as they come, once of each that is finished.
         """
 
     def wait(self, future: Future[T], version: int | None = None) -> T:
@@ -132,15 +140,20 @@ class Rollout(Protocol):
     def cancel(self) -> None:
         """Give up everything that was submitted; its futures are cancelled."""
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+    def generate(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, answered: Answered | None = None
+    ) -> list[Completion]:
+        """One completion a request, in the order of the requests; `answered` as for `submit`."""
 
 
 class Rewards(Protocol):
     """The verifiers, in a pool of processes."""
 
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
-        """Grade (problem, response text, truncated) items; one verdict each, in order. Never raises for an answer."""
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
+        """Grade (problem, response text, truncated) items; one verdict each, in order. Never raises for an answer.
+
+        An item is graded from the moment it is given, while the next one may still be waited for.
+        """
 
     def votes(self, items: Sequence[tuple[Problem, str, bool]]) -> list[str]:
         """What each of such items votes for in a majority, in order; "" for nothing."""

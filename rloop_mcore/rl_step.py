@@ -15,13 +15,15 @@ from rloop_mcore.algorithm.dynamic_sampling import informative_groups
 from rloop_mcore.algorithm.minibatch import mini_batches
 from rloop_mcore.algorithm.overlong import overlong_penalty
 from rloop_mcore.algorithm.seeds import derive_seed
+from rloop_mcore.algorithm.verdict_reward import verdict_reward
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault
 from rloop_mcore.feed import Feed
+from rloop_mcore.grading import Grading
 from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.protocols import Actor, Cache, Prompts, Rewards, Rollout
 from rloop_mcore.timeline import Timeline
-from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory
+from rloop_mcore.types import Completion, Experience, Group, Prompt, SampleRequest, Sampling, Times, Trajectory, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ _MISMATCH_GATE_FP32, _MISMATCH_GATE = 1e-4, 5.0
 
 class MismatchError(Fault):
     """The trainer and the engine disagree about the logprobs of what the engine sampled."""
+
+
+class UnparsableError(Fault):
+    """So many answers can't be read that their rewards would teach nothing true."""
 
 
 @dataclass
@@ -61,16 +67,17 @@ class Batch:
 
 @dataclass
 class _Asked:
-    """A group that the engines are asked for. A completion may be missing, or not finished."""
+    """A group that the engines are asked for. A completion may be missing, or not finished: it has no verdict then."""
 
     prompt: Prompt
     seeds: list[int]
     completions: list[Completion | None]
+    verdicts: list[Verdict | None]
     first: int = 0  # number of its first sample among those of the problem in the step
 
     @property
     def unfinished(self) -> list[int]:
-        return [i for i, c in enumerate(self.completions) if c is None or c.finish_reason == "abort"]
+        return [i for i, verdict in enumerate(self.verdicts) if verdict is None]
 
 
 @dataclass
@@ -123,9 +130,10 @@ class RLStep:
     def train(self, iteration: int, step: int, batch: Batch, version: int) -> dict[str, float]:
         """Cache the batch, update on it; `version`: of the weights that the actor holds. Returns the step's metrics.
 
-        Raises MismatchError past `rollout.mismatch_gate`.
+        Raises UnparsableError past `reward.max_unparsable_share` and MismatchError past `rollout.mismatch_gate`.
         """
-        watch = Stopwatch(self.timeline, step)
+        watch, figures = Stopwatch(self.timeline, step), _figures(batch)
+        self._check_unparsable(step, batch, figures["unparsable"])
         self.cache.append([trajectory for group in batch.sampled for trajectory in group.trajectories])
         lag = _lag(batch.kept, version)
         if self.config.rollout.sleep:
@@ -135,7 +143,6 @@ class RLStep:
         # What overlaps takes as long as the longer of the two.
         both = sum(batch.seconds.values()), sum(watch.seconds.values())
         seconds = max(both) if self.config.rollout.max_lag else sum(both)
-        figures = _figures(batch)
         throughput = {"tokens_per_s": figures["sampled_tokens"] / max(seconds, 1e-9)}
         return metrics | lag | figures | throughput | batch.seconds | watch.seconds
 
@@ -144,12 +151,13 @@ class RLStep:
     ) -> list[Group]:
         """A scored group of G trajectories for each prompt; `visits` counts a problem's earlier groups in this step.
 
+        Answers are graded as they come: `seconds_grade` is what grading takes beyond generation.
         With `rollout.overprovision` the slowest groups are aborted once there are `sampled_per_step`; they go on from
         where they were in the next round.
         """
         algorithm, rollout, run_seed = self.config.algorithm, self.config.rollout, self.config.run.seed
         size = algorithm.group_size
-        wanted = self._carried + [_Asked(prompt, [], [None] * size) for prompt in prompts]
+        wanted = self._carried + [_Asked(prompt, [], [None] * size, [None] * size) for prompt in prompts]
         for group in wanted:
             name = group.prompt.problem.id
             group.first = visits[name] * size
@@ -159,29 +167,21 @@ class RLStep:
                 group.seeds = [derive_seed(run_seed, "rollout", iteration, step, name, number) for number in numbers]
         open_rows = [(group, i) for group in wanted for i in group.unfinished]
         requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i])) for g, i in open_rows]
-        with watch("generate", "engines"):
-            sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
-            enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
-            completions = self.rollout.submit(requests, sampling, enough).result()
-        for (group, i), completion in zip(open_rows, completions, strict=True):
-            group.completions[i] = completion
+        sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
+        enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
+        with Grading(self.rewards, [g.prompt.problem for g, _ in open_rows], self.prompts.decode) as grading:
+            with watch("generate", "engines"):
+                completions = self.rollout.submit(requests, sampling, enough, grading.take).result()
+            with watch("grade", "rewards"):
+                verdicts = grading.verdicts()
+        for row, ((group, i), completion) in enumerate(zip(open_rows, completions, strict=True)):
+            group.completions[i], group.verdicts[i] = completion, verdicts.get(row)
         self._carried = [group for group in wanted if group.unfinished]
-        return self._grade(iteration, step, [group for group in wanted if not group.unfinished], watch)
+        return [self._scored(iteration, step, group) for group in wanted if not group.unfinished]
 
-    def _grade(self, iteration: int, step: int, groups: Sequence[_Asked], watch: Stopwatch) -> list[Group]:
-        algorithm, rollout = self.config.algorithm, self.config.rollout
-        rows = [(g, i, c) for g in groups for i, c in enumerate(g.completions) if c is not None]
-        with watch("grade", "rewards"):
-            verdicts = self.rewards.grade(
-                [
-                    (
-                        group.prompt.problem,
-                        self.prompts.decode(completion.response_ids),
-                        completion.finish_reason == "length",
-                    )
-                    for group, _, completion in rows
-                ]
-            )
+    def _scored(self, iteration: int, step: int, group: _Asked) -> Group:
+        """The trajectories of a group that is whole."""
+        algorithm, rollout, reward = self.config.algorithm, self.config.rollout, self.config.reward
         trajectories = [
             Trajectory(
                 iteration=iteration,
@@ -194,20 +194,17 @@ class RLStep:
                 finish_reason=completion.finish_reason,
                 weight_versions=completion.weight_versions,
                 correct=verdict.correct,
-                reward=float(verdict.correct)
+                reward=verdict_reward(verdict, reward.correct, reward.wrong, reward.format_penalty)
                 + overlong_penalty(len(completion.response_ids), rollout.max_tokens, algorithm.overlong_buffer),
                 reason=verdict.reason,
                 group=group.first // algorithm.group_size,
                 engine=completion.engine,
                 times=Times(completion.started, completion.seconds, verdict.seconds),
             )
-            for (group, i, completion), verdict in zip(rows, verdicts, strict=True)
+            for i, (completion, verdict) in enumerate(zip(group.completions, group.verdicts, strict=True))
+            if completion is not None and verdict is not None
         ]
-        size = algorithm.group_size
-        return [
-            Group(group.prompt.problem.id, tuple(trajectories[i * size : (i + 1) * size]))
-            for i, group in enumerate(groups)
-        ]
+        return Group(group.prompt.problem.id, tuple(trajectories))
 
     def update(
         self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch, stale: bool
@@ -258,6 +255,18 @@ class RLStep:
         if algorithm.kl_coefficient > 0:
             reference = self.actor.logprobs(trajectories, True)
         return [Experience(*row) for row in zip(trajectories, advantages, old, reference, strict=True)]
+
+    def _check_unparsable(self, step: int, batch: Batch, share: float) -> None:
+        reward, template = self.config.reward, self.config.data.template
+        if share <= reward.max_unparsable_share:
+            return
+        trajectories = (trajectory for group in batch.sampled for trajectory in group.trajectories)
+        text = next(self.prompts.decode(t.response_ids) for t in trajectories if t.reason == "unparsable")
+        raise UnparsableError(
+            f"step {step}: {share:.1%} of the responses hold an answer that cannot be read, more than "
+            f"reward.max_unparsable_share={reward.max_unparsable_share:g} allows: does "
+            f"reward.answer_format={reward.answer_format} fit data.template={template}? The first ends {text[-200:]!r}."
+        )
 
     def _check_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         rollout, largest, mean = self.config.rollout, metrics["mismatch_max"], metrics["mismatch_mean"]

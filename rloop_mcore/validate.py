@@ -89,6 +89,7 @@ _NOT_NEGATIVE = (
     "evaluation.temperature",
     "checkpoint.keep_best",
     "reward.workers",
+    "reward.format_penalty",
     "cluster.threads",
     "cluster.gpus_per_node",
     "rollout.nodes",
@@ -102,7 +103,10 @@ _NOT_NEGATIVE = (
         for name in ("warmup_updates", "weight_decay", "clip_grad")
     ),
 )
-_SHARES = ("rft.share", "rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold", "reward.max_failure_share")
+_SHARES = (
+    *("rft.share", "rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold"),
+    *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
+)
 _BELOW_ONE = tuple(
     f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("beta1", "beta2")
 )
@@ -145,6 +149,11 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
             raise UserError(f"{key} is empty: give {key}=VALUE.")
     if not 0 <= config.run.seed < 2**31:
         raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
+    if config.reward.correct <= config.reward.wrong:
+        raise UserError(
+            f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}: the policy "
+            "learns what is rewarded more."
+        )
     low, high = config.guard.entropy_low, config.guard.entropy_high
     if low is not None and high is not None and low >= high:
         raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 ROOMS |= {"preflight", "slurm"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"commits", "feed", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state", "space"}
+RUN = {"commits", "feed", "grading", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state"}
+RUN |= {"space"}
 ALLOWED = {
     "errors": set(),
     "types": set(),
@@ -22,6 +23,7 @@ ALLOWED = {
     "protocols": {"types", "config"},
     "algorithm": {"types"},
     **dict.fromkeys(ROOMS, SHARED),
+    "evaluation": SHARED | {"grading"},
     "journal": SHARED,
     "keeping": SHARED | {"journal"},
     "commits": SHARED | {"journal", "space", "timeline"},
@@ -30,9 +32,10 @@ ALLOWED = {
     "compose": {"config", "errors"},
     "validate": {"algorithm", "compose", "config", "errors", "planning", "platform"},
     "feed": SHARED,
+    "grading": SHARED,
     "timeline": {"platform"},
     "space": {"errors", "platform"},
-    "rl_step": SHARED | {"feed", "timeline"},
+    "rl_step": SHARED | {"feed", "grading", "timeline"},
     "run_state": SHARED | RUN,
     "loop": SHARED | RUN,
 }

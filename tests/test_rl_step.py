@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from rloop_mcore.algorithm.advantage import group_advantages
 from rloop_mcore.algorithm.guard import what_is_wrong
 from rloop_mcore.compose import load_config
-from rloop_mcore.rl_step import MismatchError, RLStep
+from rloop_mcore.errors import Fault
+from rloop_mcore.protocols import Answered
+from rloop_mcore.rl_step import MismatchError, RLStep, UnparsableError
 from rloop_mcore.types import Completion, Experience, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
 
 PROBLEMS = [Problem(id=f"p{n}", problem=str(n), answer=str(n)) for n in range(6)]
@@ -38,10 +41,14 @@ class SeedEcho:
     def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         return [Completion((request.seed,), (-0.5,), "stop", ((1, 1),)) for request in requests]
 
-    def submit(self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None) -> Future:
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None, answered: Answered
+    ) -> Future:
         self.requests += requests
+        completions = self.answer(requests)
+        answered(range(len(requests)), completions)
         future: Future = Future()
-        future.set_result(self.answer(requests))
+        future.set_result(completions)
         return future
 
 
@@ -57,7 +64,7 @@ class ScriptedRewards:
     def __init__(self, right: Callable[[str, int], bool]) -> None:
         self.right, self.seen = right, dict.fromkeys([p.id for p in PROBLEMS], 0)
 
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
         verdicts = []
         for problem, _, _ in items:
             correct = self.right(problem.id, self.seen[problem.id])
@@ -212,6 +219,38 @@ def test_an_overlong_response_loses_reward_but_stays_correct() -> None:
     assert {(row.correct, row.reward) for row in step.cache.rows} == {(True, 0.0), (False, -1.0)}
 
 
+def test_rewards_are_as_configured_while_success_and_informative_groups_go_by_the_verdict() -> None:
+    plain, shaped = make(first_only), make(first_only)
+    shaped.config.reward.correct, shaped.config.reward.wrong, shaped.config.reward.format_penalty = 2.0, -1.0, 0.5
+    reasons = ["no_answer", "unparsable", "wrong", "truncated", *["correct", "wrong", "timeout", "wrong"] * 2]
+    for step in (plain, shaped):
+        step.rewards.grade = lambda items: [Verdict(r == "correct", r) for _, r in zip(items, reasons, strict=True)]
+    (_, before), (_, after) = (run(step, 0, 0, 0) for step in (plain, shaped))
+    assert {row.reward for row in plain.cache.rows} == {0.0, 1.0}
+    rewards = {"no_answer": -1.5, "unparsable": -1.5, "truncated": -1.5, "wrong": -1, "timeout": -1, "correct": 2}
+    assert all(row.reward == rewards[row.reason] for row in shaped.cache.rows)
+    assert all(row.correct == (row.reason == "correct") for row in shaped.cache.rows)
+    assert {t.trajectory.problem_id for batch in shaped.actor.batches for t in batch} == {"p1", "p2"}
+    assert after["success_rate"] == before["success_rate"] == 2 / 12
+    assert before["reward_mean"] == 2 / 12
+    assert after["reward_mean"] == pytest.approx((2 * 2 - 7 - 3 * 1.5) / 12)
+
+
+def test_too_many_answers_that_cannot_be_read_stop_the_run_where_that_is_asked() -> None:
+    step = make(first_only)
+    step.rewards.grade = lambda items: [
+        Verdict(n == 4, "unparsable" if n < 4 else "wrong" if n > 4 else "correct") for n, _ in enumerate(items)
+    ]
+    batch = step.collect(0, 3, 0)
+    assert step.train(0, 3, batch, version=1)["unparsable"] == pytest.approx(1 / 3)  # off by default
+    step.config.reward.max_unparsable_share = 0.34
+    step.train(0, 3, batch, version=1)
+    step.config.reward.max_unparsable_share = 0.33
+    ends = batch.sampled[0].trajectories[0].response_ids[0]
+    with pytest.raises(UnparsableError, match=rf"step 3: 33.3% .*max_unparsable_share=0.33 .*boxed.*r1_zero.*'{ends}'"):
+        step.train(0, 3, batch, version=1)
+
+
 def test_without_dynamic_sampling_every_group_is_trained_on() -> None:
     step = make(lambda problem, n: False, dynamic_sampling="false", prompts_per_step=3)
     _, metrics = run(step, 0, 0, 0)
@@ -262,12 +301,8 @@ def test_replay_records_a_forward_pass_and_keeps_the_engines_logprobs() -> None:
 class SlowForP0(SeedEcho):
     """Aborts the groups of p0 after one token while it may; what is asked again goes on to the end."""
 
-    def submit(self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None) -> Future:
-        assert enough == 2
-        self.requests += requests
-        future: Future = Future()
-        future.set_result([self._one(request) for request in requests])
-        return future
+    def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        return [self._one(request) for request in requests]
 
     def _one(self, request: SampleRequest) -> Completion:
         version = len(self.requests)
@@ -297,6 +332,101 @@ def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> Non
     assert [t.sample for t in group.trajectories] == list(range(GROUP))
     assert {len(t.weight_versions) for t in group.trajectories} == {1, 2}
     assert all(len(t.response_ids) == sum(n for _, n in t.weight_versions) for t in group.trajectories)
+    finished = len(rollout.requests) - len(aborted)
+    assert sum(step.rewards.seen.values()) == finished  # each was graded once, and only whole
+
+
+class GroupByGroup(SeedEcho):
+    """Generates a group after the other, the last one first, each once `may_go_on` lets it."""
+
+    def __init__(self, may_go_on: Callable[[int], None] = lambda groups: None) -> None:
+        super().__init__()
+        self.may_go_on = may_go_on
+
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None, answered: Answered
+    ) -> Future:
+        completions = self.answer(requests)
+        for groups, first in enumerate(reversed(range(0, len(requests), GROUP))):
+            self.may_go_on(groups)
+            answered(range(first, first + GROUP), completions[first : first + GROUP])
+        future: Future = Future()
+        future.set_result(completions)
+        return future
+
+
+class EvenSeedsAreRight:
+    """Verdicts that depend on the answer alone."""
+
+    def __init__(self) -> None:
+        self.graded = threading.Semaphore(0)
+
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
+        return list(self._each(items))
+
+    def _each(self, items: Iterable[tuple[Problem, str, bool]]) -> Iterator[Verdict]:
+        for _, text, truncated in items:
+            yield Verdict(int(text) % 2 == 0, "truncated" if truncated else "", seconds=float(text))
+            self.graded.release()
+
+
+def test_a_group_is_graded_while_the_next_one_is_generated() -> None:
+    """The engine waits for the verdicts on the groups before: it would wait forever if grading came at the end."""
+    rewards = EvenSeedsAreRight()
+
+    def until_graded(groups: int) -> None:
+        for _ in range(GROUP if groups else 0):
+            assert rewards.graded.acquire(timeout=60), "the group before is not graded while this one is generated"
+
+    step = make(first_only)
+    step.rollout, step.rewards = GroupByGroup(until_graded), rewards
+    assert len(step.collect(0, 0, 0).sampled) == 3
+
+
+def test_what_comes_when_changes_no_trajectory() -> None:
+    in_order, reverse = make(first_only), make(first_only)
+    in_order.rewards, reverse.rewards = EvenSeedsAreRight(), EvenSeedsAreRight()
+    reverse.rollout = GroupByGroup()
+    sampled = in_order.collect(0, 0, 0).sampled
+    assert [t.correct for group in sampled for t in group.trajectories] == [
+        t.response_ids[0] % 2 == 0 for group in sampled for t in group.trajectories
+    ]
+    assert reverse.collect(0, 0, 0).sampled == sampled
+
+
+def assert_grading_has_ended() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("grading"):
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_what_a_grader_raises_reaches_the_caller_and_leaves_no_thread(when: str) -> None:
+    class Failing:
+        def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
+            for _ in items:
+                if when == "first":
+                    break
+            raise Fault("no verdicts today")
+
+    step = make(first_only)
+    step.rollout, step.rewards = GroupByGroup(), Failing()
+    with pytest.raises(Fault, match="no verdicts today"):
+        step.collect(0, 0, 0)
+    assert_grading_has_ended()
+
+
+def test_when_the_engines_fail_grading_ends_too() -> None:
+    def fail(groups: int) -> None:
+        if groups:
+            raise Fault("no engine is left")
+
+    step = make(first_only)
+    step.rollout, step.rewards = GroupByGroup(fail), EvenSeedsAreRight()
+    with pytest.raises(Fault, match="no engine is left"):
+        step.collect(0, 0, 0)
+    assert_grading_has_ended()
 
 
 def test_samples_of_older_weights_are_told_and_not_held_to_the_gate() -> None:

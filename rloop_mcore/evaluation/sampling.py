@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.errors import UserError
+from rloop_mcore.grading import Grading
 from rloop_mcore.protocols import Rewards, Rollout
 from rloop_mcore.types import Prompt, SampleRequest, Sampling, Times, Trajectory
 
@@ -34,13 +35,9 @@ class Sampler:
             SampleRequest(prompt.ids, derive_seed(self._seed, "evaluation", prompt.problem.id, sample))
             for prompt, sample in wanted
         ]
-        completions = self._rollout.generate(requests, self._sampling)
-        verdicts = self._rewards.grade(
-            [
-                (prompt.problem, self._decode(completion.response_ids), completion.finish_reason == "length")
-                for (prompt, _), completion in zip(wanted, completions, strict=True)
-            ]
-        )
+        with Grading(self._rewards, [prompt.problem for prompt, _ in wanted], self._decode) as grading:
+            completions = self._rollout.generate(requests, self._sampling, grading.take)
+            verdicts = grading.verdicts()
         return [
             Trajectory(
                 iteration=0,
@@ -58,7 +55,7 @@ class Sampler:
                 engine=completion.engine,
                 times=Times(completion.started, completion.seconds, verdict.seconds),
             )
-            for (prompt, sample), completion, verdict in zip(wanted, completions, verdicts, strict=True)
+            for (prompt, sample), completion, verdict in zip(wanted, completions, verdicts.values(), strict=True)
         ]
 
 

@@ -36,7 +36,8 @@ _FREE = (
     *(f"guard.{name}" for name in ("patience", "policy", "entropy_low", "entropy_high")),
     *("guard.stall_factor", "guard.stall_floor_s"),
     *(f"preflight.{asked.name}" for asked in fields(PreflightConfig)),
-    *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers", "reward.max_failure_share"),
+    *("rollout.mismatch_gate", "rollout.mismatch_mean_gate", "reward.workers"),
+    *("reward.max_failure_share", "reward.max_unparsable_share"),
     *(f"checkpoint.{name}" for name in ("every", "keep", "keep_best", "policy_steps", "asynchronous")),
     *(f"tracking.{name}" for name in ("tensorboard", "wandb_project", "progress")),
     *(f"cluster.{name}" for name in ("device", "threads", "collective_timeout_s", "job_end", "stop_margin_s")),
@@ -52,7 +53,11 @@ _RULES = (
     Rule("the steps so far were computed in it, and the checkpoint holds its state", ("precision", "fp8.")),
     Rule("the success rates of a phase would mix groups of both sizes", ("algorithm.group_size",)),
     Rule("the iterations would explore for different lengths", ("algorithm.rl_steps",), "explore"),
-    Rule("the phases would be half one algorithm and half another", ("algorithm.", "optimizer."), "explore"),
+    Rule(
+        "the phases would be half one algorithm and half another",
+        ("algorithm.", "optimizer.", "reward.correct", "reward.wrong", "reward.format_penalty"),
+        "explore",
+    ),
     Rule(
         "the thetas would be made in two ways, and could not be compared",
         ("rft.", "algorithm.hard_threshold", "algorithm.reset"),

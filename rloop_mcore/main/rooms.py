@@ -97,7 +97,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     tracker, timeline = Tracker(directory, config.tracking), Timeline(directory)
     held_out = config.data.validation
     validation = [] if held_out is None else load_problems(held_out, config.evaluation.limit)
-    prompts = prompts_of(training_problems(config, validation))
+    prompts = prompts_of(training_problems(config, validation, run.golds))
     evaluator = None
     if held_out is not None:
         evaluator = EngineEvaluator(

@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "heartbeat"
 
     @property
+    def golds(self) -> Path:
+        """Which gold answers don't verify against themselves."""
+        return self.path / "golds.json"
+
+    @property
     def preflight(self) -> Path:
         return self.path / "preflight.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.overlap import overlapping
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 _SHOWN = 10
 
 
-def training_problems(config: Config, validation: Sequence[Problem]) -> list[Problem]:
+def training_problems(config: Config, validation: Sequence[Problem], golds: Path) -> list[Problem]:
     """Load them; report overlap with `validation`, left out with `data.remove_overlap`, and bad golds, left out.
 
     Raises UserError if none is left. The same problems at every start of a run: a gold that is merely slow stays.
+    golds: the file that keeps which are bad.
     """
     problems = load_problems(config.data.train, config.data.limit)
     if shared := overlapping(problems, validation):
@@ -33,7 +35,8 @@ def training_problems(config: Config, validation: Sequence[Problem]) -> list[Pro
         )
         if config.data.remove_overlap:
             problems = [problem for problem in problems if problem.id not in shared]
-    bad = {name: reason for name, reason in unverifiable(problems, config.reward).items() if reason != "timeout"}
+    found = unverifiable(problems, config.reward, golds)
+    bad = {name: reason for name, reason in found.items() if reason != "timeout"}
     if bad:
         _warn(f"{len(bad)} of {len(problems)} gold answers don't verify against themselves and are left out", bad)
     problems = [problem for problem in problems if problem.id not in bad]

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,16 +43,24 @@ class TooManyFailures(Fault):
 
 @dataclass(eq=False)
 class _Call:
-    """The items of one `submit`."""
+    """The items of one `grade` or `submit`: all of them once it is `complete`."""
 
-    items: Sequence[Item]
-    allowed: float  # failures
     future: Future[list[Verdict]] = field(default_factory=Future)
+    items: list[Item] = field(default_factory=list)
     verdicts: list[Verdict | None] = field(default_factory=list)
-    left: int = 0
+    complete: bool = False
+    left: int = 0  # without a verdict
     failures: int = 0
     canaries: bool = False
     votes: bool = False  # what the answers vote for is asked, not whether they are right
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # it can't be cancelled
+
+    def add(self, items: Sequence[Item]) -> None:
+        self.items += items
+        self.verdicts += [None] * len(items)
+        self.left += len(items)
 
 
 _Job = tuple[_Call, int]  # an item of a call
@@ -83,7 +91,7 @@ class RewardPool:
         self._children: list[Child] = []
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()  # guards what `submit` shares with the thread
-        self._inbox: deque[_Call] = deque()
+        self._inbox: deque[tuple[_Call, Sequence[Item] | None]] = deque()  # None: these were all
         self._pending = 0
         self._since_canaries = 0
         self._open = False
@@ -122,17 +130,21 @@ class RewardPool:
         for end in (self._wake_in, self._wake_out):
             os.close(end)
 
-    def grade(self, items: Sequence[Item]) -> list[Verdict]:
+    def grade(self, items: Iterable[Item]) -> list[Verdict]:
         """One verdict an item, in order, whatever worker graded it when.
 
-        Raises TooManyFailures when more than `reward.max_failure_share` of the items time out or crash.
+        An item is graded from the moment `items` gives it, while the next one may still be waited for. Waits while
+        `MOST_PENDING` items wait for their verdicts. Raises TooManyFailures when more than `reward.max_failure_share`
+        of all the items time out or crash.
         """
-        return self.submit(items).result()
+        call = _Call()
+        for item in items:
+            self._hand_in(call, [item])
+        return self._complete(call).result()
 
     def submit(self, items: Sequence[Item]) -> Future[list[Verdict]]:
-        """`grade`, begun: what it would return or raise. Waits while `MOST_PENDING` items wait for their verdicts."""
-        share = self._config.max_failure_share
-        return self._submit(_Call(items, max(share * max(len(items), FEWEST_TO_JUDGE), 1)))
+        """What `grade` would return or raise, begun. Waits while `MOST_PENDING` items wait for their verdicts."""
+        return self._submit(_Call(), items)
 
     def votes(self, items: Sequence[Item]) -> list[str]:
         """What each answer votes for, in order; "" where it is for nothing, or where finding out took too long.
@@ -140,21 +152,28 @@ class RewardPool:
         Two answers to a problem have the same vote where the verifier takes them for the same. Always "" with a
         verifier that is not a shipped one.
         """
-        return [verdict.vote for verdict in self._submit(_Call(items, allowed=len(items), votes=True)).result()]
+        return [verdict.vote for verdict in self._submit(_Call(votes=True), items).result()]
 
-    def _submit(self, call: _Call) -> Future[list[Verdict]]:
-        call.verdicts, call.left = [None] * len(call.items), len(call.items)
-        call.future.set_running_or_notify_cancel()
+    def _submit(self, call: _Call, items: Sequence[Item]) -> Future[list[Verdict]]:
+        self._hand_in(call, items)
+        return self._complete(call)
+
+    def _complete(self, call: _Call) -> Future[list[Verdict]]:
+        self._hand_in(call, None)
+        return call.future
+
+    def _hand_in(self, call: _Call, items: Sequence[Item] | None) -> None:
+        """Give the pool's thread more items of a call, or say that there are no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending < MOST_PENDING or not self._open)
+            if items is not None:
+                self._changed.wait_for(lambda: self._pending < MOST_PENDING or not self._open)
             if self._error is not None:
                 raise self._error
             if not self._open:
                 raise RuntimeError("the reward pool is closed: use it inside `with RewardPool(...)`")
-            self._pending += call.left
-            self._inbox.append(call)
-        self._wake()
-        return call.future
+            self._pending += len(items or ())
+            self._inbox.append((call, items))
+            self._wake()
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):  # it is awake already
@@ -192,15 +211,22 @@ class RewardPool:
         with suppress(BlockingIOError):
             os.read(self._wake_out, 4096)
         while self._inbox:
-            call = self._inbox.popleft()
-            self._jobs.extend((call, index) for index in range(len(call.items)))
-            if not call.items:
-                call.future.set_result([])
+            call, items = self._inbox.popleft()
+            if items is None:
+                call.complete = True
+                self._conclude(call)
+            else:
+                self._enqueue(call, items)
+
+    def _enqueue(self, call: _Call, items: Sequence[Item]) -> None:
+        first = len(call.items)
+        call.add(items)
+        self._jobs.extend((call, index) for index in range(first, len(call.items)))
 
     def _fail(self, error: BaseException) -> None:
         """Every call that has no result yet raises `error`."""
         calls = {call for call, _ in self._jobs} | {call for child in self._children for call, _ in child.jobs}
-        for call in calls | set(self._inbox):
+        for call in calls | {call for call, _ in self._inbox}:
             if not call.future.done():
                 call.future.set_exception(error)
         self._jobs.clear()
@@ -305,13 +331,21 @@ class RewardPool:
         call.verdicts[index] = verdict
         call.left -= 1
         call.failures += verdict.reason in ("timeout", "crashed")
-        if call.failures > call.allowed:
+        self._conclude(call)
+
+    def _conclude(self, call: _Call) -> None:
+        """End a call that has failed, or has all its verdicts."""
+        if not call.complete:  # a share of all its items can't be told yet
+            return
+        judged = not (call.votes or call.canaries)
+        share, size = self._config.max_failure_share, len(call.items)
+        if judged and call.failures > max(share * max(size, FEWEST_TO_JUDGE), 1):
             call.future.set_exception(
                 TooManyFailures(
-                    f"{call.failures} of {len(call.items)} answers timed out or crashed in the verifier "
-                    f"{self._config.verifier!r}, more than reward.max_failure_share="
-                    f"{self._config.max_failure_share:g} allows (reward.deadline_s={self._config.deadline_s:g}, "
-                    f"reward.memory_mib={self._config.memory_mib}); the first: {self._first_note}"
+                    f"{call.failures} of {size} answers timed out or crashed in the verifier "
+                    f"{self._config.verifier!r}, more than reward.max_failure_share={share:g} allows "
+                    f"(reward.deadline_s={self._config.deadline_s:g}, reward.memory_mib={self._config.memory_mib}); "
+                    f"the first: {self._first_note}"
                 )
             )
         elif not call.left:
@@ -326,10 +360,9 @@ class RewardPool:
         call.future.set_result(verdicts)
         if self._since_canaries >= CANARIES_EVERY and (items := canary_items(self._config)):
             self._since_canaries = 0
-            check = _Call(items, len(items), verdicts=[None] * len(items), left=len(items), canaries=True)
-            self._jobs.extend((check, index) for index in range(len(items)))
             with self._changed:
                 self._pending += len(items)
+            self._enqueue(_Call(complete=True, canaries=True), items)
 
     def _release(self, items: int) -> None:
         with self._changed:

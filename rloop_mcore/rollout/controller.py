@@ -24,6 +24,7 @@ from itertools import groupby, islice
 from typing import Any, Protocol
 
 from rloop_mcore.platform.heartbeat import beat
+from rloop_mcore.protocols import Answered
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.together import together
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -170,19 +171,30 @@ class Controller:
         await asyncio.gather(*(put(engine, client) for engine, client in awake))
 
     async def generate(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, shares: int = 0, enough: int | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        shares: int = 0,
+        enough: int | None = None,
+        answered: Answered | None = None,
     ) -> list[Completion]:
         """One completion a request, in order. Raises EngineError.
 
         A call goes to the engine that has least to do, in the order of the requests. shares: cut the requests into
         that many calls, group k into call k mod `shares`, so that what is decoded beside what depends on nothing but
         the requests; 0: a call a group. enough: abort the rest once that many calls are answered; what is not finished
-        then comes back with finish reason abort.
+        then comes back with finish reason abort. answered: told of each call's completions when an engine answers it.
         """
         cut = _cut(requests, shares)
         run = uuid.uuid4().hex
         calls = [_Call([requests[i] for i in rows], f"{run}-{number}") for number, rows in enumerate(cut)]
-        tasks = [asyncio.ensure_future(self._serve(call, sampling)) for call in calls]
+
+        async def serve(rows: Sequence[int], call: _Call) -> None:
+            await self._serve(call, sampling)
+            if answered is not None and call.answer is not None:
+                answered(rows, call.answer)
+
+        tasks = [asyncio.ensure_future(serve(rows, call)) for rows, call in zip(cut, calls, strict=True)]
         try:
             if enough is None:
                 await asyncio.gather(*tasks)

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rloop_mcore.protocols import WeightChannel
+from rloop_mcore.protocols import Answered, WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
 from rloop_mcore.rollout.served import ServedModel
@@ -133,12 +133,16 @@ class Fleet:
         self.version = 0
 
     def submit(
-        self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        enough: int | None = None,
+        answered: Answered | None = None,
     ) -> Future[list[Completion]]:
         """Start to generate one completion a request, in order (see `Controller.generate`)."""
         if self.version is None:
             raise EngineError("the engines hold no synced weights; sync before generating")
-        future = self._submit(self._controller.generate(requests, sampling, self._shares, enough))
+        future = self._submit(self._controller.generate(requests, sampling, self._shares, enough, answered))
         self._generating.add(future)
         future.add_done_callback(self._generating.discard)
         return future
@@ -156,9 +160,11 @@ class Fleet:
                 self._catch_up(self.version if version is None else version)
         return future.result()
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, answered: Answered | None = None
+    ) -> list[Completion]:
         """One completion a request, in order, by the weights of the last sync. Raises EngineError."""
-        return self.wait(self.submit(requests, sampling)) if requests else []
+        return self.wait(self.submit(requests, sampling, answered=answered)) if requests else []
 
     def cancel(self) -> None:
         """Give up everything that was submitted; its futures are cancelled."""

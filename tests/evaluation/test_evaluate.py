@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rloop_mcore.config import EvaluationConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation import evaluate
 from rloop_mcore.evaluation.evaluate import EngineEvaluator
+from rloop_mcore.protocols import Answered
 from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
 
 SAMPLES = 8
@@ -30,10 +31,16 @@ class ScriptedEngine:
     def sync(self, weights: Iterator[Any], version: int) -> dict[str, float]:
         raise AssertionError("an evaluation does not move weights")
 
-    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[SampleRequest], sampling: Sampling, answered: Answered | None = None
+    ) -> list[Completion]:
         self.requests += requests
         self.sampling = sampling
-        return [self._answer(request.prompt_ids[0]) for request in requests]
+        completions = [self._answer(request.prompt_ids[0]) for request in requests]
+        assert answered is not None
+        for row in reversed(range(len(completions))):  # the last one comes first
+            answered([row], [completions[row]])
+        return completions
 
     def _answer(self, problem: int) -> Completion:
         sample = self._asked.get(problem, 0)
@@ -43,9 +50,10 @@ class ScriptedEngine:
 
 
 class FirstTokenIsOne:
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
-        assert all(truncated == text.startswith("0") for _, text, truncated in items)
-        return [Verdict(text.startswith("1"), "correct" if text.startswith("1") else "wrong") for _, text, _ in items]
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
+        texts = [(text, truncated) for _, text, truncated in items]
+        assert all(truncated == text.startswith("0") for text, truncated in texts)
+        return [Verdict(text.startswith("1"), "correct" if text.startswith("1") else "wrong") for text, _ in texts]
 
 
 def prompts(count: int) -> list[Prompt]:

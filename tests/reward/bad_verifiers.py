@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from rloop_mcore.types import Problem
 
@@ -37,6 +38,9 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
     if response == "print":
         print("[true, 'correct']")
         sys.stdin.read()
+    if response == "touch":
+        Path(problem.answer).touch()
+        return True, "correct"
     if response == "torch":
         return "torch" in sys.modules, "wrong"
     if response == "pid":

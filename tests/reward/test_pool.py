@@ -3,8 +3,12 @@
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -78,6 +82,45 @@ def test_order_and_verdicts_do_not_depend_on_the_number_of_workers() -> None:
     for workers in (1, 3):
         with RewardPool(config(workers=workers)) as pool:
             assert [v.correct for v in pool.grade(items)] == expected
+
+
+def test_an_item_is_graded_while_the_next_is_waited_for(tmp_path: Path) -> None:
+    def items() -> Iterator[tuple[Problem, str, bool]]:
+        for number in range(5):
+            graded = tmp_path / str(number)
+            yield item("touch", gold=str(graded))
+            deadline = time.monotonic() + 60
+            while not graded.exists():
+                assert time.monotonic() < deadline, "not graded before the next item is given"
+                time.sleep(0.01)
+
+    with RewardPool(config()) as pool:
+        assert [v.reason for v in pool.grade(items())] == ["correct"] * 5
+        with pytest.raises(ZeroDivisionError):  # what the items raise reaches the caller, and harms no other call
+            pool.grade(item(str(1 // (2 - n))) for n in range(3))
+        assert [v.correct for v in pool.grade([item("right")])] == [True]
+
+
+def test_a_share_of_failures_is_of_all_the_items_and_not_of_those_that_came_first() -> None:
+    with RewardPool(config(max_failure_share=0.5)) as pool:
+        responses = ["raise"] * 10 + ["right"] * 10
+        assert [v.correct for v in pool.grade(item(r) for r in responses)] == [r == "right" for r in responses]
+
+
+def test_a_call_whose_items_are_still_to_come_ends_with_the_pool() -> None:
+    closed = threading.Event()
+
+    def items() -> Iterator[tuple[Problem, str, bool]]:
+        yield item("right")
+        assert closed.wait(60)
+        yield item("right")
+
+    with ThreadPoolExecutor(1) as thread:
+        with RewardPool(config(workers=1)) as pool:
+            begun = thread.submit(pool.grade, items())
+        closed.set()
+        with pytest.raises(RuntimeError, match="closed"):
+            begun.result(60)
 
 
 def test_odd_texts_arrive_whole() -> None:

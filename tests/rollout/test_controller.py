@@ -76,6 +76,27 @@ def test_a_call_goes_to_the_engine_with_the_least_to_do() -> None:
     run_virtually(work())
 
 
+def test_completions_are_told_when_their_call_is_answered() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=8) as fleet:
+            fleet.servers[0].fail("dead")  # its calls are answered elsewhere, and told once
+            requests = make_requests(groups=6, size=4)
+            told: dict[int, tuple[float, Completion]] = {}
+
+            def answered(rows: Sequence[int], completions: Sequence[Completion]) -> None:
+                assert told.keys().isdisjoint(rows)
+                told.update(zip(rows, ((_now(), completion) for completion in completions), strict=True))
+
+            completions = await fleet.controller.generate(requests, SAMPLING, answered=answered)
+            assert [told[row][1] for row in range(len(requests))] == completions
+            times = [{told[row][0] for row in range(first, first + 4)} for first in range(0, len(requests), 4)]
+            assert all(len(time) == 1 for time in times)
+            first, *_, last = sorted(time for (time,) in times)
+            assert first < last == _now()
+
+    run_virtually(work())
+
+
 def test_an_engine_has_no_more_than_the_limit_and_waiting_calls_go_in_order() -> None:
     async def work() -> None:
         async with SimulatedFleet(4, limit=32) as fleet:

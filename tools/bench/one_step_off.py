@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class EndlessPrompts:
 
 
 class EvenRewards:
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
         return [Verdict(even_length(text), "") for _, text, _ in items]
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import statistics
@@ -24,13 +23,14 @@ from hostile_answers import hostile
 from math_verify import parse, verify
 
 from rloop_mcore.config import RewardConfig
+from rloop_mcore.grading import Grading
 from rloop_mcore.reward.pool import RewardPool
-from rloop_mcore.types import Problem
+from rloop_mcore.types import Completion, Problem
 
 Row = tuple[str, str]  # gold, answer
 GROUP = 16
 DEADLINE_S = 0.5
-HANG = r"\prod_{k=1}^{10^{9}} (k^{7}+1)"
+HANG = r"9^{9^{9^{9}}}!"
 
 
 def distinct_rows(count: int, seed: int) -> list[Row]:
@@ -100,15 +100,17 @@ def against_bare(make: Callable[[int, int], list[Row]], count: int, repeats: int
     return theirs / ours
 
 
-async def step(pool: RewardPool, groups: list[list[tuple[Problem, str, bool]]], finish_s: list[float]) -> float:
-    """Seconds of a step: a group's answers come when the engine is done with them, and are graded from then on."""
+def step(pool: RewardPool, rows: list[Row], finish_s: list[float]) -> float:
+    """Seconds of a step: a group's answers come when the engine is done with them, and are graded as `RLStep` does."""
+    texts = [respond(answer) for _, answer in rows]
     start = time.perf_counter()
-
-    async def one(group: list[tuple[Problem, str, bool]], at_s: float) -> None:
-        await asyncio.sleep(at_s)
-        await asyncio.wrap_future(pool.submit(group))
-
-    await asyncio.gather(*(one(group, at_s) for group, at_s in zip(groups, finish_s, strict=True)))
+    with Grading(pool, [Problem("p", "", gold) for gold, _ in rows], lambda ids: texts[ids[0]]) as grading:
+        for at_s, group in sorted(zip(finish_s, range(len(finish_s)), strict=True)):
+            time.sleep(max(0.0, start + at_s - time.perf_counter()))
+            come = range(GROUP * group, GROUP * (group + 1))
+            grading.take(come, [Completion((row,), (), "stop", ()) for row in come])
+        reasons = Counter(verdict.reason for verdict in grading.verdicts().values())
+    assert reasons["timeout"] == sum(answer == HANG for _, answer in rows), reasons
     return time.perf_counter() - start
 
 
@@ -124,9 +126,7 @@ def hang_cost(problems: int, step_s: float, repeats: int) -> float:
             finish_s = [step_s * min(1.0, draw.betavariate(4, 2)) for _ in range(problems - 1)] + [step_s]
             seconds = []
             for kind in (rows, some) if repeat % 2 else (some, rows):
-                graded = items(kind)
-                groups = [graded[i : i + GROUP] for i in range(0, len(graded), GROUP)]
-                seconds.append((kind is some, asyncio.run(step(pool, groups, finish_s))))
+                seconds.append((kind is some, step(pool, kind, finish_s)))
             with_hangs, without = dict(seconds)[True], dict(seconds)[False]
             ratios.append(with_hangs / without - 1)
             print(f"  step of {len(rows)} answers, {len(hanging)} hanging: {with_hangs:.2f} s, without {without:.2f} s")

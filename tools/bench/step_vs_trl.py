@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ class Step:
 class LengthRewards:
     """`protocols.Rewards` in this process, as TRL's reward function is in its own."""
 
-    def grade(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
         return [Verdict(even, "correct" if even else "wrong") for even in (even_length(text) for _, text, _ in items)]
 
 
