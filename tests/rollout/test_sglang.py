@@ -33,7 +33,7 @@ from served_model import (
     tile_checksum,
     token_logprobs,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from rloop_mcore.config import Config, DataConfig, RolloutConfig
 from rloop_mcore.main.engines import start_engine
@@ -121,16 +121,15 @@ def test_the_key_is_in_no_command_line_no_log_and_no_open_file(server: SGLangSer
     assert server.secrets.stat().st_mode & 0o077 == 0
 
 
-def _experts_of_whole_blocks(folder: Path) -> Path:
-    """A random Qwen3-MoE in bfloat16 whose matrices, halves of the experts too, are whole FP8 blocks."""
+def _qwen3(folder: Path, experts: bool) -> Path:
+    """A random Qwen3 in bfloat16, dense or with experts, whose matrices are whole FP8 blocks."""
     make_model(folder, 0)  # its tokenizer
-    torch.manual_seed(3)
-    config = Qwen3MoeConfig(
+    torch.manual_seed(1)
+    kind = Qwen3MoeConfig if experts else Qwen3Config
+    config = kind(
         vocab_size=VOCABULARY,
         hidden_size=128,
-        moe_intermediate_size=256,
-        num_experts=4,
-        num_experts_per_tok=2,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -139,44 +138,43 @@ def _experts_of_whole_blocks(folder: Path) -> Path:
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=EOS,
+        **({"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2} if experts else {}),
     )
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
 
 
-def test_fp8_weights_reach_a_server_with_data_parallel_attention(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("quantization", "dp"), [("fp8", 1), ("none", 2)], ids=["FP8", "data parallel attention"])
+def test_quantised_weights_and_data_parallel_ranks_are_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, dp: int
 ) -> None:
-    """The loaders, layouts, checksums and data parallelism are SGLang's; what it multiplies in FP8 is plain torch
+    """The loaders, layouts, ranks and checksums are SGLang's; what it multiplies in FP8 is plain torch
     (tests/sglang_cpu/sitecustomize.py)."""
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")
     monkeypatch.setenv(STUBS_VARIABLE, str(ROOT / "tests/sglang_cpu"))
-    folder = _experts_of_whole_blocks(tmp_path / "model")
+    if dp > 1:
+        monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+        monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")
+    folder, fp8 = _qwen3(tmp_path / "model", experts=dp > 1), quantization == "fp8"
     by_name = load_file(folder / "model.safetensors")  # in alphabetical order; a stream has q before k
     tensors = sorted(by_name.items(), key=lambda item: item[0].replace(".q_proj.", ".a_proj."))
-    rollout = RolloutConfig(engine="sglang", python=str(SGLANG_PYTHON), tp=2, dp=2, quantization="fp8", max_running=64)
-    server = start_engine(
-        Config(data=DataConfig(train="t"), precision="bf16", rollout=rollout), folder, tmp_path, 0, range(1)
+    rollout = RolloutConfig(
+        engine="sglang", python=str(SGLANG_PYTHON), tp=dp, dp=dp, quantization=quantization, max_running=64
     )
-    known = replace(MODEL, experts=4, fp8=True)
+    config = Config(data=DataConfig(train="t"), precision="bf16", rollout=rollout)
+    server = start_engine(config, folder, tmp_path, 0, range(1))
+    known = replace(MODEL, experts=4 if dp > 1 else 1, fp8=fp8)
     with make_fleet([server], request_timeout_s=120.0, model=known) as fleet:
         metrics = fleet.sync(lambda: iter(tensors), 7)
-        assert metrics["sync_bytes"] < 0.6 * sum(tensor.nbytes for _, tensor in tensors)
         answers = fleet.generate(REQUESTS, SAMPLING)
-    # what the server computes with, in bfloat16
-    model = AutoModelForCausalLM.from_pretrained(_with_fp8_values(folder, tensors), dtype=torch.bfloat16)
+    if fp8:  # what the server then computes with
+        assert metrics["sync_bytes"] < 0.6 * sum(tensor.nbytes for tensor in by_name.values())
+        rounded = {n: dequantize(*quantize(t)) if n.endswith("_proj.weight") else t for n, t in tensors}
+        save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for request, answer in zip(REQUESTS, answers, strict=True):
         ids = [*request.prompt_ids, *answer.response_ids]
         expected = token_logprobs(model, ids, TEMPERATURE)[len(request.prompt_ids) - 1 :]
-        np.testing.assert_allclose(answer.logprobs, expected, atol=0.1)
-
-
-def _with_fp8_values(folder: Path, tensors: list[tuple[str, torch.Tensor]]) -> Path:
-    """The folder, its matrices rounded to FP8 and back."""
-    rounded = {n: dequantize(*quantize(t)) if n.endswith("_proj.weight") else t for n, t in tensors}
-    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+        np.testing.assert_allclose(answer.logprobs, expected, atol=0.1)  # bfloat16 on both sides
 
 
 _PARENT = """

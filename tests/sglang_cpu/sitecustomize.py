@@ -7,7 +7,6 @@ imported. Weights stay as they were loaded, as on a Hopper GPU; what multiplies 
 import importlib.abc
 import importlib.machinery
 import sys
-import types
 
 
 def _fp8(module):
@@ -19,22 +18,8 @@ def _fp8(module):
         whole = block_quant_dequant(weight, weight_scale, block_size, input.dtype)
         return torch.nn.functional.linear(input, whole, bias)
 
-    def experts(self, layer, dispatched):
-        from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
-        from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-
-        x, block = dispatched.hidden_states, self.quant_config.weight_block_size
-        whole = types.SimpleNamespace(num_experts=layer.num_experts)
-        for name in ("w13_weight", "w2_weight"):
-            scale = getattr(layer, f"{name}_scale_inv")
-            setattr(whole, name, block_quant_dequant(getattr(layer, name), scale, block, x.dtype))
-        output = moe_forward_native(whole, x, dispatched.topk_output, self.moe_runner_config)
-        return StandardCombineInput(hidden_states=output)
-
-    module.Fp8MoEMethod.apply = experts
     module.dispatch_w8a8_block_fp8_linear = lambda *args, **kwargs: linear
     module.Fp8LinearMethod.process_weights_after_loading_block_quant = lambda self, layer: None
-    module.Fp8MoEMethod.process_weights_after_loading_block_quant = lambda self, layer: None
 
 
 def _torch_native_backend(module):
