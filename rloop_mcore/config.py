@@ -165,8 +165,9 @@ class RolloutConfig:
     nodes: int = 0  # nodes of a Slurm job that have engines only; 0: the engines share the trainer's nodes
     python: str | None = None  # the interpreter that has SGLang, e.g. .venv-sglang/bin/python
     tp: int = 1  # GPUs of an SGLang server: its matrices are split over them
-    dp: int = 1  # of them, groups with their own attention and cache; 1 only, for now
-    ep: int = 1  # of them, groups that share the experts
+    dp: int = 1  # of them, groups with their own attention and cache; the experts are shared (models with experts)
+    ep: int = 1  # of them, groups with their own part of the experts
+    quantization: str = "none"  # or fp8, for SGLang: the matrices of the layers, quantised as they are sent
     memory_fraction: float | None = None  # of a GPU's memory for SGLang's weights and cache; null: its own choice
     gpus: list[int] = field(
         default_factory=list

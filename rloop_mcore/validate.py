@@ -18,7 +18,8 @@ from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import check_architecture
+from rloop_mcore.planning.architecture import Architecture, check_architecture
+from rloop_mcore.planning.engines import check_engine
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.planning.nodes import idle_gpus
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
@@ -40,6 +41,7 @@ _CHOICES = {
     "actor.recompute": ("none", "selective", "full"),
     "guard.policy": ("stop", "end_phase", "skip"),
     "rollout.engine": ("embedded", "sglang"),
+    "rollout.quantization": ("none", "fp8"),
     "reward.answer_format": ("boxed", "answer_line"),
     "cluster.device": ("auto", "cpu", "cuda"),
     "cluster.slurm.container": ("none", "pyxis", "apptainer"),
@@ -214,6 +216,8 @@ def _check_rollout(config: Config, elsewhere: bool) -> None:
         _check_sglang(rollout)
     if config.rollout.engine == "embedded" and config.rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
+    if rollout.quantization == "fp8":
+        _check_fp8_engines(config)
     if rollout.sleep and (rollout.endpoints or rollout.max_lag > 0):
         key = "endpoints" if rollout.endpoints else "max_lag"
         reason = "a server that others started" if rollout.endpoints else "an engine that generates meanwhile"
@@ -224,6 +228,18 @@ def _check_rollout(config: Config, elsewhere: bool) -> None:
             raise UserError(f"rollout.endpoints holds {endpoint!r}: an endpoint looks like http://HOST:PORT.")
         if parts.username is not None or parts.password is not None:
             raise UserError("rollout.endpoints holds a password: give the key in the environment (RLOOP_ENGINE_KEY).")
+
+
+def _check_fp8_engines(config: Config) -> None:
+    if config.rollout.engine != "sglang":
+        raise UserError("rollout.quantization=fp8 needs rollout.engine=sglang: the embedded engine has no FP8.")
+    if config.precision == "fp32":
+        raise UserError("rollout.quantization=fp8 needs precision=bf16 or an FP8 one: SGLang has FP8 beside bf16 only.")
+    if config.algorithm.old_logprobs == "trainer" and config.algorithm.importance == "none":
+        raise UserError(
+            "rollout.quantization=fp8 samples from another policy than the one that is trained: correct for that with "
+            "algorithm.importance=truncate (or algorithm.old_logprobs=engine)."
+        )
 
 
 def _check_lag(config: Config, deterministic: bool) -> None:
@@ -256,13 +272,9 @@ def _check_python(rollout: RolloutConfig) -> None:
 
 def _check_sglang(rollout: RolloutConfig) -> None:
     """What is needed to start SGLang servers."""
-    if rollout.dp > 1:
-        raise UserError(
-            f"rollout.dp={rollout.dp}: a sync can't foretell the checksums of data-parallel attention yet; use "
-            "rollout.engines."
-        )
-    if rollout.tp % rollout.ep:
-        raise UserError(f"rollout.ep={rollout.ep} must divide rollout.tp={rollout.tp}.")
+    for key, groups in (("dp", rollout.dp), ("ep", rollout.ep)):
+        if rollout.tp % groups:
+            raise UserError(f"rollout.{key}={groups} must divide rollout.tp={rollout.tp}: they are groups of its GPUs.")
     if rollout.memory_fraction is not None and not 0 < rollout.memory_fraction < 1:
         raise UserError(f"rollout.memory_fraction={rollout.memory_fraction} must be above 0 and below 1.")
     named, needed = len(set(rollout.gpus)), rollout.engines * rollout.tp
@@ -277,6 +289,8 @@ def check_device(config: Config, device: str) -> None:
     if actor.precision_aware_optimizer and not actor.distributed_optimizer:
         raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
+    if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
+        raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
     if device == "cpu" and actor.optimizer_offload > 0:
         raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
     if device == "cpu" and actor.precision_aware_optimizer:
@@ -301,6 +315,9 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
         )
     check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
     check_fp8_sizes(config.precision, architecture, config.layout.tp)
+    rollout = config.rollout
+    if rollout.engine == "sglang" and (rollout.dp > 1 or rollout.quantization == "fp8"):
+        check_engine(Architecture.of(architecture, model), rollout)
     if config.actor.routing_replay != "none" and not shape.experts:
         raise UserError(
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."

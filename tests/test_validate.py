@@ -96,7 +96,7 @@ def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) ->
     [
         ("rollout.python=/no/such/python", ["rollout.python=/no/such/python", "make install-sglang"]),
         ("rollout.ep=3", ["rollout.ep=3", "rollout.tp=2"]),
-        ("rollout.dp=2", ["rollout.dp=2", "rollout.engines"]),
+        ("rollout.dp=3", ["rollout.dp=3", "rollout.tp=2"]),
         ("rollout.memory_fraction=1.5", ["rollout.memory_fraction=1.5"]),
         ("rollout.gpus=[0,0,1]", ["names 2 devices", "is 4"]),
     ],
@@ -107,6 +107,27 @@ def test_sglang_servers_that_cannot_be_started_are_refused(override: str, words:
     with pytest.raises(UserError) as caught:
         check_values(load_config([*NEEDED, *base, override]))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.engine=embedded", ["rollout.engine=sglang"]),
+        ("precision=fp32", ["precision=bf16"]),
+        ("algorithm.old_logprobs=trainer", ["algorithm.importance=truncate"]),
+    ],
+)
+def test_fp8_engines_that_cannot_be_or_are_not_corrected_for_are_refused(override: str, words: list[str]) -> None:
+    base = ["rollout.engine=sglang", f"rollout.python={sys.executable}", "rollout.quantization=fp8", "precision=bf16"]
+    base.append("algorithm.old_logprobs=engine")
+    config = load_config([*NEEDED, *base])
+    check_values(config)
+    check_device(config, "cuda")
+    with pytest.raises(UserError, match="on a GPU only"):
+        check_device(config, "cpu")
+    with pytest.raises(UserError) as caught:
+        check_values(load_config([*NEEDED, *base, override]))
+    assert all(word in str(caught.value) for word in ["rollout.quantization=fp8", *words]), str(caught.value)
 
 
 def test_the_defaults_are_legal() -> None:
@@ -234,6 +255,14 @@ def test_a_model_without_the_sizes_a_layout_needs_is_refused(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps({"n_layer": 12}))
     with pytest.raises(UserError, match=r"config.json has no num_hidden_layers"):
         check_model(load_config(NEEDED), tmp_path)
+
+
+def test_an_engine_that_cannot_split_the_model_is_refused(tmp_path: Path) -> None:
+    model(tmp_path, hidden_size=128, intermediate_size=256, vocab_size=99)
+    overrides = ["rollout.engine=sglang", "rollout.tp=2", "rollout.dp=2"]
+    check_model(load_config([*NEEDED, *overrides[:2]]), tmp_path)
+    with pytest.raises(UserError, match=r"rollout.dp=2 copies the attention"):
+        check_model(load_config([*NEEDED, *overrides]), tmp_path)
 
 
 def test_lengths_beyond_the_positions_are_refused(tmp_path: Path) -> None:

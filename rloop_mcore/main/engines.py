@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -17,8 +19,10 @@ from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_towards
 from rloop_mcore.rollout.controller import Server
+from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, running_servers
 from rloop_mcore.rollout.published import Publication, PublishedServer
+from rloop_mcore.rollout.router import engines_of
 
 if TYPE_CHECKING:
     from rloop_mcore.weights.channel import BroadcastChannel
@@ -65,6 +69,14 @@ def meeting_address(config: Config) -> str:
         if not ipaddress.ip_address(address).is_loopback:
             return address
     return "127.0.0.1"
+
+
+def with_engines_for_routers(config: Config) -> Config:
+    """The configuration with a router's workers in its place among `rollout.endpoints`. Raises UserError."""
+    if not config.rollout.endpoints:
+        return config
+    engines = engines_of(config.rollout.endpoints, os.environ.get(KEY_VARIABLE))
+    return replace(config, rollout=replace(config.rollout, endpoints=engines))
 
 
 def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Server]:
@@ -125,6 +137,15 @@ def _sglang_arguments(config: Config, device: str, number: int) -> list[str]:
     """The flags of server `number` of its node that its configuration decides."""
     rollout = config.rollout
     arguments = ["--tp-size", str(rollout.tp), "--ep-size", str(rollout.ep)]
+    if rollout.dp > 1:  # since 0.5.22 also --attn-dp-size; this is what all supported versions know
+        arguments += ["--dp-size", str(rollout.dp), "--enable-dp-attention"]
+    if rollout.quantization == "fp8":
+        # SGLang's own quantisation of a bf16 model keeps no layout that weights can be sent into. So it is told that
+        # the model is an FP8 checkpoint, filled with random values: the first sync, before any sample, writes them all.
+        from rloop_mcore.rollout.fp8 import QUANTIZATION_CONFIG  # torch, as above
+
+        config_json = json.dumps({"quantization_config": dict(QUANTIZATION_CONFIG)})
+        arguments += ["--quantization", "fp8", "--json-model-override-args", config_json, "--load-format", "dummy"]
     if device == "cuda":
         arguments += ["--base-gpu-id", str(number * rollout.tp)]
     if rollout.sleep and device == "cuda":

@@ -83,6 +83,7 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
     else:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
     config.model.path = str(source.path)
+    config.rollout.quantization = "none"  # what is measured is the policy as its folder has it
     if options.samples is not None:
         config.evaluation.samples = options.samples
         config.evaluation.k = [k for k in config.evaluation.k if k <= options.samples]

@@ -20,7 +20,7 @@ from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.evaluation.evaluate import check_problems
 from rloop_mcore.evaluation.sampling import Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
-from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
@@ -118,7 +118,7 @@ class PolicyEvaluation:
     @cached_property
     def _fleet(self) -> Fleet:
         """An engine that serves the policy folder as it is: no actor, no weight sync."""
-        config = self._config
+        config = with_engines_for_routers(self._config)
         logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         servers = start_servers(config, self._policy, logs)
         from rloop_mcore.rollout.fleet import Fleet  # torch: while the servers import theirs

@@ -51,7 +51,11 @@ def conduct(config: Config, run: RunDirectory, servers: Sequence[Server]) -> Non
             Fleet(
                 servers,
                 channel,
-                model=ServedModel.of(read_hf_config(Path(config.model.path)), Path(config.model.path)),
+                model=ServedModel.of(
+                    read_hf_config(Path(config.model.path)),
+                    Path(config.model.path),
+                    fp8=config.rollout.quantization == "fp8",
+                ),
                 bucket_mib=config.rollout.bucket_mib,
                 start_timeout_s=config.rollout.start_timeout_s,
                 request_timeout_s=config.rollout.request_timeout_s,

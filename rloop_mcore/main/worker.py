@@ -15,7 +15,7 @@ from rloop_mcore import platform
 from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Fault, Interrupted, UserError
-from rloop_mcore.main.engines import start_servers
+from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.layouts import ModelShape, stages
@@ -43,6 +43,7 @@ def main() -> int:
         if rank == 0:
             with run.lock("lock.rank0"):
                 heartbeat.start(run.heartbeat)
+                config = with_engines_for_routers(config)
                 servers = start_servers(config, Path(config.model.path), run.path)  # before seconds of imports
                 _rooms(config).conduct(config, run, servers)
         else:

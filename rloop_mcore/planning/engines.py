@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rloop_mcore.config import Config
+from rloop_mcore.config import Config, RolloutConfig
+from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import total_parameters
 
@@ -12,6 +13,10 @@ GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about
 _BESIDE = 4 * GIB  # activations, CUDA graphs, context: outside of the fraction (assumed)
 _ASLEEP = GIB  # what a sleeping engine keeps (assumed)
+_FP8_BLOCK = 128  # rows and columns of a matrix that have a scale
+_FP8_BYTES = 1 + 4 / _FP8_BLOCK**2  # a value, and its share of the scale
+_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_OF_A_GROUP = ("embedding", "linear_qkv", "linear_qkv.bias", "linear_proj")  # data parallel attention copies them
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,23 @@ class EnginePlan:
         return _ASLEEP if self.sleeps else self.awake
 
 
+def weight_bytes(model: Architecture, element: int, fp8: bool = False, tp: int = 1, dp: int = 1) -> int:
+    """On one of an engine's tp GPUs, of which dp groups have an attention each.
+
+    element: bytes of a value that is not in FP8.
+    """
+    return int(
+        sum(
+            count * (_FP8_BYTES if fp8 and name in _MATRICES else element) * (dp if name in _OF_A_GROUP else 1) / tp
+            for name, count in total_parameters(model).items()
+            if name not in ("total", "active")
+        )
+    )
+
+
 def cache_bytes(model: Architecture, tp: int, element: int) -> int:
-    """Keys and values of one token on one of an engine's tp GPUs; a key/value head is copied where tp is above them."""
+    """Keys and values of one token on one of the tp GPUs that share it (an engine's, or those of one of its dp groups);
+    a key/value head is copied where tp is above them."""
     return 2 * model.layers * max(1, model.kv_heads // tp) * model.head_dim * element
 
 
@@ -53,16 +73,17 @@ def engine_plan(model: Architecture, config: Config, memory: float) -> EnginePla
     rollout = config.rollout
     if rollout.endpoints:
         return EnginePlan(0, 0, 0, 0, shared=False, sleeps=False)
-    tp = rollout.tp if rollout.engine == "sglang" else 1
+    tp, dp = (rollout.tp, rollout.dp) if rollout.engine == "sglang" else (1, 1)
     element = 4 if config.precision == "fp32" else 2
-    weights, of_token = total_parameters(model)["total"] * element // tp, cache_bytes(model, tp, element)
+    weights = weight_bytes(model, element, rollout.quantization == "fp8", tp, dp)
+    of_token = cache_bytes(model, tp // dp, element)
     if rollout.engine == "embedded":
         tokens = rollout.max_running * (config.data.max_prompt_tokens + rollout.max_tokens)
         return EnginePlan(weights, tokens * of_token, GIB, tokens, shared=True, sleeps=False)
     fraction = OWN_CHOICE if rollout.memory_fraction is None else rollout.memory_fraction
     cache = max(0, int(fraction * memory) - weights)
     separate = rollout.nodes > 0 or (bool(rollout.gpus) and min(rollout.gpus) >= _trainer_gpus(config))
-    return EnginePlan(weights, cache, _BESIDE, cache // of_token, not separate, rollout.sleep and not separate)
+    return EnginePlan(weights, cache, _BESIDE, dp * (cache // of_token), not separate, rollout.sleep and not separate)
 
 
 def _trainer_gpus(config: Config) -> int:
@@ -76,3 +97,28 @@ def legal_engine_tp(model: Architecture, gpus: int) -> list[int]:
     """The tp of SGLang servers that a model allows, up to the `gpus` of a node: divisors of the query heads."""
     sizes = [tp for tp in range(1, gpus + 1) if model.heads % tp == 0]
     return [tp for tp in sizes if model.kv_heads % tp == 0 or tp % model.kv_heads == 0]
+
+
+def check_engine(model: Architecture, rollout: RolloutConfig) -> None:
+    """Raise UserError where SGLang cannot split the model into `rollout.dp` groups, or into blocks of FP8."""
+    if rollout.dp > 1 and not model.experts:
+        raise UserError(
+            f"rollout.dp={rollout.dp} copies the attention and shares the experts, and this model has none: use "
+            "rollout.engines."
+        )
+    if rollout.quantization != "fp8":
+        return
+    attention_tp, expert_tp = rollout.tp // rollout.dp, rollout.tp // rollout.ep
+    ffn, ffn_tp = (model.expert_ffn, expert_tp) if model.experts else (model.ffn, rollout.tp)
+    sides = {
+        "hidden_size": (model.hidden, 1),
+        "num_attention_heads x head_dim": (model.heads * model.head_dim, attention_tp),
+        "num_key_value_heads x head_dim": (model.kv_heads * model.head_dim, min(attention_tp, model.kv_heads)),
+        "moe_intermediate_size" if model.experts else "intermediate_size": (ffn, ffn_tp),
+    }
+    for name, (size, ranks) in sides.items():
+        if size % (_FP8_BLOCK * ranks):
+            raise UserError(
+                f"rollout.quantization=fp8 works in blocks of {_FP8_BLOCK} x {_FP8_BLOCK}, and {name}={size} over "
+                f"{ranks} GPUs is no multiple: use fewer, or rollout.quantization=none."
+            )

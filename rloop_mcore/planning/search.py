@@ -79,7 +79,7 @@ def _engines(plan: Plan) -> Iterator[RolloutConfig]:
     if plan.short_of_cache:
         gpus = rollout.engines * rollout.tp
         for tp in legal_engine_tp(plan.model, plan.config.cluster.gpus_per_node or 8):
-            if tp > rollout.tp and gpus % tp == 0 and tp % rollout.ep == 0:
+            if tp > rollout.tp and gpus % tp == 0 and tp % rollout.ep == tp % rollout.dp == 0:
                 yield replace(affordable, tp=tp, engines=gpus // tp)
 
 

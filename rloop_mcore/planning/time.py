@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import EnginePlan, cache_bytes
+from rloop_mcore.planning.engines import EnginePlan, cache_bytes, weight_bytes
 from rloop_mcore.planning.parameters import chunks_of, total_parameters
 from rloop_mcore.planning.schedule import bubble, micro_batches
 from rloop_mcore.planning.state import Coordinates, state_of
@@ -152,9 +152,10 @@ def _decoding_s(model: Architecture, config: Config, running: float) -> float:
     """Seconds of an engine's decoding step over `running` sequences."""
     gpu, rollout = config.cluster.gpu, config.rollout
     parameters, element = total_parameters(model), 4 if config.precision == "fp32" else 2
-    read = min(parameters["total"], parameters["active"] * max(1.0, running)) * element / rollout.tp
+    read = min(1.0, parameters["active"] * max(1.0, running) / parameters["total"])
+    read *= weight_bytes(model, element, rollout.quantization == "fp8", rollout.tp, rollout.dp)
     prompt, response = mean_lengths(config)
-    read += running * (prompt + response / 2) * cache_bytes(model, rollout.tp, element)
+    read += running / rollout.dp * (prompt + response / 2) * cache_bytes(model, rollout.tp // rollout.dp, element)
     reading = read / (gpu.memory_gb_s * 1e9 * _READING)
     computing = 2.0 * parameters["active"] * running / rollout.tp / (gpu.bf16_tflops * 1e12 * _DECODING)
     return reading + computing + _DECODE_STEP_S + (2 * model.layers * _REDUCE_S if rollout.tp > 1 else 0.0)
@@ -185,7 +186,8 @@ def _rollout_s(model: Architecture, config: Config, engine: EnginePlan, speed: f
 def _sync_s(model: Architecture, config: Config, engine: EnginePlan) -> float:
     """Seconds to send all weights, once."""
     ranks = 1 if engine.shared else math.inf
-    return total_parameters(model)["total"] * (4 if config.precision == "fp32" else 2) * _per_byte(config, ranks)
+    element, fp8 = 4 if config.precision == "fp32" else 2, config.rollout.quantization == "fp8"
+    return weight_bytes(model, element, fp8) * _per_byte(config, ranks)
 
 
 def mfu_of(times: Times, model: Architecture, config: Config) -> float:

@@ -111,7 +111,7 @@ class EngineClient:
             await self._call("OPTIONS", path)
         except EngineError as error:
             if error.status == 404:
-                text = "there is no such route: engines are SGLang's servers themselves, not its router"
+                text = "there is no such route: this is no SGLang server (a router of SGLang must be up before the run)"
                 raise self._error(path, text, 404) from None
             if error.status != 405:
                 raise

@@ -31,9 +31,10 @@ class ServedModel:
     kv_heads: int = 1
     experts: int = 1
     dtype: str = "float32"
+    fp8: bool = False  # the engines keep the matrices of the layers in FP8
 
     @classmethod
-    def of(cls, config: dict[str, Any], folder: Path) -> ServedModel:
+    def of(cls, config: dict[str, Any], folder: Path, fp8: bool = False) -> ServedModel:
         """From the config.json of an HF folder. Raises UserError where it is not that of a language model."""
         for name in ("vocab_size", "num_attention_heads"):
             if not isinstance(config.get(name), int):
@@ -45,6 +46,7 @@ class ServedModel:
             kv_heads=int(config.get("num_key_value_heads") or heads),
             experts=int(config.get("num_experts") or config.get("num_local_experts") or 1),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            fp8=fp8,
         )
 
 
@@ -58,16 +60,31 @@ def kept_dtype(info: dict[str, Any], model: ServedModel, where: str) -> torch.dt
     return _DTYPES[named]
 
 
-def kept_weights(info: dict[str, Any], model: ServedModel) -> KeptWeights:
-    """Which checksums the engine will answer with."""
+def kept_weights(info: dict[str, Any], model: ServedModel, where: str) -> KeptWeights:
+    """Which checksums the engine will answer with. Raises Fault for one whose weights can't be brought up to date."""
     if str(info.get("version")).endswith(EMBEDDED):
         return KeptWeights(embedded_hasher, fused=False)
-    on_gpu = info.get("device") != "cpu"
+    # Before 0.5.22 `dp_size` counts the groups of data parallel attention; since then `attn_dp_size` does.
+    groups, replicas = int(info.get("attn_dp_size") or 1), int(info.get("dp_size") or 1)
+    if groups == 1 and info.get("enable_dp_attention"):
+        groups, replicas = replicas, 1
+    if replicas > 1:
+        raise Fault(
+            f"{where} has --dp-size {replicas} without --enable-dp-attention: SGLang takes no weights into such "
+            "replicas; start a server for each."
+        )
+    if info.get("quantization") not in ((None, "fp8") if model.fp8 else (None,)):
+        raise Fault(
+            f"{where} has --quantization {info['quantization']}: its weights are checked against those that were sent; "
+            "start it without, or for fp8 set rollout.quantization=fp8."
+        )
     return KeptWeights(
-        TileHasher if on_gpu else sglang_cpu_hasher,
+        TileHasher if info.get("device") != "cpu" else sglang_cpu_hasher,
         fused=True,
         tp=int(info.get("tp_size") or 1),
-        experts_split=int(info.get("ep_size") or 1) > 1,
+        dp=groups,
+        ep=int(info.get("ep_size") or 1),
+        head_split=bool(info.get("enable_dp_lm_head")),
         query_heads=model.query_heads,
         kv_heads=model.kv_heads,
         experts=model.experts,

@@ -16,6 +16,7 @@ import torch
 from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
 from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
+from rloop_mcore.rollout.fp8 import kept_as_sent, quantized
 from rloop_mcore.rollout.handles import handles_of, shared_memory
 from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
 from rloop_mcore.rollout.together import together
@@ -75,7 +76,8 @@ class WeightSync:
         try:
             submit(self._open(list(clients))).result()
             expected = {kept: ExpectedChecksums(kept) for kept in self._kept}
-            for bucket in self.buffers.fill(weights, self._dtype, expected.values()):
+            stream = quantized(weights) if self.model.fp8 else weights
+            for bucket in self.buffers.fill(stream, self._dtype, expected.values()):
                 if sending is not None:
                     sending.result()
                 sending = submit(self._send(bucket))
@@ -128,7 +130,7 @@ class WeightSync:
             await self.close()
         infos = await together(*(c.server_info() for c in clients))
         self._sessions = await _agree(clients)
-        self._kept = [kept_weights(info, self.model) for info in infos]
+        self._kept = [kept_weights(info, self.model, c.url) for info, c in zip(infos, clients, strict=True)]
         dtypes = {kept_dtype(info, self.model, c.url) for info, c in zip(infos, clients, strict=True)}
         if len(dtypes) > 1:
             raise EngineError(f"the engines differ in dtype ({', '.join(sorted(map(str, dtypes)))}): start them alike")
@@ -270,24 +272,26 @@ class Buffers:
     def fill(
         self, weights: NamedTensors, dtype: torch.dtype, checksums: Collection[ExpectedChecksums] = ()
     ) -> Iterator[Bucket]:
-        """Buckets of at most `bucket_bytes` with the tensors in `dtype`; a larger tensor is a bucket of its own.
+        """Buckets of at most `bucket_bytes` with the tensors in `dtype`, those of FP8 in their own; a larger tensor is
+        a bucket of its own.
 
-        A bucket's memory is overwritten by the bucket after the next. Nothing pads a bucket (SGLang wants it so), which
-        is why all its tensors have one dtype.
+        A bucket's memory is overwritten by the bucket after the next. Nothing pads a bucket (SGLang wants it so): a
+        tensor whose place would not be a multiple of its item size begins another one.
         """
         specs: list[TensorSpec] = []
         end, turn = 0, 0
         for name, tensor in weights:
-            size = tensor.numel() * dtype.itemsize
-            if specs and end + size > self.bucket_bytes:
+            sent = tensor.dtype if kept_as_sent(name, tensor) else dtype
+            size = tensor.numel() * sent.itemsize
+            if specs and (end + size > self.bucket_bytes or end % sent.itemsize):
                 yield Bucket(specs, self._memory[turn][:end])
                 specs, end, turn = [], 0, 1 - turn
             memory = self._reserve(turn, max(size, self.bucket_bytes), tensor)
-            place = memory[end : end + size].view(dtype).view(tensor.shape)
+            place = memory[end : end + size].view(sent).view(tensor.shape)
             place.copy_(tensor.detach())
             for expected in checksums:
                 expected.add(name, place)
-            specs.append(TensorSpec(name, str(dtype).removeprefix("torch."), tuple(tensor.shape)))
+            specs.append(TensorSpec(name, str(sent).removeprefix("torch."), tuple(tensor.shape)))
             end += size
             del tensor  # before the next one is made
         if specs:

@@ -10,7 +10,7 @@ import pytest
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, GpuConfig, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB, cache_bytes, engine_plan, legal_engine_tp
+from rloop_mcore.planning.engines import GIB, cache_bytes, check_engine, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
@@ -46,6 +46,52 @@ def test_cache_of_an_engine() -> None:
     assert engine.tokens == (int(0.4 * 80 * GIB) - engine.weights) // 57344
     assert engine.shared
     assert engine.sleeps
+
+
+def test_an_engine_in_fp8_has_half_the_weights_and_a_larger_cache() -> None:
+    """Of Qwen2.5-7B all but embedding, output layer, norms and biases: a byte a value and 4 for each 128 x 128."""
+    fp8 = engine_plan(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, quantization="fp8")), 80 * GIB)
+    matrices = 28 * 3584 * (3584 + 2 * 512 + 3584 + 3 * 18944)
+    rest = total_parameters(QWEN_7B)["total"] - matrices
+    assert fp8.weights == int(matrices * (1 + 4 / 128**2) + 2 * rest)
+    assert fp8.tokens == (int(0.4 * 80 * GIB) - fp8.weights) // 57344
+
+
+def test_data_parallel_attention_copies_the_attention_and_multiplies_the_cache() -> None:
+    """Qwen3-30B-A3B over 8 GPUs in 4 groups: two GPUs share the 4 key/value heads of a token."""
+    config = replace(SMALL, rollout=replace(SMALL.rollout, engines=1, tp=8, dp=4, ep=8))
+    engine = engine_plan(QWEN_30B, config, 80 * GIB)
+    attention = 48 * 2048 * 128 * (32 + 2 * 4 + 32) + 151936 * 2048
+    assert engine.weights == (2 * total_parameters(QWEN_30B)["total"] + 2 * 3 * attention) // 8
+    assert engine.tokens == 4 * (engine.cache // (2 * 48 * 2 * 128 * 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "rollout", "words"),
+    [
+        (QWEN_7B, {"tp": 2, "dp": 2}, "rollout.dp=2"),
+        (QWEN_30B, {"tp": 8, "quantization": "fp8"}, "moe_intermediate_size=768 over 8 GPUs"),
+        (
+            replace(QWEN_7B, kv_heads=2, head_dim=64),
+            {"tp": 2, "quantization": "fp8"},
+            "num_key_value_heads x head_dim=128",
+        ),
+    ],
+)
+def test_engines_that_sglang_cannot_split_are_refused(model: Architecture, rollout: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_engine(model, RolloutConfig(engine="sglang", **rollout))
+
+
+@pytest.mark.parametrize(
+    ("model", "rollout"),
+    [
+        (QWEN_7B, {"tp": 4, "quantization": "fp8"}),
+        (QWEN_30B, {"tp": 8, "dp": 4, "ep": 8, "quantization": "fp8"}),
+    ],
+)
+def test_engines_that_it_can_are_not(model: Architecture, rollout: dict[str, Any]) -> None:
+    check_engine(model, RolloutConfig(engine="sglang", **rollout))
 
 
 @pytest.mark.parametrize(

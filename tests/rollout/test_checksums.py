@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from served_model import tile_checksum
 
+from rloop_mcore.errors import Fault
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
 from rloop_mcore.rollout.hashers import TileHasher, embedded_hasher, sglang_cpu_hasher
+from rloop_mcore.rollout.served import ServedModel, kept_weights
 
 
 def _words(count: int) -> np.ndarray:
@@ -109,32 +112,82 @@ def test_four_ranks_share_a_layer(kv_heads: int, kv_parts: list[int]) -> None:
         assert found[f"{place}input_layernorm.weight"] == _sha(norm)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_the_vocabulary_is_padded_with_zeros(tp: int) -> None:
+@pytest.mark.parametrize(("tp", "rows"), [(1, 128), (2, 128), (3, 192)])
+def test_the_vocabulary_is_padded_with_zeros(tp: int, rows: int) -> None:
     table = torch.randn(70, 8)
-    padded = torch.cat([table, torch.zeros(58, 8)])
+    padded = torch.cat([table, torch.zeros(rows - 70, 8)])
     ranks = _expected(KeptWeights(sglang_cpu_hasher, fused=True, tp=tp), {"model.embed_tokens.weight": table})
     assert [r["model.embed_tokens.weight"] for r in ranks] == [_sha(part) for part in padded.chunk(tp)]
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["expert parallel", "tensor parallel"])
-def test_the_experts_of_a_layer_are_two_tensors(split: bool) -> None:
+@pytest.mark.parametrize(("tp", "ep"), [(2, 2), (2, 1), (4, 2)])
+def test_the_experts_of_a_layer_are_two_tensors(tp: int, ep: int) -> None:
+    """Each expert parallel group has its own, and its ranks a part of each."""
     torch.manual_seed(1)
     place = "model.layers.0.mlp.experts."
-    gate, up, down = torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.randn(4, 8, 6)
+    gate, up, down = torch.randn(4, 12, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 12)
     tensors = {
         f"{place}{expert}.{kind}_proj.weight": tensor[expert]
         for expert in range(4)
         for kind, tensor in (("gate", gate), ("up", up), ("down", down))
     }
-    engine = KeptWeights(sglang_cpu_hasher, fused=True, tp=2, experts_split=split, experts=4)
+    engine = KeptWeights(sglang_cpu_hasher, fused=True, tp=tp, ep=ep, experts=4)
+    sharing, owned = tp // ep, 4 // ep
     for rank, found in enumerate(_expected(engine, tensors)):
-        experts = slice(2 * rank, 2 * rank + 2) if split else slice(None)
-        width = slice(None) if split else slice(3 * rank, 3 * rank + 3)
+        group, place_in_it = divmod(rank, sharing)
+        experts = slice(owned * group, owned * group + owned)
+        width = slice(12 // sharing * place_in_it, 12 // sharing * (place_in_it + 1))
         assert found == {
             f"{place}w13_weight": _sha(torch.cat([gate[experts, width], up[experts, width]], dim=1)),
             f"{place}w2_weight": _sha(down[experts, :, width]),
         }
+
+
+@pytest.mark.parametrize("head_split", [False, True])
+def test_data_parallel_attention_splits_attention_and_embedding_within_a_group(head_split: bool) -> None:
+    """Four ranks in two groups: ranks 0 and 2 keep the same half of the attention; the output layer is in quarters."""
+    tensors = _layer(4, 2)
+    q, _, k, _, v, _, o, gate, *_ = tensors.values()
+    tensors |= {"model.embed_tokens.weight": torch.randn(64, 8), "lm_head.weight": torch.randn(64, 8)}
+    engine = KeptWeights(sglang_cpu_hasher, fused=True, tp=4, dp=2, query_heads=4, kv_heads=2, head_split=head_split)
+    place = "model.layers.0."
+    for rank, found in enumerate(_expected(engine, tensors)):
+        half, quarter = rank % 2, slice(3 * rank, 3 * rank + 3)
+        parts = [tensor.chunk(2)[half] for tensor in (q, k, v)]
+        assert found[f"{place}self_attn.qkv_proj.weight"] == _sha(torch.cat(parts))
+        assert found[f"{place}self_attn.o_proj.weight"] == _sha(o.chunk(2, 1)[half])
+        assert found["model.embed_tokens.weight"] == _sha(tensors["model.embed_tokens.weight"].chunk(2)[half])
+        head = tensors["lm_head.weight"]
+        assert found["lm_head.weight"] == _sha(head.chunk(2)[half] if head_split else head.chunk(4)[rank])
+        up = tensors[f"{place}mlp.up_proj.weight"]
+        assert found[f"{place}mlp.gate_up_proj.weight"] == _sha(torch.cat([gate[quarter], up[quarter]]))
+
+
+@pytest.mark.parametrize(
+    ("info", "groups"),
+    [
+        ({}, 1),
+        ({"dp_size": 2, "enable_dp_attention": True}, 2),  # 0.5.17 to 0.5.21
+        ({"dp_size": 1, "attn_dp_size": 2, "enable_dp_attention": True}, 2),  # from 0.5.22
+        ({"dp_size": 1, "attn_dp_size": 1, "enable_dp_attention": False}, 1),
+    ],
+)
+def test_the_groups_of_data_parallel_attention_are_read_from_each_version(info: dict[str, Any], groups: int) -> None:
+    assert kept_weights({"version": "0.5.20", "tp_size": 4} | info, ServedModel(9), "http://a").dp == groups
+
+
+@pytest.mark.parametrize(
+    ("info", "fp8", "words"),
+    [
+        ({"dp_size": 2}, False, "http://a has --dp-size 2"),
+        ({"dp_size": 2, "attn_dp_size": 2}, False, "--dp-size 2"),
+        ({"quantization": "fp8"}, False, "rollout.quantization=fp8"),
+        ({"quantization": "awq"}, True, "--quantization awq"),
+    ],
+)
+def test_servers_that_cannot_be_synced_are_refused(info: dict[str, Any], fp8: bool, words: str) -> None:
+    with pytest.raises(Fault, match=words):
+        kept_weights({"version": "0.5.23"} | info, ServedModel(9, fp8=fp8), "http://a")
 
 
 def test_a_difference_is_one_sentence() -> None:

@@ -6,31 +6,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from served_model import (
+    EOS,
+    MODEL,
     REAL,
+    ROOT,
     SGLANG_PYTHON,
     TEMPERATURE,
+    VOCABULARY,
     Borrowed,
     Channel,
     Endpoint,
     assert_by,
     endpoint_of,
     make_fleet,
+    make_model,
     start_server,
     tile_checksum,
+    token_logprobs,
 )
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
+from rloop_mcore.config import Config, DataConfig, RolloutConfig
+from rloop_mcore.main.engines import start_engine
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.fleet import Fleet
+from rloop_mcore.rollout.fp8 import dequantize, quantize
 from rloop_mcore.rollout.hashers import TileHasher
-from rloop_mcore.rollout.launch import SGLangServer
+from rloop_mcore.rollout.launch import STUBS_VARIABLE, SGLangServer
 from rloop_mcore.types import SampleRequest, Sampling
 
 pytestmark = pytest.mark.skipif(not REAL, reason="make test-sglang runs it")
@@ -108,6 +119,62 @@ def test_the_key_is_in_no_command_line_no_log_and_no_open_file(server: SGLangSer
     assert all(server.api_key not in " ".join(process.cmdline()) for process in processes)
     assert server.api_key not in server.log.read_text(errors="replace")
     assert server.secrets.stat().st_mode & 0o077 == 0
+
+
+def _qwen3(folder: Path, experts: bool) -> Path:
+    """A random Qwen3 in bfloat16, dense or with experts, whose matrices are whole FP8 blocks."""
+    make_model(folder, 0)  # its tokenizer
+    torch.manual_seed(1)
+    kind = Qwen3MoeConfig if experts else Qwen3Config
+    config = kind(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        **({"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2} if experts else {}),
+    )
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("quantization", "dp"), [("fp8", 1), ("none", 2)], ids=["FP8", "data parallel attention"])
+def test_quantised_weights_and_data_parallel_ranks_are_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, dp: int
+) -> None:
+    """The loaders, layouts, ranks and checksums are SGLang's; what it multiplies in FP8 is plain torch
+    (tests/sglang_cpu/sitecustomize.py)."""
+    monkeypatch.setenv(STUBS_VARIABLE, str(ROOT / "tests/sglang_cpu"))
+    if dp > 1:
+        monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+        monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")
+    folder, fp8 = _qwen3(tmp_path / "model", experts=dp > 1), quantization == "fp8"
+    by_name = load_file(folder / "model.safetensors")  # in alphabetical order; a stream has q before k
+    tensors = sorted(by_name.items(), key=lambda item: item[0].replace(".q_proj.", ".a_proj."))
+    rollout = RolloutConfig(
+        engine="sglang", python=str(SGLANG_PYTHON), tp=dp, dp=dp, quantization=quantization, max_running=64
+    )
+    config = Config(data=DataConfig(train="t"), precision="bf16", rollout=rollout)
+    server = start_engine(config, folder, tmp_path, 0, range(1))
+    known = replace(MODEL, experts=4 if dp > 1 else 1, fp8=fp8)
+    with make_fleet([server], request_timeout_s=120.0, model=known) as fleet:
+        metrics = fleet.sync(lambda: iter(tensors), 7)
+        answers = fleet.generate(REQUESTS, SAMPLING)
+    if fp8:  # what the server then computes with
+        assert metrics["sync_bytes"] < 0.6 * sum(tensor.nbytes for tensor in by_name.values())
+        rounded = {n: dequantize(*quantize(t)) if n.endswith("_proj.weight") else t for n, t in tensors}
+        save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for request, answer in zip(REQUESTS, answers, strict=True):
+        ids = [*request.prompt_ids, *answer.response_ids]
+        expected = token_logprobs(model, ids, TEMPERATURE)[len(request.prompt_ids) - 1 :]
+        np.testing.assert_allclose(answer.logprobs, expected, atol=0.1)  # bfloat16 on both sides
 
 
 _PARENT = """
