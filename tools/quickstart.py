@@ -8,115 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import Job, progress_view, run_together, training
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rloop_mcore.analysis.pick import last_rl_policy, last_theta, pick
 from rloop_mcore.analysis.read_run import Evaluation, read_run
 from rloop_mcore.analysis.report import write_report
 from rloop_mcore.analysis.table import results_table, to_rich
-from rloop_mcore.compose import load_config
 from rloop_mcore.main.report import words_of
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.platform.process import die_with_parent
 
 ROOT = Path("runs/quickstart")
 HELD_OUT = "countdown:test"
 HELD_OUT_PROBLEMS = 200
 COLUMNS = ("avg@32", "pass@8", "pass@16", "pass@32")  # of the paper's Table 1
-STAGE_DEADLINE_S = 3600.0
-
-
-@dataclass
-class Job:
-    """One `rloop` command, with a bar in the progress view."""
-
-    title: str
-    arguments: Sequence[str]
-    log: Path
-    run: Path | None = None  # its metrics.jsonl moves the bar
-    total: int = 1
-    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-
-    def start(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        parent = os.getpid()
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "rloop_mcore.main.cli", *self.arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                preexec_fn=lambda: die_with_parent(parent),
-            )
-
-    def done(self) -> bool:
-        """Whether it ended well; raises SystemExit with the end of its log when it ended badly."""
-        assert self.process is not None
-        code = self.process.poll()
-        if code:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-            raise SystemExit(f"{self.title} ended with exit code {code}; the end of {self.log}:\n{tail}")
-        return code == 0
-
-    def progress(self) -> tuple[int, str]:
-        """Steps done, and a figure or two of the last one."""
-        path = self.run / "metrics.jsonl" if self.run else None
-        if path is None or not path.exists():
-            return 0, "starting" if self.run else ""
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        steps = [line for line in lines if line["phase"] in ("sft", "explore")]
-        if not steps:
-            return 0, "starting"
-        place = {"exploit": "fine-tuning", "evaluate": "validation"}.get(lines[-1]["phase"], "")
-        if "success_rate" in steps[-1]:
-            return steps[-1]["global_step"], f"success {steps[-1]['success_rate']:.2f} {place}"
-        return steps[-1]["global_step"], f"loss {steps[-1]['loss']:.2f} {place}"
-
-
-def run_together(view: Progress, jobs: Sequence[Job]) -> None:
-    """Run the jobs at the same time, to their end."""
-    bars: dict[TaskID, Job] = {}
-    for job in jobs:
-        job.start()
-        bars[view.add_task(job.title, total=job.total, note="starting")] = job
-    deadline = time.monotonic() + STAGE_DEADLINE_S
-    while bars:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{', '.join(job.title for job in bars.values())}: not done in {STAGE_DEADLINE_S:.0f} s")
-        for bar, job in list(bars.items()):
-            steps, note = job.progress()
-            view.update(bar, completed=min(steps, job.total), note=note)
-            if job.done():
-                view.update(bar, completed=job.total, note="done")
-                view.stop_task(bar)
-                del bars[bar]
-        time.sleep(0.5)
 
 
 def train(experiment: str, title: str) -> Job:
     """A training run by its experiment file."""
-    config = load_config([f"experiment={experiment}"])
-    run = Path(config.run.dir)
-    steps = config.algorithm.iterations * config.algorithm.rl_steps
-    if steps == 0:
-        assert config.sft.limit is not None
-        steps = config.sft.epochs * config.sft.limit // config.sft.batch_size
-    return Job(
-        title,
-        ["train", f"experiment={experiment}", "tracking.progress=false"],
-        ROOT / "logs" / f"{experiment}.log",
-        run,
-        steps,
-    )
+    return training(title, [f"experiment={experiment}"], ROOT / "logs" / f"{experiment}.log")
 
 
 def evaluation(name: str, run: Path, chosen: Evaluation) -> Job:
@@ -165,8 +80,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     (ROOT / "held_out").mkdir(parents=True, exist_ok=True)
     base, rloop, dapo = ROOT / "base", ROOT / "rloop", ROOT / "dapo"
-    columns = (TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=Console()) as view:
+    with progress_view() as view:
         with stopwatch:
             run_together(view, [train("quickstart_base", "base model (SFT)")])
         with stopwatch:

@@ -30,7 +30,7 @@ def export(runs: Sequence[Run], folder: Path) -> tuple[int, str]:
     figures = [figure for section in sections(runs) for figure in section.figures]
     for figure in figures:
         write_atomic(folder / f"{file_name(figure)}.csv", to_csv(figure))
-    return len(figures), _draw(figures, folder)
+    return len(figures), draw(figures, folder, FORMATS)
 
 
 def file_name(figure: Figure) -> str:
@@ -67,13 +67,14 @@ def _matrix_rows(trace: dict[str, Any]) -> Iterator[list[Any]]:
         yield from ([i, j, value] for j, value in zip(trace["x"], row, strict=True) if value is not None)
 
 
-def _draw(figures: Sequence[Figure], folder: Path) -> str:
+def draw(figures: Sequence[Figure], folder: Path, formats: Sequence[str]) -> str:
+    """Write NAME.svg or NAME.png, as `formats` say, of every figure; "", or why there are none (see `export`)."""
     if find_spec("kaleido") is None:
         return "no PNG and SVG: Kaleido is not installed (pip install 'rloop-mcore[export]')"
     import kaleido
     from choreographer.browsers.chromium import ChromeNotFoundError
 
-    wanted = [(figure, folder / f"{file_name(figure)}.{kind}", kind) for figure in figures for kind in FORMATS]
+    wanted = [(figure, folder / f"{file_name(figure)}.{kind}", kind) for figure in figures for kind in formats]
     jobs: list[dict[str, Any]] = [
         {"fig": _on_paper(figure), "path": str(folder / f".tmp-{path.name}"), "opts": {**_SIZE, "format": kind}}
         for figure, path, kind in wanted
