@@ -237,6 +237,23 @@ def _by_iteration(counts: Sequence[Sequence[int]]) -> str:
     return ", ".join(f"{mean:.0f}" for mean in np.mean(counts, axis=0)) if any(map(any, counts)) else "–"
 
 
+def by_phase(study: Study, size: int) -> list[Line]:
+    """The RL policies at the ends of the three windows of equal length, on the validation problems."""
+    ends = (1, 2, 3)
+    rows = [["RL policy after", *(f"Avg@32, {end} x N" for end in ends), *(f"pass@32, {end} x N" for end in ends)]]
+    for arm, runs in study.arms(size).items():
+        if arm == "rft_only":
+            continue
+        values = np.array([[_at(run, end * phase_steps(run)) for end in ends] for run in runs.values()])
+        rows.append([ARMS[arm], *(spread(column) for metric in (0, 3) for column in values[:, :, metric].T.tolist())])
+    return rows
+
+
+def _at(run: Record, steps: int) -> np.ndarray:
+    (found,) = (each for each in run["checkpoints"] if each["phase"] == "explore" and each["rl_steps"] == steps)
+    return scores(found["right"], found["samples"])
+
+
 def seeds_table(study: Study, size: int, benchmark: str) -> list[Line]:
     """Every run by itself."""
     rows = [["seed", "arm", "checkpoint", *COLUMNS]]
@@ -275,6 +292,7 @@ def tables(study: Study) -> str:
         for benchmark, title in HELD_OUT.items():
             parts += [f"### {title}", to_markdown(results(study, size, benchmark))]
             parts.append(to_markdown(differences(study, size, benchmark)))
+        parts += ["### By phase, validation problems", to_markdown(by_phase(study, size))]
         parts += ["### Stability", to_markdown(analyses(study, size)), "### Cost", to_markdown(cost(study, size))]
     for size in study.sizes:
         for benchmark, title in HELD_OUT.items():
