@@ -193,9 +193,7 @@ class RolloutConfig:
 class DataConfig:
     train: str = MISSING  # JSONL or Parquet file of the project's schema, or hf:NAME[:SPLIT]
     validation: str | None = None
-    template: str = (
-        "r1_zero"  # a file of rloop_mcore/data/templates, e.g. chat, or a path to a .jinja file (docs/data.md)
-    )
+    template: str = "r1_zero"  # a name in rloop_mcore/data/templates, e.g. chat, or a path to a .jinja file
     max_prompt_tokens: int = 1024  # longer prompts are counted and left out
     sampler: str | None = None  # challenging, or a dotted path package.module:function (docs/data.md); null: evenly
     limit: int | None = None  # first N problems only

@@ -1,7 +1,7 @@
 """The runs of docs/study.md: RLoop, plain DAPO and three ablations at equal RL steps, over seeds and training sets.
 
 Every run leaves a short file of numbers, docs/study/seed0/200_rloop.json and so on, which tools/study_tables.py reads.
-Stopped at any point, the same command goes on; what has its file is not run again.
+Stopped at any point, the same command goes on. What has its file is not run again: remove docs/study/seed* to do so.
 """
 
 from __future__ import annotations
@@ -47,12 +47,17 @@ class Planned:
     job: Job
 
 
+def record_path(seed: int, name: str) -> Path:
+    """Where the numbers of a seed's run go."""
+    return RECORDS / f"seed{seed}" / f"{name}.json"
+
+
 def base_run(seed: int) -> Planned:
     """SFT to theta_0, where all arms of a seed start."""
     run = ROOT / f"seed{seed}" / "base"
     overrides = ["experiment=quickstart_base", f"run.dir={run}", f"run.seed={seed}"]
     job = training(f"seed {seed}: base", overrides, run.with_suffix(".log"))
-    return Planned(seed, run, RECORDS / f"seed{seed}" / "base.json", job)
+    return Planned(seed, run, record_path(seed, "base"), job)
 
 
 def arm_run(seed: int, size: int, arm: str, theta_0: Path) -> Planned:
@@ -61,16 +66,16 @@ def arm_run(seed: int, size: int, arm: str, theta_0: Path) -> Planned:
     overrides = [*ARMS[arm], f"run.dir={run}", f"run.seed={seed}", f"data.limit={size}", f"model.path={theta_0}"]
     overrides.append(f"evaluation.every={0 if arm == 'rft_only' else EVERY}")
     job = training(f"seed {seed}, {size} problems: {arm}", overrides, run.with_suffix(".log"))
-    return Planned(seed, run, RECORDS / f"seed{seed}" / f"{size}_{arm}.json", job)
+    return Planned(seed, run, record_path(seed, f"{size}_{arm}"), job)
 
 
 def carry_out(planned: Planned, after: Future[None] | None, view: Progress) -> None:
-    """Train, measure, and write the record, unless it is there. `after`: the base that it starts from."""
+    """Train, measure, and write the record. `after`: the base that it starts from."""
     if after is not None:
         after.result()
-    if planned.record.exists():
-        return
     finish(planned.job, view)
+    if planned.record.exists():  # a base's, whose arms are wanted
+        return
     evaluations = read_run(planned.run).evaluations
     if after is None:
         chosen = {"base": base(evaluations)}
@@ -116,15 +121,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     ROOT.mkdir(parents=True, exist_ok=True)
     with progress_view() as view, ThreadPoolExecutor(options.at_once) as pool:
-        whole = view.add_task("runs", total=options.seeds * len(options.sizes) * len(ARMS), note="")
         bases: dict[int, tuple[Path, Future[None]]] = {}
         arms = []
-        for size, seed in product(options.sizes, range(options.seeds)):
+        for size, seed, arm in product(options.sizes, range(options.seeds), ARMS):
+            if record_path(seed, f"{size}_{arm}").exists():
+                continue
             if seed not in bases:
                 planned = base_run(seed)
                 bases[seed] = planned.run / "policies" / "theta_0", pool.submit(carry_out, planned, None, view)
             policy, after = bases[seed]
-            arms += [pool.submit(carry_out, arm_run(seed, size, arm, policy), after, view) for arm in ARMS]
+            arms.append(pool.submit(carry_out, arm_run(seed, size, arm, policy), after, view))
+        whole = view.add_task("runs", total=len(arms), note="")
         try:
             for ended in as_completed(arms):
                 ended.result()
