@@ -10,7 +10,7 @@ import numpy as np
 
 from rloop_mcore.analysis.answers import read_answers
 from rloop_mcore.analysis.checkpoints import rl_checkpoints
-from rloop_mcore.analysis.curves import rl_step, training
+from rloop_mcore.analysis.curves import experts, rl_step, seconds_by_stage, training
 from rloop_mcore.analysis.read_run import Run, read_run
 
 STEP_METRICS = ("success_rate", "entropy", "grad_norm", "grad_norm_max", "response_length")
@@ -41,7 +41,7 @@ def record_of(path: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "similarity": _similarity(run),
         "steps": {key: [_short(value) for value in training(run, key).y] for key in STEP_METRICS},
-        "experts": _experts(run),
+        "experts": {"trajectories": experts(run, "experts").y, "problems": experts(run, "problems").y},
         "cost": _cost(run),
     }
 
@@ -72,14 +72,6 @@ def _similarity(run: Run) -> dict[str, Any]:
     }
 
 
-def _experts(run: Run) -> dict[str, list[int]]:
-    selected = [line for line in run.journal if line.get("event") == "done" and line.get("phase") == "select"]
-    return {
-        "trajectories": [line["experts"] for line in selected],
-        "problems": [line["problems"] for line in selected],
-    }
-
-
 def _cost(run: Run) -> dict[str, float]:
     group = int(run.settings["algorithm"]["group_size"])
     explore = [line for line in run.metrics if line["phase"] == "explore"]
@@ -89,7 +81,7 @@ def _cost(run: Run) -> dict[str, float]:
         "sampled_tokens": sum(line["sampled_tokens"] for line in explore),
         "rl_tokens": sum(line.get("tokens", 0.0) for line in explore),
         "rft_tokens": sum(line.get("tokens", 0.0) for line in exploit),
-        "seconds": round(sum(v for line in run.metrics for k, v in line.items() if k.startswith("seconds_") and v), 1),
+        "seconds": round(sum(seconds_by_stage(run).values()), 1),
     }
 
 

@@ -24,5 +24,6 @@ def all_right(recent: Sequence[Visit]) -> float:
     """The chance that as many samples as at the last visit are all right; 0 where there was none."""
     if not recent:
         return 0.0
-    samples, successes = (sum(getattr(visit, name) for visit in recent) for name in ("samples", "successes"))
+    samples = sum(visit.samples for visit in recent)
+    successes = sum(visit.successes for visit in recent)
     return prod((successes + 1 + k) / (samples + 2 + k) for k in range(recent[-1].samples))

@@ -38,7 +38,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         source, self._where = _source(tokenizer)
-        stated = {name: _content(tokenizer.config.get(name)) for name in _SPECIAL_TOKENS}
+        stated = {name: tokenizer.stated(name) for name in _SPECIAL_TOKENS}
         self._special_tokens = {name: token for name, token in stated.items() if token is not None}
         self.text = source + json.dumps(self._special_tokens)
         environment = ImmutableSandboxedEnvironment(
@@ -94,11 +94,6 @@ def _source(tokenizer: TextTokenizer) -> tuple[str, Path]:
             "template, or put a chat_template.jinja into that folder"
         )
     return stated, tokenizer.folder / "tokenizer_config.json"
-
-
-def _content(token: Any) -> str | None:
-    """A token as tokenizer_config.json states it: its text, or a description of it."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _to_json(value: Any, indent: int | None = None, **settings: Any) -> str:

@@ -32,12 +32,16 @@ class TextTokenizer:
             raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
         self.folder = folder
         self.config: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
-        eos = self.config.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos  # either a string or a description of the token
+        eos = self.stated("eos_token")
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
         if eos_id is None:
             raise UserError(f"{files[1]}: eos_token is {eos!r}; it must name a token of tokenizer.json")
         self.eos_id: int = eos_id
+
+    def stated(self, name: str) -> str | None:
+        """The text of a special token by its name in tokenizer_config.json, which has it or a description of it."""
+        token = self.config.get(name)
+        return token["content"] if isinstance(token, dict) else token
 
     def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text. `special_tokens`: with those (a BOS, say) that the tokenizer itself puts around it."""
