@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from rloop_mcore.errors import UserError
 
-# A box that opens, an escaped character (a brace in it is text), or a brace.
-_BRACES = re.compile(r"\\+boxed\s*(?P<box>\{)|\\.|[{}]", re.DOTALL)
+# A box that opens, backslashes in pairs (a long run is read once), an escaped character (a brace in it is text), a brace.
+_BRACES = re.compile(r"\\+boxed\s*(?P<box>\{)|(?:\\\\)+|\\.|[{}]", re.DOTALL)
 _ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
 
 
@@ -33,11 +33,15 @@ def extract_answer(response: str, truncated: bool, answer_format: str) -> tuple[
 def last_box(response: str, truncated: bool = False) -> str:
     r"""Content of the last complete `\boxed{}`, whatever follows it; "" if there is none or it is empty.
 
-    Of nested boxes the outermost counts. One pass over the text, whatever the braces do.
+    Of nested boxes the outermost counts. One pass over the text, whatever the braces do, from the first box on: no
+    brace before it closes one.
     """
+    first = response.find(r"\boxed")
+    if first < 0:
+        return ""
     open_braces: list[tuple[bool, int]] = []  # (is a box, where its content starts)
     answer = ""
-    for token in _BRACES.finditer(response):
+    for token in _BRACES.finditer(response, first):
         if token["box"]:
             open_braces.append((True, token.end()))
         elif token[0] == "{":

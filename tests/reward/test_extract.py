@@ -1,6 +1,10 @@
 """Where the answer of a response is, by answer format."""
 
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.reward.extract import extract_answer
@@ -105,10 +109,41 @@ def test_a_line_that_the_cut_may_have_shortened_is_no_answer() -> None:
     assert extract_answer("Answer: 7\n", True, "answer_line") == ("7", "")
 
 
-@pytest.mark.parametrize("response", ["\\boxed{" * 50_000, "{" * 100_000 + "}" * 100_000, "answer:" * 50_000])
+@pytest.mark.parametrize(
+    "response",
+    ["\\boxed{" * 50_000, "{" * 100_000 + "}" * 100_000, "answer:" * 50_000, "\\boxed{" + "\\" * 400_000],
+)
 def test_long_garbage_is_read_in_one_pass(response: str) -> None:
+    start = time.process_time()
     for answer_format in ("boxed", "answer_line"):
         assert extract_answer(response, True, answer_format) == ("", "truncated")
+    assert time.process_time() - start < 5  # of 0.1; in the square of the length it is 20
+
+
+def _last_box(text: str) -> str:
+    """What `last_box` finds, a character at a time from the first one on."""
+    stack: list[int | None] = []  # where a box's content starts, None for another brace
+    answer, at = "", 0
+    while at < len(text):
+        name = text[at:].lstrip("\\")
+        after = name.removeprefix("boxed").lstrip()
+        if text[at] == "\\" and name.startswith("boxed") and after.startswith("{"):
+            at = len(text) - len(after) + 1
+            stack.append(at)
+            continue
+        if text[at] == "}" and stack and (start := stack.pop()) is not None:
+            answer = text[start:at].strip()
+        elif text[at] == "{":
+            stack.append(None)
+        at += 2 if text[at] == "\\" else 1
+    return answer
+
+
+@given(st.lists(st.sampled_from(["\\", "\\\\", "{", "}", "}", "boxed", "\\boxed{", " ", "a", "\n"]), max_size=20))
+@settings(max_examples=500, deadline=None)
+def test_the_box_is_the_one_that_a_reader_finds(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert extract_answer(text, False, "boxed")[0] == _last_box(text)
 
 
 def test_unknown_format() -> None:
