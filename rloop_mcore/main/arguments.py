@@ -134,7 +134,7 @@ def _evaluate(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
         help="Avg@k, pass@k and maj@k of a policy on benchmarks",
-        description="Sample responses of a policy, grade them, print Avg@N, unbiased pass@k and maj@k with 95 %% "
+        description="Sample responses of a policy, grade them, print Avg@N, unbiased pass@k and maj@k with 95 % "
         "intervals. The same command again goes on where a killed one stood; more samples add to those there are.",
     )
     command.add_argument(

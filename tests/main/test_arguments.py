@@ -34,3 +34,11 @@ def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> N
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert "train" in listed
     assert "node" not in listed
+
+
+@pytest.mark.parametrize("command", ["train", "launch", "plan", "evaluate", "report", "compare", "cache", "convert"])
+def test_help_is_printed_as_it_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([command, "--help"])
+    assert caught.value.code == 0
+    assert "%%" not in capsys.readouterr().out
