@@ -24,8 +24,8 @@ def print_results(records: Sequence[Record], together: Mapping[str, Mapping[str,
     for key in together:
         cells = [_interval(record["metrics"][key]) for record in records]
         table.add_row(key, *cells, *([_interval(together[key])] if len(records) > 1 else []))
-    for key, words in (("response_length", "{:.1f}"), ("truncated", "{:.1%}"), ("problems", "{}"), ("too_long", "{}")):
-        table.add_row(_ROWS[key], *(words.format(record[key]) for record in records))
+    for key, (title, words) in _ROWS.items():
+        table.add_row(title, *(words.format(record[key]) for record in records))
     console.print(table)
     for record in records:
         for kind, groups in record["groups"].items():
@@ -75,10 +75,11 @@ def print_comparison(against: Record) -> None:
 _LOG_WIDTH = 160
 _PERCENT = "Percent, with 95 % bootstrap intervals over problems."
 _ROWS = {
-    "response_length": "tokens a response",
-    "truncated": "cut at the limit",
-    "problems": "problems",
-    "too_long": "left out as too long",
+    "response_length": ("tokens a response", "{:.1f}"),
+    "truncated": ("cut at the limit", "{:.1%}"),
+    "problems": ("problems", "{}"),
+    "too_long": ("left out as too long", "{}"),
+    "bad_golds": ("with a gold that fails", "{}"),
 }
 
 

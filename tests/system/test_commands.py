@@ -63,6 +63,23 @@ def test_a_whole_iteration_runs_on_two_ranks(layout: str, tmp_path: Path) -> Non
     assert state["cache"]["trajectories"] >= 2 * 24 * 16
 
 
+def test_evaluate_names_the_golds_that_only_their_own_spelling_matches(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=0)
+    golds = {"good": r"\frac{1}{2}", "odd": r"\frac{1}{"}
+    rows = [{"id": name, "problem": "5+5", "answer": gold} for name, gold in golds.items()]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "result.json"
+    done = runs.rloop(
+        *("evaluate", "--policy", str(tmp_path / "model"), "--data", str(tmp_path / "two.jsonl"), "--samples", "2"),
+        *("--k", "1", "--json", str(out), "--out", str(tmp_path / "kept"), "experiment=tiny", "reward.verifier=math"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["bad_golds"] == 1
+    assert "1 gold answers don't verify against themselves" in done.stdout + done.stderr
+    assert "odd (unparsable)" in done.stdout + done.stderr
+    assert "good (" not in done.stdout + done.stderr
+
+
 def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
     write_model(tmp_path / "model", seed=0)
     out = tmp_path / "result.json"
