@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from rloop_mcore.errors import UserError
 
-# A box that opens, pairs of backslashes (a long run is read once), an escaped character (its brace is text), or a brace.
+# A box that opens, backslashes in pairs (a long run is read once), an escaped character (its brace is text), a brace.
 _BRACES = re.compile(r"\\+boxed\s*(?P<box>\{)|(?:\\\\)+|\\.|[{}]", re.DOTALL)
 _ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
 
