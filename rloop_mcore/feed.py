@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Generic, TypeVar
 
 from rloop_mcore.protocols import Rollout
+
+_CANCEL_AGAIN_S = 0.1
 
 B = TypeVar("B")
 
@@ -36,10 +38,10 @@ class Feed(Generic[B]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for batch in self._batches.values():
-            batch.cancel()
-        if self._batches:
+        running = [batch for batch in self._batches.values() if not batch.cancel()]
+        while not all(batch.done() for batch in running):
             self._rollout.cancel()
+            wait(running, _CANCEL_AGAIN_S)  # a batch that was between two sampling rounds begins the next one
         self._thread.shutdown()
 
     def settle(self, version: int) -> None:

@@ -200,6 +200,14 @@ def _check_algorithm(config: Config) -> None:
             raise UserError(
                 f"checkpoint.policy_steps holds {step}: a step is from 1 to algorithm.rl_steps={algorithm.rl_steps}."
             )
+    rft, last = config.rft, algorithm.rl_steps - 1
+    if rft.steps and last >= 0 and rft.steps[0] > last:
+        raise UserError(f"rft.steps={rft.steps} leaves no expert: an exploration's RL steps are from 0 to {last}.")
+    if rft.min_tokens > config.rollout.max_tokens:
+        raise UserError(
+            f"rft.min_tokens={rft.min_tokens} leaves no expert: a response has at most rollout.max_tokens="
+            f"{config.rollout.max_tokens}."
+        )
     if config.checkpoint.keep_best and config.data.validation is None:
         raise UserError(
             f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.validation: it says which are the best."

@@ -79,6 +79,19 @@ def test_a_comparison_changes_what_it_is_about_and_nothing_else(name: str, chang
     )
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+def test_another_algorithm_samples_what_it_trains_on_and_warms_up_for_as_many_steps(name: str) -> None:
+    dapo, other = (
+        load_config(["experiment=dapo_qwen2.5_math_7b", "model.path=m", *more]) for more in ([], [f"algorithm={name}"])
+    )
+    assert other.algorithm.sampled_per_step == other.algorithm.prompts_per_step == dapo.algorithm.prompts_per_step
+    steps = [config.optimizer.warmup_updates / config.algorithm.updates_per_step for config in (dapo, other)]
+    assert steps == [10, 10]
+    assert (
+        (other.algorithm.iterations, other.optimizer.lr) == (dapo.algorithm.iterations, dapo.optimizer.lr) == (1, 1e-6)
+    )
+
+
 def test_the_papers_run_is_what_the_schema_has_by_default() -> None:
     """Machines, data and saving apart: the numbers with their sources stand in YAML, and a bare run has them too."""
     machines = ("run.", "model.", "layout.", "rollout.", "data.", "cluster.", "checkpoint.", "experiment")

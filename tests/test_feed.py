@@ -108,6 +108,25 @@ def test_leaving_gives_up_what_is_under_way() -> None:
     assert time.monotonic() - begun < 10
 
 
+def test_leaving_gives_up_the_sampling_rounds_that_begin_meanwhile() -> None:
+    weights, grading = Weights(), threading.Event()
+
+    def collect(step: int) -> int:
+        if step == 1:
+            grading.set()
+            weights.cancelled.wait(30)
+            weights.cancelled.clear()
+            if weights.cancelled.wait(10):  # the next round
+                raise CancelledError
+        return step
+
+    with Feed(collect, weights, 0, STEPS, 1, False) as feed:  # type: ignore[arg-type]
+        assert feed.take(0) == 0
+        grading.wait(30)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+
+
 def test_a_feed_overlaps() -> None:
     def seconds(run: Callable[[], object]) -> float:
         begun = time.monotonic()

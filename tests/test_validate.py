@@ -63,6 +63,8 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("guard.patience=0", ["guard.patience=0"]),
         ("guard.entropy_low=-0.1", ["guard.entropy_low=-0.1", "null"]),
         ("guard={entropy_low: 2, entropy_high: 1}", ["guard.entropy_low=2", "guard.entropy_high=1"]),
+        ("rft.steps=[200,210]", ["rft.steps=[200, 210]", "0 to 199"]),
+        ("rft.min_tokens=2049", ["rft.min_tokens=2049", "rollout.max_tokens=2048"]),
         ("rft.optimizer.skip_grad=0", ["rft.optimizer.skip_grad=0", "null"]),
     ],
 )

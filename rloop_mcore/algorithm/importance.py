@@ -8,7 +8,7 @@ import torch
 def importance_weights(trainer: torch.Tensor, engine: torch.Tensor, kind: str, cap: float) -> torch.Tensor:
     """What each token's policy loss is multiplied by: a constant, no gradient flows through it.
 
-    With the ratio rho = exp(trainer - engine), both of the weights that sampled the token:
+    With the ratio rho = exp(trainer - engine), where with `rollout.max_lag` the engine's weights are older ones:
 
     - `none`: 1.
     - `truncate`: min(rho, cap). Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings

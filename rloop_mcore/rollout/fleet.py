@@ -91,24 +91,27 @@ class Fleet:
         """Bring every engine to the weights of `export`, stamped `version`, verified by checksums.
 
         `export` gives the weights anew each time it is called; they are iterated on this thread. An engine that fails
-        is left to its restart, and the others are synced. What is being generated waits, and goes on under the new
-        weights. Returns seconds_sync, seconds_verify, sync_bytes, sync_buckets and the engines' failures so far.
-        Raises EngineError; no engine then serves until a sync succeeds.
+        is left to its restart, and the others are synced. What is being generated, or submitted meanwhile, waits, and
+        goes on under the new weights. Returns seconds_sync, seconds_verify, sync_bytes, sync_buckets and the engines'
+        failures so far. Raises EngineError; no engine then serves until a sync succeeds.
         """
         self.wait_ready()
-        self.version = None
         failed: set[Engine] = set()
-        for attempt in range(1, _SYNC_ATTEMPTS + 1):
-            clients = {engine: _client(engine) for engine in self._answering(failed)}
-            try:
-                metrics = self._bring(clients, export, version)
-                break
-            except (EngineError, TimeoutError) as error:
-                if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
-                    raise
-                failed |= self._lose_culprits(clients, error)
-                if attempt == _SYNC_ATTEMPTS:
-                    raise
+        try:
+            for attempt in range(1, _SYNC_ATTEMPTS + 1):
+                clients = {engine: _client(engine) for engine in self._answering(failed)}
+                try:
+                    metrics = self._bring(clients, export, version)
+                    break
+                except (EngineError, TimeoutError) as error:
+                    if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
+                        raise
+                    failed |= self._lose_culprits(clients, error)
+                    if attempt == _SYNC_ATTEMPTS:
+                        raise
+        except BaseException:
+            self.version = None
+            raise
         self.version, self._export = version, export
         counters = self._controller.counters
         return metrics | {

@@ -81,7 +81,7 @@ def discard_unnamed(directory: Path, shards: Sequence[Shard]) -> None:
     for name in sorted(os.listdir(directory)):
         if name in lost:
             _set_aside(directory, name)
-        elif name not in named:
+        elif name not in named and not (directory / name).is_dir():  # a folder is somebody else's
             (directory / name).unlink()
     fsync_path(directory)
     if (directory / TIMES_FOLDER).exists():

@@ -32,6 +32,12 @@ def test_resuming_at_the_same_layout_changes_no_bit(results: dict[str, dict[str,
     assert tensor_distance(results[name][f"resumed {name}"], results[name]["weights"]) == 0.0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_norm_that_clips_is_of_the_whole_models_gradients(results: dict[str, dict[str, Any]], name: str) -> None:
+    squares = [gradient.double().square().sum() for gradient in results[name]["gradients"].values()]
+    assert results[name]["metrics"]["grad_norm"] == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-6)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_one_process_agrees_with_transformers(results: dict[str, dict[str, Any]], model: str) -> None:
     """Against unpadded rows, plain autograd and DAPO's formula written out."""

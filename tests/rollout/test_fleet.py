@@ -76,6 +76,23 @@ def test_a_sync_changes_the_policy_and_stamps_it(
     _assert_by(reference, fleet, 8)
 
 
+def test_what_is_submitted_during_a_sync_is_generated_by_its_weights(
+    fleet: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel
+) -> None:
+    """As with `rollout.partial`: one batch may end, and the next begin, at any moment."""
+    fleet.sync(_weights(reference), 1)
+    submitted = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, tensor in enumerate(other_model.named_parameters()):
+            if number == 1:
+                submitted.append(fleet.submit(_requests(), SAMPLING))
+            yield tensor
+
+    fleet.sync(weights, 2)
+    assert_by(other_model, _requests(), fleet.wait(submitted[0]), 2)
+
+
 def test_engines_sleep_until_the_next_sync(
     fleet: Fleet, servers: list[EmbeddedServer], other_model: PreTrainedModel
 ) -> None:
