@@ -145,6 +145,10 @@ class Controller:
     def in_state(self, *states: str) -> list[Engine]:
         return [engine for engine in self.engines if engine.state in states]
 
+    def expect(self, version: int) -> None:
+        """A sync to `version` begins: engines that it resumes may answer before `promote` says that they hold it."""
+        self._versions = (self._versions[0], max(self._versions[1], version))
+
     def promote(self, engines: Sequence[Engine], version: int) -> None:
         """These engines hold the weights `version`, verified: they get calls from now on."""
         self._sleeping = False

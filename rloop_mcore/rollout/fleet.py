@@ -193,6 +193,7 @@ class Fleet:
     def _bring(
         self, clients: dict[Engine, EngineClient], export: Callable[[], NamedTensors], version: int
     ) -> dict[str, float]:
+        self._submit(self._expect(version)).result()
         metrics = self._sync.run(list(clients.values()), export(), version, self._submit)
         self._submit(self._promote(clients, version)).result()
         return metrics
@@ -241,6 +242,9 @@ class Fleet:
             self._controller.lose(engine, reason)
 
         self._submit(lose()).result()
+
+    async def _expect(self, version: int) -> None:
+        self._controller.expect(version)
 
     async def _promote(self, clients: dict[Engine, EngineClient], version: int) -> None:
         """One that was lost since, and is back, has another client, and other weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -77,11 +78,18 @@ def test_a_sync_changes_the_policy_and_stamps_it(
 
 
 def test_what_is_submitted_during_a_sync_is_generated_by_its_weights(
-    fleet: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel
+    fleet: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with `rollout.partial`: one batch may end, and the next begin, at any moment."""
+    """As with `rollout.partial`: one batch may end, and the next begin, at any moment. Its answers may come before the
+    sync has returned."""
     fleet.sync(_weights(reference), 1)
-    submitted = []
+    submitted, promote = [], fleet._promote
+
+    async def late(*arguments: Any) -> None:
+        await asyncio.sleep(3)
+        await promote(*arguments)
+
+    monkeypatch.setattr(fleet, "_promote", late)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for number, tensor in enumerate(other_model.named_parameters()):
@@ -91,6 +99,7 @@ def test_what_is_submitted_during_a_sync_is_generated_by_its_weights(
 
     fleet.sync(weights, 2)
     assert_by(other_model, _requests(), fleet.wait(submitted[0]), 2)
+    assert fleet._controller.counters.lost == 0
 
 
 def test_engines_sleep_until_the_next_sync(
