@@ -78,7 +78,8 @@ class Engine:
 @dataclass(eq=False)
 class _Call:
     requests: list[SampleRequest]
-    rid: str
+    name: str
+    rid: str = ""  # of the last attempt; SGLang refuses one that it still knows, of an attempt that failed
     granted: asyncio.Future[Engine | None] | None = None  # done while in the queue: cancelled or aborted there
     engine: Engine | None = None
     failed_by: Engine | None = None  # the last one
@@ -250,6 +251,7 @@ class Controller:
             oldest = self._versions[0]
             call.engine, client = engine, engine.client
             assert client is not None
+            call.rid = f"{call.name}.{attempt}"
             started, begun = time.time(), time.monotonic()
             try:
                 if call.aborted:

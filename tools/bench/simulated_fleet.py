@@ -220,11 +220,15 @@ class SimulatedClient:
     def __init__(self, server: SimulatedServer, sent: Callable[[str, int], None], timeout_s: float) -> None:
         self.url, self.server, self._sent, self._timeout_s = server.url, server, sent, timeout_s
         self._jobs: dict[str, _Job] = {}
+        self._known: set[str] = set()
         self._waiting: set[asyncio.Future[None]] = set()
         self._given_up: str | None = None
 
     async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling, rid: str) -> list[Completion]:
         self._reach()
+        if rid in self._known:  # what failed may still be known to SGLang
+            raise EngineError(f"{self.url}/generate: Duplicate request ID detected: {rid}", 400)
+        self._known.add(rid)
         self._sent(rid, self.server.number)
         if self.server.fault == "errors":
             await asyncio.sleep(0.01)
@@ -360,4 +364,4 @@ class SimulatedFleet:
         return cast(EngineClient, server.client)
 
     def _note(self, rid: str, number: int) -> None:
-        self.sent.setdefault(rid, []).append((asyncio.get_running_loop().time(), number))
+        self.sent.setdefault(rid.rpartition(".")[0], []).append((asyncio.get_running_loop().time(), number))
