@@ -28,6 +28,26 @@ def test_a_job_of_another_command() -> None:
     assert options.inner == ["evaluate", "--policy", "p", "--json", "o"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch", "--", "evalute", "--policy", "p"], "evalute"),
+        (["launch", "--", "evaluate", "--data", "d"], "--policy"),
+        (["launch", "--dry-run", "--"], "COMMAND"),
+        (["launch", "--sweep", "f", "--", "trace", "r"], "--sweep"),
+        (["report", "r", "--live", "--port", "65536"], "from 0 to 65535"),
+        (["cache", "r", "--show", "-3"], "-3"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_done(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
