@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def _file_to_write(text: str) -> Path:
+def _new_file(text: str) -> Path:
     """The path of a file that can be written, or written over. Raises ArgumentTypeError: not when the work is done."""
     path = Path(text)
     place = next(str(parent) for parent in path.absolute().parents if os.path.exists(parent))
@@ -176,7 +176,7 @@ def _evaluate(commands: Any) -> None:
     )
     command.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
     command.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
-    command.add_argument("--json", type=_file_to_write, metavar="OUT", help="write the result as JSON too")
+    command.add_argument("--json", type=_new_file, metavar="OUT", help="write the result as JSON too")
     command.add_argument(
         "--against", type=Path, metavar="JSON", help="an earlier result: paired differences with p-values"
     )
@@ -199,13 +199,11 @@ def _report(commands: Any) -> None:
         description="Write one HTML file, readable offline, with the curves and the final table of one or more runs.",
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    command.add_argument(
-        "--out", type=_file_to_write, metavar="FILE", help="default: report.html in the first run directory"
-    )
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: report.html in the first RUN_DIR")
     command.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
     command.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
     command.add_argument(
-        "--port", type=_number(0, 65535), default=0, metavar="N", help="for --live; default: any free one"
+        "--port", type=_number(0, 65535), default=0, metavar="N", help="of --live; default: any free one"
     )
 
 
@@ -218,8 +216,8 @@ def _compare(commands: Any) -> None:
     )
     command.add_argument("first", type=Path, metavar="RUN_A")
     command.add_argument("second", type=Path, metavar="RUN_B")
-    command.add_argument("--out", type=_file_to_write, metavar="FILE", help="default: compare.html in RUN_A")
-    command.add_argument("--json", type=_file_to_write, metavar="OUT", help="write the comparison as JSON too")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: compare.html in RUN_A")
+    command.add_argument("--json", type=_new_file, metavar="OUT", help="write the comparison as JSON too")
 
 
 def _cache(commands: Any) -> None:
@@ -233,12 +231,8 @@ def _cache(commands: Any) -> None:
     command.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
     command.add_argument("--quarantine", action="store_true", help="set damaged shards aside, and say what is lost")
     command.add_argument("--compact", action="store_true", help="merge small shards into large ones; same rows")
-    command.add_argument(
-        "--show", type=_number(0, 10**9), default=0, metavar="N", help="the first N trajectories as text"
-    )
-    command.add_argument(
-        "--export", type=_file_to_write, metavar="OUT.jsonl", help="write the trajectories as JSON lines"
-    )
+    command.add_argument("--show", type=_number(0, 10**9), default=0, metavar="N", help="the first N rows as text")
+    command.add_argument("--export", type=_new_file, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
     command.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")
     command.add_argument("--problem", metavar="ID", help="for --show and --export: of this problem")
 
@@ -250,7 +244,7 @@ def _trace(commands: Any) -> None:
         description="Write what a run did when (generation, grading, training, syncs) as a Chrome trace.",
     )
     command.add_argument("run", type=Path, metavar="RUN_DIR")
-    command.add_argument("--out", type=_file_to_write, metavar="FILE", help="default: trace.json in the run directory")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: trace.json in the run directory")
 
 
 def _convert(commands: Any) -> None:
@@ -283,7 +277,7 @@ def _grade(commands: Any) -> None:
     )
     command.add_argument("file", type=Path, metavar="FILE.jsonl")
     command.add_argument(
-        "--json", type=_file_to_write, metavar="OUT.jsonl", help="the rows with correct, reason and seconds"
+        "--json", type=_new_file, metavar="OUT.jsonl", help="the rows with correct, reason and seconds"
     )
     command.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
 

@@ -45,7 +45,7 @@ def test_a_file_that_fails_is_a_sentence(
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED])
 def test_other_failures_keep_their_traceback(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(OSError(number, os.strerror(number), "a"), monkeypatch)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=os.strerror(number)):
         main(["status", "run"])
 
 
