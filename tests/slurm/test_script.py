@@ -73,6 +73,8 @@ def test_the_scripts_of_the_repository_are_read_too() -> None:
     }
     for file in files:
         assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+        lines = file.read_text().splitlines()
+        assert sum("--exclusive" in line for line in lines) == sum("--mem=0" in line for line in lines)
         if shutil.which("shellcheck"):
             found = subprocess.run(["shellcheck", "--shell=bash", str(file)], capture_output=True, text=True)
             assert found.returncode == 0, found.stdout
@@ -164,6 +166,8 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
+        ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
+        ("cluster.slurm.time=4:30", "is 270 s"),
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
