@@ -49,6 +49,7 @@ def test_a_verifier_that_cannot_be_loaded_stops_the_run_with_exit_code_2(tmp_pat
     done = runs.rloop("train", "experiment=tiny", f"run.dir={tmp_path}", "reward.verifier=no.such:thing")
     assert done.returncode == 2
     assert "no.such" in done.stderr
+    assert not (tmp_path / "ranks.log").exists(), "it was to show before anything is started"
 
 
 @pytest.mark.timeout(400)
