@@ -375,6 +375,40 @@ def test_without_slurm_it_says_what_to_do(
     assert not (tmp_path / "run").exists()
 
 
+def stand_in_for_sbatch(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{body}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_where_a_jobs_log_will_be_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words against the script's own --output."""
+    stand_in_for_sbatch(tmp_path / "bin", "echo '7;cluster'", monkeypatch)
+    (tmp_path / "sweep").write_text(f"run.dir={tmp_path}/a\nrun.dir={tmp_path}/b\n")
+    for words, task in (
+        (["experiment=tiny", f"run.dir={tmp_path}/one"], ""),
+        (["experiment=tiny", "--sweep", str(tmp_path / "sweep")], "K"),
+        (["--", "trace", "r"], ""),
+    ):
+        assert main(["launch", "--dry-run", *words]) == 0
+        (output,) = {line for line in directives(capsys.readouterr().out) if line.startswith("--output=")}
+        log = output.removeprefix("--output=").replace("%A", "7").replace("%j", "7").replace("%a", task)
+        assert main(["launch", *words]) == 0
+        assert f"submitted job 7; its log is {log}" in capsys.readouterr().out
+
+
+def test_an_sbatch_that_does_not_answer_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_for_sbatch(tmp_path / "bin", "exec sleep 60", monkeypatch)
+    monkeypatch.setattr("rloop_mcore.main.launch._SUBMIT_S", 0.2)
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 1
+    assert "squeue" in capsys.readouterr().err
+
+
 def test_a_run_on_many_nodes_is_not_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "experiment=tiny", f"run.dir={tmp_path}/run", "cluster.nodes=2", "rollout.nodes=1"]) == 2
     assert "`rloop launch` starts a run on more than one node" in capsys.readouterr().err
