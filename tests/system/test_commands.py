@@ -20,8 +20,7 @@ pytestmark = pytest.mark.system
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
-        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
-        (["evaluate", "--policy", "/x", "--data", "x", "evaluation.limit=0"], "evaluation.limit=0 must be at least 1"),
+        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "--policy /nowhere holds no config.json"),
         (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
         (
             ["evaluate", "--policy", "/nowhere", "--data", "x", "--against", "/none.json"],
