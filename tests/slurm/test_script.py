@@ -251,6 +251,17 @@ def test_faults_are_retried_with_back_off_until_they_bring_nothing(tmp_path: Pat
     assert ends.start("1", SLURM_JOB_ID="8")[1], "a job that the user submits counts anew"
 
 
+def test_the_back_off_ends_before_the_job_does(tmp_path: Path) -> None:
+    """Slurm would kill it at its limit, asleep, and start it no more."""
+    ends = Ends(tmp_path, "cluster.slurm.backoff_s=1000")
+    ends.script = ends.script.replace('|| sleep "', f'|| echo >>{tmp_path}/asked "slept ')
+    assert ends.start("1")[1] == ["slept 880", "scontrol requeue 7"]
+    slept, requeued = ends.start("1", SLURM_JOB_END_TIME=str(int(time.time()) + 60))[1]
+    assert 30 <= int(slept.removeprefix("slept ")) <= 40
+    assert requeued == "scontrol requeue 7"
+    assert ends.start("1", SLURM_JOB_END_TIME=str(int(time.time()) + 10))[1] == ["scontrol requeue 7"]
+
+
 def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path) -> None:
     ends = Ends(tmp_path, "cluster.slurm.retries=1")
     assert ends.start("75")[1]
