@@ -1,21 +1,22 @@
 r"""Two parsed answers compared by math-verify, at a precision that suits their size.
 
 math-verify rounds decimals to six places and takes differences under 1e-15 for none, whatever the numbers' size: to it
-1.6e-19 is 1.7e-19, and 1/2004! is 1/2006!. Here both grow by the leading zeros of the smallest number there is.
+1.6e-19 is 1.7e-19, 1/2004! is 1/2006!, and 1 - 2^{-100} is 1 - 2^{-101}. Here both grow with the leading zeros: of the
+smallest number there is, and of the smallest part of one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union  # type: ignore[import-untyped]
+from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union, preorder_traversal  # type: ignore[import-untyped]
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
@@ -47,12 +48,12 @@ def parse_answer(text: str) -> Parsed:
 
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
-    zeros = max((_zeros(item) for parsed in (gold, answer) for item in parsed), default=0)
+    items = [*gold, *answer]
     if verify(
         list(gold),
         list(answer),
-        float_rounding=_ROUNDING + zeros,
-        numeric_precision=_PRECISION + zeros,
+        float_rounding=_ROUNDING + _zeros(number for item in items for number in _numbers(item)),
+        numeric_precision=_PRECISION + _zeros(part for item in items for part in _parts(item)),
         timeout_seconds=None,
     ):
         return True
@@ -84,9 +85,15 @@ def _exact(item: Any) -> Any:
     return item.xreplace({number: Rational(str(number)) for number in item.atoms(Float)})
 
 
-def _zeros(item: Any) -> int:
-    """Zeros after the decimal point of the smallest number in it, zero itself not counted."""
-    return max((_leading_zeros(number) for number in _numbers(item)), default=0)
+def _zeros(numbers: Iterable[Any]) -> int:
+    """Zeros after the decimal point of the smallest of them, zero itself not counted."""
+    return max(map(_leading_zeros, numbers), default=0)
+
+
+def _parts(item: Any) -> Iterator[Any]:
+    """All that the numbers in it are made of: SymPy takes a small part for none, as the 2^{-100} of 100!/2^{100}."""
+    for number in _numbers(item):
+        yield from preorder_traversal(number)
 
 
 def _numbers(item: Any) -> Iterator[Any]:
