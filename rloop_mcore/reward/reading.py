@@ -27,10 +27,15 @@ _SIGNS = str.maketrans(
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
 _NOISE = re.compile(r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?)\s?")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
+_UNIT = r"\\(?:text|mathrm)\s*\{([^{}]*)\}"
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
     (re.compile(r"\\(?:[dtc]frac)(?![A-Za-z])"), r"\\frac"),
+    (
+        re.compile(rf"(?<=[0-9.}}])((?:\s|~|\\[,;: ])*)\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}([\^0-9]*)\s*\}}"),
+        r"\1\\text{\2/\3\4}",
+    ),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))\s*\{\s*([0-9][0-9.,]*|[a-z])\s*\}"), r" \1 "),
