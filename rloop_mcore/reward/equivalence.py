@@ -34,7 +34,7 @@ _EXTRACTION = [
     LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_NORMALISATION)
 ]
 _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
-_MOST_ZEROS = 10_000
+_MOST_ZEROS = 20_000  # beyond which only the same expression is equal
 
 Parsed = tuple[Any, ...]
 
@@ -49,11 +49,14 @@ def parse_answer(text: str) -> Parsed:
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
     items = [*gold, *answer]
+    zeros = _zeros(part for item in items for part in _parts(item))
+    if zeros > _MOST_ZEROS:
+        return any(one == other for one in gold for other in answer)
     if verify(
         list(gold),
         list(answer),
         float_rounding=_ROUNDING + _zeros(number for item in items for number in _numbers(item)),
-        numeric_precision=_PRECISION + _zeros(part for item in items for part in _parts(item)),
+        numeric_precision=_PRECISION + zeros,
         timeout_seconds=None,
     ):
         return True
@@ -117,7 +120,7 @@ def _leading_zeros(number: Any) -> int:
     if not mantissa:
         return 0
     magnitude = math.log10(mantissa) + exponent * math.log10(2)
-    return min(max(0, math.ceil(-magnitude) - 1), _MOST_ZEROS)
+    return max(0, math.ceil(-magnitude) - 1)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:
@@ -134,6 +137,8 @@ def _same_region(gold: Any, answer: Any) -> bool:
 def _region(item: Any) -> Any:
     if len(item.free_symbols) > 1:
         return None
+    if isinstance(item, Eq) and isinstance(item.rhs, Set):
+        return item.rhs  # x in [1, 2]
     if isinstance(item, FiniteSet) and item.args and all(_is_inequality(part) for part in item.args):
         return Union(*(_region(part) for part in item.args))  # x < -1 or x > 1
     if _is_inequality(item):

@@ -82,6 +82,8 @@ PAIRS: dict[str, list[Pair]] = {
         ("0.0000001", "0", False),
     ],
     "scientific notation": [
+        ("10^{-6}", "10^-6", True),
+        ("10^{-6}", "10^-7", False),
         ("3000000", r"3 \times 10^6", True),
         ("3000000", r"3 \cdot 10^{6}", True),
         ("3000000", "3e6", True),
@@ -102,6 +104,8 @@ PAIRS: dict[str, list[Pair]] = {
         ("10^{-3}", "-1000", False),
     ],
     "fractions": [
+        (r"\frac{1}{12}", r"\frac112", False),
+        (r"\frac{x}{2}", r"\frac12x", True),
         (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
         (r"\frac{1}{2}", r"\tfrac{1}{2}", True),
         (r"\frac{1}{2}", r"\cfrac{1}{2}", True),
@@ -144,6 +148,9 @@ PAIRS: dict[str, list[Pair]] = {
         ("0", r"\frac{0}{5}", True),
     ],
     "large powers": [
+        (r"\frac{1}{100 \cdot 100!^{2}}\binom{200}{99}", r"\frac{\binom{200}{99}}{100 \cdot (100!)^2}", True),
+        (r"\frac{1}{100 \cdot 100!^{2}}\binom{200}{99}", r"\frac{\binom{200}{100}}{100 \cdot (100!)^2}", False),
+        (r"\frac{1}{2014!^{2014}}", r"\frac{1}{2013!^{2014}}", False),
         (r"\frac{100!}{2^{50}}", r"\frac{100!}{2^{49}}", False),
         (r"\frac{100!}{2^{97}}", r"\frac{100!}{2^{96}}", False),
         (r"\frac{100!}{2^{97}}", r"100! \cdot 2^{-97}", True),
@@ -217,6 +224,13 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\frac{e^2}{2}", r"\frac{1}{2}e^2", True),
     ],
     "expressions": [
+        (r"2\Omega", r"2\omega", False),
+        (r"\Phi(x)", r"\phi(x)", False),
+        (r"\Delta", r"\delta", False),
+        (r"\Omega+\omega", r"\omega+\Omega", True),
+        ("a^2bc+ab^2c", "abc(a+b)", True),
+        (r"\frac{m g l}{2}", r"\frac{1}{2}mgl", True),
+        ("m+g+l", "mgl", False),
         ("2", "2ab", False),
         ("2ab", "2", False),
         ("3", "3c", False),
@@ -371,6 +385,9 @@ PAIRS: dict[str, list[Pair]] = {
         (r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}", r"F_n = \sum_{k=0}^{n-2} F_k F_{n-k-2}", False),
     ],
     "inequalities": [
+        (r"x \in [-2,7]", r"-2 \le x \le 7", True),
+        (r"x \in [-2,7]", r"-2 \le x < 7", False),
+        (r"k \in (-\infty,1)\cup(2,\infty)", r"k<1 \text{ or } k>2", True),
         (r"x>1 \text{ or } x<3", r"x>1 \text{ and } x<3", False),
         (r"x>1 \text{ and } x<3", r"x>1 \text{ or } x<3", False),
         ("(1,3)", r"x>1 \text{ or } x<3", False),
@@ -455,6 +472,7 @@ PAIRS: dict[str, list[Pair]] = {
         ("[7,7]", "[7, 7]", True),
     ],
     "sets and lists": [
+        (r"\{1,2\}", r"\lbrace 2,1 \rbrace", True),
         (r"\{1,2\}", r"\{2,1\}", True),
         (r"\{1,2\}", r"\{1, 2\}", True),
         (r"\{1,2\}", r"\left\{ 1, 2 \right\}", True),
