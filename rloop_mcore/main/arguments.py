@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         options.overrides += rest
     options.inner = inner
     return options
+
+
+def _new_file(text: str) -> Path:
+    """A file to write; its folders are made where they are missing."""
+    path = Path(text)
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: give a file in a folder that you may write to")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,7 +183,9 @@ def _report(commands: Any) -> None:
         description="Write one HTML file, readable offline, with the curves and the final table of one or more runs.",
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    command.add_argument(
+        "--out", type=_new_file, metavar="FILE", help="default: report.html in the first run directory"
+    )
     command.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
     command.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
     command.add_argument("--port", type=int, default=0, metavar="N", help="for --live; default: any free one")
@@ -188,8 +200,8 @@ def _compare(commands: Any) -> None:
     )
     command.add_argument("first", type=Path, metavar="RUN_A")
     command.add_argument("second", type=Path, metavar="RUN_B")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: compare.html in RUN_A")
-    command.add_argument("--json", type=Path, metavar="OUT", help="write the comparison as JSON too")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: compare.html in RUN_A")
+    command.add_argument("--json", type=_new_file, metavar="OUT", help="write the comparison as JSON too")
 
 
 def _cache(commands: Any) -> None:
@@ -204,7 +216,7 @@ def _cache(commands: Any) -> None:
     command.add_argument("--quarantine", action="store_true", help="set damaged shards aside, and say what is lost")
     command.add_argument("--compact", action="store_true", help="merge small shards into large ones; same rows")
     command.add_argument("--show", type=int, default=0, metavar="N", help="the first N trajectories as text")
-    command.add_argument("--export", type=Path, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
+    command.add_argument("--export", type=_new_file, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
     command.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")
     command.add_argument("--problem", metavar="ID", help="for --show and --export: of this problem")
 
@@ -216,7 +228,7 @@ def _trace(commands: Any) -> None:
         description="Write what a run did when (generation, grading, training, syncs) as a Chrome trace.",
     )
     command.add_argument("run", type=Path, metavar="RUN_DIR")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: trace.json in the run directory")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: trace.json in the run directory")
 
 
 def _convert(commands: Any) -> None:
@@ -248,7 +260,9 @@ def _grade(commands: Any) -> None:
         description='Grade rows {"id", "gold", "pred"}; pred is a whole response.',
     )
     command.add_argument("file", type=Path, metavar="FILE.jsonl")
-    command.add_argument("--json", type=Path, metavar="OUT.jsonl", help="the rows with correct, reason and seconds")
+    command.add_argument(
+        "--json", type=_new_file, metavar="OUT.jsonl", help="the rows with correct, reason and seconds"
+    )
     command.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
 
 
