@@ -34,6 +34,7 @@ _EXTRACTION = [
     LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_NORMALISATION)
 ]
 _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
+_SMALLEST = 10**9  # bits after the point: 2^{-2^{2001}} has an exponent that is no float
 _MOST_ZEROS = 20_000  # beyond which only the same expression is equal
 
 Parsed = tuple[Any, ...]
@@ -119,7 +120,7 @@ def _leading_zeros(number: Any) -> int:
         return 0
     if not mantissa:
         return 0
-    magnitude = math.log10(mantissa) + exponent * math.log10(2)
+    magnitude = math.log10(mantissa) + max(-_SMALLEST, min(exponent, _SMALLEST)) * math.log10(2)
     return max(0, math.ceil(-magnitude) - 1)
 
 

@@ -18,7 +18,7 @@ ns nanosecond; µs us microsecond; ms millisecond; s sec second; min minute; h h
 mph; kmh kmph; rpm; degree deg; radian rad; ml milliliter millilitre; L l liter litre; gal gallon; qt quart; pt pint
 cup; acre; hectare ha; Hz hertz; kHz; MHz; GHz; THz; N newton; kN; dyn dyne; J joule; kJ kilojoule; MJ; mJ; erg
 eV; keV; MeV; GeV; cal calorie; kcal; W watt; mW; kW kilowatt; MW; GW; V volt; mV; kV; A ampere; mA; µA; ohm; kohm; Mohm
-Pa pascal; kPa; MPa; GPa; atm; C coulomb; F farad; T tesla; K kelvin; mol mole; mmol; dB decibel
+Pa pascal; kPa; MPa; GPa; atm; C coulomb; F farad; T tesla; K kelvin; mol mole; mmol; M molar; dB decibel
 bit; byte; kB KB; MB; GB; cent; dollar; euro; rupee; unit
 """
 _NAME = {
@@ -104,7 +104,9 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
 
 
 def _lookup(spelling: str) -> str | None:
-    for form in (spelling, spelling.casefold(), spelling.casefold().removesuffix("s")):
-        if form in _NAME:
-            return _NAME[form]
-    return None
+    if spelling in _NAME:
+        return _NAME[spelling]
+    small = spelling.casefold()
+    if len(spelling) < 3 and small not in _UNSPACED:  # Nm is not nm
+        return None
+    return _NAME.get(small) or _NAME.get(small.removesuffix("s"))

@@ -148,6 +148,9 @@ PAIRS: dict[str, list[Pair]] = {
         ("0", r"\frac{0}{5}", True),
     ],
     "large powers": [
+        (r"1-2^{-2^{2001}}", r"1-2^{-2^{2002}}", False),
+        (r"1-2^{-2^{2001}}", r"1 - 2^{-2^{2001}}", True),
+        (r"(1+i)(1-2^{-2^{2001}})", r"\left(1 - 2^{-2^{2001}}\right)(1 + i)", True),
         (r"\frac{1}{100 \cdot 100!^{2}}\binom{200}{99}", r"\frac{\binom{200}{99}}{100 \cdot (100!)^2}", True),
         (r"\frac{1}{100 \cdot 100!^{2}}\binom{200}{99}", r"\frac{\binom{200}{100}}{100 \cdot (100!)^2}", False),
         (r"\frac{1}{2014!^{2014}}", r"\frac{1}{2013!^{2014}}", False),
@@ -224,6 +227,9 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\frac{e^2}{2}", r"\frac{1}{2}e^2", True),
     ],
     "expressions": [
+        (r"\log_{10} 2", r"\ln 2", False),
+        (r"\log 5", r"\ln 7", False),
+        (r"10 \log 2", r"10 \log_2 2", False),
         (r"2\Omega", r"2\omega", False),
         (r"\Phi(x)", r"\phi(x)", False),
         (r"\Delta", r"\delta", False),
@@ -688,6 +694,9 @@ PAIRS: dict[str, list[Pair]] = {
         ("60", r"60,000 \text{ g}", False),
     ],
     "units of physics": [
+        (r"4 \text{ Nm}", r"4 \text{ nm}", False),
+        (r"5 \text{ mW}", r"5 \text{ MW}", False),
+        (r"5 \text{ kg}", r"5 \text{ Kg}", True),
         ("13.6", r"13.6 \text{ eV}", True),
         ("13.6", "13.6 eV", True),
         ("12.4", r"12.4\,\mathrm{keV}", True),
