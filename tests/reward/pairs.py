@@ -104,6 +104,13 @@ PAIRS: dict[str, list[Pair]] = {
         ("10^{-3}", "-1000", False),
     ],
     "fractions": [
+        (r"\frac{\pi}{4}", r"\frac\pi4", True),
+        (r"\frac{\pi}{12}", r"\frac\pi{12}", True),
+        (r"\frac{\pi}{4}", r"\frac\pi3", False),
+        (r"\frac{n^2}{4}", r"\dfrac {n^2} 4", True),
+        (r"\frac{1}{x}", r"\frac{1}x", True),
+        (r"\frac{x}{2}", r"\frac2x", False),
+        (r"\frac{ab}{c}", r"\frac abc", False),
         (r"\frac{1}{12}", r"\frac112", False),
         (r"\frac{x}{2}", r"\frac12x", True),
         (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
@@ -190,6 +197,8 @@ PAIRS: dict[str, list[Pair]] = {
         (r"-2\frac{1}{2}", "-1.5", False),
     ],
     "roots and powers": [
+        ("e^e", "e^{e}", True),
+        ("x^e", "e^x", False),
         (r"2\sqrt{3}", r"\sqrt{12}", True),
         (r"2\sqrt{3}", r"2 \sqrt 3", True),
         (r"2\sqrt{3}", r"2\cdot\sqrt{3}", True),
