@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rloop_mcore.algorithm.advantage import group_advantages
 from rloop_mcore.algorithm.dynamic_sampling import informative_groups
@@ -185,7 +185,7 @@ class RLStep:
                 numbers = range(group.first, group.first + size)
                 group.seeds = [derive_seed(run_seed, "rollout", iteration, step, name, number) for number in numbers]
         open_rows = [(group, i) for group in wanted for i in group.unfinished]
-        requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i])) for g, i in open_rows]
+        requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i], self.stop)) for g, i in open_rows]
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
         enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
         with Grading(self.rewards, [g.prompt.problem for g, _ in open_rows], self.prompts.decode) as grading:
@@ -303,9 +303,24 @@ class RLStep:
             )
 
 
-def _begun(completion: Completion | None) -> Completion | None:
-    """What an aborted answer leaves to go on from."""
-    return completion if completion is not None and completion.response_ids else None
+def _begun(completion: Completion | None, stop: Sequence[str]) -> Completion | None:
+    """What an aborted answer leaves to go on from.
+
+    Engines look for stop strings in the tokens that they sample from there on: what may be the beginning of one, a
+    token a byte, is sampled anew.
+    """
+    if completion is None:
+        return None
+    kept = len(completion.response_ids) - max((len(text.encode()) - 1 for text in stop), default=0)
+    if kept <= 0:
+        return None
+    runs, left = [], kept
+    for version, tokens in completion.weight_versions:
+        if left > 0:
+            runs.append((version, min(tokens, left)))
+        left -= tokens
+    ids, logprobs = completion.response_ids[:kept], completion.logprobs[:kept]
+    return replace(completion, response_ids=ids, logprobs=logprobs, weight_versions=tuple(runs))
 
 
 def _visits(iteration: int, step: int, groups: Sequence[Group]) -> list[tuple[str, Visit]]:

@@ -238,8 +238,12 @@ def _check_rollout(config: Config, elsewhere: bool) -> None:
         reason = "a server that others started" if rollout.endpoints else "an engine that generates meanwhile"
         raise UserError(f"rollout.sleep=true with rollout.{key}: {reason} cannot sleep while the policy trains.")
     for endpoint in config.rollout.endpoints:
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
+        try:
+            parts = urlsplit(endpoint)
+            usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+        except ValueError:  # a port that is no number or too large, half an IPv6 address
+            usable = False
+        if not usable:
             raise UserError(f"rollout.endpoints holds {endpoint!r}: an endpoint looks like http://HOST:PORT.")
         if parts.username is not None or parts.password is not None:
             raise UserError("rollout.endpoints holds a password: give the key in the environment (RLOOP_ENGINE_KEY).")

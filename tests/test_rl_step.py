@@ -337,6 +337,33 @@ def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> Non
     assert sum(step.rewards.seen.values()) == finished  # each was graded once, and only whole
 
 
+class EndsWithNewlines(SeedEcho):
+    """Aborts p0 once after the first of the two newlines at which a response ends; looks for them as engines do."""
+
+    newline = 1
+
+    def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: SampleRequest) -> Completion:
+        whole = (5, 6, self.newline, self.newline)
+        versions = ((1, 2), (2, 2))
+        if request.prompt_ids == (0,) and request.partial is None and len(self.requests) <= 3 * GROUP:
+            return Completion(whole[:3], (-0.5,) * 3, "abort", ((1, 2), (2, 1)))
+        if request.partial is not None:
+            assert request.partial == Completion(whole[:2], (-0.5,) * 2, "abort", ((1, 2),))
+        return Completion(whole, (-0.5,) * 4, "stop", versions)
+
+
+def test_a_response_goes_on_from_before_what_may_be_the_beginning_of_a_stop() -> None:
+    step = make(first_only, sampled_per_step=2, prompts_per_step=1, sampling_rounds=1)
+    step.config.rollout.overprovision = 0.5
+    step.stop = ("\n\n",)
+    rollout = step.rollout = EndsWithNewlines()
+    step.collect(0, 1, step.collect(0, 0, 0).position)
+    assert sum(request.partial is not None for request in rollout.requests) == GROUP
+
+
 class GroupByGroup(SeedEcho):
     """Generates a group after the other, the last one first, each once `may_go_on` lets it."""
 

@@ -90,6 +90,9 @@ def test_engines_that_cannot_sleep_are_refused_by_the_key_that_says_so(key: str)
     [
         ("localhost:30000", "http://"),
         ("http://user:word@localhost:30000", "RLOOP_ENGINE_KEY"),
+        ("http://localhost:3000O", "http://HOST:PORT"),
+        ("http://localhost:300000", "http://HOST:PORT"),
+        ("http://[::1:30000", "http://HOST:PORT"),
     ],
 )
 def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -169,6 +170,9 @@ class EngineClient:
                 "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
             )
         completions = [parse_completion(answer, where) for answer in answers]
+        for ids in (c.response_ids for c in completions if c.response_ids):
+            if min(ids) < 0 or max(ids) >= self.vocabulary:
+                raise self._error("/generate", f"an answer has an id outside the vocabulary of {self.vocabulary}", 200)
         if stamped != self._stamped and not all("weight_versions" in answer["meta_info"] for answer in answers):
             raise self._error(
                 "/generate",
@@ -349,6 +353,8 @@ def parse_completion(answer: Any, where: str) -> Completion:
     if scored_ids != ids:
         counts = f"{len(ids)} output_ids and {len(scored_ids)} logprobs"
         raise EngineError(f"{where}: {counts} do not name the same tokens", 200)
+    if not math.isfinite(sum(logprobs)):
+        raise EngineError(f"{where}: a logprob is not finite", 200)
     whole = [{"version": _get(meta, "weight_version", where), "start": 0, "end": len(ids)}]
     return Completion(tuple(ids), logprobs, str(reason), _versions(meta.get("weight_versions") or whole, ids, where))
 

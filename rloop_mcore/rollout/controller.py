@@ -257,6 +257,8 @@ class Controller:
                 answer = await client.generate(call.requests, sampling, call.rid)
                 for request, completion in zip(call.requests, answer, strict=True):
                     self._check(client.url, request, completion, sampling, oldest)
+                    if completion.finish_reason == "abort" and not call.aborted:
+                        raise EngineError(f"{client.url}: a sample was aborted that the run did not abort", 200)
                 seconds = time.monotonic() - begun
                 call.answer = [
                     _signed(completion, request.partial, engine.number, started, seconds)

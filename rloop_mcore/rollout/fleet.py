@@ -130,9 +130,7 @@ class Fleet:
     def adopt_weights(self) -> None:
         """Take what the engines were started with as version 0: an evaluation trains nothing."""
         self.wait_ready()
-        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
-        self._submit(together(*(client.set_weight_version("0") for client in clients.values()))).result()
-        self._submit(self._promote(clients, 0)).result()
+        self._adopt({engine: _client(engine) for engine in self._controller.in_state("waiting")})
         self.version = 0
 
     def submit(
@@ -198,13 +196,20 @@ class Fleet:
         self._submit(self._promote(clients, version)).result()
         return metrics
 
+    def _adopt(self, clients: dict[Engine, EngineClient]) -> None:
+        self._submit(together(*(client.set_weight_version("0") for client in clients.values()))).result()
+        self._submit(self._promote(clients, 0)).result()
+
     def _catch_up(self, version: int | None) -> None:
         """Bring engines that came back to the current weights, while the others go on generating."""
         clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
-        if not clients or self._export is None or version is None:
+        if not clients or version is None:
             return
         try:
-            self._bring(clients, self._export, version)
+            if self._export is None:  # a server started anew holds what it was started with before
+                self._adopt(clients)
+            else:
+                self._bring(clients, self._export, version)
         except (EngineError, TimeoutError) as error:
             if not self._lose_culprits(clients, error):
                 for engine in clients:

@@ -132,7 +132,9 @@ class _ChildServer:
         return None if status is None else f"{self.kind} ended with status {status}; {self._last_lines()}"
 
     def _last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        # SGLang tells the key at other log levels than the one it is started with (rollout.server_args).
+        text = self.log.read_text(errors="replace").replace(self.api_key, "(the key)")
+        lines = text.splitlines()[-_LOG_LINES:]
         return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
     def restart(self) -> None:

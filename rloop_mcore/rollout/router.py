@@ -6,9 +6,9 @@ it is asked once who its workers are, and everything goes to these directly.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +18,7 @@ from rloop_mcore.errors import UserError
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the site must not see the key
 
 
 def engines_of(endpoints: Sequence[str], api_key: str | None) -> list[str]:
@@ -46,9 +47,9 @@ def _workers(url: str, api_key: str | None) -> list[dict[str, Any]] | None:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(f"{url}/workers", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as response:
+        with _DIRECT.open(request, timeout=_ANSWER_S) as response:
             answer = json.load(response)
-    except (urllib.error.URLError, TimeoutError, OSError, ValueError):
+    except (http.client.HTTPException, OSError, ValueError):  # URLError and TimeoutError are OSErrors
         return None
     workers = answer.get("workers") if isinstance(answer, dict) else None
     return workers if isinstance(workers, list) else None

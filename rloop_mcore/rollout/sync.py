@@ -223,7 +223,12 @@ async def _begin(client: EngineClient) -> None:
 
 async def _verify(client: EngineClient, expected: list[dict[str, str]], timeout_s: float) -> None:
     """Raises EngineError, naming a tensor, where a rank of the engine does not hold what was sent."""
-    for tp_rank, found in await client.checksums(timeout_s):
+    answers = await client.checksums(timeout_s)
+    ranks = sorted({tp_rank for tp_rank, _ in answers})
+    if ranks != list(range(len(expected))):
+        text = f"{client.url}: checksums are of ranks {ranks}, the engine has {len(expected)}"
+        raise EngineError(text, engine=client.url)
+    for tp_rank, found in answers:
         wrong = difference(expected[tp_rank], found)
         if wrong is not None:
             raise EngineError(

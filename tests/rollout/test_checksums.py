@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Any
 
@@ -12,8 +13,10 @@ from served_model import tile_checksum
 
 from rloop_mcore.errors import Fault
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
+from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.hashers import TileHasher, embedded_hasher, sglang_cpu_hasher
 from rloop_mcore.rollout.served import ServedModel, kept_weights
+from rloop_mcore.rollout.sync import _verify
 
 
 def _words(count: int) -> np.ndarray:
@@ -194,3 +197,16 @@ def test_a_difference_is_one_sentence() -> None:
     assert difference({"a": "1"}, {"a": "1"}) is None
     found = difference({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"})
     assert found == "1 with other values (e.g. b) and 1 missing (e.g. c) and 1 that were not sent (e.g. d) of 3 tensors"
+
+
+@pytest.mark.parametrize("ranks", [[], [0], [0, 2], [0, 1, 2]])
+def test_an_engine_that_leaves_out_a_rank_is_not_verified(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = {"model.norm.weight": "0" * 16}
+
+    async def checksums(client: EngineClient, timeout_s: float) -> list[tuple[int, dict[str, str]]]:
+        return [(rank, sums) for rank in ranks]
+
+    monkeypatch.setattr(EngineClient, "checksums", checksums)
+    client = EngineClient("http://engine", None, vocabulary=10, generate_timeout_s=1.0)
+    with pytest.raises(EngineError, match="http://engine: .* ranks .* has 2"):
+        asyncio.run(_verify(client, [sums, sums], 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_answers_that_are_cut_or_of_the_wrong_shape(answer: bytes, words: str) -
         _ask(handler, _generate)
 
 
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
+    meta = GOOD["meta_info"] | {"output_token_logprobs": [[-0.5, 4, None], [-1.5, wrong, None]]}  # type: ignore[operator]
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response([GOOD | {"output_ids": [4, wrong], "meta_info": meta}])
+
+    with pytest.raises(EngineError, match="/generate: an answer has an id outside the vocabulary of 10"):
+        _ask(handler, _generate)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -93,6 +105,7 @@ def test_answers_that_are_cut_or_of_the_wrong_shape(answer: bytes, words: str) -
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None]], "2 output_ids and 1 logprobs"),
         (("meta_info", "output_token_logprobs"), [[None, 4, None]], "output_token_logprobs is not"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None], [-0.5, 6, None]], "same tokens"),
+        (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "weight_version"), "default", "never synced"),
         (("meta_info", "finish_reason"), {}, "lacks 'type'"),
     ],

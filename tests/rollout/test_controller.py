@@ -350,6 +350,23 @@ def test_a_partial_response_that_is_aborted_before_its_next_token_is_no_fault_of
     run_virtually(work())
 
 
+def test_a_call_that_somebody_else_aborted_is_sent_again() -> None:
+    """Whoever has the key of an adopted server, for one: `/abort_request` with `abort_all`."""
+
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            requests = make_requests(groups=2, size=4)
+            answers = asyncio.ensure_future(fleet.controller.generate(requests, SAMPLING))
+            await asyncio.sleep(0.5)
+            client = fleet.servers[0].client
+            assert client is not None
+            await client.abort(next(iter(client._jobs)), 4)
+            _assert_answered(requests, await answers, 4)
+            assert (fleet.controller.counters.retries, fleet.controller.counters.lost) == (1, 0)
+
+    run_virtually(work())
+
+
 def test_a_cancelled_run_leaves_no_load_behind_and_others_go_on() -> None:
     async def work() -> None:
         async with SimulatedFleet(4, limit=8) as fleet:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,24 @@ def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_
             server.process.kill()
             server.process.wait()
         _assert_by(other_model, fleet, 3)
+
+
+def test_an_engine_of_adopted_weights_that_is_killed_comes_back_with_them(
+    model_path: Path, tmp_path: Path, reference: PreTrainedModel
+) -> None:
+    """As in `rloop evaluate`, where no sync brings it back."""
+    server = start_server(model_path, tmp_path, "engine", max_running=16)
+    with make_fleet([server], None) as fleet:
+        fleet.adopt_weights()
+        server.process.kill()
+        server.process.wait()
+        answers = fleet.submit(_requests(), SAMPLING)
+        with ThreadPoolExecutor(1) as waiting, contextlib.suppress(TimeoutError):
+            try:
+                waiting.submit(fleet.wait, answers).result(60)
+            finally:
+                fleet.cancel()
+        assert_by(reference, _requests(), answers.result(0), 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

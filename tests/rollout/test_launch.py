@@ -79,6 +79,18 @@ def test_the_key_is_in_no_command_line_and_no_log(server: EmbeddedServer) -> Non
     assert server.api_key not in server.log.read_text()
 
 
+def test_a_key_in_a_servers_log_is_not_quoted(tmp_path: Path) -> None:
+    """As SGLang logs it with `rollout.server_args=[--log-level,info]`."""
+    server = start_server(tmp_path / "nowhere", tmp_path, "engine")
+    server.process.wait()
+    with open(server.log, "a") as log:
+        log.write(f"server_args=ServerArgs(api_key={server.api_key!r})\n")
+    failure = server.failure()
+    server.stop()
+    assert failure is not None and "ServerArgs" in failure
+    assert server.api_key not in failure
+
+
 def test_every_server_has_its_own_key(model_path: Path, tmp_path: Path) -> None:
     servers = [start_server(tmp_path, tmp_path, f"engine-{i}") for i in range(2)]
     for server in servers:

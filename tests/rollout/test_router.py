@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,9 +22,11 @@ def worker(url: str, **changes: Any) -> dict[str, Any]:
 
 class Router(BaseHTTPRequestHandler):
     workers: list[dict[str, Any]]
+    asked: list[str]
     key = "secret"
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         known = self.headers["Authorization"] == f"Bearer {self.key}"
         self.send_response(404 if self.path != "/workers" else 200 if known else 401)
         self.end_headers()
@@ -37,6 +40,7 @@ class Router(BaseHTTPRequestHandler):
 @pytest.fixture
 def router() -> Iterator[str]:
     Router.workers = [worker("http://b:2"), worker("http://a:1", is_healthy=False)]
+    Router.asked = []
     with HTTPServer(("127.0.0.1", 0), Router) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -71,3 +75,29 @@ def test_workers_that_can_be_no_engines_are_refused(router: str, workers: list[d
     Router.workers = workers
     with pytest.raises(UserError, match=words):
         engines_of([router], "secret")
+
+
+def test_a_proxy_of_the_site_is_not_asked_and_does_not_see_the_key(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", router)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of the first request of the process
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1', 1)}"
+    assert engines_of([nobody], "secret") == [nobody]
+    assert not Router.asked
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
+def test_what_does_not_speak_http_stays_as_it_is(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(answer)
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert engines_of([url], None) == [url]
+        thread.join()
