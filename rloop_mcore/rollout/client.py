@@ -205,9 +205,6 @@ class EngineClient:
     async def flush_cache(self) -> None:
         await self._call("POST", "/flush_cache")
 
-    async def abort_all(self) -> None:
-        await self._call("POST", "/abort_request", {"abort_all": True})
-
     @property
     def asleep(self) -> bool:
         return bool(self._released)
@@ -305,7 +302,8 @@ class EngineClient:
         try:
             return await request
         except asyncio.CancelledError:
-            if self._given_up is None:
+            caller = asyncio.current_task()
+            if self._given_up is None or (caller is not None and caller.cancelling()):
                 raise
             raise self._error(path, self._given_up) from None
         except TimeoutError as error:

@@ -255,6 +255,24 @@ def test_a_server_that_generates_nothing_now_is_asked_what_it_is(alive: bool) ->
         _ask(handler, lambda client: client.health())
 
 
+def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
+    """Else its call would be sent to the next engine."""
+
+    async def handler(request: web.Request) -> web.Response:
+        await asyncio.sleep(20)
+        return web.json_response({})
+
+    async def both(client: EngineClient) -> None:
+        call = asyncio.ensure_future(_generate(client))
+        await asyncio.sleep(0.2)
+        client.give_up("it is lost")
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    _ask(handler, both)
+
+
 def test_the_keys_in_a_servers_info_are_dropped() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.json_response({"api_key": "secret", "launch_command": "--api-key secret", "tp_size": 2})
