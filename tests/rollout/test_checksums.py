@@ -208,5 +208,5 @@ def test_an_engine_that_leaves_out_a_rank_is_not_verified(ranks: list[int], monk
 
     monkeypatch.setattr(EngineClient, "checksums", checksums)
     client = EngineClient("http://engine", None, vocabulary=10, generate_timeout_s=1.0)
-    with pytest.raises(EngineError, match="http://engine: .* ranks .* has 2"):
+    with pytest.raises(EngineError, match=r"http://engine: .* ranks .* has 2"):
         asyncio.run(_verify(client, [sums, sums], 1.0))

@@ -87,7 +87,8 @@ def test_a_key_in_a_servers_log_is_not_quoted(tmp_path: Path) -> None:
         log.write(f"server_args=ServerArgs(api_key={server.api_key!r})\n")
     failure = server.failure()
     server.stop()
-    assert failure is not None and "ServerArgs" in failure
+    assert failure is not None
+    assert "ServerArgs" in failure
     assert server.api_key not in failure
 
 
