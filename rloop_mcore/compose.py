@@ -19,6 +19,9 @@ import rloop_mcore
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 
+# of their messages, what is about them and not about the configuration
+_HYDRAS_OWN = ("Config search path", "provider=", "Set the env", "reference_type=", "object_type=")
+
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -40,7 +43,7 @@ def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             return _typed(compose("config", list(overrides)), absent)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(_sentence(error)) from error
 
 
@@ -59,11 +62,14 @@ def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The resolved configuration that a run directory holds (`config.yaml`)."""
+    """The resolved configuration that a run directory holds (`config.yaml`). Raises UserError for another file."""
     try:
-        return _typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError) as error:
+        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_sentence(error)}") from error
+    if missing := OmegaConf.missing_keys(tree):
+        raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
+    return cast(Config, OmegaConf.to_object(tree))
 
 
 def to_yaml(config: Config) -> str:
@@ -104,8 +110,13 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except HydraException as error:
-            raise UserError(f"{text!r} is not an override: write key=value, e.g. run.seed=1.") from error
+            raise UserError(_unreadable(text)) from error
         key = override.key_or_group
+        if override.is_sweep_override():
+            lists = f"write {key}=[A,B] for a list, \"{key}='A,B'\" for a text"
+            raise UserError(f"{text} has several values: {f'choose one {key}' if key in groups else lists}.")
+        if key == "hydra.searchpath":
+            _check_folders(override.value())
         if key in groups and override.value() is None:
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key.startswith("hydra.") or key in keys | groups | sections:
@@ -114,8 +125,31 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
         raise UserError(f"{key} is not a key of the configuration (in {text!r}): did you mean {near}?")
 
 
+def _unreadable(text: str) -> str:
+    """Why Hydra's grammar does not take an override."""
+    key, sign, value = text.partition("=")
+    if not (key and sign):
+        return f"{text!r} is not an override: write key=value, e.g. run.seed=1."
+    if value.startswith("~"):
+        return f"{key}={value}: ~ is not expanded here: write {key}=$HOME{value[1:]}."
+    return (
+        f"{key}={value} cannot be read: letters beyond ASCII and signs such as = and ( need quotes within the shell's, "
+        f"\"{key}='VALUE'\", and so does each entry of a list that has some, \"{key}=['A','B']\"."
+    )
+
+
+def _check_folders(searchpath: Any) -> None:
+    """Hydra would only warn of a folder that is not there, and say that what is in it is unknown."""
+    for place in searchpath if isinstance(searchpath, list) else ():
+        path = str(place).removeprefix("file://")
+        if "://" not in path and not Path(path).is_dir():
+            raise UserError(f"hydra.searchpath holds {path}, which is no folder.")
+
+
 def _sentence(error: Exception) -> str:
     """The cause of a Hydra or OmegaConf error, its key first, without their hints on Hydra's own options."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"a configuration file has to be UTF-8 text ({error.reason}, byte {error.start})."
     cause: BaseException = error
     while isinstance(cause.__cause__, (HydraException, OmegaConfBaseException)):
         cause = cause.__cause__
@@ -127,6 +161,10 @@ def _sentence(error: Exception) -> str:
         return f"{group}={name}: did you mean {near}? There are {', '.join(cause.options)}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = getattr(cause, "full_key", None)
+    if key and "is not a ListConfig" in lines[0]:
+        return f"{key} is a list: write {key}=[A,B]."
     if key:
-        return f"{key}: {lines[0]}."
-    return " ".join(line for line in lines if not line.startswith(("Config search path", "provider=", "Set the env")))
+        return f"{key}: {lines[0].rstrip('.')}."
+    if "full_key: experiment" in lines:
+        return f"{lines[0].partition(':')[0]}: the first line, # @package _global_, is missing (docs/configs.md)."
+    return " ".join(line for line in lines if line != "full_key:" and not line.startswith(_HYDRAS_OWN))

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
 from rloop_mcore.compose import flat
-from rloop_mcore.config import Config, ModelConfig, RolloutConfig
+from rloop_mcore.config import Config, GpuConfig, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture, check_architecture
 from rloop_mcore.planning.engines import check_engine
@@ -24,9 +25,11 @@ from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal,
 from rloop_mcore.planning.nodes import idle_gpus
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _CHOICES = {
     "precision": PRECISIONS,
-    "model.family": ("auto", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+    "model.family": ("auto", *_FAMILIES),
+    "model.architecture.model_type": (None, *_FAMILIES),
     "algorithm.advantage": ("group_std", "group_mean", "leave_one_out"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
@@ -97,6 +100,7 @@ _NOT_NEGATIVE = (
     *(f"cluster.slurm.{name}" for name in ("signal_s", "cpus_per_node", "retries", "backoff_s")),
     *(f"guard.stall_{name}" for name in ("factor", "floor_s")),
     *(f"preflight.{name}_gib" for name in ("run", "tmp", "shm")),
+    *(f"cluster.gpu.{rate.name}" for rate in fields(GpuConfig) if rate.name != "name"),
     *(
         f"{section}.{name}"
         for section in ("optimizer", "rft.optimizer", "sft.optimizer")
@@ -123,14 +127,17 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
             raise UserError(f"{key}={value} must be a finite number.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
-            raise UserError(f"{key}={values[key]} is not one of {', '.join(choices)}.")
+            raise UserError(f"{key}={values[key]} is not one of {', '.join(filter(None, choices))}.")
     for key in _POSITIVE:
         if values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0.")
     for key in _POSITIVE_OR_NULL:
         if values[key] is not None and values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0, or null for none.")
-    for key in _NOT_NEGATIVE:
+    sizes = [
+        key for key, value in values.items() if key.startswith("model.architecture.") and isinstance(value, int | float)
+    ]
+    for key in (*_NOT_NEGATIVE, *sizes):
         if values[key] < 0:
             raise UserError(f"{key}={values[key]} must not be negative.")
     for key in _SHARES:
@@ -355,8 +362,8 @@ def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
         return found, str(folder / "config.json")
     if not stated:
         raise UserError(
-            f"model.path={model.path} holds no config.json and model.architecture is empty: give one of them, e.g. "
-            "model=qwen2.5_7b."
+            f"the model's sizes are not known: model.path={model.path} holds no config.json and model.architecture is "
+            "empty: give one of them, e.g. model=qwen2.5_7b."
         )
     return stated, "model.architecture"
 
@@ -367,9 +374,12 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        sizes = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(sizes, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(sizes).__name__}.")
+    return sizes
 
 
 def warnings(config: Config, problems: int) -> list[str]:

@@ -125,6 +125,13 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["nonsense"], ["nonsense", "key=value"]),
         (["run.dir=${nope}"], ["nope"]),
         (["run.deterministic=perhaps"], ["run.deterministic", "perhaps"]),
+        (["evaluation.k=1,8"], ["evaluation.k=1,8", "evaluation.k=[A,B]"]),
+        (["experiment=tiny,quickstart"], ["choose one experiment"]),
+        (["evaluation.k=8"], ["evaluation.k is a list", "evaluation.k=[A,B]"]),
+        (["run.dir=~/runs"], ["run.dir=$HOME/runs"]),
+        (["data.train=café.jsonl"], ["data.train=café.jsonl", "\"data.train='VALUE'\""]),
+        (["cluster.slurm.flags=[--exclude=n7]"], ["cluster.slurm.flags=['A','B']"]),
+        (["hydra.searchpath=[/nowhere]"], ["hydra.searchpath", "/nowhere", "no folder"]),
     ],
 )
 def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: list[str]) -> None:
@@ -133,6 +140,31 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"run: [", "broken.yaml"),
+        (b"caf\xe9: 1", "UTF-8"),
+        (b"run: {seed: 1}", "# @package _global_"),
+        (b"# @package _global_\nrun: {sed: 1}", "run.sed"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "broken.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_config([f"hydra.searchpath=[{tmp_path}]", "experiment=broken", *NEEDED])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"run: {dir: caf\xe9}", b"run: [", b"run: {seed: 1}"])
+def test_another_file_than_a_runs_configuration_is_refused_by_its_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml") as caught:
+        read_config(tmp_path / "config.yaml")
+    assert "command line" not in str(caught.value)
 
 
 def test_a_key_without_a_value_is_named() -> None:

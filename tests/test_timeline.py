@@ -19,8 +19,8 @@ def test_a_trace_holds_every_span_once_on_its_track(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x"), timeline.span("trainer", "sync", version=2):
         raise ValueError("x")  # a span that fails is recorded too
     timeline.close()
-    with (tmp_path / "timeline.jsonl").open("a") as file:
-        file.write('{"track": "engi')  # a kill in mid-line
+    with (tmp_path / "timeline.jsonl").open("ab") as file:
+        file.write(b'{"track": "eng\xc3')  # a kill in mid-line
     assert trace(tmp_path, None) == 0
     found = json.loads((tmp_path / "trace.json").read_text())
     spans = [event for event in found["traceEvents"] if event["ph"] == "X"]

@@ -11,7 +11,7 @@ import pytest
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.nodes import check_gpus
-from rloop_mcore.validate import check_device, check_model, check_values, warnings
+from rloop_mcore.validate import check_device, check_model, check_values, read_hf_config, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 
@@ -63,6 +63,10 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("guard.patience=0", ["guard.patience=0"]),
         ("guard.entropy_low=-0.1", ["guard.entropy_low=-0.1", "null"]),
         ("guard={entropy_low: 2, entropy_high: 1}", ["guard.entropy_low=2", "guard.entropy_high=1"]),
+        ("cluster.gpu.memory_gib=-1", ["cluster.gpu.memory_gib=-1", "negative"]),
+        ("cluster.gpu.network_gb_s=-5", ["cluster.gpu.network_gb_s=-5"]),
+        ("model.architecture.hidden_size=-5", ["model.architecture.hidden_size=-5"]),
+        ("model.architecture.model_type=gpt2", ["model.architecture.model_type=gpt2", "qwen2, qwen3"]),
         ("rft.steps=[200,210]", ["rft.steps=[200, 210]", "0 to 199"]),
         ("rft.min_tokens=2049", ["rft.min_tokens=2049", "rollout.max_tokens=2048"]),
         ("rft.optimizer.skip_grad=0", ["rft.optimizer.skip_grad=0", "null"]),
@@ -254,6 +258,12 @@ def test_routing_replay_needs_experts(tmp_path: Path) -> None:
     model(tmp_path)
     with pytest.raises(UserError, match="needs a model with experts"):
         check_model(load_config([*NEEDED, "actor.routing_replay=first_forward"]), tmp_path)
+
+
+def test_a_config_json_that_holds_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="JSON object, not a list"):
+        read_hf_config(tmp_path)
 
 
 def test_a_model_without_the_sizes_a_layout_needs_is_refused(tmp_path: Path) -> None:

@@ -73,11 +73,10 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises UserError if it isn't one, or if a file of it is damaged."""
     if not any((path / name).exists() for name in ("metrics.jsonl", "journal.jsonl", "evaluation")):
         raise UserError(f"{path} is not a run directory: it holds no metrics.jsonl, journal.jsonl or evaluation/")
-    config = path / "config.yaml"
     return Run(
         name=path.resolve().name,
         path=path,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=_read_config(path / "config.yaml"),
         metrics=_read_lines(path / "metrics.jsonl"),
         evaluations=_read_evaluations(path / "evaluation"),
         journal=_read_lines(path / "journal.jsonl"),
@@ -98,6 +97,19 @@ def pass_keys(metrics: dict[str, Any]) -> list[str]:
     """The names of the pass@k of an evaluation for k > 1, by k (pass@1 is Avg@n once more)."""
     keys = [key for key in metrics if key.startswith("pass@") and key != "pass@1"]
     return sorted(keys, key=lambda key: int(key.removeprefix("pass@")))
+
+
+def _read_config(path: Path) -> str:
+    if not path.exists():
+        return ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a YAML file ({error}): the file is damaged") from None
+    if not isinstance(settings, dict | None):
+        raise UserError(f"{path} holds no keys: it is not the configuration of a run")
+    return text
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     Overrides (KEY=VALUE) may stand between options. Leaves the process with 2 for what no command takes.
     """
+    top = _parser()
     inner: Sequence[str] = ()
     if words[:1] == ["launch"] and "--" in words:
         words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
-    top = _parser()
+        parse(inner)  # its mistakes show here, not in the job
     options, rest = top.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         top.error(f"{' '.join(unknown)}: not known to rloop {options.command}, see rloop {options.command} --help")
+    if inner and (options.sweep or options.force):
+        top.error("--sweep and --force are for training runs, and what follows -- is another command")
     if rest:
         options.overrides += rest
     options.inner = inner
@@ -60,6 +64,28 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(commands)
     return top
+
+
+def _new_file(text: str) -> Path:
+    """The path of a file that can be written, or written over. Raises ArgumentTypeError: not when the work is done."""
+    path = Path(text)
+    place = next(str(parent) for parent in path.absolute().parents if os.path.exists(parent))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{text} is no ordinary file: give the path of one")
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {place} is no folder that one can write to")
+    return path
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """A whole number within bounds."""
+
+    def number(text: str) -> int:
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
+
+    return number
 
 
 def _train(commands: Any) -> None:
@@ -150,7 +176,7 @@ def _evaluate(commands: Any) -> None:
     )
     command.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
     command.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
-    command.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON too")
+    command.add_argument("--json", type=_new_file, metavar="OUT", help="write the result as JSON too")
     command.add_argument(
         "--against", type=Path, metavar="JSON", help="an earlier result: paired differences with p-values"
     )
@@ -173,10 +199,12 @@ def _report(commands: Any) -> None:
         description="Write one HTML file, readable offline, with the curves and the final table of one or more runs.",
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: report.html in the first RUN_DIR")
     command.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
     command.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
-    command.add_argument("--port", type=int, default=0, metavar="N", help="for --live; default: any free one")
+    command.add_argument(
+        "--port", type=_number(0, 65535), default=0, metavar="N", help="of --live; default: any free one"
+    )
 
 
 def _compare(commands: Any) -> None:
@@ -188,8 +216,8 @@ def _compare(commands: Any) -> None:
     )
     command.add_argument("first", type=Path, metavar="RUN_A")
     command.add_argument("second", type=Path, metavar="RUN_B")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: compare.html in RUN_A")
-    command.add_argument("--json", type=Path, metavar="OUT", help="write the comparison as JSON too")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: compare.html in RUN_A")
+    command.add_argument("--json", type=_new_file, metavar="OUT", help="write the comparison as JSON too")
 
 
 def _cache(commands: Any) -> None:
@@ -203,8 +231,8 @@ def _cache(commands: Any) -> None:
     command.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
     command.add_argument("--quarantine", action="store_true", help="set damaged shards aside, and say what is lost")
     command.add_argument("--compact", action="store_true", help="merge small shards into large ones; same rows")
-    command.add_argument("--show", type=int, default=0, metavar="N", help="the first N trajectories as text")
-    command.add_argument("--export", type=Path, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
+    command.add_argument("--show", type=_number(0, 10**9), default=0, metavar="N", help="the first N rows as text")
+    command.add_argument("--export", type=_new_file, metavar="OUT.jsonl", help="write the trajectories as JSON lines")
     command.add_argument("--iteration", type=int, metavar="I", help="for --show and --export: of this iteration")
     command.add_argument("--problem", metavar="ID", help="for --show and --export: of this problem")
 
@@ -216,7 +244,7 @@ def _trace(commands: Any) -> None:
         description="Write what a run did when (generation, grading, training, syncs) as a Chrome trace.",
     )
     command.add_argument("run", type=Path, metavar="RUN_DIR")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: trace.json in the run directory")
+    command.add_argument("--out", type=_new_file, metavar="FILE", help="default: trace.json in the run directory")
 
 
 def _convert(commands: Any) -> None:
@@ -248,7 +276,9 @@ def _grade(commands: Any) -> None:
         description='Grade rows {"id", "gold", "pred"}; pred is a whole response.',
     )
     command.add_argument("file", type=Path, metavar="FILE.jsonl")
-    command.add_argument("--json", type=Path, metavar="OUT.jsonl", help="the rows with correct, reason and seconds")
+    command.add_argument(
+        "--json", type=_new_file, metavar="OUT.jsonl", help="the rows with correct, reason and seconds"
+    )
     command.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.tokenizer import TextTokenizer
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.cache_upkeep import iterations_lost, merge_small, set_damaged_aside, steps_lost
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path
@@ -30,6 +31,8 @@ def cache(options: Namespace) -> int:
 
     Raises UserError where there is no run, or a shard is damaged.
     """
+    if not (options.show or options.export) and (options.iteration, options.problem) != (None, None):
+        raise UserError("--iteration and --problem say which trajectories to --show or to --export: add one of these.")
     run = RunDirectory(options.run)
     config, console = run.read_config(), Console()
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
@@ -90,7 +93,10 @@ def _export(found: TrajectoryCache, out: Path, iteration: int | None, problem: s
 def _show(console: Console, found: TrajectoryCache, model: Path, options: Namespace) -> None:
     """The first trajectories as text, by the tokenizer of the run's model."""
     tokenizer = TextTokenizer(model)
-    for row in islice(found.rows(options.iteration, options.problem), options.show):
+    rows = list(islice(found.rows(options.iteration, options.problem), options.show))
+    if not rows:
+        console.print("no trajectory is of that iteration and problem")
+    for row in rows:
         console.rule(_heading(row), align="left")
         prompt, response = (tokenizer.decode(ids) for ids in (row.prompt_ids, row.response_ids))
         console.print(prompt, style="dim", markup=False, highlight=False, end="")

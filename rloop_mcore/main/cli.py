@@ -6,11 +6,20 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from collections.abc import Sequence
 
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.arguments import parse
+from rloop_mcore.platform.files import is_disk_full
+
+# what a path of the user's can be that keeps it from being read or written
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if is_disk_full(error):
+            print("rloop: no space is left on a disk: make some, and run the same command again.", file=sys.stderr)
+            return 1
+        if error.errno not in _OF_A_PATH or not error.filename:
+            raise
+        path = re.sub(r"\.tmp-\d+-", "", str(error.filename2 or error.filename))  # as the user knows it
+        print(f"rloop: {path} can't be read or written: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

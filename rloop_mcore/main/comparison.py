@@ -29,8 +29,9 @@ def read_result(path: Path) -> dict[str, Record]:
     except OSError as error:
         raise UserError(f"--against {path} cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--against {path} is not what `rloop evaluate --json` of this version writes ({error!r})."
+        raise UserError(  # not repr(error): of a file that is not UTF-8 that is all of its bytes
+            f"--against {path} is not what `rloop evaluate --json` of this version writes ({type(error).__name__}: "
+            f"{error})."
         ) from None
     return records
 

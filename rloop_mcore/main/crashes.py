@@ -65,7 +65,7 @@ class CrashRecord:
     def _read(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none, or a damaged one, which tells nothing either
             return {"place": None, "error": "", "config": "", "times": []}
 
 

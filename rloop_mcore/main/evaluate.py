@@ -97,8 +97,6 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
         raise UserError(f"evaluation.limit={config.evaluation.limit} must be at least 1, or null for all problems.")
     if not source.is_checkpoint:
         validate.check_model(config, source.path)
-    if options.json is not None and not (options.json.absolute().parent.is_dir() and not options.json.is_dir()):
-        raise UserError(f"--json {options.json} cannot be written: give a file in a folder that exists.")
     return config
 
 

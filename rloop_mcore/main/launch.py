@@ -12,7 +12,7 @@ from pathlib import Path
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
@@ -45,7 +45,9 @@ def launch(options: argparse.Namespace) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
-    return _submit(script, _save(script, runs))
+    job = _submit(script, _save(script, runs))
+    print(f"submitted job {job}; its log is {_log_of(job, runs)}")
+    return 0
 
 
 def _config(overrides: Sequence[str]) -> Config:
@@ -98,16 +100,30 @@ def _save(script: str, runs: Sequence[Run]) -> Path | None:
     return RunDirectory(runs[0].directory).jobs / "job.sh" if runs else None
 
 
-def _submit(script: str, saved: Path | None) -> int:
-    done = subprocess.run(
-        ["sbatch", "--parsable", *([str(saved)] if saved else [])],
-        input=None if saved else script,
-        capture_output=True,
-        text=True,
-        timeout=_SUBMIT_S,
-    )
+def _submit(script: str, saved: Path | None) -> str:
+    """Give the script to sbatch; returns the job's id."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *([str(saved)] if saved else [])],
+            input=None if saved else script,
+            capture_output=True,
+            text=True,
+            timeout=_SUBMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise Fault(
+            f"sbatch did not answer within {_SUBMIT_S:g} s: see with squeue whether it took the job, before the same "
+            "command again."
+        ) from None
     if done.returncode != 0:
         raise UserError(f"sbatch refuses the job: {done.stderr.strip()}")
-    job = done.stdout.strip().split(";")[0]
-    print(f"submitted job {job}" + (f"; its logs are in {saved.parent}" if saved else ""))
-    return 0
+    return done.stdout.strip().split(";")[0]
+
+
+def _log_of(job: str, runs: Sequence[Run]) -> str:
+    """Where the batch script's output goes, as slurm/script.py has it."""
+    if not runs:
+        return f"rloop-{job}.out"
+    if len(runs) == 1:
+        return str(RunDirectory(runs[0].directory).jobs / f"{job}.out")
+    return f"{runs[0].directory.parent}/{job}_K.out for run K, from 0 on"

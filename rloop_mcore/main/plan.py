@@ -31,7 +31,7 @@ _SHOWN = 10  # layouts of a search
 
 def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     """Print the plan. Raises UserError where the layout is illegal, or nothing fits of what was asked for."""
-    config = load_config(overrides, absent="-")
+    config = load_config(overrides, absent="(not given)")
     validate.check_values(config, elsewhere=True)
     check_gpus(config)
     validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
@@ -117,11 +117,9 @@ def _times(plan: Plan) -> dict[str, Any] | None:
 def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
     model, config = chosen.model, chosen.config
     parameters = total_parameters(model)
-    active = f", {parameters['active'] / 1e9:.2f} B of them a token's" if model.experts else ""
+    active = f", {_count(parameters['active'])} of them a token's" if model.experts else ""
     sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size > 1)
-    console.print(
-        f"{parameters['total'] / 1e9:.2f} B parameters{active}; {model.layers} layers of width {model.hidden}"
-    )
+    console.print(f"{_count(parameters['total'])} parameters{active}; {model.layers} layers of width {model.hidden}")
     console.print(
         f"{processes(config.layout)} of {_gpus(chosen)} GPUs train: {sizes or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
@@ -135,6 +133,10 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         fitting = sum(other.fits is not False for other in others)
         console.print(f"\n{len(others)} legal layouts, {fitting} of them fit; the best:")
         console.print(_search_table(others[:_SHOWN]))
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 5e6 else f"{parameters:,}"
 
 
 def _parts_table(worst: StageMemory) -> Table:

@@ -37,6 +37,11 @@ def find_policy(path: Path, step: str | None) -> Source:
         if step is not None:
             raise UserError(f"--step {step}: {path} is not a run directory, so it has one policy only.")
         check_not_removed(path)
+        if not any((path / name).exists() for name in ("config.json", "metadata.json")):
+            raise UserError(
+                f"--policy {path} holds no config.json and no metadata.json: give the folder of a Hugging Face "
+                "checkpoint, of a Megatron checkpoint or of a run."
+            )
         return Source(path)
     known = _policies(run)
     if step == PICKED or step is None:

@@ -76,8 +76,11 @@ class RunDirectory:
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
-        if not self.journal.exists() and any((self.path / "policies").glob("*")):
-            raise UserError(f"{self.journal} is gone but policies/ is not: restore it, or choose another run.dir.")
+        if any((self.path / "policies").glob("*")) and not Journal(self.journal).records:
+            raise UserError(
+                f"{self.journal} is gone or holds no record, and policies/ is there: restore it, or choose another "
+                "run.dir."
+            )
 
     def read_config(self) -> Config:
         """What the run was started with. Raises UserError where there is no run."""
@@ -137,17 +140,11 @@ class RunDirectory:
                 write_atomic(self.path / "fault.txt", report)
 
     def ending(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self.path / "ending.json").read_text()))
-        except FileNotFoundError:
-            return None
+        return _read_json(self.path / "ending.json")
 
     def previous_ending(self) -> dict[str, Any] | None:
         """How the process before this one ended; None where it left no word."""
-        try:
-            return dict(json.loads((self.path / "previous_ending.json").read_text()))
-        except FileNotFoundError:
-            return None
+        return _read_json(self.path / "previous_ending.json")
 
     def clear_ending(self) -> None:
         """Make way for this process's ending; the one before it is the previous one."""
@@ -156,6 +153,14 @@ class RunDirectory:
             os.replace(self.path / "ending.json", self.path / "previous_ending.json")
         for name in ("stop", "fault.txt"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file, or a damaged one."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def log_tail(log: Path, lines: int = 20) -> str:

@@ -57,10 +57,11 @@ def _role(process: psutil.Process) -> str:
 def _state(process: psutil.Process) -> str:
     """What the kernel knows: how many of the threads of each name wait where in it (0: they run)."""
     threads: Counter[str] = Counter()
-    for thread in Path(f"/proc/{process.pid}/task").iterdir():
-        with suppress(OSError):
-            name, where = ((thread / file).read_text().strip() for file in ("comm", "wchan"))
-            threads[f"{name} in {where or 'user space'}"] += 1
+    with suppress(FileNotFoundError):  # the process has ended, which psutil says below
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            with suppress(OSError):
+                name, where = ((thread / file).read_text().strip() for file in ("comm", "wchan"))
+                threads[f"{name} in {where or 'user space'}"] += 1
     words = [f"pid {process.pid}, {process.status()}: {' '.join(process.cmdline())[:300]}"]
     return "\n".join(words + [f"{count} threads {place}" for place, count in sorted(threads.items())]) + "\n"
 

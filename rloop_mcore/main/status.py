@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
@@ -80,5 +81,8 @@ def _state(run: RunDirectory, finished: bool) -> str:
 def _last_metrics(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return dict(json.loads(lines[-1])) if lines else {}
+    *whole, _being_written = path.read_bytes().split(b"\n")
+    try:
+        return dict(json.loads(whole[-1])) if whole else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}, line {len(whole)} is damaged ({error}): remove that line.") from error

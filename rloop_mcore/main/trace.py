@@ -16,7 +16,7 @@ def trace(run: Path, out: Path | None) -> int:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the run directory of a training run.")
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:  # the line that a kill cut short

@@ -32,6 +32,7 @@ from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.weights.tensor_files import catalogue
 
 _LOOK_S = 1.0
@@ -82,6 +83,7 @@ def _check_inputs(config: Config, model: Path) -> int:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
     PromptTemplate(config.data.template, TextTokenizer(model))
+    load_verifier(config.reward.verifier)
     if config.data.sampler is not None:
         load_sampler(config.data.sampler)
     if config.data.validation is not None:

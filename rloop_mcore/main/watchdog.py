@@ -69,7 +69,7 @@ def step_seconds(metrics: Path) -> float | None:
     """Median seconds between the last steps of the phase that is under way; None where there are not two."""
     lines: list[dict[str, Any]] = []
     with suppress(OSError):
-        for text in metrics.read_text(encoding="utf-8").splitlines():
+        for text in metrics.read_bytes().splitlines():
             with suppress(ValueError):  # the last line may not be complete
                 lines.append(json.loads(text))
     steps = [line for line in lines if line["total"]]

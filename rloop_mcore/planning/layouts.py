@@ -32,8 +32,8 @@ class ModelShape:
     def of(cls, config: Mapping[str, Any], file: Path | str = "config.json") -> ModelShape:
         """From an HF config.json that was read from `file`. Raises UserError where a size is missing."""
         for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if not isinstance(config.get(key), int):
-                raise UserError(f"{file} has no {key}: it does not describe a model that is supported.")
+            if not is_size(config.get(key)):
+                raise UserError(f"{file} has no {key} above 0: it does not describe a model that is supported.")
         heads, ffn = config["num_attention_heads"], config["intermediate_size"]
         return cls(
             layers=config["num_hidden_layers"],
@@ -43,6 +43,11 @@ class ModelShape:
             experts=config.get("num_experts") or config.get("num_local_experts") or 0,
             expert_ffn=config.get("moe_intermediate_size") or ffn,
         )
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a config.json is a whole number above 0."""
+    return isinstance(value, int) and value > 0
 
 
 def processes(layout: LayoutConfig) -> int:

@@ -1,21 +1,22 @@
 r"""Two parsed answers compared by math-verify, at a precision that suits their size.
 
 math-verify rounds decimals to six places and takes differences under 1e-15 for none, whatever the numbers' size: to it
-1.6e-19 is 1.7e-19, and 1/2004! is 1/2006!. Here both grow by the leading zeros of the smallest number there is.
+1.6e-19 is 1.7e-19, 1/2004! is 1/2006!, and 1 - 2^{-100} is 1 - 2^{-101}. Here both grow with the leading zeros: of the
+smallest number there is, and of the smallest part of one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union  # type: ignore[import-untyped]
+from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union, preorder_traversal  # type: ignore[import-untyped]
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
@@ -33,7 +34,8 @@ _EXTRACTION = [
     LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=_NORMALISATION)
 ]
 _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
-_MOST_ZEROS = 10_000
+_SMALLEST = 10**9  # bits after the point: 2^{-2^{2001}} has an exponent that is no float
+_MOST_ZEROS = 20_000  # beyond which only the same expression is equal
 
 Parsed = tuple[Any, ...]
 
@@ -47,11 +49,14 @@ def parse_answer(text: str) -> Parsed:
 
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
-    zeros = max((_zeros(item) for parsed in (gold, answer) for item in parsed), default=0)
+    items = [*gold, *answer]
+    zeros = _zeros(part for item in items for part in _parts(item))
+    if zeros > _MOST_ZEROS:
+        return any(one == other for one in gold for other in answer)
     if verify(
         list(gold),
         list(answer),
-        float_rounding=_ROUNDING + zeros,
+        float_rounding=_ROUNDING + _zeros(number for item in items for number in _numbers(item)),
         numeric_precision=_PRECISION + zeros,
         timeout_seconds=None,
     ):
@@ -84,9 +89,15 @@ def _exact(item: Any) -> Any:
     return item.xreplace({number: Rational(str(number)) for number in item.atoms(Float)})
 
 
-def _zeros(item: Any) -> int:
-    """Zeros after the decimal point of the smallest number in it, zero itself not counted."""
-    return max((_leading_zeros(number) for number in _numbers(item)), default=0)
+def _zeros(numbers: Iterable[Any]) -> int:
+    """Zeros after the decimal point of the smallest of them, zero itself not counted."""
+    return max(map(_leading_zeros, numbers), default=0)
+
+
+def _parts(item: Any) -> Iterator[Any]:
+    """All that the numbers in it are made of: SymPy takes a small part for none, as the 2^{-100} of 100!/2^{100}."""
+    for number in _numbers(item):
+        yield from preorder_traversal(number)
 
 
 def _numbers(item: Any) -> Iterator[Any]:
@@ -109,8 +120,8 @@ def _leading_zeros(number: Any) -> int:
         return 0
     if not mantissa:
         return 0
-    magnitude = math.log10(mantissa) + exponent * math.log10(2)
-    return min(max(0, math.ceil(-magnitude) - 1), _MOST_ZEROS)
+    magnitude = math.log10(mantissa) + max(-_SMALLEST, min(exponent, _SMALLEST)) * math.log10(2)
+    return max(0, math.ceil(-magnitude) - 1)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:
@@ -127,6 +138,8 @@ def _same_region(gold: Any, answer: Any) -> bool:
 def _region(item: Any) -> Any:
     if len(item.free_symbols) > 1:
         return None
+    if isinstance(item, Eq) and isinstance(item.rhs, Set):
+        return item.rhs  # x in [1, 2]
     if isinstance(item, FiniteSet) and item.args and all(_is_inequality(part) for part in item.args):
         return Union(*(_region(part) for part in item.args))  # x < -1 or x > 1
     if _is_inequality(item):

@@ -25,7 +25,8 @@ _NAMED = re.compile(
     | (?<=[fghPENSTV])\([^()=]*\) | \([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++""",
     re.VERBOSE,
 )
-_LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]{3,}|([A-Za-z])")  # neither a command's nor a word's
+_GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
+_LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
 _CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
 _INDEXED = re.compile(r"[0-9]\s*_")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
@@ -67,12 +68,17 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True
     if _bases_conflict(gold, answer):
         return True
-    if words_of(answer.text) - words_of(gold.text):
+    if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     names = _ASSIGNED.findall(answer.text)
     if is_tuple(gold.text) and names != sorted(names):
         return True  # y = 3, x = 4 is not (3, 4)
     return _ratios_conflict(gold.text, answer.text) or _brackets_conflict(gold.text, answer.text)
+
+
+def _is_product(word: str, gold: str) -> bool:
+    """Is a word nothing but variables of the gold: mgl where that has m, g and l?"""
+    return set(word) <= {found[2].casefold() for found in _LETTER.finditer(gold) if found[2]}
 
 
 def _bases_conflict(gold: Reading, answer: Reading) -> bool:
@@ -96,8 +102,9 @@ def cases_apart(gold: str, answer: str) -> tuple[str, str]:
 
     Not where the gold is but letters: choices, and x for X, are taken either way; as is C for the constant "+ c".
     """
-    letters = {found[1] for text in (gold, answer) for found in _LETTER.finditer(text) if found[1]}
-    capitals = [letter for letter in sorted(letters) if letter.isupper() and letter.lower() in letters]
+    found_letters = (found[1] or found[2] for text in (gold, answer) for found in _LETTER.finditer(text))
+    letters = {letter for letter in found_letters if letter}
+    capitals = [letter for letter in sorted(letters) if letter != letter.lower() and letter.lower() in letters]
     if _CONSTANT.search(gold):
         capitals = [letter for letter in capitals if letter != "C"]
     if not capitals or re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(gold)):

@@ -56,7 +56,7 @@ def _read_row(line: bytes, where: str) -> dict[str, Any]:
     wanted = 'want {"id": ..., "gold": "the right answer", "pred": "the whole response"}'
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); {wanted}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; {wanted}")

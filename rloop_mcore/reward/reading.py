@@ -27,14 +27,25 @@ _SIGNS = str.maketrans(
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
 _NOISE = re.compile(r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?)\s?")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
+_TOKEN = r"[A-Za-z0-9]|\\(?:pi|theta|alpha|beta|lambda|mu|omega)(?![A-Za-z])"  # what \frac takes without braces
+_UNIT = r"\\(?:text|mathrm)\s*\{([^{}]*)\}"
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
     (re.compile(r"\\(?:[dtc]frac)(?![A-Za-z])"), r"\\frac"),
+    (
+        re.compile(rf"(?<=[0-9.}}])((?:\s|~|\\[,;: ])*)\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}([\^0-9]*)\s*\}}"),
+        r"\1\\text{\2/\3\4}",
+    ),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))\s*\{\s*([0-9][0-9.,]*|[a-z])\s*\}"), r" \1 "),
-    (re.compile(r"\\(frac|binom)\s*([0-9])\s+([0-9])"), r"\\\1{\2}{\3}"),
+    (re.compile(r"\\binom\s*([0-9])\s*([0-9])"), r"\\binom{\1}{\2}"),
+    (re.compile(rf"\\frac\s*({_TOKEN})"), r"\\frac{\1}"),
+    (re.compile(rf"\\frac\s*(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*({_TOKEN})"), r"\\frac\1{\2}"),
+    (re.compile(r"\^\s*(-[0-9]+|-[A-Za-z]|e)(?!\.?[0-9])"), r"^{\1}"),
+    (re.compile(r"([0-9]+|[A-Za-z])!\s*\^"), r"(\1!)^"),
+    (re.compile(r"\\[lr]brace(?![A-Za-z])"), lambda found: r"\{" if found[0] == r"\lbrace" else r"\}"),
     (re.compile(r"(?<=[0-9])\.(?=\s*[/)])"), ""),
     (re.compile(r"\{,\}|(?<!\\);"), ","),
     (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),

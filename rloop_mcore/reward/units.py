@@ -7,22 +7,26 @@ To it "2ab" is 2, and 5 hours are 5 minutes. Its own search is therefore off, an
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 # Every spelling of a unit; the first is its name. A plural "s" is understood.
 _NAMES = """
-mm millimeter millimetre; cm centimeter centimetre; dm decimeter decimetre; m meter metre; km kilometer kilometre
-in inch inches; ft foot feet; yd yard; mi mile; mg milligram; g gram gm; kg kilogram; lb pound; oz ounce; ton tonne
-s sec second; min minute; h hr hour; day; week wk; month; year yr; mph; kmh kmph; degree deg; radian rad
-ml milliliter millilitre; L l liter litre; gal gallon; qt quart; pt pint; cup; acre; hectare ha
-Hz hertz; N newton; J joule; kJ kilojoule; W watt; kW kilowatt; V volt; A ampere; Pa pascal; K kelvin; mol mole
-cent; dollar; euro; rupee; unit
+nm nanometer nanometre; µm um micron micrometer micrometre; mm millimeter millimetre; cm centimeter centimetre
+dm decimeter decimetre; m meter metre; km kilometer kilometre; in inch inches; ft foot feet; yd yard; mi mile
+angstrom; AU; pc parsec; kpc; Mpc; ly; mg milligram; g gram gm; kg kilogram; lb pound; oz ounce; ton tonne
+ns nanosecond; µs us microsecond; ms millisecond; s sec second; min minute; h hr hour; day; week wk; month; year yr
+mph; kmh kmph; rpm; degree deg; radian rad; ml milliliter millilitre; L l liter litre; gal gallon; qt quart; pt pint
+cup; acre; hectare ha; Hz hertz; kHz; MHz; GHz; THz; N newton; kN; dyn dyne; J joule; kJ kilojoule; MJ; mJ; erg
+eV; keV; MeV; GeV; cal calorie; kcal; W watt; mW; kW kilowatt; MW; GW; V volt; mV; kV; A ampere; mA; µA; ohm; kohm; Mohm
+Pa pascal; kPa; MPa; GPa; atm; C coulomb; F farad; T tesla; K kelvin; mol mole; mmol; M molar; dB decibel
+bit; byte; kB KB; MB; GB; cent; dollar; euro; rupee; unit
 """
 _NAME = {
     spelling: names.split()[0] for line in _NAMES.split("\n") for names in line.split(";") for spelling in names.split()
 }
-_LONG_FORM = {"mph": "mi/h", "kmh": "km/h"}
-# Letters that are as often variables: a unit only after a space.
-_AMBIGUOUS = frozenset({"m", "g", "s", "h", "L", "l"})
+_LONG_FORM = {"mph": ("mi", "h"), "kmh": ("km", "h")}
+# Of one or two letters, and yet a unit without a space: 5cm. 5m, 2mg and 3nm are products.
+_UNSPACED = frozenset({"mm", "cm", "km", "ft", "yd", "kg", "lb", "oz", "hr", "Hz", "kJ", "kW"})
 # Words that make of the number before them something else than an amount of that thing.
 _NO_UNIT_WORDS = """
     or and not no more less fewer least most than is are was be about approximately roughly maybe perhaps possibly to
@@ -33,21 +37,33 @@ _NO_UNIT_WORDS = """
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
-_POWER = r"(?:\s*\^\s*(?:[0-9]|\{[0-9]\}))?"
-_IN_TEXT = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}((?:{_TEXT}\{{[^{{}}]*\}}{_POWER}[/\s~]*)+)$")
-_BARE = re.compile(rf"(?<=[0-9.}})])({_SPACE})((?:[A-Za-z]++\.?{_POWER}[/\s]*+)++)$")
-_WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?([0-9])\}?)?|/")
-_UNWRAP = re.compile(rf"{_TEXT}\{{([^{{}}]*)\}}")
+_POWER = r"(?:\s*\^\s*(?:[0-9]|\{-?[0-9]\}))?"
+_WORDS = rf"{_TEXT}\{{(?:[^{{}}]|\{{-?[0-9]\}})*+\}}{_POWER}"
+_BETWEEN = r"(?:[/\s~]|\\[,;:! ]|\\cdot(?![A-Za-z]))*+"
+_IN_TEXT = re.compile(
+    rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*+)$"
+)
+_BARE = re.compile(rf"(?<=[0-9.}})])({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
+_PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
+_WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
+_UNWRAP = re.compile(rf"{_TEXT}\{{((?:[^{{}}]|\{{-?[0-9]\}})*+)\}}|\\cdot|\\[,;:! ]")
+# Units that are written with commands, as words.
+_ANGSTROM = re.compile(r"\\AA(?![A-Za-z])|Å|\\mathring\s*\{\s*(?:\\(?:text|mathrm)\s*\{\s*A\s*\}|A)\s*\}")
+_OHM = re.compile(rf"((?:~|\\[,;: ])\s*)(?:{_TEXT}\{{\s*([kM]?)\s*\}}|([kM]))?\s*\\Omega$")
+_MICRO = re.compile(rf"\\mu\s*({_TEXT}\{{)\s*|((?:~|\\[,;: ])\s*)\\mu\s+(?=m$)|μ")
 
 
 def split_unit(answer: str) -> tuple[str, str]:
     r"""(the answer without its unit, the unit's name), ("", "") standing for no change.
 
-    The name is "" where there is no unit, "?" where it is none that is known ("apples"), else such as "cm^2" or "mi/h".
+    The name is "" where there is no unit, "?" where it is none that is known ("apples"), else such as "cm^2" or
+    "h^-1 mi", in one order.
     """
+    answer = _MICRO.sub(lambda found: f"{found[1] or found[2] or ''}µ", _ANGSTROM.sub(" angstrom ", answer))
+    answer = _OHM.sub(lambda found: f"{found[1]}{found[2] or found[3] or ''}ohm", answer)
     if found := _IN_TEXT.search(answer):
         unit = _name(_UNWRAP.sub(r" \1 ", found[1]), spaced=True, known_only=False)
-    elif found := _BARE.search(answer):
+    elif (found := _BARE.search(answer)) and not _PRODUCT.fullmatch(found[2]):
         spaced = bool(found[1].strip("!\\")) and re.search(r"[0-9.]$", answer[: found.start()]) is not None
         unit = _name(found[2], spaced, known_only=not spaced)
     else:
@@ -57,33 +73,40 @@ def split_unit(answer: str) -> tuple[str, str]:
 
 def _name(text: str, spaced: bool, known_only: bool) -> str:
     """The canonical name of a unit written as `text`; "" if it is none."""
-    parts: list[str] = []
-    known = True
+    powers: Counter[str] = Counter()
+    known, sign, power_word = True, 1, 1
     for word in _WORD.finditer(text):
         spelling = word[1]
         if spelling is None or spelling == "per":
-            parts.append("/")
+            sign = -1  # of all that follows: J/kg K
             continue
         if spelling.casefold() in _NO_UNIT:
             return ""
         if spelling in ("square", "sq", "cubic"):  # 18 square units; of 18 square inches and 18 in^2
-            parts.append(f"{spelling[:2]}:")
+            power_word = 3 if spelling == "cubic" else 2
             continue
         name = _lookup(spelling)
-        if name is None or (name in _AMBIGUOUS and not spaced):
+        if name is None or (not spaced and len(spelling) < 3 and spelling not in _UNSPACED):
             if known_only or len(spelling) < 3:
                 return ""
             known = False
             name = spelling
-        power = {"sq:": "2", "cu:": "3"}.get(parts.pop() if parts and parts[-1].endswith(":") else "", word[2] or "")
-        parts.append(_LONG_FORM.get(name, name) + (f"^{power}" if power else ""))
-    if not parts or re.search(r"[0-9]", re.sub(r"\^\s*\{?[0-9]\}?", "", text)):
+        power = int(word[2] or power_word)
+        power_word = 1
+        over, *under = _LONG_FORM.get(name, (name,))
+        powers[over] += power if power < 0 else sign * power
+        for part in under:
+            powers[part] -= sign * power
+    if not powers or re.search(r"[0-9]", re.sub(r"\^\s*\{?-?[0-9]\}?", "", text)):
         return ""
-    return "".join(parts) if known else "?"
+    units = (name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
+    return " ".join(units) if known else "?"
 
 
 def _lookup(spelling: str) -> str | None:
-    for form in (spelling, spelling.casefold(), spelling.casefold().removesuffix("s")):
-        if form in _NAME:
-            return _NAME[form]
-    return None
+    if spelling in _NAME:
+        return _NAME[spelling]
+    small = spelling.casefold()
+    if len(spelling) < 3 and small not in _UNSPACED:  # Nm is not nm
+        return None
+    return _NAME.get(small) or _NAME.get(small.removesuffix("s"))

@@ -39,6 +39,11 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
     """
     slurm = config.cluster.slurm
     apart = engine_nodes if slurm.hetjob else 0
+    if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= slurm.signal_s:
+        raise UserError(
+            f"cluster.slurm.time={slurm.time} is {limit_s} s, and cluster.slurm.signal_s={slurm.signal_s} s before its "
+            "end a job is told to stop: raise the limit, or lower signal_s."
+        )
     if slurm.hetjob and not engine_nodes:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
     logs = str(runs[0].directory / "slurm") if len(runs) == 1 else str(runs[0].directory.parent)
@@ -89,6 +94,16 @@ def _directives(config: Config, nodes: int, output: str, flags: Sequence[str]) -
         f"--export={','.join((*_ALWAYS, *slurm.environment))}",
         *flags,
     ]
+
+
+def _seconds(limit: str) -> int:
+    """Of MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]; 0 for no limit."""
+    if not _TIME.fullmatch(limit) or limit == "UNLIMITED":
+        return 0
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
 
 
 def _check(slurm: SlurmConfig) -> None:

@@ -103,8 +103,10 @@ class Model:
                 raise UserError(f"--tp {layout.tp} does not divide the {size} of {', '.join(section.names)}.")
         if self.layers % layout.pp:
             raise UserError(f"--pp {layout.pp} does not divide the {self.layers} layers.")
-        if max(self.experts, 1) % layout.ep:
-            raise UserError(f"--ep {layout.ep} does not divide the {self.experts or 'no'} experts of a layer.")
+        if layout.ep > 1 and not self.experts:
+            raise UserError(f"--ep {layout.ep} is for a model with experts.")
+        if self.experts % layout.ep:
+            raise UserError(f"--ep {layout.ep} does not divide the {self.experts} experts of a layer.")
 
     def writer(self, section: Section, tp_rank: int, layout: Layout) -> int | None:
         """The rank that writes this shard; None where another writes the same."""

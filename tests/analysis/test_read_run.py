@@ -53,6 +53,13 @@ def test_damage_is_located(rloop_run: Path) -> None:
         read_run(rloop_run)
 
 
+@pytest.mark.parametrize("content", [b"[1]", b"a: [", b"caf\xe9: 1"])
+def test_a_configuration_that_is_none_is_located(content: bytes, rloop_run: Path) -> None:
+    (rloop_run / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read_run(rloop_run)
+
+
 def test_an_evaluation_without_an_average_is_refused(rloop_run: Path) -> None:
     (rloop_run / "evaluation" / "base.json").write_text('{"metrics": {"pass@8": {}}}')
     with pytest.raises(UserError, match=r"base\.json is not an evaluation"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rloop_mcore.main.arguments import parse
@@ -28,6 +30,26 @@ def test_a_job_of_another_command() -> None:
     assert options.inner == ["evaluate", "--policy", "p", "--json", "o"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch", "--", "evalute", "--policy", "p"], "evalute"),
+        (["launch", "--", "evaluate", "--data", "d"], "--policy"),
+        (["launch", "--dry-run", "--"], "COMMAND"),
+        (["launch", "--sweep", "f", "--", "trace", "r"], "--sweep"),
+        (["report", "r", "--live", "--port", "65536"], "from 0 to 65535"),
+        (["cache", "r", "--show", "-3"], "-3"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_done(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
@@ -42,3 +64,21 @@ def test_help_is_printed_as_it_reads(command: str, capsys: pytest.CaptureFixture
         parse([command, "--help"])
     assert caught.value.code == 0
     assert "%%" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["grade", "a.jsonl", "--json"],
+        ["report", "RUN", "--out"],
+        ["compare", "A", "B", "--out"],
+        ["trace", "A", "--out"],
+    ],
+)
+def test_a_folder_is_no_file_to_write(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said at once, and not when all is graded."""
+    with pytest.raises(SystemExit) as caught:
+        parse([*words, str(tmp_path)])
+    assert caught.value.code == 2
+    assert f"{tmp_path} is no ordinary file" in capsys.readouterr().err
+    assert parse([*words, str(tmp_path / "new" / "file")])

@@ -63,3 +63,10 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
         read_result(tmp_path / "r.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_result(tmp_path / "none.json")
+
+
+def test_the_bytes_of_another_file_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_bytes(b"\xe0" * 10_000)
+    with pytest.raises(UserError, match="is not what") as caught:
+        read_result(tmp_path / "r.json")
+    assert len(str(caught.value)) < 300

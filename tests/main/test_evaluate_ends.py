@@ -28,6 +28,12 @@ def test_other_failures_are_not_explained_away(tmp_path: Path) -> None:
         (tmp_path / "x").read_bytes()
 
 
+def test_an_evaluation_of_no_problem_is_refused(tmp_path: Path) -> None:
+    options = argparse.Namespace(overrides=["evaluation.limit=0"], samples=None, k=None)
+    with pytest.raises(UserError, match=r"evaluation\.limit=0 must be at least 1"):
+        _config(options, Source(tmp_path))
+
+
 def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
     config = load_config(["experiment=tiny", "rollout.engine=sglang", "rollout.endpoints=[http://127.0.0.1:1]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

@@ -94,8 +94,10 @@ def test_config_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["run.seed=1"], r"model.path=- holds no config.json and model.architecture is empty: give one of them"),
+        (["run.seed=1"], r"model.path=\(not given\) holds no config.json and model.architecture is empty: give"),
         (["model.architecture.hidden_size=96"], r"model.architecture has no num_hidden_layers"),
+        ([*SEVEN_B, "model.architecture.num_hidden_layers=0"], r"model.architecture has no num_hidden_layers above 0"),
+        ([*SEVEN_B, "model.architecture.vocab_size=0"], r"model.architecture has no vocab_size above 0"),
         ([*SEVEN_B, "layout.dp=16"], r"layout.tp x pp x cp x dp is 16 processes, and the trainer has 8 GPUs"),
         ([*SEVEN_B, "precision=fp8_delayed", "fp8.first_bf16_layers=1"], r"fp8_delayed keeps no layers in bf16"),
     ],

@@ -62,6 +62,9 @@ def test_a_run_without_a_measurement_has_no_best(run: Path) -> None:
 
 
 def test_a_folder_has_no_steps(run: Path) -> None:
+    with pytest.raises(UserError, match=r"--policy .*base holds no config\.json"):
+        find_policy(run / "policies" / "base", None)
+    (run / "policies" / "base" / "config.json").touch()
     assert find_policy(run / "policies" / "base", None).run is None
     with pytest.raises(UserError, match="not a run directory"):
         find_policy(run / "policies" / "base", "last")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
-from rloop_mcore.main.status import status
+from rloop_mcore.main.status import read_status, status
 
 
 def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +33,37 @@ def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.C
     assert state["message"] == "stopped: SIGTERM came; the same command goes on from here"
     status(tmp_path, as_json=False)
     assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"\xcc\xff\n", b'{"a": 1}\n{"b"\n', b"[1]\n"])
+def test_damaged_metrics_are_a_sentence_and_a_line_that_is_being_written_is_none(
+    content: bytes, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line \d is damaged"):
+        status(tmp_path, as_json=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 1}\n{"b"')
+    assert read_status(run)["metrics"] == {"a": 1}
+
+
+def test_a_damaged_last_word_is_none(tmp_path: Path) -> None:
+    (tmp_path / "ending.json").write_bytes(b"\xff")
+    assert RunDirectory(tmp_path).ending() is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x00" * 500])
+def test_a_run_without_a_word_in_its_journal_is_not_begun_over_its_policies(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.touch()
+    (tmp_path / "policies" / "theta_0").mkdir(parents=True)
+    if content is not None:
+        run.journal.write_bytes(content)
+    with pytest.raises(UserError, match="restore it"):
+        run.create()
+    run.journal.unlink(missing_ok=True)
+    Journal(run.journal).record("started")
+    run.create()

@@ -212,6 +212,13 @@ def test_a_process_shows_where_it_hangs(hanging: subprocess.Popen[str], tmp_path
     assert hanging.poll() is None
 
 
+def test_a_process_that_has_ended_meanwhile_is_passed_over(hanging: subprocess.Popen[str], tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    gone = psutil.Process(ended.pid)
+    ended.communicate(b"\n")
+    assert len(collect([gone, psutil.Process(hanging.pid)], tmp_path / "stacks")) == 1
+
+
 def test_a_process_that_can_not_be_asked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with subprocess.Popen(["sleep", "600"]) as process:

@@ -42,6 +42,7 @@ def test_rows_keep_their_fields_and_order(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
         ("[1]", "line 2: not a JSON object"),
         ('{"id": "b", "pred": ""}', "line 2: no field 'gold'"),
         ('{"id": "b", "gold": 1, "pred": ""}', "line 2: 'gold' must be a string and is 1"),

@@ -108,12 +108,12 @@ def test_a_share_of_failures_is_of_all_the_items_and_not_of_those_that_came_firs
 
 
 def test_a_call_whose_items_are_still_to_come_ends_with_the_pool() -> None:
-    closed = threading.Event()
+    closed, first, second = threading.Event(), item("right"), item("right")
 
     def items() -> Iterator[tuple[Problem, str, bool]]:
-        yield item("right")
+        yield first
         assert closed.wait(60)
-        yield item("right")
+        yield second
 
     with ThreadPoolExecutor(1) as thread:
         with RewardPool(config(workers=1)) as pool:
@@ -133,8 +133,9 @@ def test_a_worker_killed_while_idle_is_replaced_and_blames_nobody() -> None:
     before = set(psutil.Process().children())
     with RewardPool(config(workers=1)) as pool:
         (worker,) = set(psutil.Process().children()) - before
+        (grader,) = worker.children()  # the kernel ends it with the worker, a moment later
         worker.kill()
-        worker.wait(10)
+        psutil.wait_procs([worker, grader], 10)
         assert pool.grade([item("right")])[0].correct
 
 

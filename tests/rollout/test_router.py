@@ -77,7 +77,9 @@ def test_workers_that_can_be_no_engines_are_refused(router: str, workers: list[d
         engines_of([router], "secret")
 
 
-def test_a_proxy_of_the_site_does_not_see_the_key(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_site_is_not_asked_and_does_not_see_the_key(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", router)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of the first request of the process

@@ -73,6 +73,8 @@ def test_the_scripts_of_the_repository_are_read_too() -> None:
     }
     for file in files:
         assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+        lines = file.read_text().splitlines()
+        assert sum("--exclusive" in line for line in lines) == sum("--mem=0" in line for line in lines)
         if shutil.which("shellcheck"):
             found = subprocess.run(["shellcheck", "--shell=bash", str(file)], capture_output=True, text=True)
             assert found.returncode == 0, found.stdout
@@ -164,6 +166,8 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
+        ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
+        ("cluster.slurm.time=4:30", "is 270 s"),
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
@@ -245,6 +249,17 @@ def test_faults_are_retried_with_back_off_until_they_bring_nothing(tmp_path: Pat
     assert (code, asked) == (1, [])
     assert "given up: 3 starts in a row without a new commit" in error
     assert ends.start("1", SLURM_JOB_ID="8")[1], "a job that the user submits counts anew"
+
+
+def test_the_back_off_ends_before_the_job_does(tmp_path: Path) -> None:
+    """Slurm would kill it at its limit, asleep, and start it no more."""
+    ends = Ends(tmp_path, "cluster.slurm.backoff_s=1000")
+    ends.script = ends.script.replace('|| sleep "', f'|| echo >>{tmp_path}/asked "slept ')
+    assert ends.start("1")[1] == ["slept 880", "scontrol requeue 7"]
+    slept, requeued = ends.start("1", SLURM_JOB_END_TIME=str(int(time.time()) + 60))[1]
+    assert 30 <= int(slept.removeprefix("slept ")) <= 40
+    assert requeued == "scontrol requeue 7"
+    assert ends.start("1", SLURM_JOB_END_TIME=str(int(time.time()) + 10))[1] == ["scontrol requeue 7"]
 
 
 def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path) -> None:
@@ -369,6 +384,40 @@ def test_without_slurm_it_says_what_to_do(
     assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
     assert "sbatch is not on PATH here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def stand_in_for_sbatch(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{body}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_where_a_jobs_log_will_be_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words against the script's own --output."""
+    stand_in_for_sbatch(tmp_path / "bin", "echo '7;cluster'", monkeypatch)
+    (tmp_path / "sweep").write_text(f"run.dir={tmp_path}/a\nrun.dir={tmp_path}/b\n")
+    for words, task in (
+        (["experiment=tiny", f"run.dir={tmp_path}/one"], ""),
+        (["experiment=tiny", "--sweep", str(tmp_path / "sweep")], "K"),
+        (["--", "trace", "r"], ""),
+    ):
+        assert main(["launch", "--dry-run", *words]) == 0
+        (output,) = {line for line in directives(capsys.readouterr().out) if line.startswith("--output=")}
+        log = output.removeprefix("--output=").replace("%A", "7").replace("%j", "7").replace("%a", task)
+        assert main(["launch", *words]) == 0
+        assert f"submitted job 7; its log is {log}" in capsys.readouterr().out
+
+
+def test_an_sbatch_that_does_not_answer_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_for_sbatch(tmp_path / "bin", "exec sleep 60", monkeypatch)
+    monkeypatch.setattr("rloop_mcore.main.launch._SUBMIT_S", 0.2)
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 1
+    assert "squeue" in capsys.readouterr().err
 
 
 def test_a_run_on_many_nodes_is_not_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

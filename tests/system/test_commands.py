@@ -20,8 +20,7 @@ pytestmark = pytest.mark.system
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
-        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "holds no config.json"),
-        (["evaluate", "--policy", "/x", "--data", "x", "evaluation.limit=0"], "evaluation.limit=0 must be at least 1"),
+        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "--policy /nowhere holds no config.json"),
         (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
         (
             ["evaluate", "--policy", "/nowhere", "--data", "x", "--against", "/none.json"],
@@ -49,6 +48,7 @@ def test_a_verifier_that_cannot_be_loaded_stops_the_run_with_exit_code_2(tmp_pat
     done = runs.rloop("train", "experiment=tiny", f"run.dir={tmp_path}", "reward.verifier=no.such:thing")
     assert done.returncode == 2
     assert "no.such" in done.stderr
+    assert not (tmp_path / "ranks.log").exists(), "it was to show before anything is started"
 
 
 @pytest.mark.timeout(400)

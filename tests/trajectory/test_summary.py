@@ -113,6 +113,16 @@ def test_rows_as_text_and_as_json_lines(run: Path, tmp_path: Path, capsys: pytes
     assert exported == json.loads(json.dumps(expected))
 
 
+def test_a_choice_of_rows_without_a_use_and_an_empty_one_are_said(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for choice in (["--iteration", "0"], ["--problem", "p2"]):
+        assert main(["cache", str(run), *choice]) == 2
+        assert "--show" in capsys.readouterr().err
+    assert main(["cache", str(run), "--show", "2", "--problem", "nobody"]) == 0
+    assert "no trajectory" in capsys.readouterr().out
+
+
 def test_a_damaged_shard_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", str(run), "--verify"]) == 0
     shard = run / "cache" / "shard-000001.parquet"

@@ -271,7 +271,7 @@ def test_a_malformed_folder_is_one_sentence(
     [
         (["--tp", "3"], "--tp 3 does not divide"),
         (["--pp", "3"], "--pp 3 does not divide the 4 layers"),
-        (["--ep", "2"], "--ep 2 does not divide the no experts"),
+        (["--ep", "2"], "--ep 2 is for a model with experts"),
         (["--tp", "0"], "--tp 0: it is at least 1"),
         (["--threads", "-1"], "--threads -1"),
         (["--family", "lama"], "model.family is 'lama'"),

@@ -1,0 +1,76 @@
+"""How `rloop` ends where a file of the user's can't be read or written: one sentence, and nothing is half done."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.main.cli import main
+
+
+def refuse(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `rloop status` meet this error; root, which may run the tests, may read everything."""
+
+    def fail(run: Path, as_json: bool) -> int:
+        raise error
+
+    monkeypatch.setattr("rloop_mcore.main.status.status", fail)
+
+
+@pytest.mark.parametrize(
+    ("number", "paths", "code", "words"),
+    [
+        (errno.EACCES, ("a/config.yaml",), 2, "a/config.yaml can't be read or written: Permission denied"),
+        (errno.EISDIR, ("a/.tmp-12-out", None, "a/out"), 2, "a/out can't be read or written: Is a directory"),
+        (errno.EROFS, ("a/.tmp-12-out",), 2, "a/out can't be read or written: Read-only file system"),
+        (errno.ENOSPC, (), 1, "no space is left"),
+    ],
+)
+def test_a_file_that_fails_is_a_sentence(
+    number: int,
+    paths: tuple[str | None, ...],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse(OSError(number, os.strerror(number), *paths), monkeypatch)
+    assert main(["status", "run"]) == code
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED])
+def test_other_failures_keep_their_traceback(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(OSError(number, os.strerror(number), "a"), monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        main(["status", "run"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["grade", "f.jsonl", "--json"],
+        ["report", "run", "--out"],
+        ["compare", "a", "b", "--json"],
+        ["cache", "run", "--export"],
+        ["trace", "run", "--out"],
+        ["evaluate", "--policy", "p", "--json"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for path, why in (
+        (tmp_path, "no ordinary file"),
+        (tmp_path / "file" / "x", "no folder"),
+        ("/dev/null", "ordinary"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, str(path)])
+        assert caught.value.code == 2
+        assert why in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
