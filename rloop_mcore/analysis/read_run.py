@@ -45,14 +45,10 @@ class Run:
     name: str
     path: Path
     config: str
+    settings: dict[str, Any]  # the configuration as nested dictionaries
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]  # in the order of training
     journal: list[dict[str, Any]]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The configuration as nested dictionaries."""
-        return yaml.safe_load(self.config) or {}
 
     def samples_file(self, evaluation: Evaluation) -> Path:
         """Where the graded responses of an evaluation are, if they are kept."""
@@ -73,10 +69,12 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises UserError if it isn't one, or if a file of it is damaged."""
     if not any((path / name).exists() for name in ("metrics.jsonl", "journal.jsonl", "evaluation")):
         raise UserError(f"{path} is not a run directory: it holds no metrics.jsonl, journal.jsonl or evaluation/")
+    config, settings = _read_config(path / "config.yaml")
     return Run(
         name=path.resolve().name,
         path=path,
-        config=_read_config(path / "config.yaml"),
+        config=config,
+        settings=settings,
         metrics=_read_lines(path / "metrics.jsonl"),
         evaluations=_read_evaluations(path / "evaluation"),
         journal=_read_lines(path / "journal.jsonl"),
@@ -99,9 +97,10 @@ def pass_keys(metrics: dict[str, Any]) -> list[str]:
     return sorted(keys, key=lambda key: int(key.removeprefix("pass@")))
 
 
-def _read_config(path: Path) -> str:
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Its text and what that holds."""
     if not path.exists():
-        return ""
+        return "", {}
     try:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
@@ -109,7 +108,7 @@ def _read_config(path: Path) -> str:
         raise UserError(f"{path} is not a YAML file ({error}): the file is damaged") from None
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no keys: it is not the configuration of a run")
-    return text
+    return text, settings or {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -82,16 +82,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rloop: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except OSError as error:
-        if is_disk_full(error):
-            print("rloop: no space is left on a disk: make some, and run the same command again.", file=sys.stderr)
-            return 1
-        if error.errno not in _OF_A_PATH or not error.filename:
+        told = _told(error)
+        if told is None:
             raise
-        path = re.sub(r"\.tmp-\d+-", "", str(error.filename2 or error.filename))  # as the user knows it
-        print(f"rloop: {path} can't be read or written: {error.strerror}.", file=sys.stderr)
-        return 2
+        code, sentence = told
+        print(f"rloop: {sentence}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         return 130
+
+
+def _told(error: OSError) -> tuple[int, str] | None:
+    """The exit code and the sentence of what a path or a disk of the user's did; None for any other failure."""
+    if is_disk_full(error):
+        return 1, "no space is left on a disk: make some, and run the same command again."
+    if error.errno not in _OF_A_PATH or not error.filename:
+        return None
+    path = re.sub(r"\.tmp-\d+-", "", str(error.filename2 or error.filename))  # as the user knows it
+    return 2, f"{path} can't be read or written: {error.strerror}."
 
 
 if __name__ == "__main__":

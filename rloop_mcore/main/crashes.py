@@ -16,7 +16,7 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.run_directory import RunDirectory, read_json
 from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
 
 ENOUGH = 3
@@ -63,10 +63,7 @@ class CrashRecord:
         return {"place": place, "error": error, "config": self._config, "times": []}
 
     def _read(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self._path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):  # none, or a damaged one, which tells nothing either
-            return {"place": None, "error": "", "config": "", "times": []}
+        return read_json(self._path) or {"place": None, "error": "", "config": "", "times": []}
 
 
 def _alike(error: str) -> str:

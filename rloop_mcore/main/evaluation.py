@@ -22,9 +22,9 @@ from rloop_mcore.evaluation.sampling import Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
+from rloop_mcore.main.training_problems import report_bad_golds
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
-from rloop_mcore.reward.golds import unverifiable
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.reward.verifiers import VOTES
 from rloop_mcore.types import Problem, Trajectory
@@ -65,6 +65,7 @@ class PolicyEvaluation:
             if kept.lost:
                 self._display.message(f"{kept.folder}: {', '.join(kept.lost)} damaged: those samples are drawn again")
             rows = self._rows(name, prompts, conditions, kept)
+            golds = [prompt.problem for prompt in prompts.prompts]
             record = {
                 "name": name,
                 "policy": self._label,
@@ -72,24 +73,12 @@ class PolicyEvaluation:
                 **asdict(conditions),
                 "sampling": {**asdict(conditions.sampling), "samples": config.evaluation.samples},
                 "too_long": prompts.too_long,
-                "bad_golds": self._bad_golds(name, prompts),
+                "bad_golds": report_bad_golds(name, golds, config, self._out / f"golds_{name}.json"),
                 "samples": str(kept.folder),
                 "seconds": round(time.monotonic() - started, 3),
             }
             write_atomic(kept.folder / "result.json", json.dumps(record, indent=1) + "\n")
         return record
-
-    def _bad_golds(self, name: str, prompts: TemplatePrompts) -> int:
-        """How many golds don't verify against themselves; which is said, and kept under `out`."""
-        problems = [prompt.problem for prompt in prompts.prompts]
-        bad = unverifiable(problems, self._config.reward, self._out / f"golds_{name}.json")
-        if bad:
-            named = ", ".join(f"{problem} ({reason})" for problem, reason in bad.items())
-            self._display.message(
-                f"{name}: {len(bad)} gold answers don't verify against themselves: an answer counts as right only "
-                f"where it is spelled like them: {named}"
-            )
-        return len(bad)
 
     def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Trajectory]:
         """The wanted samples in the order of the problems; every batch that is drawn is kept at once."""

@@ -18,7 +18,7 @@ from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.slurm.script import Run, command_script, training_script
+from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
 
 _SUBMIT_S = 120.0
 
@@ -121,9 +121,5 @@ def _submit(script: str, saved: Path | None) -> str:
 
 
 def _log_of(job: str, runs: Sequence[Run]) -> str:
-    """Where the batch script's output goes, as slurm/script.py has it."""
-    if not runs:
-        return f"rloop-{job}.out"
-    if len(runs) == 1:
-        return str(RunDirectory(runs[0].directory).jobs / f"{job}.out")
-    return f"{runs[0].directory.parent}/{job}_K.out for run K, from 0 on"
+    log = log_file(runs).replace("%j", job).replace("%A", job).replace("%a", "K")
+    return f"{log} for run K, from 0 on" if len(runs) > 1 else log

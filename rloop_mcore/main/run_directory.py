@@ -140,11 +140,11 @@ class RunDirectory:
                 write_atomic(self.path / "fault.txt", report)
 
     def ending(self) -> dict[str, Any] | None:
-        return _read_json(self.path / "ending.json")
+        return read_json(self.path / "ending.json")
 
     def previous_ending(self) -> dict[str, Any] | None:
         """How the process before this one ended; None where it left no word."""
-        return _read_json(self.path / "previous_ending.json")
+        return read_json(self.path / "previous_ending.json")
 
     def clear_ending(self) -> None:
         """Make way for this process's ending; the one before it is the previous one."""
@@ -155,7 +155,7 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, or a damaged one."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

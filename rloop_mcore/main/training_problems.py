@@ -25,7 +25,7 @@ def training_problems(config: Config, validation: Sequence[Problem], golds: Path
     Bad golds of `validation` are reported too, and stay. Raises UserError if no problem is left to train on. The same
     problems at every start of a run: a gold that is merely slow stays. golds: the file that keeps which are bad.
     """
-    _report_bad_golds(validation, config, golds.with_name(f"validation_{golds.name}"))
+    report_bad_golds("data.validation", validation, config, golds.with_name(f"validation_{golds.name}"))
     problems = load_problems(config.data.train, config.data.limit)
     if shared := overlapping(problems, validation):
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(shared.values()).items()))
@@ -46,14 +46,19 @@ def training_problems(config: Config, validation: Sequence[Problem], golds: Path
     return problems
 
 
-def _report_bad_golds(validation: Sequence[Problem], config: Config, golds: Path) -> None:
-    """None is left out: results of a benchmark are over all of it, in every run and for every reader."""
-    if bad := unverifiable(validation, config.reward, golds):
+def report_bad_golds(name: str, problems: Sequence[Problem], config: Config, golds: Path) -> int:
+    """How many golds of a benchmark don't verify against themselves, which is said; the file `golds` keeps which.
+
+    None is left out: results of a benchmark are over all of it, in every run and for every reader.
+    """
+    bad = unverifiable(problems, config.reward, golds)
+    if bad:
         _warn(
-            f"{len(bad)} of {len(validation)} gold answers of data.validation don't verify against themselves: an "
+            f"{len(bad)} of {len(problems)} gold answers of {name} don't verify against themselves: an "
             "answer counts as right only where it is spelled like them; they stay, so that Avg@N is over all problems",
             bad,
         )
+    return len(bad)
 
 
 def _warn(message: str, why: dict[str, str]) -> None:

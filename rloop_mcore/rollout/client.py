@@ -170,8 +170,8 @@ class EngineClient:
                 "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
             )
         completions = [parse_completion(answer, where) for answer in answers]
-        for ids in (c.response_ids for c in completions if c.response_ids):
-            if min(ids) < 0 or max(ids) >= self.vocabulary:
+        for completion in completions:
+            if completion.response_ids and not self._knows(completion.response_ids):
                 raise self._error("/generate", f"an answer has an id outside the vocabulary of {self.vocabulary}", 200)
         if stamped != self._stamped and not all("weight_versions" in answer["meta_info"] for answer in answers):
             raise self._error(
@@ -191,9 +191,13 @@ class EngineClient:
         for prompt in {r.prompt_ids for r in requests}:
             if not prompt:
                 raise self._error("/generate", "a prompt is empty", 400)
-            if min(prompt) < 0 or max(prompt) >= self.vocabulary:
+            if not self._knows(prompt):
                 wrong = next(i for i in prompt if not 0 <= i < self.vocabulary)
                 raise self._error("/generate", f"id {wrong} is outside the vocabulary of {self.vocabulary}", 400)
+
+    def _knows(self, ids: Sequence[int]) -> bool:
+        """Are these ids, one at least, of the vocabulary?"""
+        return min(ids) >= 0 and max(ids) < self.vocabulary
 
     async def pause(self, mode: str) -> None:
         """mode: abort, retract (calls wait and forget their cache) or in_place."""

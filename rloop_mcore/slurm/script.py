@@ -46,9 +46,8 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
         )
     if slurm.hetjob and not engine_nodes:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
-    logs = str(runs[0].directory / "slurm") if len(runs) == 1 else str(runs[0].directory.parent)
     array = "" if len(runs) == 1 else f"--array=0-{len(runs) - 1}"
-    output = f"{logs}/{'%A_%a' if array else '%j'}.out"
+    output = log_file(runs)
     directives = _directives(config, nodes - apart, output, slurm.flags)
     directives += ["--requeue", f"--signal=B:USR1@{slurm.signal_s}", *([array] if array else [])]
     if apart:
@@ -70,9 +69,16 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
     )
 
 
+def log_file(runs: Sequence[Run]) -> str:
+    """Where the job's output goes, by Slurm's patterns: %j the job, %A the array, %a the task. No run: a command's."""
+    if not runs:
+        return "rloop-%j.out"
+    return f"{runs[0].directory}/slurm/%j.out" if len(runs) == 1 else f"{runs[0].directory.parent}/%A_%a.out"
+
+
 def command_script(config: Config, command: Sequence[str]) -> str:
     """The job that runs another `rloop` command on one node. Raises UserError for a bad value."""
-    directives = _directives(config, 1, "rloop-%j.out", config.cluster.slurm.flags)
+    directives = _directives(config, 1, log_file(()), config.cluster.slurm.flags)
     return _render("command.sh.jinja", config, _checked(directives), command=shlex.join(command))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from rloop_mcore.main.arguments import parse
@@ -64,21 +62,3 @@ def test_help_is_printed_as_it_reads(command: str, capsys: pytest.CaptureFixture
         parse([command, "--help"])
     assert caught.value.code == 0
     assert "%%" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["grade", "a.jsonl", "--json"],
-        ["report", "RUN", "--out"],
-        ["compare", "A", "B", "--out"],
-        ["trace", "A", "--out"],
-    ],
-)
-def test_a_folder_is_no_file_to_write(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said at once, and not when all is graded."""
-    with pytest.raises(SystemExit) as caught:
-        parse([*words, str(tmp_path)])
-    assert caught.value.code == 2
-    assert f"{tmp_path} is no ordinary file" in capsys.readouterr().err
-    assert parse([*words, str(tmp_path / "new" / "file")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rloop_mcore.main.arguments import parse
 from rloop_mcore.main.cli import main
 
 
@@ -54,6 +55,7 @@ def test_other_failures_keep_their_traceback(number: int, monkeypatch: pytest.Mo
     [
         ["grade", "f.jsonl", "--json"],
         ["report", "run", "--out"],
+        ["compare", "a", "b", "--out"],
         ["compare", "a", "b", "--json"],
         ["cache", "run", "--export"],
         ["trace", "run", "--out"],
@@ -65,7 +67,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").touch()
     for path, why in (
-        (tmp_path, "no ordinary file"),
+        (tmp_path, f"{tmp_path} is no ordinary file"),
         (tmp_path / "file" / "x", "no folder"),
         ("/dev/null", "ordinary"),
     ):
@@ -74,3 +76,4 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         assert caught.value.code == 2
         assert why in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert parse([*words, str(tmp_path / "new" / "file")])

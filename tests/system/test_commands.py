@@ -75,7 +75,7 @@ def test_evaluate_names_the_golds_that_only_their_own_spelling_matches(tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["bad_golds"] == 1
-    assert "1 gold answers don't verify against themselves" in done.stdout + done.stderr
+    assert "1 of 2 gold answers of two don't verify against themselves" in done.stdout + done.stderr
     assert "odd (unparsable)" in done.stdout + done.stderr
     assert "good (" not in done.stdout + done.stderr
 
