@@ -22,6 +22,7 @@ from rloop_mcore import platform
 from rloop_mcore.compose import load_config
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+from rloop_mcore.protocols import Actor
 
 BUCKET_MIB = 64
 ENGINES = 2
@@ -47,7 +48,7 @@ def main() -> None:
     parallel.destroy()
 
 
-def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, float]:
+def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, float]:
     """Medians of interleaved repeats: seconds of a sync, of its verification, of a raw broadcast; extra bytes held."""
     from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.rollout.launch import EmbeddedServer
