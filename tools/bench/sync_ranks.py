@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, 
         with PeakMemory() as memory:
             fleet.sync(actor.export, 1)  # joins the group and touches the memory
         found: dict[str, list[float]] = {"sync": [], "verify": [], "raw": []}
-        raw = RawBroadcast(int(sum(t.nbytes for _, t in actor.export())))
+        raw = RawBroadcast(int(sum(prod(t.shape) * t.dtype.itemsize for _, t in actor.export())))
         for version in range(2, repeats + 2):
             metrics = fleet.sync(actor.export, version)
             found["sync"].append(metrics["seconds_sync"])
