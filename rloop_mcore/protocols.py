@@ -27,13 +27,34 @@ if TYPE_CHECKING:
 
     from rloop_mcore.config import OptimizerConfig
 
-    NamedTensors = Iterator[tuple[str, torch.Tensor]]
+    ScatteredTensors = Iterator[tuple[str, "Scattered"]]
+    NamedTensors = Iterator[tuple[str, "torch.Tensor | Scattered"]]
 
 T = TypeVar("T")
 
 # Of completions that have come: the numbers of their requests, and they. Called on the engines' thread, which it must
 # not hold up.
 Answered = Callable[[Sequence[int], Sequence[Completion]], None]
+
+
+class Scattered(Protocol):
+    """A full HF tensor, on rank 0, whose shards are on one or more ranks; good until the stream of them goes on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of the shards."""
+
+    def gather_into(self, place: torch.Tensor) -> None:
+        """Lay it at `place`, which has its shape, in the place's dtype."""
+
+    def gather(self) -> torch.Tensor:
+        """The tensor, in memory of its own, or a view of the weights."""
 
 
 class Actor(Protocol):
@@ -54,8 +75,8 @@ class Actor(Protocol):
     def make_room(self) -> None:
         """Give back the device memory that is kept for later: engines on the same devices need it now."""
 
-    def export(self) -> NamedTensors:
-        """Stream the full weights as (HF name, tensor), in the family's fixed order."""
+    def export(self) -> ScatteredTensors:
+        """Stream the full weights as (HF name, tensor to be gathered), in the family's fixed order."""
 
     def save_policy(self, path: Path) -> Policy:
         """Write the weights as an HF folder that transformers and SGLang open, atomically."""
@@ -82,10 +103,10 @@ class WeightBridge(Protocol):
     def load(self, chunks: Sequence[torch.nn.Module], path: Path) -> None:
         """Fill this rank's shards of every pipeline chunk from the safetensors of an HF folder."""
 
-    def export(self, chunks: Sequence[torch.nn.Module]) -> NamedTensors:
-        """Collective: gather the shards tensor by tensor; rank 0 yields the full HF tensors, the others nothing."""
+    def export(self, chunks: Sequence[torch.nn.Module]) -> ScatteredTensors:
+        """Collective: rank 0 yields the HF tensors, each to be gathered before the next, the others nothing."""
 
-    def save(self, tensors: NamedTensors, path: Path) -> Policy:
+    def save(self, tensors: ScatteredTensors, path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""
 
 

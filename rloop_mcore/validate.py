@@ -22,7 +22,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture, check_architecture
 from rloop_mcore.planning.engines import check_engine
 from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
-from rloop_mcore.planning.nodes import idle_gpus
+from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -384,7 +384,16 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
-    return [*idle_gpus(config), *_empty_expert_sets(config, problems)]
+    return [*idle_gpus(config), *split_groups(config), *_nucleus(config), *_empty_expert_sets(config, problems)]
+
+
+def _nucleus(config: Config) -> list[str]:
+    if config.rollout.top_p == 1:
+        return []
+    return [
+        f"rollout.top_p={config.rollout.top_p:g} never samples what is unlikely, and the ratios of the update are of "
+        "the whole vocabulary: the gradient is biased. The paper samples with 1."
+    ]
 
 
 def _empty_expert_sets(config: Config, problems: int) -> list[str]:

@@ -208,6 +208,17 @@ def test_a_cluster_of_which_half_is_idle_is_a_warning() -> None:
     assert not any("GPUs" in warning for warning in warnings(load_config(NEEDED), 17_000))
 
 
+def test_layers_split_between_nodes_are_a_warning() -> None:
+    four = [*NEEDED, "cluster=h100_16", "cluster.nodes=4", "layout.tp=4"]
+    assert any("have 7 ranks each" in warning for warning in warnings(load_config([*four, "layout.dp=7"]), 17_000))
+    assert not any("ranks" in warning for warning in warnings(load_config([*four, "layout.dp=8"]), 17_000))
+
+
+def test_a_nucleus_in_training_is_a_warning() -> None:
+    (warning,) = warnings(load_config([*NEEDED, "rollout.top_p=0.9"]), 17_000)
+    assert "rollout.top_p=0.9" in warning
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [

@@ -1,7 +1,5 @@
 """Blank the GPU code of all architectures but one in a shared library, so that a wheel of it compresses well.
 
-python tools/keep_gpu_code.py LIBRARY 90
-
 CUDA's "fatbin" containers hold the same kernels once for each architecture, as machine code (cubin) or PTX. An entry
 that is not machine code for the architecture is overwritten with zeros, in place; nothing moves, its header stays. On
 another GPU the first kernel fails.
@@ -11,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 
 MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, 16)  # with the container's version and header size
@@ -35,7 +33,11 @@ def entries(library: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:
 
 
 def main() -> None:
-    path, architecture = sys.argv[1], int(sys.argv[2])
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("library")
+    parser.add_argument("architecture", type=int, help="90 for an H100 or H200")
+    options = parser.parse_args()
+    path, architecture = options.library, options.architecture
     kept = blanked = 0
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as library:
         for kind, of, start, size in list(entries(library)):

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def _held_out(name: str) -> Path:
 
 def main() -> None:
     """Run everything; prints the table and where the report is."""
+    ArgumentParser(description=__doc__).parse_args()  # there are none, and --help starts nothing
     stopwatch = Stopwatch(ROOT / "seconds.json")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     (ROOT / "held_out").mkdir(parents=True, exist_ok=True)

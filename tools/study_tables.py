@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -390,6 +391,7 @@ def _by_step(figure: Figure) -> Figure:
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__).parse_args()  # there are none, and --help writes nothing
     study = read_study(RECORDS)
     write_atomic(RECORDS / "tables.md", tables(study))
     figures = [figure for size in study.sizes for make in (curves, matrices) for figure in make(study, size)]

@@ -1,7 +1,5 @@
 """Let a shared library load where another library lacks a symbol that it names: the symbol becomes weak.
 
-python tools/weaken_symbol.py LIBRARY SYMBOL
-
 Python loads libraries with all symbols resolved at once. A weak symbol that nobody has is then no error but a null
 pointer: whoever calls it crashes.
 """
@@ -10,13 +8,17 @@ from __future__ import annotations
 
 import mmap
 import struct
-import sys
+from argparse import ArgumentParser
 
 DYNSYM, WEAK = 11, 2
 
 
 def main() -> None:
-    path, symbol = sys.argv[1], sys.argv[2].encode()
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("library")
+    parser.add_argument("symbol")
+    options = parser.parse_args()
+    path, symbol = options.library, options.symbol.encode()
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as library:
         if library[:6] != b"\x7fELF\x02\x01":
             raise SystemExit(f"{path} is no 64-bit little-endian ELF file.")
@@ -33,7 +35,7 @@ def main() -> None:
                 if undefined and library[name : name + len(symbol) + 1] == symbol + b"\0":
                     library[at + 4] = WEAK << 4 | library[at + 4] & 15
                     return
-    raise SystemExit(f"{path} does not ask for a symbol {sys.argv[2]}.")
+    raise SystemExit(f"{path} does not ask for a symbol {options.symbol}.")
 
 
 if __name__ == "__main__":

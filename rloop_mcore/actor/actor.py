@@ -30,7 +30,7 @@ from rloop_mcore.platform.precision import reset_scales, token_multiple
 from rloop_mcore.types import Example, Experience, Policy, Trajectory
 
 if TYPE_CHECKING:
-    from rloop_mcore.protocols import NamedTensors, WeightBridge
+    from rloop_mcore.protocols import ScatteredTensors, WeightBridge
 
 # What the last stage makes of a micro-batch, from its (logprobs, entropy) [n]
 Result = Callable[[MicroBatch, torch.Tensor, torch.Tensor], Any]
@@ -146,8 +146,8 @@ class MegatronActor(Conducted):
         return self._train(rows, fine_tuning_loss, temperature=1.0)
 
     @collective
-    def export(self) -> NamedTensors:
-        """Stream the full weights as (HF name, tensor); rank 0 must take all of them before its next call."""
+    def export(self) -> ScatteredTensors:
+        """Stream the weights as (HF name, tensor to be gathered); rank 0 must take all of them before its next call."""
         return self._bridge.export(self._chunks)
 
     @collective

@@ -81,14 +81,10 @@ def stop_requests(cluster: ClusterConfig, run: RunDirectory) -> Callable[[], boo
 
 
 def _unix_seconds(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, OverflowError):  # of what is no number, not a number, or beyond the calendar
+        return datetime.fromtimestamp(float(text)).timestamp()
+    with suppress(ValueError):
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        raise UserError(
-            f"{name}={text} is no time: write 2026-11-27T04:00 (local time, unless it ends in Z or +01:00) or Unix "
-            "seconds."
-        ) from None
+    raise UserError(
+        f"{name}={text} is no time: write 2026-11-27T04:00 (local time, unless it ends in Z or +01:00) or Unix seconds."
+    )

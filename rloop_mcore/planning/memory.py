@@ -108,9 +108,12 @@ def _passing(model: Architecture, config: Config, stage: int) -> tuple[int, int,
 
 
 def _sync_bytes(model: Architecture, config: Config) -> int:
-    """On rank 0 during a sync: the shards of the largest parameter and the whole of it, and two buckets."""
+    """On rank 0 during a sync: two buckets, each of one tensor at least; a policy that is saved takes less.
+
+    A matrix that is sent in FP8 is whole before, and three times in float32 on its way (`rollout/fp8.py`).
+    """
     layout, element = config.layout, 4 if config.precision == "fp32" else 2
     rows = padded_vocabulary(model.vocabulary, layout.tp) * model.hidden
-    layer = chunk_tensors(model, 1, 1, model.experts or 1, layout.pp, Chunk(1, False, False))
-    largest = max(rows, *(tensor.numel for tensor in layer)) * element
-    return 2 * largest + 2 * max(config.rollout.bucket_mib * 2**20, largest)
+    matrix = max(t.numel for t in chunk_tensors(model, 1, 1, model.experts or 1, layout.pp, Chunk(1, False, False)))
+    buckets = 2 * max(config.rollout.bucket_mib * 2**20, max(rows, matrix) * element)
+    return buckets + (matrix * (element + 3 * 4) if config.rollout.quantization == "fp8" else 0)

@@ -97,3 +97,15 @@ def idle_gpus(config: Config) -> list[str]:
     if 2 * used > gpus:
         return []
     return [f"the policy trains on {used} of {gpus} GPUs: raise layout.dp, or choose a smaller cluster."]
+
+
+def split_groups(config: Config) -> list[str]:
+    """A warning where tensor parallel ranks, whose traffic is the heaviest, are on different nodes."""
+    ranks = processes(config.layout) // (config.cluster.nodes - config.rollout.nodes)
+    tp = config.layout.tp
+    if ranks % tp == 0:
+        return []
+    return [
+        f"layout.tp={tp} splits layers between nodes, which have {ranks} ranks each: slow, unless their number is a "
+        "multiple of layout.tp."
+    ]

@@ -7,7 +7,7 @@ embeddings, the output layer, the norms, the biases and the router of a mixture 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,18 +52,17 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (blocks * scales[:, None, :, None]).view(rows, columns).bfloat16()
 
 
-def quantized(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+def quantized(weights: NamedTensors) -> NamedTensors:
     """The stream with each matrix of a linear as its e4m3 values and, right behind, their scales."""
     for name, tensor in weights:
         if not _QUANTIZED.search(name):
             yield name, tensor
             continue
-        values, scales = quantize(tensor)
-        del tensor  # before the next one is made
+        values, scales = quantize(tensor if isinstance(tensor, torch.Tensor) else tensor.gather())
         yield name, values
         yield name + SCALE_SUFFIX, scales
 
 
-def kept_as_sent(name: str, tensor: torch.Tensor) -> bool:
+def kept_as_sent(name: str, dtype: torch.dtype) -> bool:
     """Whether the tensor is of FP8's making, whose dtype is not that of the engine."""
-    return tensor.dtype == DTYPE or name.endswith(SCALE_SUFFIX)
+    return dtype == DTYPE or name.endswith(SCALE_SUFFIX)

@@ -286,24 +286,26 @@ class Buffers:
         specs: list[TensorSpec] = []
         end, turn = 0, 0
         for name, tensor in weights:
-            sent = tensor.dtype if kept_as_sent(name, tensor) else dtype
-            size = tensor.numel() * sent.itemsize
+            sent = tensor.dtype if kept_as_sent(name, tensor.dtype) else dtype
+            size = prod(tensor.shape) * sent.itemsize
             if specs and (end + size > self.bucket_bytes or end % sent.itemsize):
                 yield Bucket(specs, self._memory[turn][:end])
                 specs, end, turn = [], 0, 1 - turn
-            memory = self._reserve(turn, max(size, self.bucket_bytes), tensor)
+            memory = self._reserve(turn, max(size, self.bucket_bytes), tensor.device)
             place = memory[end : end + size].view(sent).view(tensor.shape)
-            place.copy_(tensor.detach())
+            if isinstance(tensor, torch.Tensor):
+                place.copy_(tensor.detach())
+            else:
+                tensor.gather_into(place)
             for expected in checksums:
                 expected.add(name, place)
             specs.append(TensorSpec(name, str(sent).removeprefix("torch."), tuple(tensor.shape)))
             end += size
-            del tensor  # before the next one is made
         if specs:
             yield Bucket(specs, self._memory[turn][:end])
 
-    def _reserve(self, turn: int, size: int, like: torch.Tensor) -> torch.Tensor:
-        device = torch.device("cpu") if self._host else like.device
+    def _reserve(self, turn: int, size: int, weights: torch.device) -> torch.Tensor:
+        device = torch.device("cpu") if self._host else weights
         if self._memory[turn].numel() < size or self._memory[turn].device != device:
             self._memory[turn] = torch.empty(0, dtype=torch.uint8)  # before there is more of it
             shared = self._shared and device.type == "cpu"

@@ -12,10 +12,11 @@ from megatron.core import parallel_state
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.precision import assign
+from rloop_mcore.protocols import Scattered
 from rloop_mcore.types import Policy
 from rloop_mcore.weights.families import choose_family
 from rloop_mcore.weights.family import HfConfig, canonical_name
-from rloop_mcore.weights.gather import gather, shard_number
+from rloop_mcore.weights.gather import ScatteredTensor, scattered, shard_number
 from rloop_mcore.weights.hf_folder import TensorReader, write_folder
 
 
@@ -71,23 +72,20 @@ class HfBridge:
 
     def export(
         self, chunks: Sequence[torch.nn.Module], of: Callable[[torch.nn.Parameter], torch.Tensor] = _itself
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Collective: gather the shards, one parameter at a time; rank 0 yields the full HF tensors, in fixed order.
+    ) -> Iterator[tuple[str, ScatteredTensor]]:
+        """Collective: rank 0 yields the HF tensors in fixed order, each to be gathered before the next.
 
         The other ranks have to iterate too and yield nothing. A tensor is good until the next update of the weights.
         `of` gives what is exported for a parameter, of its shape: itself, its gradient, a moment of the optimizer. That
         has to be whole on the lowest rank that holds the parameter. The gradient of tied embeddings is the first
         stage's, to which Megatron's finalize_model_grads has added the last one's.
         """
-        for parameter, shards in gather(self._exported, _named_parameters(chunks), of):
-            tensors = parameter.merge(shards)
-            del shards  # one parameter's memory at a time
-            for source in parameter.sources:
-                yield source.name, tensors.pop(0)
+        return scattered(self._exported, _named_parameters(chunks), of)
 
-    def save(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> Policy:
+    def save(self, tensors: Iterator[tuple[str, Scattered]], path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""
-        return write_folder(path, self._shapes, tensors, self.folder)
+        gathered = ((name, tensor.gather()) for name, tensor in tensors)
+        return write_folder(path, self._shapes, gathered, self.folder)
 
 
 def _named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

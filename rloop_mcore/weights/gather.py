@@ -1,21 +1,24 @@
-"""The shards of one parameter after the other, brought to rank 0 from wherever they are."""
+"""The HF tensors one after the other, their shards brought to rank 0 from wherever they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from rloop_mcore.weights.family import Parameter, Split
+from rloop_mcore.weights.family import Parameter, Piece, Split
 
+_CHUNK_BYTES = 1 << 24  # of a shard, on their way at once
 _NOBODY = torch.iinfo(torch.int64).max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Held = Mapping[str, torch.nn.Parameter]  # this rank's parameters by canonical name
 Of = Callable[[torch.nn.Parameter], torch.Tensor]
+Parts = Sequence[tuple[int, Piece]]  # of a tensor: the rank that owns each, and where it is
 
 
 def shard_number(parameter: Parameter) -> tuple[int, int]:
@@ -30,36 +33,97 @@ def shard_number(parameter: Parameter) -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
-def gather(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[tuple[Parameter, list[torch.Tensor]]]:
-    """Collective over all ranks: rank 0 yields each parameter with all its shards in order, the others nothing.
+def scattered(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[tuple[str, ScatteredTensor]]:
+    """Collective over all ranks: rank 0 yields each HF tensor, to be gathered before the next; the others nothing.
 
     `of` gives the tensor that stands for a held parameter, of the same shape. Each shard comes from the lowest rank
-    that holds it. All goes through the default group: with NCCL, batched transfers use its one communicator, where a
-    plain send would open one for every pair of ranks.
+    that holds it, in chunks: nobody needs memory for a shard. All goes through the default group: with NCCL, batched
+    transfers use its one communicator, where a plain send would open one for every pair of ranks.
     """
     rank = dist.get_rank()
-    device = next(iter(held.values())).device
+    scratch = _Scratch(next(iter(held.values())).device)
     for parameter, entry in zip(parameters, _directory(parameters, held, of), strict=True):
         mine = of(held[parameter.name]).detach().contiguous() if rank in entry.owners else None
-        if rank == 0:
-            yield parameter, _collect(entry, mine, device)
-        elif mine is not None:
-            _transfer([dist.P2POp(dist.isend, mine, 0)])
+        shards = len(entry.owners)
+        pieces = [(owner, piece) for i, owner in enumerate(entry.owners) for piece in parameter.pieces(i, shards)]
+        for number, source in enumerate(parameter.sources):
+            parts = [(owner, piece) for owner, piece in pieces if piece.source == number]
+            if rank == 0:
+                tensor = ScatteredTensor(source.shape, entry.dtype, parts, mine, scratch)
+                yield source.name, tensor
+                tensor.finish()
+            elif mine is not None:
+                for owner, piece in parts:
+                    for rows in _chunks(mine[piece.in_shard], mine.dtype) if owner == rank else ():
+                        _transfer(dist.isend, rows, 0)
 
 
-def _collect(entry: _Entry, mine: torch.Tensor | None, device: torch.device) -> list[torch.Tensor]:
-    """Rank 0: all shards of a parameter. Nothing here holds on to them: memory for one parameter at a time."""
-    shards = [
-        mine if mine is not None and owner == 0 else torch.empty(entry.shape, dtype=entry.dtype, device=device)
-        for owner in entry.owners
-    ]
-    pairs = zip(shards, entry.owners, strict=True)
-    _transfer([dist.P2POp(dist.irecv, shard, owner) for shard, owner in pairs if owner != 0])
-    return shards
+class ScatteredTensor:
+    """Implements `protocols.Scattered`, on rank 0. It takes the memory of one chunk, beside where it is gathered."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, parts: Parts, mine: torch.Tensor | None, scratch: _Scratch
+    ) -> None:
+        """mine: rank 0's own shard of the parameter, where it owns one."""
+        self.shape, self.dtype, self.device = shape, dtype, scratch.device
+        self._parts, self._mine, self._scratch = parts, mine, scratch
+        self._gathered = False
+
+    def gather_into(self, place: torch.Tensor) -> None:
+        """Lay the tensor at `place`, which has its shape, in the place's dtype."""
+        self._gathered = True
+        for owner, piece in self._parts:
+            block = place[piece.in_source]
+            if owner == 0:
+                block.copy_(self._own(piece))
+                continue
+            for rows in _chunks(block, self.dtype):
+                fits = rows.is_contiguous() and (rows.dtype, rows.device) == (self.dtype, self.device)
+                landing = rows if fits else self._scratch.of(rows.shape, self.dtype)
+                _transfer(dist.irecv, landing, owner)
+                if not fits:
+                    rows.copy_(landing)
+
+    def gather(self) -> torch.Tensor:
+        """The tensor, which is a view of the parameter where rank 0 holds the whole of it."""
+        if len(self._parts) == 1 and self._parts[0][0] == 0:
+            return self._own(self._parts[0][1])
+        place = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.gather_into(place)
+        return place
+
+    def finish(self) -> None:
+        """The stream goes on: what the others send of the tensor has to be taken, wanted or not."""
+        if not self._gathered:
+            self.gather()
+
+    def _own(self, piece: Piece) -> torch.Tensor:
+        assert self._mine is not None
+        return self._mine[piece.in_shard]
 
 
-def _transfer(operations: list[dist.P2POp]) -> None:
-    for work in dist.batch_isend_irecv(operations) if operations else []:
+class _Scratch:
+    """Memory that is used again and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def of(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        size = prod(shape) * dtype.itemsize
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self._memory[:size].view(dtype).view(*shape)
+
+
+def _chunks(block: torch.Tensor, sent: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The rows of a block that travel together, in the dtype `sent`: both ends cut alike."""
+    row = prod(block.shape[1:]) * sent.itemsize
+    return block.split(max(1, _CHUNK_BYTES // row))
+
+
+def _transfer(operation: Callable[..., dist.Work | None], tensor: torch.Tensor, peer: int) -> None:
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
         work.wait()
 
 

@@ -68,7 +68,7 @@ def everywhere(method: str, actor: MegatronActor, *arguments: object) -> Any:
 
 
 def exported(actor: MegatronActor, *of: Any) -> dict[str, torch.Tensor]:
-    return {name: t.detach().float().cpu().clone() for name, t in actor._bridge.export(actor._chunks, *of)}
+    return {name: t.gather().float().cpu().clone() for name, t in actor._bridge.export(actor._chunks, *of)}
 
 
 def fp8_layers(actor: MegatronActor) -> list[bool]:

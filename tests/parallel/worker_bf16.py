@@ -26,7 +26,7 @@ def main() -> None:
     actor = MegatronActor(Config(precision="bf16"), HfBridge(folder))
 
     def weights() -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in actor.export()}
+        return {name: tensor.gather().clone() for name, tensor in actor.export()}
 
     def train(updates: int) -> None:
         for _ in range(updates):

@@ -57,7 +57,7 @@ class Trainer:
             self.call("update", experiences(seed))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.actor._bridge.export(self.actor._chunks)}
+        return {name: tensor.gather().clone() for name, tensor in self.actor._bridge.export(self.actor._chunks)}
 
     def resumed(self, checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:
         self.call("begin", self.folder / "dense", LEARNING, 4)

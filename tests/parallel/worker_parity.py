@@ -51,7 +51,7 @@ def whole_gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
 
 def whole(actor: MegatronActor, of: Any = None) -> dict[str, torch.Tensor]:
     arguments = () if of is None else (of,)
-    return {name: tensor.clone() for name, tensor in actor._bridge.export(actor._chunks, *arguments)}
+    return {name: tensor.gather().clone() for name, tensor in actor._bridge.export(actor._chunks, *arguments)}
 
 
 def train(job: dict[str, Any], out: Path) -> dict[str, Any]:

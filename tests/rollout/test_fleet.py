@@ -133,10 +133,14 @@ def test_an_engine_that_cannot_sleep_is_lost_and_the_sync_waits_for_it(
         assert fleet._controller.counters.lost == 1
 
 
-def test_many_small_buckets_equal_one(fleet: Fleet, other_model: PreTrainedModel) -> None:
+def test_many_small_buckets_equal_one(
+    fleet: Fleet, servers: list[EmbeddedServer], other_model: PreTrainedModel
+) -> None:
     fleet._sync.buffers.bucket_bytes = 3000  # smaller than some tensors
     assert fleet.sync(_weights(other_model), 3)["sync_buckets"] > 5
     _assert_by(other_model, fleet, 3)
+    for server in servers:  # none keeps the trainer's memory
+        assert "/dev/shm/torch_" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
 def test_dtypes_are_converted_and_aligned(fleet: Fleet, other_model: PreTrainedModel) -> None:

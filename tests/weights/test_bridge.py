@@ -18,6 +18,7 @@ from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
+from rloop_mcore.weights.gather import ScatteredTensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +49,10 @@ def assert_identical(exported: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(exported[name], tensor), name
 
 
+def gathered(tensors: Iterator[tuple[str, ScatteredTensor]]) -> dict[str, torch.Tensor]:
+    return {name: tensor.gather().clone() for name, tensor in tensors}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ratio", [1, 4, 7])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "qwen3_moe"])
@@ -55,7 +60,7 @@ def test_logits_and_round_trip(tmp_path: Path, family: str, ratio: int, tied: bo
     reference = make_folder(tmp_path / f"{family}{ratio}", family, kv_heads=2, ratio=ratio, tied=tied)
     bridge, chunks = load(tmp_path / f"{family}{ratio}")
     assert_same_logits(chunks, reference)
-    assert_identical(dict(bridge.export(chunks)), load_file(tmp_path / f"{family}{ratio}" / "model.safetensors"))
+    assert_identical(gathered(bridge.export(chunks)), load_file(tmp_path / f"{family}{ratio}" / "model.safetensors"))
 
 
 def test_router_weights_that_do_not_sum_to_one(tmp_path: Path) -> None:
@@ -87,7 +92,7 @@ def test_gradients_by_hf_name(tmp_path: Path, family: str) -> None:
         parameter.data = parameter.grad
     reference.save_pretrained(tmp_path / "gradients")  # transformers names and splits them
     expected = load_file(tmp_path / "gradients" / "model.safetensors")
-    gradients = dict(bridge.export(chunks, of=lambda parameter: parameter.grad))
+    gradients = gathered(bridge.export(chunks, of=lambda parameter: parameter.grad))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item())
@@ -134,7 +139,7 @@ def test_saving_half_a_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
     make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=False)
     bridge, chunks = load(tmp_path / "m")
-    before = dict(bridge.export(chunks))
+    before = gathered(bridge.export(chunks))
     tensors = {name: tensor + 1 for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items()}
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1].contiguous()
     save_file(tensors, tmp_path / "m" / "model.safetensors")
@@ -142,7 +147,7 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
         UserError, match=r"model\.safetensors: tensor lm_head\.weight has shape \[61, 7\], .* \[61, 8\]"
     ):
         bridge.load(chunks, tmp_path / "m")
-    assert_identical(dict(bridge.export(chunks)), before)
+    assert_identical(gathered(bridge.export(chunks)), before)
 
 
 @pytest.mark.parametrize(

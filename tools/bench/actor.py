@@ -140,10 +140,12 @@ def peak_bytes(way: str) -> int:
     weight = torch.randn(VOCABULARY, HIDDEN).div_(math.sqrt(HIDDEN)).requires_grad_()
     targets = torch.randint(VOCABULARY, (TOKENS,))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = memory_of_this_process("VmRSS")
     if way == "chunked":
-        logprobs, entropy = token_logprobs(hidden, weight, targets, VOCABULARY, 1.0, dist.group.WORLD)
+        logprobs, entropy = token_logprobs(hidden, weight, targets, VOCABULARY, 1.0, group)
     else:
         log_p = (hidden @ weight.T).log_softmax(-1)
         logprobs, entropy = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)

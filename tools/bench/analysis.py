@@ -29,7 +29,9 @@ def policy_responses(generator: np.random.Generator, problems: int, samples: int
             ranks = generator.zipf(1.3, length // 8) + int(drift * 40)
             ids = phrases[favourites[ranks % len(phrases)], :8].ravel()
             noise = generator.random(len(ids)) < 0.05
-            rows.append((f"p{problem}", np.where(noise, generator.integers(0, VOCABULARY, len(ids)), ids), False))
+            rows.append(
+                (f"p{problem}", np.where(noise, generator.integers(0, VOCABULARY, len(ids)), ids).tolist(), False)
+            )
     return make_answers(rows)
 
 

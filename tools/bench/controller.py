@@ -57,8 +57,9 @@ def _steps(engines: int) -> list[list[list[SampleRequest]]]:
 async def _controlled(engines: int, limit: int) -> Run:
     run, loop = Run(), asyncio.get_running_loop()
     steps = [[request for group in step for request in group] for step in _steps(engines)]
-    options = {"limit": limit, "failures_per_hour": FAILURES_PER_HOUR, "tokens_per_s": TOKENS_PER_S}
-    async with SimulatedFleet(engines, **options) as fleet:
+    async with SimulatedFleet(
+        engines, limit=limit, failures_per_hour=FAILURES_PER_HOUR, tokens_per_s=TOKENS_PER_S
+    ) as fleet:
         gc.collect()
         began, cpu = loop.time(), time.process_time()
         for requests in steps:

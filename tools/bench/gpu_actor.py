@@ -14,13 +14,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common import Metric, at_least, report
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+if TYPE_CHECKING:
+    from rloop_mcore.protocols import ScatteredTensors
+    from rloop_mcore.types import Policy
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM (NVIDIA's datasheet), for FP8 runs too
 RECIPES = ("fp8_delayed", "fp8_tensorwise", "fp8_blockwise")  # mxfp8 needs Blackwell
@@ -187,10 +191,10 @@ class RandomWeights:
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, chunks: Sequence[torch.nn.Module]) -> ScatteredTensors:
         raise NotImplementedError("a benchmark's weights go nowhere")
 
-    def save(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> Any:
+    def save(self, tensors: ScatteredTensors, path: Path) -> Policy:
         raise NotImplementedError("a benchmark's weights go nowhere")
 
 

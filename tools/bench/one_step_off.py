@@ -9,17 +9,19 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import arguments, at_least, even_length, random_qwen2, report
+from common import arguments, at_least, random_qwen2, report
+from even_rewards import EvenRewards
 
 from rloop_mcore import platform
 from rloop_mcore.compose import load_config
+from rloop_mcore.protocols import Actor, Rollout
 from rloop_mcore.rl_step import RLStep
-from rloop_mcore.types import Problem, Prompt, Trajectory, Verdict
+from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.types import Problem, Prompt
 
 TRAINER_CORE, ENGINE_CORE = 0, 1
 PROMPT, RESPONSE, GROUP, TIMEOUT_S = 48, 64, 8, 300.0
@@ -28,8 +30,8 @@ PROMPT, RESPONSE, GROUP, TIMEOUT_S = 48, 64, 8, 300.0
 class EndlessPrompts:
     """Random prompts; the text of a response is its ids."""
 
-    def draw(self, position: int, count: int) -> list[Prompt]:
-        return [self._prompt(number) for number in range(position, position + count)]
+    def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
+        return [self._prompt(number) for number in range(position, position + count)], position + count
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
@@ -37,16 +39,6 @@ class EndlessPrompts:
     def _prompt(self, number: int) -> Prompt:
         ids = torch.randint(1, 4096, (PROMPT,), generator=torch.Generator().manual_seed(number))
         return Prompt(Problem(str(number), "", ""), tuple(ids.tolist()))
-
-
-class EvenRewards:
-    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
-        return [Verdict(even_length(text), "") for _, text, _ in items]
-
-
-class NoCache:
-    def append(self, trajectories: Sequence[Trajectory]) -> None:
-        pass
 
 
 def main() -> None:
@@ -96,7 +88,7 @@ def measure(model: Path, steps: int) -> float:
         start_timeout_s=TIMEOUT_S,
         request_timeout_s=TIMEOUT_S,
     ) as fleet:
-        step = RLStep(config, actor, fleet, EvenRewards(), EndlessPrompts(), NoCache())
+        step = RLStep(config, actor, fleet, EvenRewards(), EndlessPrompts(), TrajectoryCache(model.parent / "cache"))
         run(step, actor, fleet, 2)  # the first steps pay for set-up and for the memory
         apart = run(step, actor, fleet, steps)
         config.rollout.max_lag = 1
@@ -112,7 +104,7 @@ def measure(model: Path, steps: int) -> float:
     return max(generation, training) / together
 
 
-def run(step: RLStep, actor: Any, fleet: Any, steps: int) -> list[dict[str, float]]:
+def run(step: RLStep, actor: Actor, fleet: Rollout, steps: int) -> list[dict[str, float]]:
     """Seconds of generation, of training (with the sync), and of the whole of each step."""
     rows = []
     with step.feed(0, 0, steps, 0) as feed:

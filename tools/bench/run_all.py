@@ -18,6 +18,7 @@ PARTS = tuple(f"{part}.py" for part in rollout.PARTS)  # rollout.py runs them
 NO_BENCHMARKS = (
     "cache_queries.py",
     "common.py",
+    "even_rewards.py",
     "run_all.py",
     "simulated_fleet.py",
     "sync_ranks.py",

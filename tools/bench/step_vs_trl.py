@@ -5,7 +5,7 @@ Both do the same work in fp32 on the same number of threads: the same random mod
 activations, nothing logged or saved. A response ends with a fixed probability a token (the model is made so), at
 `max_tokens` at the latest: both see the same spread of lengths, about a third of the maximum in the mean.
 
-Ours runs as in a real run: trainer and embedded engine are two processes that take turns, the weights are broadcast
+Ours runs as in a real run: trainer and embedded engine are two processes that take turns, the engine gets the weights
 before each step, old logprobs are the engine's. TRL generates in the trainer's process with transformers' `generate`
 (KV cache, all responses in one batch) and pads a rollout batch to its longest response; it recomputes old logprobs,
 which it always does when a batch serves several updates. Its continuous batching took many times as long on a CPU,
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,7 +35,8 @@ from rloop_mcore import platform
 platform.setup("cpu", len(os.sched_getaffinity(0)))  # before Megatron is imported
 
 import torch  # noqa: E402
-from common import arguments, at_least, even_length, random_qwen2, report  # noqa: E402
+from common import arguments, at_least, random_qwen2, report  # noqa: E402
+from even_rewards import EvenRewards  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -53,19 +54,21 @@ from rloop_mcore.config import (  # noqa: E402
 from rloop_mcore.data.prompts import TemplatePrompts  # noqa: E402
 from rloop_mcore.data.templates import PromptTemplate  # noqa: E402
 from rloop_mcore.data.tokenizer import TextTokenizer  # noqa: E402
-from rloop_mcore.main.engines import start_servers  # noqa: E402
+from rloop_mcore.main.engines import start_servers, weight_channel  # noqa: E402
 from rloop_mcore.main.rooms import conducted_actor  # noqa: E402
 from rloop_mcore.rl_step import RLStep  # noqa: E402
 from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
+from rloop_mcore.rollout.served import ServedModel  # noqa: E402
 from rloop_mcore.trajectory.cache import TrajectoryCache  # noqa: E402
-from rloop_mcore.types import Problem, Verdict  # noqa: E402
+from rloop_mcore.types import Problem  # noqa: E402
+from rloop_mcore.validate import read_hf_config  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
-from rloop_mcore.weights.channel import BroadcastChannel  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 VOCABULARY, EOS = 4096, 0
 CONSTANT = 10.0  # of one hidden dimension that every token embedding shares
+STEPS = 1000  # more than are taken
 DEADLINE_S = 1200.0  # of TRL's process
 TOLERANCE = 0.03  # where chance gave ours fewer response tokens by more than this, seconds are compared a token
 
@@ -93,13 +96,6 @@ class Step:
     seconds: float
     tokens: int  # of the responses
     stages: dict[str, float]
-
-
-class LengthRewards:
-    """`protocols.Rewards` in this process, as TRL's reward function is in its own."""
-
-    def grade(self, items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
-        return [Verdict(even, "correct" if even else "wrong") for even in (even_length(text) for _, text, _ in items)]
 
 
 def write_model(folder: Path, settings: Settings, quick: bool) -> None:
@@ -152,34 +148,34 @@ def our_step(folder: Path, settings: Settings) -> Iterator[Callable[[], Step]]:
     prompts = TemplatePrompts(problems, tokenizer, PromptTemplate(str(template), tokenizer), 0, settings.prompt_tokens)
     servers = start_servers(config, model, folder)
     bridge = HfBridge(model)
-    channel = BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s)
     with (
         conducted_actor(config, bridge) as actor,
         Fleet(
             servers,
-            channel,
-            vocabulary=VOCABULARY,
+            weight_channel(config, bridge.largest),
+            model=ServedModel.of(read_hf_config(model), model),
             bucket_mib=config.rollout.bucket_mib,
             start_timeout_s=config.rollout.start_timeout_s,
             request_timeout_s=config.rollout.request_timeout_s,
         ) as fleet,
     ):
-        actor.begin(model, config.optimizer, 1000)
-        rl_step = RLStep(config, actor, fleet, LengthRewards(), prompts, TrajectoryCache(folder / "cache"))
+        actor.begin(model, config.optimizer, STEPS * settings.updates)
+        rl_step = RLStep(config, actor, fleet, EvenRewards(), prompts, TrajectoryCache(folder / "cache"))
         numbers = itertools.count()
+        with rl_step.feed(0, 0, STEPS, 0) as feed:
 
-        def step() -> Step:
-            number = next(numbers)
-            start = time.perf_counter()
-            synced = fleet.sync(actor.export(), number + 1)
-            _, metrics = rl_step.run(0, number, number * settings.prompts)
-            seconds = time.perf_counter() - start
-            stages = {
-                key.removeprefix("seconds_"): value for key, value in (synced | metrics).items() if "seconds_" in key
-            }
-            return Step(seconds, round(metrics["response_length"] * settings.prompts * settings.group), stages)
+            def step() -> Step:
+                number = next(numbers)
+                start = time.perf_counter()
+                metrics = fleet.sync(actor.export, number)
+                metrics |= rl_step.train(0, number, feed.take(number), number)
+                seconds = time.perf_counter() - start
+                stages = {
+                    stage: metrics[f"seconds_{stage}"] for stage in ("sync", "generate", "grade", "logprobs", "update")
+                }
+                return Step(seconds, round(metrics["sampled_tokens"]), stages)
 
-        yield step
+            yield step
 
 
 @contextmanager
@@ -195,15 +191,16 @@ def trl_step(folder: Path, settings: Settings) -> Iterator[Callable[[], Step]]:
             stderr=errors,
             text=True,
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    lines, answers = process.stdin, process.stdout
+    assert lines is not None
+    assert answers is not None
     watch = Timer(DEADLINE_S, process.kill)
     watch.start()
 
     def step() -> Step:
         with suppress(BrokenPipeError):
-            print("step", file=process.stdin, flush=True)
-        answer = process.stdout.readline()
+            print("step", file=lines, flush=True)
+        answer = answers.readline()
         if not answer:
             raise RuntimeError(f"TRL's process ended:\n{log.read_text(encoding='utf-8')[-3000:]}")
         return Step(**json.loads(answer))

@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rloop_mcore import platform
 from rloop_mcore.compose import load_config
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+from rloop_mcore.protocols import Actor
 
 BUCKET_MIB = 64
 ENGINES = 2
@@ -47,7 +49,7 @@ def main() -> None:
     parallel.destroy()
 
 
-def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, float]:
+def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, float]:
     """Medians of interleaved repeats: seconds of a sync, of its verification, of a raw broadcast; extra bytes held."""
     from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.rollout.launch import EmbeddedServer
@@ -72,7 +74,7 @@ def measure(actor: Any, model: Path, folder: Path, repeats: int) -> dict[str, fl
         with PeakMemory() as memory:
             fleet.sync(actor.export, 1)  # joins the group and touches the memory
         found: dict[str, list[float]] = {"sync": [], "verify": [], "raw": []}
-        raw = RawBroadcast(int(sum(t.nbytes for _, t in actor.export())))
+        raw = RawBroadcast(int(sum(prod(t.shape) * t.dtype.itemsize for _, t in actor.export())))
         for version in range(2, repeats + 2):
             metrics = fleet.sync(actor.export, version)
             found["sync"].append(metrics["seconds_sync"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -40,6 +41,8 @@ class WeightReceiver:
             self.names[name] = by_storage[tensor.data_ptr()]
         self._released: dict[str, torch.Size] | None = None  # shapes of the parameters, which have no memory
         self._buffer = torch.empty(0, dtype=torch.uint8)  # of the last bucket: fresh memory is slow on its first use
+        # The last two buckets of other processes' memory: the next ones lie there too, mapped already.
+        self._opened: deque[list[tuple[str, torch.Tensor]]] = deque(maxlen=2)
         self.broken: str | None = None
         self.missing: set[str] | None = None  # None: no session is open
         self._checksums: dict[str, str] = {}  # of tensors, since they were last written
@@ -68,6 +71,7 @@ class WeightReceiver:
         if self.missing is None:
             raise BadRequest("no weight update is in progress; call /begin_weight_update first")
         missing, self.missing = self.missing, None
+        self._opened.clear()
         if self.broken is None:
             return
         if missing:
@@ -105,7 +109,8 @@ class WeightReceiver:
         if self.missing is None:
             raise BadRequest("a weight update must stand between /begin_weight_update and /end_weight_update")
         with self._breaks_on_error():
-            for name, tensor in open_handles(handles):
+            self._opened.append(open_handles(handles))
+            for name, tensor in self._opened[-1]:
                 self._write(name, tensor)
 
     def load(self, path: Path) -> None:
