@@ -81,7 +81,7 @@ def stop_requests(cluster: ClusterConfig, run: RunDirectory) -> Callable[[], boo
 
 
 def _unix_seconds(name: str, text: str) -> float:
-    with suppress(ValueError, OverflowError):  # of what is no number, not a number, or beyond the calendar
+    with suppress(ValueError, OverflowError, OSError):  # no number, not a number, or beyond the calendar
         return datetime.fromtimestamp(float(text)).timestamp()
     with suppress(ValueError):
         return datetime.fromisoformat(text).timestamp()

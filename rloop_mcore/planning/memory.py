@@ -14,12 +14,13 @@ from rloop_mcore.planning.activations import (
 )
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
-from rloop_mcore.planning.parameters import Chunk, chunk_tensors, chunks_of, padded_vocabulary
+from rloop_mcore.planning.parameters import chunks_of
 from rloop_mcore.planning.schedule import micro_batches, most_held
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 
 _RUNTIME = int(1.5 * GIB)  # CUDA context, NCCL's buffers, cuBLAS's workspaces (assumed)
+_HASHED = 2**26  # bytes of weights at once, for SGLang's checksums
 _FRAGMENTS = 0.03  # of what comes and goes: what torch's allocator can't use (assumed)
 
 PARTS = (
@@ -110,10 +111,13 @@ def _passing(model: Architecture, config: Config, stage: int) -> tuple[int, int,
 def _sync_bytes(model: Architecture, config: Config) -> int:
     """On rank 0 during a sync: two buckets, each of one tensor at least; a policy that is saved takes less.
 
-    A matrix that is sent in FP8 is whole before, and three times in float32 on its way (`rollout/fp8.py`).
+    A matrix that is sent in FP8 is whole before, and three times in float32 on its way (`rollout/fp8.py`). SGLang's
+    checksums take seven times what they hash at once (`rollout/hashers.py`).
     """
-    layout, element = config.layout, 4 if config.precision == "fp32" else 2
-    rows = padded_vocabulary(model.vocabulary, layout.tp) * model.hidden
-    matrix = max(t.numel for t in chunk_tensors(model, 1, 1, model.experts or 1, layout.pp, Chunk(1, False, False)))
-    buckets = 2 * max(config.rollout.bucket_mib * 2**20, max(rows, matrix) * element)
-    return buckets + (matrix * (element + 3 * 4) if config.rollout.quantization == "fp8" else 0)
+    element = 4 if config.precision == "fp32" else 2
+    matrix = model.hidden * max(model.queries, model.expert_ffn if model.experts else model.ffn)
+    largest = max(model.hidden * model.vocabulary, matrix) * element
+    buckets = 2 * max(config.rollout.bucket_mib * 2**20, largest)
+    quantizing = matrix * (element + 3 * 4) if config.rollout.quantization == "fp8" else 0
+    hashing = 7 * min(_HASHED, largest) if config.rollout.engine == "sglang" else 0
+    return buckets + quantizing + hashing

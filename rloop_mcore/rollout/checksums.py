@@ -104,7 +104,7 @@ def _padded(table: torch.Tensor, shards: int) -> torch.Tensor:
     missing = -len(table) % VOCABULARY_MULTIPLE
     if (len(table) + missing) % shards:
         missing = -len(table) % (VOCABULARY_MULTIPLE * shards)
-    return torch.nn.functional.pad(table, (0, 0, 0, missing))
+    return torch.nn.functional.pad(table, (0, 0, 0, missing)) if missing else table  # pad() copies by 0 rows too
 
 
 def fused_name(name: str) -> str:

@@ -95,7 +95,7 @@ class ScatteredTensor:
     def finish(self) -> None:
         """The stream goes on: what the others send of the tensor has to be taken, wanted or not."""
         if not self._gathered:
-            self.gather()
+            self.gather_into(torch.empty(self.shape, dtype=self.dtype, device="meta"))  # nowhere
 
     def _own(self, piece: Piece) -> torch.Tensor:
         assert self._mine is not None
@@ -129,10 +129,9 @@ def _transfer(operation: Callable[..., dist.Work | None], tensor: torch.Tensor, 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter's shards: which rank sends each, and the shape and dtype that all of them have."""
+    """A parameter's shards: which rank sends each, and the dtype that all of them have."""
 
     owners: list[int]
-    shape: list[int]
     dtype: torch.dtype
 
 
@@ -140,22 +139,20 @@ def _directory(parameters: Sequence[Parameter], held: Held, of: Of) -> list[_Ent
     """Collective: one entry a parameter, the same on every rank.
 
     Every rank fills in the rows of what it holds, and the minimum over the ranks completes them: the lowest owner of
-    each shard, and the shape and dtype that all its holders agree on.
+    each shard, and the dtype that all its holders agree on.
     """
     numbers = [shard_number(parameter) for parameter in parameters]
     most = max(shards for _, shards in numbers)
-    rows = [[_NOBODY] * (most + 3) for _ in parameters]
+    rows = [[_NOBODY] * (most + 1) for _ in parameters]
     for row, parameter, (number, _) in zip(rows, parameters, numbers, strict=True):
         if parameter.name in held:
-            tensor = of(held[parameter.name])
             row[number] = dist.get_rank()
-            row[most : most + 1 + tensor.dim()] = [_DTYPES.index(tensor.dtype), *tensor.shape]
+            row[most] = _DTYPES.index(of(held[parameter.name]).dtype)
     table = torch.tensor(rows, device=next(iter(held.values())).device)
     dist.all_reduce(table, op=dist.ReduceOp.MIN)
     entries = []
     for row, parameter, (_, shards) in zip(table.tolist(), parameters, numbers, strict=True):
         if _NOBODY in row[:shards]:
             raise RuntimeError(f"no rank holds shard {row.index(_NOBODY)} of Megatron parameter {parameter.name}")
-        shape = [size for size in row[most + 1 :] if size != _NOBODY]
-        entries.append(_Entry(row[:shards], shape, _DTYPES[row[most]]))
+        entries.append(_Entry(row[:shards], _DTYPES[row[most]]))
     return entries

@@ -77,7 +77,7 @@ def test_an_end_that_has_passed_is_refused_from_the_user_and_no_end_from_slurm(m
 
 
 def test_what_is_no_time_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("tomorrow", "nan", "inf", "1e30"):
+    for text in ("tomorrow", "nan", "inf", "1e30", "1764000000000000000"):  # the last: nanoseconds
         with pytest.raises(UserError, match=f"job_end={text} is no time: write"):
             check_job_end(ClusterConfig(job_end=text))
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")

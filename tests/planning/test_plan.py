@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, GpuConfig, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, cache_bytes, check_engine, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
+from rloop_mcore.planning.memory import memory_of
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
 from rloop_mcore.planning.time import efficiency, mfu_of
+from rloop_mcore.rollout.hashers import TileHasher
 
 H100 = GpuConfig("H100", 79.1, 3350, 989, 1979, 450, 50)
 QWEN_7B = Architecture(28, 3584, 28, 4, 128, 18944, 152064, 32768, qkv_bias=True)
@@ -35,6 +39,25 @@ def run_on(machines: int, layout: LayoutConfig, **rollout: Any) -> Config:
 
 SMALL = run_on(1, LayoutConfig(tp=4, dp=2, sp=True), engines=8, tp=1)
 LARGE = run_on(8, LayoutConfig(tp=8, pp=4, dp=2, sp=True))
+
+
+def test_a_sync_has_the_memory_that_sglangs_checksums_take() -> None:
+    def resident(what: str) -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+        return int(line.split()[1]) * 1024
+
+    planned, embedded = (
+        memory_of(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, engine=engine)))[0].phases["sync"]
+        for engine in ("sglang", "embedded")
+    )
+    weights = torch.zeros(2**28, dtype=torch.uint8)
+    weights += 1  # the memory is there
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident("VmRSS")
+    TileHasher().update(weights)
+    taken = resident("VmHWM") - before
+    assert planned["weight_sync"] - embedded["weight_sync"] == pytest.approx(taken, rel=0.05)
+    assert embedded["weight_sync"] == 2 * 152064 * 3584 * 2  # two buckets, each of the embedding
 
 
 def test_cache_of_an_engine() -> None:

@@ -123,6 +123,21 @@ def test_the_vocabulary_is_padded_with_zeros(tp: int, rows: int) -> None:
     assert [r["model.embed_tokens.weight"] for r in ranks] == [_sha(part) for part in padded.chunk(tp)]
 
 
+def test_a_vocabulary_that_needs_no_padding_is_not_copied() -> None:
+    taken: list[torch.Tensor] = []
+
+    class Taking:
+        def update(self, tensor: torch.Tensor) -> None:
+            taken.append(tensor)
+
+        def hexdigest(self) -> str:
+            return ""
+
+    table = torch.randn(128, 8)
+    _expected(KeptWeights(Taking, fused=True, tp=2), {"model.embed_tokens.weight": table})
+    assert [part.data_ptr() for part in taken] == [table.data_ptr(), table[64:].data_ptr()]
+
+
 @pytest.mark.parametrize(("tp", "ep"), [(2, 2), (2, 1), (4, 2)])
 def test_the_experts_of_a_layer_are_two_tensors(tp: int, ep: int) -> None:
     """Each expert parallel group has its own, and its ranks a part of each."""

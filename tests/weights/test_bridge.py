@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.weights import gather
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
+from rloop_mcore.weights.family import HfTensor, Parameter, Split
 from rloop_mcore.weights.gather import ScatteredTensor
 
 
@@ -134,6 +136,19 @@ def test_saving_half_a_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors were not written"):
         bridge.save(iter(half), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", [Split.OUTPUT, Split.INPUT])
+def test_a_tensor_that_is_not_wanted_takes_the_memory_of_a_chunk(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(gather, "_transfer", lambda operation, tensor, peer: taken.append((peer, tensor)))
+    monkeypatch.setattr(gather, "_CHUNK_BYTES", 100)
+    parameter = Parameter("p", (HfTensor("t", (64, 8)),), split)
+    parts = [(rank, piece) for rank in range(2) for piece in parameter.pieces(rank, 2)]
+    mine = torch.ones(parameter.shape(2))
+    ScatteredTensor((64, 8), torch.float32, parts, mine, gather._Scratch(mine.device)).finish()
+    assert sum(tensor.numel() for _, tensor in taken) == 64 * 8 / 2
+    assert all(peer == 1 and tensor.untyped_storage().nbytes() <= 100 for peer, tensor in taken)
 
 
 def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
