@@ -121,11 +121,12 @@ def test_the_key_is_in_no_command_line_no_log_and_no_open_file(server: SGLangSer
     assert server.secrets.stat().st_mode & 0o077 == 0
 
 
-def _qwen3(folder: Path, experts: bool) -> Path:
-    """A random Qwen3 in bfloat16, dense or with experts, whose matrices are whole FP8 blocks."""
+def _qwen3(folder: Path, experts: int, chosen: int) -> Path:
+    """A random Qwen3 in bfloat16, dense or with experts (`chosen` a token): whole FP8 blocks on each of two ranks."""
     make_model(folder, 0)  # its tokenizer
     torch.manual_seed(1)
-    kind = Qwen3MoeConfig if experts else Qwen3Config
+    kind = Qwen3MoeConfig if experts > 1 else Qwen3Config
+    more = {"moe_intermediate_size": 256, "num_experts": experts, "num_experts_per_tok": chosen}
     config = kind(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -133,41 +134,50 @@ def _qwen3(folder: Path, experts: bool) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=128,
         max_position_embeddings=256,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=EOS,
-        **({"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2} if experts else {}),
+        **(more if experts > 1 else {}),
     )
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("precision", "quantization", "dp", "atol"),
-    # Experts in fp32: in bfloat16 a near tie of the router gives a token to other experts in the one or the other.
-    [("bf16", "fp8", 1, 0.1), ("fp32", "none", 2, 1e-4)],
-    ids=["FP8", "data parallel attention"],
+    ("rollout", "experts", "chosen", "precision", "atol"),
+    # Some of the experts in fp32 only: in bfloat16 a near tie of the router gives a token to others here than there.
+    [
+        (RolloutConfig(quantization="fp8"), 1, 1, "bf16", 0.1),
+        (RolloutConfig(tp=2, dp=2), 4, 2, "fp32", 1e-4),
+        (RolloutConfig(tp=2, ep=2), 4, 2, "fp32", 1e-4),
+        (RolloutConfig(tp=2, ep=2, quantization="fp8"), 4, 4, "bf16", 0.1),
+    ],
+    ids=["FP8", "data parallel attention", "expert parallel", "FP8 experts"],
 )
-def test_quantised_weights_and_data_parallel_ranks_are_verified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, quantization: str, dp: int, atol: float
+def test_quantised_weights_and_ranks_with_their_own_part_are_verified(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rollout: RolloutConfig,
+    experts: int,
+    chosen: int,
+    precision: str,
+    atol: float,
 ) -> None:
-    """The loaders, layouts, ranks and checksums are SGLang's; what it multiplies in FP8 is plain torch
-    (tests/sglang_cpu/sitecustomize.py)."""
+    """The loaders, layouts, ranks and checksums are SGLang's; what multiplies in FP8, and skips the experts of other
+    ranks, is plain torch (tests/sglang_cpu/sitecustomize.py)."""
     monkeypatch.setenv(STUBS_VARIABLE, str(ROOT / "tests/sglang_cpu"))
-    if dp > 1:
+    if rollout.tp > 1:
         monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
         monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "/none")
-    folder, fp8 = _qwen3(tmp_path / "model", experts=dp > 1), quantization == "fp8"
+    folder, fp8 = _qwen3(tmp_path / "model", experts, chosen), rollout.quantization == "fp8"
     by_name = load_file(folder / "model.safetensors")  # in alphabetical order; a stream has q before k
     tensors = sorted(by_name.items(), key=lambda item: item[0].replace(".q_proj.", ".a_proj."))
-    rollout = RolloutConfig(
-        engine="sglang", python=str(SGLANG_PYTHON), tp=dp, dp=dp, quantization=quantization, max_running=64
-    )
+    rollout = replace(rollout, engine="sglang", python=str(SGLANG_PYTHON), max_running=64)
     config = Config(data=DataConfig(train="t"), precision=precision, rollout=rollout)
     server = start_engine(config, folder, tmp_path, 0, range(1))
-    known = replace(MODEL, experts=4 if dp > 1 else 1, fp8=fp8)
+    known = replace(MODEL, experts=experts, fp8=fp8)
     with make_fleet([server], request_timeout_s=120.0, model=known) as fleet:
         metrics = fleet.sync(lambda: iter(tensors), 7)
         answers = fleet.generate(REQUESTS, SAMPLING)
