@@ -93,7 +93,7 @@ def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
     if dist.get_rank() == 0:
         tensors = load_file(case / "model.safetensors")
         assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in doubled.items())
-    gather._CHUNK_BYTES = 100  # a row or a few at a time
+    gather._CHUNK_BYTES = 400  # a few rows at a time
     for number, (name, tensor) in enumerate(bridge.export(chunks)):
         if number % 2:  # the others are not wanted
             place = torch.empty((*tensor.shape, 2), dtype=torch.float64)[..., 0]  # neither dense nor in its dtype
