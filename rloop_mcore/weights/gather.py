@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -53,9 +54,9 @@ def scattered(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[t
                 yield source.name, tensor
                 tensor.finish()
             elif mine is not None:
-                for owner, piece in parts:
-                    for rows in _chunks(mine[piece.in_shard], mine.dtype) if owner == rank else ():
-                        _transfer(dist.isend, rows, 0)
+                blocks = [mine[piece.in_shard] for owner, piece in parts if owner == rank]
+                for rows in chain.from_iterable(_chunks(block, mine.dtype) for block in blocks):
+                    _transfer(dist.isend, rows, 0)
 
 
 class ScatteredTensor:
