@@ -267,7 +267,7 @@ def main() -> None:
             if "RANK" in os.environ:  # the other ranks may be stuck: no job after this one can be trusted
                 break
         if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
+            parallel.leave_layout()
         if DEVICE == "cuda":
             from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

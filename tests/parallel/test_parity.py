@@ -11,6 +11,8 @@ from launch import HERE, launch
 from parity import LAYOUTS, QUANTITIES, REFERENCE, by_number, distances, tensor_distance, train_all
 from parity_model import MODELS, build, experiences, hub_named, reference_update, write
 
+pytestmark = pytest.mark.timeout(1300)  # the first test waits for every layout; each launch has 400 s
+
 NAMES = [f"{model}, {layout}" for layout, (models, _, _) in LAYOUTS.items() for model in models]
 TOLERANCE = 1e-5
 

@@ -23,7 +23,6 @@ platform.setup("cpu", 1)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from parity_model import experiences  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
@@ -212,7 +211,7 @@ def main() -> None:
             result["failures"] = fail_to_save(trainer)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{job['name']}.pt")
-        parallel_state.destroy_model_parallel()
+        parallel.leave_layout()
     parallel.destroy()
 
 

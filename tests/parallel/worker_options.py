@@ -18,7 +18,6 @@ platform.setup("cpu", 1)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from options import MAX_TOKENS, examples, off_policy  # noqa: E402
 from parity_model import TEMPERATURE, experiences  # noqa: E402
@@ -130,7 +129,7 @@ def main() -> None:
         result = TASKS[job["task"]](actor, folder)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{job['name']}.pt")
-        parallel_state.destroy_model_parallel()
+        parallel.leave_layout()
     parallel.destroy()
 
 

@@ -17,7 +17,6 @@ platform.setup("cpu", 1)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from parity_model import CLIP_HIGH, CLIP_LOW, DUAL_CLIP, TEMPERATURE, experiences  # noqa: E402
 
 from rloop_mcore.actor import parallel  # noqa: E402
@@ -95,7 +94,7 @@ def main() -> None:
         result = train(job, out)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{job['name']}.pt")
-        parallel_state.destroy_model_parallel()
+        parallel.leave_layout()
     parallel.destroy()
 
 

@@ -48,7 +48,8 @@ def fits(case: str, heads: int, layout: LayoutConfig) -> bool:
 
 def main(folder: Path) -> None:
     import megatron_model
-    from megatron.core import parallel_state
+
+    from rloop_mcore.actor import parallel
 
     world = int(os.environ["WORLD_SIZE"])
     cases = sorted(path.parent for path in folder.glob("*/expected_logits"))
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
             heads = json.loads((case / "config.json").read_text())["num_attention_heads"]
             if fits(case.name, heads, layout):
                 differences[f"{case.name}-{name}"] = run(case, layout, folder / f"{case.name}-{name}")
-        parallel_state.destroy_model_parallel()
+        parallel.leave_layout()
     if dist.get_rank() == 0:
         (folder / f"differences-{world}.json").write_text(json.dumps(differences))
     dist.barrier()
