@@ -307,6 +307,11 @@ def check_device(config: Config, device: str) -> None:
     _check_lag(config, platform.deterministic(config.run.deterministic, device))
     if actor.precision_aware_optimizer and not actor.distributed_optimizer:
         raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
+    if actor.optimizer_offload > 0 and not actor.distributed_optimizer:
+        raise UserError(
+            f"actor.optimizer_offload={actor.optimizer_offload} needs actor.distributed_optimizer=true: without it "
+            "Megatron loses track of the weights that are offloaded."
+        )
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")

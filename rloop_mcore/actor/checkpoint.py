@@ -25,7 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded
+from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded, count_in_parts
 from rloop_mcore.errors import DiskFull, Fault
 from rloop_mcore.platform.files import is_disk_full, new_directory
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
@@ -179,6 +179,7 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
             if "step" in parameter_state:  # Megatron leaves one tensor for all: steps would count double
                 parameter_state["step"] = parameter_state["step"].clone()
     copy_to_offloaded(optimizer.megatron)
+    count_in_parts(optimizer.megatron)
     torch.set_rng_state(state["rng"])
 
 

@@ -131,6 +131,15 @@ def copy_to_offloaded(megatron: MegatronOptimizer) -> None:
                 copy.data.copy_(parameter.data)
 
 
+def count_in_parts(megatron: MegatronOptimizer) -> None:
+    """After a checkpoint: Megatron's optimizer over CPU and GPU would set its parts' step counts back to that of the
+    checkpoint before every step, since a setting of its own overrules theirs."""
+    for optimizer in megatron.chained_optimizers:
+        if hasattr(optimizer.optimizer, "sub_optimizers"):
+            for group in optimizer.optimizer.param_groups:
+                group.pop("step", None)
+
+
 def _step_nowhere(offloaded: Any) -> None:
     """Megatron's optimizer over CPU and GPU makes its state in a step: one along zero gradients, not counted."""
     rates = [(group["lr"], group["weight_decay"]) for group in offloaded.param_groups]

@@ -59,6 +59,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if experts is not None:  # Transformer Engine's modules have a fused norm in dense layers only
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 

@@ -92,6 +92,7 @@ class WeightSync:
             submit(self._close_channel())  # engines that wait in a broadcast are freed by it
             raise
         finally:
+            self.buffers.release()
             for _ in weights:  # the other ranks go through the whole export; rank 0 must too
                 pass
         seconds = time.monotonic() - begun
@@ -266,7 +267,7 @@ async def _in_thread(function: Callable[[], None]) -> None:
 class Buffers:
     """Cuts a stream of tensors into buckets, in two buffers by turns: the next is filled while one is sent.
 
-    They are kept from sync to sync, since fresh memory is slow on its first use.
+    Those in host memory are kept from sync to sync, since fresh memory is slow on its first use.
     """
 
     def __init__(self, bucket_bytes: int, host: bool, shared: bool = False) -> None:
@@ -303,6 +304,16 @@ class Buffers:
             end += size
         if specs:
             yield Bucket(specs, self._memory[turn][:end])
+
+    def release(self) -> None:
+        """Give up buffers on a GPU: training needs the memory, and torch hands it out again at no cost.
+
+        Memory that is shared by CUDA IPC also grows a chain of torch's counters, a link a tensor that is handed out,
+        whose end is a recursion as deep: without this, one of all syncs.
+        """
+        for turn, memory in enumerate(self._memory):
+            if memory.device.type != "cpu":
+                self._memory[turn] = torch.empty(0, dtype=torch.uint8)
 
     def _reserve(self, turn: int, size: int, weights: torch.device) -> torch.Tensor:
         device = torch.device("cpu") if self._host else weights

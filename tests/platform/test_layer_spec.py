@@ -121,3 +121,15 @@ def test_experts_are_one_module_each() -> None:
     names = [name for name, _ in model(**EXPERTS).named_parameters()]
     assert "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight" in names
     assert "decoder.layers.1.mlp.router.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("fields", "norm"), [({}, "mlp.linear_fc1.layer_norm_weight"), (EXPERTS, "pre_mlp_layernorm.weight")]
+)
+def test_checkpoints_have_the_names_of_transformer_engines_modules(fields: dict[str, Any], norm: str) -> None:
+    keys = {entry.key for entry in model(**fields).sharded_state_dict().values()}
+    assert {key for key in keys if "norm" in key} == {
+        "decoder.final_layernorm.weight",
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        f"decoder.layers.{norm}",
+    }

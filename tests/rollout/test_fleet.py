@@ -261,6 +261,15 @@ def test_buckets_keep_order_and_size() -> None:
     assert halved.data.view(torch.bfloat16).tolist() == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 40), ("meta", 0)])  # meta: not the CPU's memory, as a GPU's
+def test_buckets_on_a_gpu_are_given_up_after_a_sync(device: str, kept: int) -> None:
+    buffers = Buffers(40, host=False)
+    tensors = [(str(i), torch.zeros(10, device=device)) for i in range(2)]
+    assert len(list(buffers.fill(iter(tensors), torch.float32))) == 2
+    buffers.release()
+    assert [memory.numel() for memory in buffers._memory] == [kept, kept]
+
+
 def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_weights(
     model_path: Path, tmp_path: Path, reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:

@@ -140,6 +140,7 @@ class WeightReceiver:
         self.tensors.clear()  # views of some of them
         self._checksums.clear()
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        torch.cuda.empty_cache()  # else torch keeps the memory for this process; does nothing on a CPU
         self.broken = "the weights were released"
 
     def restore(self) -> None:
