@@ -312,6 +312,11 @@ def check_device(config: Config, device: str) -> None:
             f"actor.optimizer_offload={actor.optimizer_offload} needs actor.distributed_optimizer=true: without it "
             "Megatron loses track of the weights that are offloaded."
         )
+    if actor.precision_aware_optimizer and actor.optimizer_offload > 0:
+        raise UserError(
+            "actor.precision_aware_optimizer=true saves nothing beside "
+            f"actor.optimizer_offload={actor.optimizer_offload}: Megatron keeps fp32 moments then; set one of the two."
+        )
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")

@@ -15,7 +15,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "offload half": {"optimizer_offload": 0.5},
     "offload all": {"optimizer_offload": 1.0},
     "precision aware": {"precision_aware_optimizer": True},
-    "precision aware, offload half": {"precision_aware_optimizer": True, "optimizer_offload": 0.5},
 }
 
 
@@ -61,8 +60,13 @@ def test_the_optimizers_options_train_and_resume_alike(plain: Results, folder: P
     assert relative(change, {name: wanted["end"][name] - start for name, start in wanted["start"].items()}) < 0.1
 
 
+# How far the next updates may be apart: in bf16 a token near two experts goes to the other one on the other device.
+@pytest.mark.parametrize(("model", "noise"), [("dense", 0.2), ("moe", 0.5)])
 @pytest.mark.parametrize(("source", "target"), [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_checkpoint_moves_between_cpu_and_gpu(folder: Path, source: str, target: str) -> None:
+def test_a_checkpoint_moves_between_cpu_and_gpu(
+    tmp_path: Path, model: str, noise: float, source: str, target: str
+) -> None:
+    folder = write_model(model, tmp_path)
     saved = str(folder / f"{source}.checkpoint")
     written = run([job(f"{source} writes", "checkpointed", folder, save=saved)], folder, device=source)
     read = run([job(f"{target} reads", "checkpointed", folder, load=saved)], folder, device=target)
@@ -71,4 +75,4 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(folder: Path, source: str, targe
     # Moments and step count too: the next update is the same, up to bf16's noise in the gradient.
     wanted = {name: before["next"][name] - weight for name, weight in before["weights"].items()}
     got = {name: after["next"][name] - weight for name, weight in after["weights"].items()}
-    assert relative(got, wanted) < 0.2
+    assert relative(got, wanted) < noise
