@@ -53,6 +53,7 @@ class _Call:
     failures: int = 0
     canaries: bool = False
     votes: bool = False  # what the answers vote for is asked, not whether they are right
+    again: set[int] = field(default_factory=set)  # the items that are graded a second time
 
     def __post_init__(self) -> None:
         self.future.set_running_or_notify_cancel()  # it can't be cancelled
@@ -70,8 +71,9 @@ class RewardPool:
     """`protocols.Rewards` over worker processes; use it as a context manager, from any thread.
 
     An answer that hangs or kills its grader gets the verdict timeout or crashed; the grader is replaced and the other
-    answers are graded. With `deterministic` the deadline of an answer is CPU time (and a generous wall time behind it),
-    so that a busy machine changes no verdict; without, it is wall time. In asyncio: `await asyncio.wrap_future(
+    answers are graded. So is the answer itself, once more, where somebody else killed the grader, such as the kernel of
+    a machine without memory. With `deterministic` the deadline of an answer is CPU time (and a generous wall time behind
+    it), so that a busy machine changes no verdict; without, it is wall time. In asyncio: `await asyncio.wrap_future(
     pool.submit(items))`.
     """
 
@@ -312,6 +314,11 @@ class RewardPool:
             job = child.jobs.popleft()
             self._jobs.extendleft(reversed(child.jobs))
             child.jobs.clear()
+            call, index = job
+            if code == -signal.SIGKILL and not child.overran and index not in call.again:  # no limit of ours kills so
+                call.again.add(index)
+                self._jobs.appendleft(job)
+                return
             if child.overran or code == -signal.SIGPROF:
                 self._take_note(f"no verdict within reward.deadline_s={self._config.deadline_s:g}")
                 reason = "timeout"

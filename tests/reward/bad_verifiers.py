@@ -1,6 +1,7 @@
 """Verifiers that do to a worker what answers do to verifiers; the response says what."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
         sys.exit(3)
     if response == "abort":
         os.abort()
+    if response == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if response == "wait, the first time" and not Path(problem.answer).exists():
+        Path(problem.answer).write_text(str(os.getpid()))
+        os.read(os.pipe()[0], 1)
     if response == "memory":
         bytearray(2**33)
     if response == "raise":
@@ -40,6 +46,7 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
         sys.stdin.read()
     if response == "touch":
         Path(problem.answer).touch()
+    if response in ("touch", "wait, the first time"):
         return True, "correct"
     if response == "torch":
         return "torch" in sys.modules, "wrong"

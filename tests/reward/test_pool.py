@@ -29,6 +29,7 @@ TROUBLE = {
     "exit": "crashed",
     "sys.exit": "crashed",
     "abort": "crashed",
+    "kill": "crashed",
     "memory": "crashed",
     "raise": "crashed",
     "nonsense": "crashed",
@@ -59,7 +60,7 @@ def test_one_bad_answer_costs_only_itself() -> None:
     start = time.monotonic()
     with RewardPool(config()) as pool:
         verdicts = pool.grade([item(response) for response in responses])
-        assert pool.replaced == 6  # the four that hang, the one that exits, the one that aborts
+        assert pool.replaced == 8  # the four that hang, one that exits, one that aborts, one that kills itself twice
         assert pool.counts == Counter(reasons)
         assert [v.reason for v in pool.grade([item("right")] * 50)] == ["correct"] * 50
     assert [v.reason for v in verdicts] == reasons
@@ -127,6 +128,21 @@ def test_odd_texts_arrive_whole() -> None:
     odd = ["\0", "\ud800", "\u0665\u2028\r\n", "x" * 300_000, ""]
     with RewardPool(config()) as pool:
         assert all(v.correct for v in pool.grade([item(text, gold=text) for text in odd]))
+
+
+@pytest.mark.parametrize("victim", ["grader", "worker"])
+def test_an_answer_whose_grader_somebody_else_killed_is_graded_once_more(tmp_path: Path, victim: str) -> None:
+    begun = tmp_path / "begun"
+    with RewardPool(config(workers=1, deadline_s=6.0)) as pool:
+        verdicts = pool.submit([item("right"), item("wait, the first time", gold=str(begun)), item("right")])
+        deadline = time.monotonic() + 60
+        while not (begun.exists() and begun.read_text()):
+            assert time.monotonic() < deadline, "the answer was never begun"
+            time.sleep(0.01)
+        grader = psutil.Process(int(begun.read_text()))
+        (grader if victim == "grader" else grader.parent()).kill()
+        assert [v.reason for v in verdicts.result(60)] == ["correct"] * 3
+        assert pool.replaced == 1
 
 
 def test_a_worker_killed_while_idle_is_replaced_and_blames_nobody() -> None:
