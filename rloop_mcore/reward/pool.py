@@ -72,9 +72,9 @@ class RewardPool:
 
     An answer that hangs or kills its grader gets the verdict timeout or crashed; the grader is replaced and the other
     answers are graded. So is the answer itself, once more, where somebody else killed the grader, such as the kernel of
-    a machine without memory. With `deterministic` the deadline of an answer is CPU time (and a generous wall time behind
-    it), so that a busy machine changes no verdict; without, it is wall time. In asyncio: `await asyncio.wrap_future(
-    pool.submit(items))`.
+    a machine without memory. With `deterministic` the deadline of an answer is CPU time (and a generous wall time
+    behind it), so that a busy machine changes no verdict; without, it is wall time. In asyncio: `await
+    asyncio.wrap_future(pool.submit(items))`.
     """
 
     def __init__(self, config: RewardConfig, deterministic: bool = True) -> None:
