@@ -61,7 +61,7 @@ def kill_at(process: subprocess.Popen[bytes], run_dir: Path, place: str, conditi
     everyone = runs.kill(process, role)
     assert not has("done", 1, "evaluate")(runs.records(run_dir)), f"{place}: the run was done already"
     if role == "engine":
-        runs.wait_for("another engine", lambda: role in runs.tree(process), process)
+        runs.wait_for("another engine", lambda: runs.tree(process).get(role, everyone[0]) not in everyone, process)
     else:
         _, alive = psutil.wait_procs(everyone, timeout=60)
         assert not alive, f"{place}: killing {role} left {alive}"
