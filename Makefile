@@ -4,7 +4,9 @@ VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-# Container images often set it. Each process would then compile what it imports, which takes three times the import itself.
+# Without bytecode each process compiles what it imports, which takes three times as long: uv makes none unless it is
+# told to, and container images often forbid Python to.
+export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge test-slurm kill-campaign check format bench
@@ -16,7 +18,7 @@ $(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
 	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== installing the $$stack stack (constraints/$$stack.txt)" && \
 	$(PYTHON) -m pip install -q uv==0.13.9 && \
 	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --compile-bytecode --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
 	@touch $(STAMP)
 
 # TRL, the baseline of tools/bench/step_vs_trl.py, on the same torch and transformers in an environment of its own.
@@ -28,7 +30,7 @@ $(TRL_VENV)/installed: tools/bench/trl_constraints.txt $(STAMP)
 	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== environment $(TRL_VENV) ($$stack) with TRL" && \
 	$(PYTHON) -m venv --clear $(TRL_VENV) && \
 	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --compile-bytecode --python $(TRL_VENV)/bin/python \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(TRL_VENV)/bin/python \
 	-c constraints/$$stack.txt -c tools/bench/trl_constraints.txt trl
 	@touch $@
 
@@ -45,7 +47,7 @@ $(SGLANG_VENV)/installed: tools/find_python.sh | $(STAMP)
 	@python=$$(tools/find_python.sh 3.12) && echo "== environment $(SGLANG_VENV) with $$python" && \
 	"$$python" -m venv --clear $(SGLANG_VENV) && \
 	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --compile-bytecode --prerelease allow \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --prerelease allow \
 	--python $(SGLANG_VENV)/bin/python sglang==$(SGLANG_VERSION)
 	@touch $@
 

@@ -32,9 +32,11 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
         os.abort()
     if response == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if response == "wait, the first time" and not Path(problem.answer).exists():
-        Path(problem.answer).write_text(str(os.getpid()))
-        os.read(os.pipe()[0], 1)
+    if response == "wait, the first time":
+        if not Path(problem.answer).exists():
+            Path(problem.answer).write_text(str(os.getpid()))
+            os.read(os.pipe()[0], 1)
+        return True, "correct"
     if response == "memory":
         bytearray(2**33)
     if response == "raise":
@@ -46,7 +48,6 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
         sys.stdin.read()
     if response == "touch":
         Path(problem.answer).touch()
-    if response in ("touch", "wait, the first time"):
         return True, "correct"
     if response == "torch":
         return "torch" in sys.modules, "wrong"
