@@ -16,8 +16,8 @@ import psutil
 
 from rloop_mcore.platform.process import STACKS, STACKS_SIGNAL
 
-_ANSWER_S = 5.0  # for a process to write its stacks
-_QUIET_S = 0.3  # and then it is done
+_ANSWER_S = 15.0  # for the processes to write their stacks, all at once
+_QUIET_S = 0.3  # and then they are done
 _PY_SPY_S = 20.0
 
 
@@ -26,18 +26,60 @@ def collect(processes: Sequence[psutil.Process], folder: Path) -> list[str]:
 
     Ranks and embedded engines write their stacks themselves; other Python processes (SGLang's, and the reward
     workers) are asked about by py-spy, where it is installed, and left out elsewhere. A stopped process goes on by it.
+    Of a rank or engine that does not answer the file has what the kernel knows: a driver may hold it.
     Raises OSError where a file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
+    asked, silent = [], []
     for process in processes:
-        with suppress(psutil.Error):  # it ended meanwhile
-            state = _state(process)
-            stacks = _own_words(process) or _by_py_spy(process)
-            if stacks:
-                names.append(f"{_role(process)}.txt")
-                (folder / names[-1]).write_text(f"{state}\n{stacks}")
-    return sorted(names)
+        with suppress(psutil.Error, OSError):  # it ended meanwhile
+            name, state = f"{_role(process)}.txt", _state(process)
+            if (file := _stacks_file(process.pid)) is None:
+                silent.append((process, name, state))
+            else:
+                asked.append((_Asked(process.pid, file), name, state))
+    _wait([question for question, _, _ in asked])
+    written = {name: state + question.answer() for question, name, state in asked}
+    for process, name, state in silent:
+        with suppress(psutil.Error):
+            if stacks := _by_py_spy(process):
+                written[name] = state + stacks
+    for name, text in written.items():
+        (folder / name).write_text(text)
+    return sorted(written)
+
+
+class _Asked:
+    """A process that has been asked for its stacks. What it writes can be read when it has ended, too."""
+
+    def __init__(self, pid: int, file: Path) -> None:
+        self._file = os.open(file, os.O_RDONLY)
+        self._before = self.size()
+        for number in (STACKS_SIGNAL, signal.SIGCONT):
+            os.kill(pid, number)
+
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def answered(self) -> bool:
+        return self.size() > self._before
+
+    def answer(self) -> str:
+        words = os.pread(self._file, self.size() - self._before, self._before).decode(errors="replace")
+        os.close(self._file)
+        return words or f"no answer within {_ANSWER_S:g} s\n"
+
+
+def _wait(asked: Sequence[_Asked]) -> None:
+    """Until all have answered and are silent again."""
+    deadline = time.monotonic() + _ANSWER_S
+    sizes, changed = [question.size() for question in asked], time.monotonic()
+    while time.monotonic() < deadline:
+        if all(question.answered() for question in asked) and time.monotonic() - changed >= _QUIET_S:
+            return
+        time.sleep(0.05)
+        if (now := [question.size() for question in asked]) != sizes:
+            sizes, changed = now, time.monotonic()
 
 
 def _role(process: psutil.Process) -> str:
@@ -66,29 +108,9 @@ def _state(process: psutil.Process) -> str:
     return "\n".join(words + [f"{count} threads {place}" for place, count in sorted(threads.items())]) + "\n"
 
 
-def _own_words(process: psutil.Process) -> str:
-    """What the process writes when it is asked; "" where it can't be, or doesn't answer."""
-    file = _stacks_file(process.pid)
-    if file is None:
-        return ""
-    try:
-        before = file.stat().st_size
-        os.kill(process.pid, STACKS_SIGNAL)
-        if process.status() == psutil.STATUS_STOPPED:
-            os.kill(process.pid, signal.SIGCONT)
-        deadline, size, changed = time.monotonic() + _ANSWER_S, before, time.monotonic()
-        while time.monotonic() < deadline and (size == before or time.monotonic() - changed < _QUIET_S):
-            time.sleep(0.05)
-            if (now := file.stat().st_size) != size:
-                size, changed = now, time.monotonic()
-        return file.read_bytes()[before:].decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def _stacks_file(pid: int) -> Path | None:
-    with suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
             if os.readlink(link).startswith(f"/memfd:{STACKS}"):
                 return link
     return None

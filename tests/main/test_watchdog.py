@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -185,15 +186,20 @@ where_it_hangs()
 """
 
 
+@contextmanager
+def there(program: str) -> Iterator[subprocess.Popen[str]]:
+    """The process, where it hangs."""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        yield process
+        process.kill()
+
+
 @pytest.fixture
 def hanging() -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "there\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with there(HANGS) as process:
+        yield process
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -210,6 +216,27 @@ def test_a_process_shows_where_it_hangs(hanging: subprocess.Popen[str], tmp_path
         assert ("stopped" in text.splitlines()[0]) == (stopped and not asked)
         assert text.count("in where_it_hangs") == 1
     assert hanging.poll() is None
+
+
+def test_of_a_process_that_does_not_answer_the_kernel_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rloop_mcore.main.stacks._ANSWER_S", 0.5)
+    blocked = "from rloop_mcore.platform.process import STACKS_SIGNAL\nimport signal\n"
+    blocked += "signal.pthread_sigmask(signal.SIG_BLOCK, [STACKS_SIGNAL])\n"
+    with there(blocked + HANGS) as process:
+        (name,) = collect([psutil.Process(process.pid)], tmp_path)
+    text = (tmp_path / name).read_text()
+    assert text.startswith(f"pid {process.pid}, ")
+    assert text.endswith("\nno answer within 0.5 s\n")
+
+
+def test_what_a_process_wrote_before_it_ended_is_kept(tmp_path: Path) -> None:
+    ends = "import faulthandler, os, signal\nfrom rloop_mcore.platform.process import STACKS_SIGNAL\n"
+    ends += "faulthandler.register = lambda *args, file, **kwargs: signal.signal(\n"
+    ends += "    STACKS_SIGNAL, lambda *_: (os.write(file, b'my last words'), os._exit(1)))\n"
+    with there(ends + HANGS) as process:
+        (name,) = collect([psutil.Process(process.pid)], tmp_path)
+        assert process.wait(60) == 1
+    assert (tmp_path / name).read_text().endswith("my last words")
 
 
 def test_a_process_that_has_ended_meanwhile_is_passed_over(hanging: subprocess.Popen[str], tmp_path: Path) -> None:
