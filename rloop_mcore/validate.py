@@ -305,6 +305,10 @@ def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
     actor = config.actor
     _check_lag(config, platform.deterministic(config.run.deterministic, device))
+    if device == "cpu" and actor.optimizer_offload > 0:
+        raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
+    if device == "cpu" and actor.precision_aware_optimizer:
+        raise UserError("actor.precision_aware_optimizer=true needs Transformer Engine's Adam: set it to false.")
     if actor.precision_aware_optimizer and not actor.distributed_optimizer:
         raise UserError("actor.precision_aware_optimizer=true needs actor.distributed_optimizer=true.")
     if actor.optimizer_offload > 0 and not actor.distributed_optimizer:
@@ -320,10 +324,6 @@ def check_device(config: Config, device: str) -> None:
     check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
-    if device == "cpu" and actor.optimizer_offload > 0:
-        raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
-    if device == "cpu" and actor.precision_aware_optimizer:
-        raise UserError("actor.precision_aware_optimizer=true needs Transformer Engine's Adam: set it to false.")
 
 
 def check_model(config: Config, model: Path) -> None:

@@ -176,6 +176,7 @@ def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
     ("overrides", "device", "word"),
     [
         (["actor.optimizer_offload=0.5"], "cpu", "needs a GPU"),
+        (["actor.optimizer_offload=0.5", "actor.distributed_optimizer=false"], "cpu", "needs a GPU"),
         (["actor.precision_aware_optimizer=true"], "cpu", "Transformer Engine"),
         (["precision=fp8_tensorwise"], "cpu", "fp8.simulate=true"),
         (

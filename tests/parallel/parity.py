@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path += [str(HERE), str(HERE.parent)]
 
-from launch import launch  # noqa: E402
 from parity_model import MODELS, write  # noqa: E402
+from ranks import launch  # noqa: E402
 
 QUANTITIES = ("logprobs", "loss", "gradients", "weights", "resumed")
 BOTH, DENSE, MOE, EVERY = ("dense", "moe"), ("dense",), ("moe",), ("dense", "qk norm", "moe")
@@ -55,7 +55,7 @@ REFERENCE = "TP1 PP1"
 
 
 def train_all(folder: Path, models: Iterable[str] = tuple(MODELS)) -> dict[str, dict[str, Any]]:
-    """What each "MODEL, LAYOUT" came to. A torchrun a number of ranks; one process last, which resumes the others."""
+    """What each "MODEL, LAYOUT" came to. A start a number of ranks; one process last, which resumes the others."""
     jobs: dict[int, list[dict[str, Any]]] = {}
     for model in models:
         write(model, folder / model)
@@ -69,7 +69,7 @@ def train_all(folder: Path, models: Iterable[str] = tuple(MODELS)) -> dict[str, 
             others = [other for ranks in jobs if ranks > 1 for other in jobs[ranks]]
             job["resume"] = [o["name"] for o in others if o["model"] == job["model"] and o["actor"] == job["actor"]]
     for ranks in sorted(jobs, reverse=True):
-        launch([str(HERE / "worker_parity.py"), json.dumps(jobs[ranks]), str(folder)], processes=ranks)
+        launch(HERE / "worker_parity.py", json.dumps(jobs[ranks]), folder, processes=ranks)
     names = [job["name"] for ranks in sorted(jobs) for job in jobs[ranks]]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from launch import HERE, launch
-from parity import tensor_distance
+from parity import HERE, tensor_distance
 from parity_model import write
+from ranks import launch
 
 TWO_RANKS = {"TP2": {"tp": 2}, "PP2": {"pp": 2, "stages": [2, 2]}, "DP2": {"dp": 2}}
 OPTIMIZERS = {"": True, " plain": False}  # the distributed optimizer, and Megatron's other one
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             for name, layout in layouts.items()
             for optimizer, distributed in OPTIMIZERS.items()
         ]
-        launch([str(HERE / "worker_checkpoints.py"), json.dumps(jobs), str(folder)], processes=ranks)
+        launch(HERE / "worker_checkpoints.py", json.dumps(jobs), folder, processes=ranks)
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in TWO + ONE}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from launch import HERE, launch
 from options import UPDATES, fine_tuning_reference, token_logprobs, update_reference
-from parity import by_number, tensor_distance
+from parity import HERE, by_number, tensor_distance
 from parity_model import TEMPERATURE, build, experiences, hub_named, reference_update, write
+from ranks import launch
 from transformers import PreTrainedModel
 
 TOLERANCE = 3e-5  # ours in fp32, the formulas in fp64
@@ -58,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         add(f"{name}, replay", "replay", moe, layout, routing_replay="first_forward", recompute=recompute)
     for processes in (1, 2):
         chosen = [job for job in jobs if (job["name"].startswith("one")) == (processes == 1)]
-        launch([str(HERE / "worker_options.py"), json.dumps(chosen), str(folder)], processes)
+        launch(HERE / "worker_options.py", json.dumps(chosen), folder, processes=processes)
     return {job["name"]: torch.load(folder / f"{job['name']}.pt", weights_only=True) for job in jobs}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from launch import HERE, launch
-from parity import LAYOUTS, QUANTITIES, REFERENCE, by_number, distances, tensor_distance, train_all
+from parity import HERE, LAYOUTS, QUANTITIES, REFERENCE, by_number, distances, tensor_distance, train_all
 from parity_model import MODELS, build, experiences, hub_named, reference_update, write
+from ranks import launch
 
 pytestmark = pytest.mark.timeout(1300)  # the first test waits for every layout; each launch has 400 s
 
@@ -55,7 +55,7 @@ def test_one_process_agrees_with_transformers(results: dict[str, dict[str, Any]]
 def test_bf16_has_fp32_main_weights_and_resumes_to_the_bit(tmp_path: Path) -> None:
     """One step of 1e-5 is lost in bf16's rounding of a weight of 0.3; twenty add up only in fp32 main weights."""
     out = tmp_path / "bf16.pt"
-    launch([str(HERE / "worker_bf16.py"), str(write("dense", tmp_path / "model")), str(out)], processes=1)
+    launch(HERE / "worker_bf16.py", write("dense", tmp_path / "model"), out, processes=1)
     trained = torch.load(out, weights_only=True)
 
     def changed(name: str) -> float:

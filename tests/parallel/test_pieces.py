@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import HERE, launch
+from ranks import launch
 
 VOCABULARY, TEMPERATURE = 9, 0.7
 
@@ -15,7 +16,7 @@ VOCABULARY, TEMPERATURE = 9, 0.7
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("pieces") / "out.pt"
-    launch([str(HERE / "worker_pieces.py"), str(out)], processes=2)
+    launch(Path(__file__).with_name("worker_pieces.py"), out, processes=2)
     return torch.load(out, weights_only=True)
 
 

@@ -2,8 +2,8 @@
 
 JOBS is a file with a JSON list of {"architecture" (config.json's keys), "layout", "precision", "actor", "lengths"}: one
 packed micro-batch of rows of these lengths, of which all tokens but the first are responses. Rank 0 is played over fake
-process groups; under torchrun the ranks are real, as routing needs. The last line of the output is a list of bytes,
-the mean over the ranks: so it doesn't depend on who got how many tokens.
+process groups; in several ranks (ranks.py) they are real, as routing needs. The last line of the output is a list of
+bytes, the mean over the ranks: so it does not depend on who got how many tokens.
 """
 
 from __future__ import annotations

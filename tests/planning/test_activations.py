@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import launch
 
 from rloop_mcore.config import (
     ActorConfig,
@@ -54,14 +53,10 @@ LENGTHS = [200, 200, 100, 12]
 
 
 def saved_bytes(jobs: list[dict[str, Any]], folder: Path, processes: int = 1) -> list[int]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    file, worker = folder / "jobs.json", Path(__file__).with_name("saved_bytes.py")
+    file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    done = subprocess.run([*launcher, str(worker), str(file)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    said = launch(Path(__file__).with_name("saved_bytes.py"), file, processes=processes, timeout_s=280)
+    found: list[int] = json.loads(said.splitlines()[-1])
     return found
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from naive_attention import cumulative, naive, packed_inputs
+from ranks import launch
 
 from rloop_mcore import platform
 
@@ -70,12 +68,7 @@ def test_the_scale_is_the_one_asked_for() -> None:
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[torch.Tensor]]:
     out = tmp_path_factory.mktemp("cp") / "out.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        [*command, str(HERE / "worker_cp.py"), str(out)], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(HERE / "worker_cp.py", out, processes=4, timeout_s=200)
     return torch.load(out, weights_only=True)
 
 

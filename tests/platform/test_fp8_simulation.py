@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import fp8_reference as reference
 import numpy as np
 import pytest
 import torch
+from ranks import launch
 
 from rloop_mcore import platform
 from rloop_mcore.config import Fp8Config
@@ -350,13 +348,8 @@ def relative_error(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor],
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    here, out = Path(__file__).parent, tmp_path_factory.mktemp("fp8") / "out.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
-    done = subprocess.run(
-        [*command, str(here / "worker_fp8.py"), str(out)], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    out = tmp_path_factory.mktemp("fp8") / "out.pt"
+    launch(Path(__file__).with_name("worker_fp8.py"), out, processes=2, timeout_s=200)
     return torch.load(out, weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Packed attention split over 2 and 4 context-parallel ranks: `worker_cp.py OUT` under torchrun with four processes."""
+"""Packed attention split over 2 and 4 context-parallel ranks: `worker_cp.py OUT` in four processes."""
 
 from __future__ import annotations
 

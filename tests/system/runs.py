@@ -19,6 +19,7 @@ from rloop_mcore.journal import Journal
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240.0
+REPLACED = ("engine", "reward")  # roles: with another such process the run goes on
 
 
 def command(*arguments: str) -> list[str]:
@@ -94,10 +95,14 @@ def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
 
 
 def kill(process: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
-    """SIGKILL one role, or `all`; returns every process of the run, to be waited for."""
+    """SIGKILL one role, or `all`; returns every process of the run. All have ended then, unless the role is replaced."""
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     victims = everyone if role == "all" else [tree(process)[role]]
     for victim in victims:
         with suppress(psutil.NoSuchProcess):  # it ended meanwhile, by itself or with its parent
             victim.send_signal(signal.SIGKILL)
+    if role not in REPLACED:
+        process.wait(60)  # first, by what keeps its exit code
+        _, alive = psutil.wait_procs(everyone, timeout=60)
+        assert not alive, f"killing {role} left {alive}"
     return everyone

@@ -1,4 +1,4 @@
-"""Run by torchrun for test_bridge_parallel: load, compare logits, export and save every case at every layout."""
+"""Run in several ranks for test_bridge_parallel: load, compare logits, export and save every case at every layout."""
 
 from __future__ import annotations
 

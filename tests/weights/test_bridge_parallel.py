@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from bridge_ranks import LAYOUTS, fits
+from ranks import launch
 from safetensors.torch import save_file
 from tiny_models import make_folder, some_ids
 
@@ -62,10 +65,7 @@ def make_cases(folder: Path) -> Path:
 
 @functools.cache
 def differences(folder: Path, world: int) -> dict[str, float | None]:
-    script = Path(__file__).with_name("bridge_ranks.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run([*torchrun, str(script), str(folder)], timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    launch(Path(__file__).with_name("bridge_ranks.py"), folder, processes=world)
     return json.loads((folder / f"differences-{world}.json").read_text())
 
 
