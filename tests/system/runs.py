@@ -95,7 +95,7 @@ def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
 
 
 def kill(process: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
-    """SIGKILL one role, or `all`; returns every process of the run. All have ended then, unless the role is replaced."""
+    """SIGKILL one role, or `all`; returns every process of the run. They have ended then, unless it is replaced."""
     everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     victims = everyone if role == "all" else [tree(process)[role]]
     for victim in victims:
