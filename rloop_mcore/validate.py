@@ -321,7 +321,8 @@ def check_device(config: Config, device: str) -> None:
             "actor.precision_aware_optimizer=true saves nothing beside "
             f"actor.optimizer_offload={actor.optimizer_offload}: Megatron keeps fp32 moments then; set one of the two."
         )
-    check_precision(config.precision, config.fp8, device, actor.distributed_optimizer, actor.optimizer_offload)
+    optimizer = actor.distributed_optimizer, actor.optimizer_offload, actor.precision_aware_optimizer
+    check_precision(config.precision, config.fp8, device, *optimizer)
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
 

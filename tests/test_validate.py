@@ -186,6 +186,11 @@ def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
         ),
         (["actor.optimizer_offload=0.5", "actor.distributed_optimizer=false"], "cuda", "distributed_optimizer=true"),
         (["actor.optimizer_offload=0.5", "actor.precision_aware_optimizer=true"], "cuda", "set one of the two"),
+        (
+            ["actor.precision_aware_optimizer=true", "precision=fp8_delayed", "fp8.parameter_gather=true"],
+            "cuda",
+            "precision_aware_optimizer=false",
+        ),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(overrides: list[str], device: str, word: str) -> None:

@@ -65,9 +65,9 @@ class MegatronActor(Conducted):
         self._optimizer = self._reference = None
         gc.collect()  # the last phase's state goes before this one's comes
         gc.freeze()  # Megatron collects garbage at every save: leave what outlives the phase out of it
-        self._bridge.load(self._chunks, policy)
         fp8_simulation.reset(self._chunks)
-        reset_scales(self._chunks, self._config.precision)
+        reset_scales(self._chunks, self._config.precision)  # before the weights: those in FP8 bring their scale
+        self._bridge.load(self._chunks, policy)
         self._optimizer = PolicyOptimizer(self._wrapped, optimizer, total_updates, self._config)
         if self._config.algorithm.kl_coefficient > 0:
             self._reference = Reference(self._chunks)

@@ -6,7 +6,7 @@ import inspect
 import os
 import queue
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -165,10 +166,15 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
     """
     check_manifest(path, trust=True)  # those from before there were manifests have none
     saved = load_sharded_metadata(str(path))
-    state = dist_checkpointing.load(_state(chunks, optimizer, saved), str(path))
+    wanted = _state(chunks, optimizer, saved)
+    # Megatron would quantise a matrix in the parts that it reads, each by a scale of its own, and keep the last scale.
+    force_all_tensors_to_non_fp8(wanted)
+    state = dist_checkpointing.load(wanted, str(path))
     for i, chunk in enumerate(chunks):
-        _restore_scales(chunk.module, state[f"model{i}"])
+        found = _saved_scales(chunk.module, state[f"model{i}"])
+        _restore_scales(found)
         chunk.load_state_dict(state[f"model{i}"])
+        _restore_scales(found)  # an FP8 parameter that is given its value notes the greatest one
     optimizer.update, optimizer.steps = state["update"], state["steps"]
     for i, part in enumerate(optimizer.megatron.chained_optimizers):
         with ExitStack() as stack:
@@ -220,18 +226,22 @@ def _only_scales(model: torch.nn.Module, state: dict[str, Any], saved: Container
             del state[key]
 
 
-def _restore_scales(model: torch.nn.Module, state: dict[str, Any]) -> None:
+def _saved_scales(model: torch.nn.Module, state: dict[str, Any]) -> dict[torch.nn.Module, list[torch.Tensor]]:
     """Take them out of a loaded state, which is then free of anything that a module might unpickle."""
     values: dict[torch.nn.Module, dict[int, torch.Tensor]] = {}
     for key, (module, gemm) in _extra_states(model, state).items():
         value = state.pop(key)
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and hasattr(module, "fp8_meta"):
             values.setdefault(module, {})[gemm] = value
-    for module, of_gemms in values.items():
-        set_scales(module, [of_gemms[gemm] for gemm in sorted(of_gemms)])
     for name, module in model.named_modules():
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:  # it asks for one
             state[f"{name}._extra_state"] = torch.empty(0, dtype=torch.uint8)
+    return {module: [of_gemms[gemm] for gemm in sorted(of_gemms)] for module, of_gemms in values.items()}
+
+
+def _restore_scales(saved: Mapping[torch.nn.Module, list[torch.Tensor]]) -> None:
+    for module, values in saved.items():
+        set_scales(module, values)
 
 
 def _kept_here(value: Any) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 PRECISIONS = ("bf16", "fp32", *RECIPES)
+_GREATEST = 448.0  # that E4M3 holds: weights are in it
 _TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}  # of a GEMM, as Transformer Engine keeps their scales
 
 
@@ -28,9 +29,14 @@ class Fp8(Protocol):
 
 
 def check_precision(
-    precision: str, fp8: Fp8, device: str, distributed_optimizer: bool = True, optimizer_offload: float = 0.0
+    precision: str,
+    fp8: Fp8,
+    device: str,
+    distributed_optimizer: bool = True,
+    optimizer_offload: float = 0.0,
+    precision_aware_optimizer: bool = False,
 ) -> None:
-    """Raise UserError for what cannot run. `device`: cpu or cuda; the last two are the keys of `actor`."""
+    """Raise UserError for what cannot run. `device`: cpu or cuda; the last three are the keys of `actor`."""
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
     for key in ("first_bf16_layers", "last_bf16_layers"):
@@ -60,10 +66,12 @@ def check_precision(
             "or use fp8_tensorwise."
         )
     if fp8.parameter_gather:
-        _check_parameter_gather(precision, fp8, distributed_optimizer, optimizer_offload)
+        _check_parameter_gather(precision, fp8, distributed_optimizer, optimizer_offload, precision_aware_optimizer)
 
 
-def _check_parameter_gather(precision: str, fp8: Fp8, distributed_optimizer: bool, optimizer_offload: float) -> None:
+def _check_parameter_gather(
+    precision: str, fp8: Fp8, distributed_optimizer: bool, optimizer_offload: float, precision_aware_optimizer: bool
+) -> None:
     if fp8.simulate:
         raise UserError("fp8.parameter_gather=true cannot be simulated: set it or fp8.simulate to false.")
     if precision == "fp8_blockwise":
@@ -77,6 +85,11 @@ def _check_parameter_gather(precision: str, fp8: Fp8, distributed_optimizer: boo
         raise UserError(
             f"fp8.parameter_gather=true at precision={precision} needs actor.optimizer_offload=0 (only fp8_delayed "
             "has both)."
+        )
+    if precision_aware_optimizer and precision == "fp8_delayed":
+        raise UserError(
+            "fp8.parameter_gather=true at precision=fp8_delayed needs actor.precision_aware_optimizer=false: its "
+            "main weights would begin as FP8 rounds them."
         )
 
 
@@ -167,8 +180,13 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Give a parameter its value.
 
     Where Transformer Engine keeps it in FP8 it also keeps a value in high precision, of which Megatron makes the main
-    weights: that is the initial, random one unless it is replaced too.
+    weights: that is the initial, random one unless it is replaced too. And fp8_delayed's scale is the one of what the
+    parameter was before, at first 1, where small weights keep few bits.
     """
+    scale = getattr(getattr(parameter, "_quantizer", None), "scale", None)
+    if scale is not None:
+        greatest = float(value.abs().max())
+        scale.fill_(_GREATEST / greatest if greatest > 0 else 1.0)
     parameter.copy_(value)
     if hasattr(parameter, "get_high_precision_init_val"):
         parameter._high_precision_init_val = value.clone()  # type: ignore[attr-defined]
@@ -194,24 +212,27 @@ def scales(module: torch.nn.Module) -> list[torch.Tensor]:
     if not all(hasattr(meta.get(key), "amax_history") for key in _TENSORS):
         return []
     parts = [part for key in _TENSORS for part in (meta[key].scale, meta[key].amax_history[0])]
-    gemms = meta["num_gemms"]
-    return list(torch.cat([part.view(-1, gemms) for part in parts]).T.cpu().contiguous())
+    gemms = meta["num_gemms"]  # the tensors of one after those of another, as GroupedLinear numbers them
+    return list(torch.cat([part.view(gemms, -1) for part in parts], dim=1).cpu())
 
 
 def set_scales(module: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
-    """What `scales` gave, into a module of Transformer Engine that may not have run yet.
+    """What `scales` gave, into a module of Transformer Engine that may not have run yet; others have no use for it.
 
     Not by its `set_extra_state`, which runs a pickle.
     """
     import torch
     from megatron.core.fp8_utils import get_fp8_recipe
 
+    config: Any = module.config
+    if not config.fp8 or config.fp8_recipe != RECIPES["fp8_delayed"]:
+        return
     meta: Any = module.fp8_meta
     meta["num_gemms"] = len(values)
     meta["recipe"] = get_fp8_recipe(module.config)  # type: ignore[no-untyped-call]
     module.init_fp8_meta_tensors(meta["recipe"])  # type: ignore[operator]
-    rows = torch.stack(list(values), dim=1)
-    for key, of_tensors in zip(_TENSORS, rows.split([2 * count for count in _TENSORS.values()]), strict=True):
-        scale, history = of_tensors.chunk(2)
+    rows = torch.stack(list(values))
+    for key, of_tensors in zip(_TENSORS, rows.split([2 * count for count in _TENSORS.values()], dim=1), strict=True):
+        scale, history = of_tensors.chunk(2, dim=1)
         meta[key].scale.copy_(scale.flatten())
         meta[key].amax_history[0].copy_(history.flatten())

@@ -10,6 +10,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 
 from rloop_mcore.weights.family import Parameter, Piece, Split
 
@@ -38,13 +39,14 @@ def scattered(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[t
     """Collective over all ranks: rank 0 yields each HF tensor, to be gathered before the next; the others nothing.
 
     `of` gives the tensor that stands for a held parameter, of the same shape. Each shard comes from the lowest rank
-    that holds it, in chunks: nobody needs memory for a shard. All goes through the default group: with NCCL, batched
-    transfers use its one communicator, where a plain send would open one for every pair of ranks.
+    that holds it, in chunks: nobody needs memory for a shard, but of one that is kept in FP8. All goes through the
+    default group: with NCCL, batched transfers use its one communicator, where a plain send would open one for every
+    pair of ranks.
     """
     rank = dist.get_rank()
     scratch = _Scratch(next(iter(held.values())).device)
     for parameter, entry in zip(parameters, _directory(parameters, held, of), strict=True):
-        mine = of(held[parameter.name]).detach().contiguous() if rank in entry.owners else None
+        mine = _plain(of(held[parameter.name])) if rank in entry.owners else None
         shards = len(entry.owners)
         pieces = [(owner, piece) for i, owner in enumerate(entry.owners) for piece in parameter.pieces(i, shards)]
         for number, source in enumerate(parameter.sources):
@@ -101,6 +103,12 @@ class ScatteredTensor:
     def _own(self, piece: Piece) -> torch.Tensor:
         assert self._mine is not None
         return self._mine[piece.in_shard]
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What Transformer Engine keeps in FP8 in the dtype that it stands for: its own kind of tensor has no bytes."""
+    tensor = tensor.detach()
+    return (tensor.dequantize() if is_float8tensor(tensor) else tensor).contiguous()
 
 
 class _Scratch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from rloop_mcore.platform.precision import (
     ddp_settings,
     optimizer_settings,
     parameter_dtype,
+    scales,
+    set_scales,
     token_multiple,
     transformer_settings,
 )
@@ -57,6 +61,9 @@ def test_parameter_gather_needs_the_distributed_optimizer() -> None:
     with pytest.raises(UserError, match=r"actor\.optimizer_offload"):
         check_precision("mxfp8", gather, "cuda", optimizer_offload=0.5)
     check_precision("fp8_delayed", gather, "cuda", optimizer_offload=0.5)
+    with pytest.raises(UserError, match=r"actor\.precision_aware_optimizer=false"):
+        check_precision("fp8_delayed", gather, "cuda", precision_aware_optimizer=True)
+    check_precision("fp8_tensorwise", gather, "cuda", precision_aware_optimizer=True)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -148,3 +155,56 @@ def test_an_fp8_parameters_high_precision_value_is_replaced_too() -> None:
     value.zero_()
     assert parameter.tolist() == [1.0, 2.0]
     assert parameter.get_high_precision_init_val().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("values", "scale"), [([1.0, -2.0], 224.0), ([0.0, 0.0], 1.0)])
+def test_a_delayed_fp8_parameter_is_quantised_by_its_own_values(values: list[float], scale: float) -> None:
+    """Not by the scale of what it was before: it is set when the value comes."""
+
+    class Fp8Parameter(torch.nn.Parameter):
+        _quantizer = SimpleNamespace(scale=torch.ones(()))
+
+        def copy_(self, value: torch.Tensor, non_blocking: bool = False) -> Fp8Parameter:
+            self.scale_then = float(self._quantizer.scale)
+            return self
+
+    parameter = Fp8Parameter(torch.zeros(2), requires_grad=False)
+    assign(parameter, torch.tensor(values))
+    assert parameter.scale_then == scale
+
+
+class Grouped(torch.nn.Module):
+    """What of Transformer Engine's GroupedLinear keeps its scales: tensor t of GEMM g is number g * tensors + t."""
+
+    def __init__(self, gemms: int, settings: dict[str, Any], numbered: bool = False) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(fp8=None, fp8_recipe=None)
+        self.config.__dict__.update(settings)
+        self.fp8_meta: dict[str, Any] = {"num_gemms": gemms}
+        for key, tensors in {"scaling_fwd": 3, "scaling_bwd": 2}.items():
+            size = gemms * tensors
+            scale = torch.arange(size, dtype=torch.float32) if numbered else torch.ones(size)
+            self.fp8_meta[key] = SimpleNamespace(scale=scale, amax_history=100 + scale[None])
+
+    def init_fp8_meta_tensors(self, recipe: object) -> None:
+        pass
+
+
+def test_scales_of_experts_move_to_a_module_of_fewer_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over ep=2: the second rank's module has the last two of four experts."""
+    monkeypatch.setattr("megatron.core.fp8_utils.get_fp8_recipe", lambda config: None)
+    settings = transformer_settings("fp8_delayed", Fp8Config())
+    saved = scales(Grouped(4, settings, numbered=True))
+    module = Grouped(2, settings)
+    set_scales(module, saved[2:])
+    assert module.fp8_meta["scaling_fwd"].scale.tolist() == [6, 7, 8, 9, 10, 11]
+    assert module.fp8_meta["scaling_bwd"].scale.tolist() == [4, 5, 6, 7]
+    assert module.fp8_meta["scaling_bwd"].amax_history.tolist() == [[104, 105, 106, 107]]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
+def test_another_precision_has_no_use_for_scales(precision: str) -> None:
+    saved = scales(Grouped(1, transformer_settings("fp8_delayed", Fp8Config()), numbered=True))
+    module = Grouped(1, transformer_settings(precision, Fp8Config()))
+    set_scales(module, saved)
+    assert module.fp8_meta["scaling_fwd"].scale.tolist() == [1, 1, 1]

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron_model import build_chunks, close_groups, in_ddp, logits_of, open_groups
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
+from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rloop_mcore.config import LayoutConfig
@@ -127,6 +129,47 @@ def test_ddp_wrapped_bf16_saves_what_it_loaded(tmp_path: Path) -> None:
     assert policy.digest == digest_of(tmp_path / "out") == digest_of(tmp_path / "m")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+class InFp8(torch.Tensor):
+    """As Transformer Engine's Float8Tensor: it stands for a bf16 tensor, its slices do too, and it has no bytes."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> InFp8:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.bfloat16)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values.to(torch.float8_e4m3fn)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.values.bfloat16()
+
+    def view(self, *shape: Any) -> InFp8:
+        return InFp8(self.values.view(*shape))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = tree_map(lambda value: value.dequantize() if isinstance(value, InFp8) else value, (args, kwargs or {}))
+        result = func(*plain[0], **plain[1])
+        aten = torch.ops.aten
+        kept = (aten.detach.default, aten.slice.Tensor, aten.view.default, aten._unsafe_view.default)
+        return cls(result) if func in kept else result
+
+
+def test_parameters_in_fp8_are_saved_in_the_dtype_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron.core.fp8_utils.HAVE_TE_FP8_TENSOR_CLASS", True)
+    monkeypatch.setattr("megatron.core.fp8_utils.FP8_TENSOR_CLASS", InFp8)
+    make_folder(tmp_path / "m", "qwen2", kv_heads=2, ratio=4, tied=False, dtype=torch.bfloat16)
+    bridge, chunks = load(tmp_path / "m", torch.bfloat16)
+    fused = bridge.export(chunks, lambda parameter: InFp8(parameter.detach()) if parameter.dim() == 2 else parameter)
+    bridge.save(fused, tmp_path / "out")
+    given = load_file(tmp_path / "m" / "model.safetensors")
+    rounded = {n: t.to(torch.float8_e4m3fn).bfloat16() if t.dim() == 2 else t for n, t in given.items()}
+    assert_identical(load_file(tmp_path / "out" / "model.safetensors"), rounded)
 
 
 def test_saving_half_a_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
