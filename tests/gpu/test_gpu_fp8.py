@@ -85,10 +85,11 @@ def test_a_resume_goes_on_as_if_nothing_had_happened(fp8: Results, recipe: str) 
     assert train["resumed"][-1] == pytest.approx(uninterrupted[-1], rel=0.05)
 
 
-def test_another_process_goes_on_with_the_scales(folder: Path) -> None:
+@pytest.mark.parametrize("gather", [False, True])
+def test_another_process_goes_on_with_the_scales(folder: Path, gather: bool) -> None:
     """It has not run a layer yet when it loads; at scale 1 its first update would be another one."""
-    saved = str(folder / "delayed.checkpoint")
-    name, config = "delayed", {"precision": "fp8_delayed"}
+    saved = str(folder / f"delayed-{gather}.checkpoint")
+    name, config = "delayed", {"precision": "fp8_delayed", "fp8": {"parameter_gather": gather}}
     common = {"name": name, "task": "checkpointed", "model": "dense", "folder": str(folder), "config": config}
     before = run([common | {"save": saved}], folder)[name]
     after = run([common | {"load": saved}], folder)[name]
@@ -120,3 +121,15 @@ def test_parameter_gather_trains_from_the_weights_it_was_given(
     assert relative(train["start"], given) < 0.05  # E4M3 keeps 4 bits: 2.6 % root mean square at most
     assert relative(train["one"], given) < 0.1  # and one update of 3e-4 changes a weight of 0.03 by 1 %
     assert train["losses"][-1] < train["losses"][0] - 0.4
+    assert train["resumed"][0] == pytest.approx(train["losses"][UPDATES // 2], rel=2e-3)
+
+
+def test_experts_train_as_in_bf16(tmp_path: Path, recipe: str) -> None:
+    """And go on from a checkpoint, scales included."""
+    folder, names = write_model("moe", tmp_path), ("bf16", recipe)
+    results = run([job(f"experts {name}", "train", folder, name) | {"model": "moe"} for name in names], folder)
+    plain, train = (results[f"experts {name}"] for name in names)
+    fallen = plain["losses"][0] - plain["losses"][-1]
+    assert fallen > 0.5
+    assert train["losses"][0] - train["losses"][-1] > 0.8 * fallen
+    assert train["resumed"][0] == pytest.approx(train["losses"][UPDATES // 2], rel=1e-2)
