@@ -321,8 +321,7 @@ def check_device(config: Config, device: str) -> None:
             "actor.precision_aware_optimizer=true saves nothing beside "
             f"actor.optimizer_offload={actor.optimizer_offload}: Megatron keeps fp32 moments then; set one of the two."
         )
-    optimizer = actor.distributed_optimizer, actor.optimizer_offload, actor.precision_aware_optimizer
-    check_precision(config.precision, config.fp8, device, *optimizer)
+    check_precision(config.precision, config.fp8, device, actor)
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
 

@@ -30,23 +30,26 @@ def collect(processes: Sequence[psutil.Process], folder: Path) -> list[str]:
     Raises OSError where a file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked, silent = [], []
+    states: dict[str, str] = {}  # by the file's name, as the others
+    asked: dict[str, _Asked] = {}
+    others: dict[str, psutil.Process] = {}
     for process in processes:
         with suppress(psutil.Error, OSError):  # it ended meanwhile
-            name, state = f"{_role(process)}.txt", _state(process)
-            if (file := _stacks_file(process.pid)) is None:
-                silent.append((process, name, state))
+            name = f"{_role(process)}.txt"
+            states[name], file = _state(process), _stacks_file(process.pid)
+            if file is None:
+                others[name] = process
             else:
-                asked.append((_Asked(process.pid, file), name, state))
-    _wait([question for question, _, _ in asked])
-    written = {name: state + question.answer() for question, name, state in asked}
-    for process, name, state in silent:
+                asked[name] = _Asked(process.pid, file)
+    _wait(list(asked.values()))
+    stacks = {name: process.answer() for name, process in asked.items()}
+    for name, process in others.items():
         with suppress(psutil.Error):
-            if stacks := _by_py_spy(process):
-                written[name] = state + stacks
-    for name, text in written.items():
-        (folder / name).write_text(text)
-    return sorted(written)
+            stacks[name] = _by_py_spy(process)
+    names = sorted(name for name, words in stacks.items() if words)
+    for name in names:
+        (folder / name).write_text(f"{states[name]}\n{stacks[name]}")
+    return names
 
 
 class _Asked:
@@ -73,12 +76,12 @@ class _Asked:
 def _wait(asked: Sequence[_Asked]) -> None:
     """Until all have answered and are silent again."""
     deadline = time.monotonic() + _ANSWER_S
-    sizes, changed = [question.size() for question in asked], time.monotonic()
+    sizes, changed = [process.size() for process in asked], time.monotonic()
     while time.monotonic() < deadline:
-        if all(question.answered() for question in asked) and time.monotonic() - changed >= _QUIET_S:
+        if all(process.answered() for process in asked) and time.monotonic() - changed >= _QUIET_S:
             return
         time.sleep(0.05)
-        if (now := [question.size() for question in asked]) != sizes:
+        if (now := [process.size() for process in asked]) != sizes:
             sizes, changed = now, time.monotonic()
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 PRECISIONS = ("bf16", "fp32", *RECIPES)
-_GREATEST = 448.0  # that E4M3 holds: weights are in it
 _TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}  # of a GEMM, as Transformer Engine keeps their scales
 
 
@@ -28,15 +27,16 @@ class Fp8(Protocol):
     simulate: bool
 
 
-def check_precision(
-    precision: str,
-    fp8: Fp8,
-    device: str,
-    distributed_optimizer: bool = True,
-    optimizer_offload: float = 0.0,
-    precision_aware_optimizer: bool = False,
-) -> None:
-    """Raise UserError for what cannot run. `device`: cpu or cuda; the last three are the keys of `actor`."""
+class Optimizer(Protocol):
+    """The keys `actor.*` on which it depends whether parameters may be in FP8."""
+
+    distributed_optimizer: bool
+    optimizer_offload: float
+    precision_aware_optimizer: bool
+
+
+def check_precision(precision: str, fp8: Fp8, device: str, actor: Optimizer) -> None:
+    """Raise UserError for what cannot run. `device`: cpu or cuda."""
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
     for key in ("first_bf16_layers", "last_bf16_layers"):
@@ -66,12 +66,10 @@ def check_precision(
             "or use fp8_tensorwise."
         )
     if fp8.parameter_gather:
-        _check_parameter_gather(precision, fp8, distributed_optimizer, optimizer_offload, precision_aware_optimizer)
+        _check_parameter_gather(precision, fp8, actor)
 
 
-def _check_parameter_gather(
-    precision: str, fp8: Fp8, distributed_optimizer: bool, optimizer_offload: float, precision_aware_optimizer: bool
-) -> None:
+def _check_parameter_gather(precision: str, fp8: Fp8, actor: Optimizer) -> None:
     if fp8.simulate:
         raise UserError("fp8.parameter_gather=true cannot be simulated: set it or fp8.simulate to false.")
     if precision == "fp8_blockwise":
@@ -79,14 +77,14 @@ def _check_parameter_gather(
             "fp8.parameter_gather=true loses the weights at precision=fp8_blockwise (docs/gpu.md): set it to false, or "
             "use fp8_delayed or fp8_tensorwise."
         )
-    if not distributed_optimizer:
+    if not actor.distributed_optimizer:
         raise UserError("fp8.parameter_gather=true needs actor.distributed_optimizer=true.")
-    if optimizer_offload > 0 and precision != "fp8_delayed":
+    if actor.optimizer_offload > 0 and precision != "fp8_delayed":
         raise UserError(
             f"fp8.parameter_gather=true at precision={precision} needs actor.optimizer_offload=0 (only fp8_delayed "
             "has both)."
         )
-    if precision_aware_optimizer and precision == "fp8_delayed":
+    if actor.precision_aware_optimizer and precision == "fp8_delayed":
         raise UserError(
             "fp8.parameter_gather=true at precision=fp8_delayed needs actor.precision_aware_optimizer=false: its "
             "main weights would begin as FP8 rounds them."
@@ -183,10 +181,12 @@ def assign(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     weights: that is the initial, random one unless it is replaced too. And fp8_delayed's scale is the one of what the
     parameter was before, at first 1, where small weights keep few bits.
     """
+    import torch
+
     scale = getattr(getattr(parameter, "_quantizer", None), "scale", None)
     if scale is not None:
         greatest = float(value.abs().max())
-        scale.fill_(_GREATEST / greatest if greatest > 0 else 1.0)
+        scale.fill_(torch.finfo(torch.float8_e4m3fn).max / greatest if greatest > 0 else 1.0)
     parameter.copy_(value)
     if hasattr(parameter, "get_high_precision_init_val"):
         parameter._high_precision_init_val = value.clone()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rloop_mcore import platform
-from rloop_mcore.config import Fp8Config
+from rloop_mcore.config import ActorConfig, Fp8Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.precision import (
     PRECISIONS,
@@ -51,25 +51,25 @@ platform.setup("cpu", threads=1)
 )
 def test_refusals_name_the_key(precision: str, fp8: Fp8Config, device: str, key: str) -> None:
     with pytest.raises(UserError, match=key):
-        check_precision(precision, fp8, device)
+        check_precision(precision, fp8, device, ActorConfig())
 
 
 def test_parameter_gather_needs_the_distributed_optimizer() -> None:
     gather = Fp8Config(parameter_gather=True)
     with pytest.raises(UserError, match=r"actor\.distributed_optimizer"):
-        check_precision("mxfp8", gather, "cuda", distributed_optimizer=False)
+        check_precision("mxfp8", gather, "cuda", ActorConfig(distributed_optimizer=False))
     with pytest.raises(UserError, match=r"actor\.optimizer_offload"):
-        check_precision("mxfp8", gather, "cuda", optimizer_offload=0.5)
-    check_precision("fp8_delayed", gather, "cuda", optimizer_offload=0.5)
+        check_precision("mxfp8", gather, "cuda", ActorConfig(optimizer_offload=0.5))
+    check_precision("fp8_delayed", gather, "cuda", ActorConfig(optimizer_offload=0.5))
     with pytest.raises(UserError, match=r"actor\.precision_aware_optimizer=false"):
-        check_precision("fp8_delayed", gather, "cuda", precision_aware_optimizer=True)
-    check_precision("fp8_tensorwise", gather, "cuda", precision_aware_optimizer=True)
+        check_precision("fp8_delayed", gather, "cuda", ActorConfig(precision_aware_optimizer=True))
+    check_precision("fp8_tensorwise", gather, "cuda", ActorConfig(precision_aware_optimizer=True))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_can_run_is_let_through(precision: str) -> None:
-    check_precision(precision, Fp8Config(), "cuda")
-    check_precision(precision, Fp8Config(simulate=precision in RECIPES), "cpu")
+    check_precision(precision, Fp8Config(), "cuda", ActorConfig())
+    check_precision(precision, Fp8Config(simulate=precision in RECIPES), "cpu", ActorConfig())
 
 
 def test_bf16_layers_fit_the_first_and_last_stage() -> None:
