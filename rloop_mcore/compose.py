@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -102,9 +103,14 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
 
 
+@functools.cache
+def _keys() -> frozenset[str]:
+    return frozenset(name for name, _ in _leaves(OmegaConf.structured(Config)))
+
+
 def _check_keys(overrides: Sequence[str], folder: Path) -> None:
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
-    keys = {name for name, _ in _leaves(OmegaConf.structured(Config))}
+    keys = _keys()
     sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
     for text in overrides:
         try:

@@ -67,6 +67,10 @@ class Journal:
         """Whether the phase (one of PHASES) of the iteration is finished."""
         return self.newest("done", iteration, phase) is not None
 
+    def finished(self, iterations: int) -> bool:
+        """Whether a run of so many iterations has come to its end."""
+        return self.done(iterations - 1, "evaluate") if iterations else self.done(0, "base")
+
     def last_commit(self, iteration: int, phase: str) -> dict[str, Any] | None:
         """The newest commit of the phase, or None before the first."""
         return self.newest("commit", iteration, phase)

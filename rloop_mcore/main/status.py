@@ -34,11 +34,10 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     config, journal = run.read_config(), Journal(run.journal)
     records = journal.records
     policies = [record for record in records if "digest" in record]
-    finished = any(r["event"] == "done" and _is_last(r, config.algorithm.iterations) for r in records)
     place = next(reversed(journal.places()), None)
     cache = TrajectoryCache(run.cache) if run.cache.is_dir() else None
     return {
-        "state": _state(run, finished),
+        "state": _state(run, journal.finished(config.algorithm.iterations)),
         "message": (run.ending() or {}).get("message") or None,
         "iteration": place["iteration"] if place else 0,
         "phase": place["phase"] if place else "base",
@@ -62,11 +61,6 @@ def _best(run: RunDirectory, records: list[dict[str, Any]]) -> dict[str, Any] | 
     if found is None:
         return None
     return {"name": found.name, "path": str(run.path / found.path), found.metric: found.average}
-
-
-def _is_last(record: dict[str, Any], iterations: int) -> bool:
-    last = ("evaluate", iterations - 1) if iterations else ("base", 0)
-    return (record["phase"], record["iteration"]) == last
 
 
 def _state(run: RunDirectory, finished: bool) -> str:

@@ -20,6 +20,7 @@ from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
@@ -60,6 +61,13 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         crashes = CrashRecord(run, config)
         crashes.check(force)
         write_atomic(run.config, to_yaml(config))
+        if _finished(run, config):
+            print(
+                f"rloop: {run.path} is finished: see `rloop status` and `rloop report`; a larger "
+                "algorithm.iterations goes on",
+                file=sys.stderr,
+            )
+            return 0
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
         code, message = _supervise(run, config, meeting)
@@ -69,6 +77,12 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         if message:
             print(f"rloop: {message}", file=sys.stderr)
         return code
+
+
+def _finished(run: RunDirectory, config: Config) -> bool:
+    """A run that has also said so: one that was killed before that has something left to clear up."""
+    ended_well = (run.ending() or {"code": 1})["code"] == 0
+    return ended_well and Journal(run.journal).finished(config.algorithm.iterations)
 
 
 def _check_inputs(config: Config, model: Path) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from parity_model import TEMPERATURE, experiences
-from transformers import PreTrainedModel
 
 from rloop_mcore.types import Example, Experience
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_TOKENS = 20
 KL, ENTROPY, CAP, MASKED_ABOVE = 0.3, 0.2, 1.5, 0.2

@@ -1,15 +1,20 @@
-"""The models and batches of the parity suite, and the policy update of each in transformers and plain autograd."""
+"""The models and batches of the parity suite, and the policy update of each in transformers and plain autograd.
+
+The ranks, which take the batches from here, do without transformers: its import would be a tenth of their time.
+"""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from rloop_mcore.types import Experience, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCABULARY = 53  # no tensor-parallel size divides it
 _SIZES: dict[str, Any] = {
@@ -23,21 +28,27 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "initializer_range": 0.3,
 }
-MODELS: dict[str, Any] = {
-    "dense": Qwen2Config(intermediate_size=48, tie_word_embeddings=True, **_SIZES),
-    "qk norm": Qwen3Config(
-        intermediate_size=48, head_dim=8, tie_word_embeddings=True, **(_SIZES | {"initializer_range": 0.2})
-    ),
-    "moe": Qwen3MoeConfig(
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        head_dim=8,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        **_SIZES,
-    ),
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": _SIZES | {"model_type": "qwen2", "intermediate_size": 48, "tie_word_embeddings": True},
+    "qk norm": _SIZES
+    | {
+        "model_type": "qwen3",
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    },
+    "moe": _SIZES
+    | {
+        "model_type": "qwen3_moe",
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 TEMPERATURE, CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.8, 0.2, 0.28, 10.0
 ROWS = 7  # an odd number: replicas and micro-batches get unequal shares
@@ -45,8 +56,10 @@ ROWS = 7  # an odd number: replicas and micro-batches get unequal shares
 
 def build(name: str) -> PreTrainedModel:
     """The model of `MODELS`, in fp32, with random weights and biases that are always the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(MODELS[name])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]))
     for key, parameter in model.named_parameters():
         if key.endswith("bias") or "norm" in key:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in key else 0.0, 0.3)

@@ -48,7 +48,7 @@ from rloop_mcore.rollout.hashers import TileHasher
 def resident(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-weights = torch.zeros(2**28, dtype=torch.uint8)
+weights = torch.zeros(2**27, dtype=torch.uint8)
 weights += 1  # the memory is there
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 before = resident("VmRSS")

@@ -111,24 +111,21 @@ def shipped() -> dict[str, tuple[dict[str, Any], Config]]:
     return found
 
 
-SHIPPED = shipped()
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_experiments_at_every_coordinate(name: str) -> None:
+def some_ranks(layout: LayoutConfig) -> list[int]:
     """The first rank of every pipeline stage and the last of all; each where RLOOP_EVERY_RANK is set (minutes)."""
-    job, config = SHIPPED[name]
-    model = Architecture.of(job["architecture"], name)
-    stage_size = processes(config.layout) // config.layout.pp
-    ranks = list(range(processes(config.layout)))
-    if "RLOOP_EVERY_RANK" not in os.environ:
-        ranks = sorted({*ranks[::stage_size], ranks[-1]})
-    (theirs,) = megatron_sizes([job | {"ranks": ranks}])
-    for rank, held in zip(ranks, theirs, strict=True):
-        ours = vars(state_of(model, config, coordinates(rank, config.layout)))
-        assert {key: ours[key] for key in held} == held, f"rank {rank}"
-    largest = max(theirs, key=lambda held: sum(held.values()))
-    print(f"{name}: {len(ranks)} ranks, the fullest has {largest}")
+    ranks = list(range(processes(layout)))
+    return ranks if "RLOOP_EVERY_RANK" in os.environ else sorted({*ranks[:: len(ranks) // layout.pp], ranks[-1]})
+
+
+def test_shipped_experiments_at_every_coordinate() -> None:
+    experiments = shipped()
+    sizes = megatron_sizes([job | {"ranks": some_ranks(config.layout)} for job, config in experiments.values()])
+    for (name, (job, config)), theirs in zip(experiments.items(), sizes, strict=True):
+        model = Architecture.of(job["architecture"], name)
+        for rank, held in zip(some_ranks(config.layout), theirs, strict=True):
+            ours = vars(state_of(model, config, coordinates(rank, config.layout)))
+            assert {key: ours[key] for key in held} == held, f"{name}, rank {rank}"
+        print(f"{name}: {len(theirs)} ranks, the fullest has {max(theirs, key=lambda held: sum(held.values()))}")
 
 
 @pytest.mark.parametrize(

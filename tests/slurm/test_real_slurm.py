@@ -18,6 +18,8 @@ import pytest
 from cluster import Cluster, install
 
 from rloop_mcore.journal import Journal
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.status import read_status
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -155,12 +157,8 @@ class Job:
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files)
 
 
-def status(run: Path) -> dict[str, Any]:
-    return dict(json.loads(rloop("status", str(run), "--json")))
-
-
 def assert_same(run: Path, undisturbed: Path) -> None:
-    found, expected = status(run), status(undisturbed)
+    found, expected = read_status(RunDirectory(run)), read_status(RunDirectory(undisturbed))
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key
     assert expected["state"] == "finished"
@@ -321,7 +319,7 @@ def test_a_cancelled_job_can_be_resumed(slurm: Cluster, base: Path, undisturbed:
     slurm.run("scancel", job.number)
     job.wait_for("its end", lambda: job.state() == "CANCELLED", 60)
     job.wait_for("its processes' end", lambda: not slurm.run("squeue", "-h"), 60)
-    assert status(job.run)["state"] == "interrupted"
+    assert read_status(RunDirectory(job.run))["state"] == "interrupted"
     again = Job(slurm, base, tmp_path / "run", "cluster.nodes=2")
     again.finish()
     assert_same(job.run, undisturbed)

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 
 from rloop_mcore.journal import Journal
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.status import read_status
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240.0
@@ -56,9 +58,8 @@ def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    done = rloop("status", str(run_dir), "--json")
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    """What `rloop status --json` prints."""
+    return dict(json.loads(json.dumps(read_status(RunDirectory(run_dir)))))
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def wait_for(what: str, condition: Callable[[], bool], process: subprocess.Popen
     while not condition():
         assert process.poll() is None, f"the run ended with {process.returncode} before {what}"
         assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:

@@ -52,11 +52,11 @@ def test_a_verifier_that_cannot_be_loaded_stops_the_run_with_exit_code_2(tmp_pat
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
-def test_a_whole_iteration_runs_on_two_ranks(layout: str, tmp_path: Path) -> None:
-    """The mismatch gate (1e-4 against the engine) holds the sharded policy and its export to the truth."""
+def test_a_whole_iteration_runs_on_two_replicas(tmp_path: Path) -> None:
+    """The mismatch gate (1e-4 against the engine) holds the policy and its export to the truth; at tp=2 it does so in
+    test_evaluate_resume.py, at pp=2 in test_guarded_run.py."""
     short = ["algorithm.iterations=1", "algorithm.rl_steps=2", "sft.limit=5120", "evaluation.every=0"]
-    process = runs.start(tmp_path / "run", f"layout.{layout}=2", "checkpoint.every=20", *short)
+    process = runs.start(tmp_path / "run", "layout.dp=2", "checkpoint.every=20", *short)
     runs.finish(process, tmp_path / "run")
     state = runs.status(tmp_path / "run")
     assert state["state"] == "finished"

@@ -98,6 +98,7 @@ def test_any_checkpoint_of_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     short = ["algorithm.iterations=1", "algorithm.rl_steps=2", "sft.limit=2560", "checkpoint.keep=20"]
     runs.finish(runs.start(run, "layout.tp=2", *short), run)
+    assert runs.status(run)["cache"]["trajectories"] >= 2 * 24 * 16
     out = tmp_path / "out"
 
     def evaluated(policy: Path, *more: str) -> dict[str, Any]:
