@@ -74,7 +74,7 @@ class OptimizerConfig:
     lr: float = 1e-6
     schedule: str = "constant"  # constant, or cosine down to 0 over the phase
     warmup_updates: int = 0
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # of matrices and the embedding; norms and biases have none
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

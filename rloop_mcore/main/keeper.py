@@ -16,7 +16,7 @@ from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import interface_of
-from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.platform.process import OWN_PATH, die_with_parent
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer
 from rloop_mcore.rollout.published import Publication
@@ -47,6 +47,7 @@ def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subpro
     with open(meeting.log(f"engines-{node}"), "ab") as output:
         return subprocess.Popen(
             command,
+            env={**os.environ, **OWN_PATH},
             stdout=output,
             stderr=output,
             start_new_session=True,

@@ -14,7 +14,7 @@ from typing import Any
 
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE
 from rloop_mcore.platform.network import interface_of
-from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.platform.process import OWN_PATH, die_with_parent
 
 SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what Slurm's --signal sends
 
@@ -61,7 +61,7 @@ def start_ranks(run: Path, place: Place, log: Path) -> subprocess.Popen[bytes]:
             command,
             stderr=file,
             start_new_session=True,
-            env={**os.environ, **place.environment(), SUPERVISOR_VARIABLE: str(supervisor)},
+            env={**os.environ, **OWN_PATH, **place.environment(), SUPERVISOR_VARIABLE: str(supervisor)},
             preexec_fn=lambda: _become_a_rank(supervisor),
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
+OWN_PATH = {"PYTHONSAFEPATH": "1"}  # environment of `python -m`: a json.py of the working directory is not Python's
 STACKS = "rloop-stacks"  # the name of the file in memory that a process writes its stacks to
 # SIGUSR1 and SIGUSR2 are Slurm's, SIGQUIT is SGLang's, and this one nobody's
 STACKS_SIGNAL = signal.SIGRTMIN + 1 if sys.platform == "linux" else signal.SIGQUIT

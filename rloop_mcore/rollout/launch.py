@@ -18,6 +18,7 @@ import aiohttp
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.network import free_port
+from rloop_mcore.platform.process import OWN_PATH
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
@@ -107,7 +108,7 @@ class _ChildServer:
         with open(self.log, "ab", opener=_private) as log:
             return subprocess.Popen(
                 command,
-                env=environment,
+                env={**environment, **OWN_PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -166,7 +166,7 @@ def _rloop(slurm: SlurmConfig) -> list[str]:
     """The program that tasks run: of the venv, of the container, or the one that writes the script."""
     if slurm.venv is not None:
         return [f"{slurm.venv}/bin/rloop"]
-    return ["rloop"] if slurm.container != "none" else [sys.executable, "-m", "rloop_mcore.main.cli"]
+    return ["rloop"] if slurm.container != "none" else [sys.executable, "-P", "-m", "rloop_mcore.main.cli"]
 
 
 def _wrapper(config: Config) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import runs
 
 from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.trajectory.cache import TrajectoryCache
 
 pytestmark = pytest.mark.system
 
@@ -42,6 +45,30 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: list[str], words: 
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_of_the_working_directory_only_the_verifier_is_taken(tmp_path: Path) -> None:
+    """As the installed `rloop` runs. The files named like what the processes import would end them."""
+    for name in ("json", "sympy", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    (tmp_path / "anything.py").write_text("def right(*_):\n    return True, 'correct'\n")
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("rloop"), "train", "experiment=tiny", "run.dir=run"),
+            *("reward.verifier=anything:right", "sft.limit=128", "algorithm.iterations=1", "algorithm.rl_steps=1"),
+            *("algorithm.sampling_rounds=1", "data.validation=null", "evaluation.every=0"),
+        ],
+        cwd=tmp_path,
+        env={**runs.environment(), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=runs.DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    samples = list(TrajectoryCache(tmp_path / "run/cache").rows())
+    assert samples
+    assert all(row.correct for row in samples)
 
 
 def test_a_verifier_that_cannot_be_loaded_stops_the_run_with_exit_code_2(tmp_path: Path) -> None:
