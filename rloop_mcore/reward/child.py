@@ -24,14 +24,12 @@ class Child:
     def __init__(self, settings: dict[str, Any]) -> None:
         # A new interpreter, not a fork: the trainer has threads. It finds the modules that this process finds.
         public = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
-        environment = (
-            public
-            | OWN_PATH
-            | {
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                "OMP_NUM_THREADS": "1",
-            }
-        )
+        environment = {
+            **public,
+            **OWN_PATH,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "OMP_NUM_THREADS": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rloop_mcore.reward.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
