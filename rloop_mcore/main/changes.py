@@ -77,17 +77,18 @@ _RULES = (
 _TABLE: dict[str, Rule | None] = dict.fromkeys(_FREE) | {key: rule for rule in _RULES for key in rule.keys}
 
 
-def take_changes(run: RunDirectory, config: Config, force: bool) -> None:
+def take_changes(run: RunDirectory, config: Config, force: bool) -> bool:
     """Compare `config` with what the run has been made with; say and journal what has changed.
 
-    Raises UserError for a change that would make the run something that it doesn't say it is, unless forced.
+    Returns whether anything has. Raises UserError for a change that would make the run something that it doesn't say it
+    is, unless forced.
     """
     if not run.journal.exists():  # nothing has been done with an earlier configuration
-        return
+        return False
     before, now = flat(read_config(run.config)), flat(config)
     changed = [key for key in now if now[key] != before[key] and key != "run.dir"]
     if not changed:
-        return
+        return False
     with run.lock("lock.rank0"):  # a rank that was killed may still be on its way out, and the journal is its
         journal = Journal(run.journal)
         obstacles = {key: rule for key in changed if (rule := obstacle_to(key, now[key], journal)) is not None}
@@ -105,6 +106,7 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> None:
         fields = {"keys": {key: {"before": before[key], "now": now[key]} for key in changed}, "forced": list(obstacles)}
         if not (journal.records and fields.items() <= journal.records[-1].items()):
             journal.record("changed", **fields)  # a kill before the new config.yaml is written comes here again
+    return True
 
 
 def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:

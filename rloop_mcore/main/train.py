@@ -57,11 +57,11 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         write_model(run.model(config), seed=0)
     problems = _check_inputs(config, run.model(config))
     with run.lock():
-        take_changes(run, config, force)
+        changed = take_changes(run, config, force)
         crashes = CrashRecord(run, config)
         crashes.check(force)
         write_atomic(run.config, to_yaml(config))
-        if _finished(run, config):
+        if not changed and _finished(run, config):  # a changed key may ask for less to be kept
             print(
                 f"rloop: {run.path} is finished: see `rloop status` and `rloop report`; a larger "
                 "algorithm.iterations goes on",

@@ -1,0 +1,39 @@
+"""A finished run is not started again, unless something may be left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.journal import Journal
+from rloop_mcore.main import train
+from rloop_mcore.main.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "starts"),
+    [
+        ("run.seed=0", 0, False),
+        ("algorithm.iterations=3", 0, True),
+        ("checkpoint.keep_best=1", 0, True),
+        ("run.seed=0", 1, True),  # it failed after its last record
+        ("run.seed=0", None, True),  # it was killed there
+    ],
+)
+def test_what_starts_a_finished_run(
+    override: str, code: int | None, starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ["experiment=tiny", f"run.dir={tmp_path / 'run'}"]
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.config.write_text(to_yaml(load_config(tiny)))
+    for iteration in range(2):
+        Journal(run.journal).record("done", iteration=iteration, phase="evaluate")
+    if code is not None:
+        run.write_ending(code, "")
+    begun: list[RunDirectory] = []
+    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
+    assert train.train([*tiny, override], force=False) == 0
+    assert bool(begun) == starts
