@@ -259,7 +259,7 @@ def test_a_node_that_dies_has_the_job_start_again_elsewhere(
 
 
 def test_a_chain_of_jobs_is_one_run(slurm: Cluster, base: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The first start comes near its time limit; later ones are warned as Slurm does then."""
+    """The first start comes near its time limit; the second is warned as Slurm does then."""
     more = ("cluster.nodes=2", "cluster.slurm.time=30", "cluster.slurm.signal_s=120")
     job = Job(slurm, base, tmp_path / "run", *more)
     job.wait_for_steps(1)
@@ -268,10 +268,9 @@ def test_a_chain_of_jobs_is_one_run(slurm: Cluster, base: Path, undisturbed: Pat
         job.wait_for("Slurm's warning", (job.folder() / "stop").exists)
     slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     job.wait_for_restart(1)
-    for restarts in (1, 2):
-        warn_after_a_step(job, slurm, restarts)
+    warn_after_a_step(job, slurm, restarts=1)
     job.finish()
-    assert job.restarts() >= 3
+    assert job.restarts() >= 2
     assert_same(job.run, undisturbed)
     assert not [r for r in Journal(job.run / "journal.jsonl").records if r["event"] == "changed"]
 
