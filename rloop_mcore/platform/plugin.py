@@ -14,13 +14,13 @@ from rloop_mcore.errors import UserError
 def load_function(key: str, name: str, shipped: Mapping[str, str]) -> Any:
     """The function behind `key`=`name`: one of `shipped` (word -> dotted path), or `package.module:function`.
 
-    The module may be a file of the working directory. Raises UserError where there is none.
+    The user's module may be a file of the working directory. Raises UserError where there is none.
     """
     module_name, _, function_name = shipped.get(name, name).partition(":")
     known = f"use {', '.join(shipped)} or a dotted path package.module:function"
     if not module_name or not function_name:
         raise UserError(f"{key}={name!r} is no known {key.rpartition('.')[2]}: {known}")
-    if (here := os.getcwd()) not in sys.path:
+    if name not in shipped and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)

@@ -37,6 +37,7 @@ def changes(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def test_every_key_is_free_or_has_a_reason() -> None:
+    """`rule_of` raises KeyError for a key that nobody has thought about."""
     for key in flat(Config()):
         rule_of(key)
 

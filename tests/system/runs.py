@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -59,7 +58,7 @@ def finish(process: subprocess.Popen[bytes], run_dir: Path) -> None:
 
 def status(run_dir: Path) -> dict[str, Any]:
     """What `rloop status --json` prints."""
-    return dict(json.loads(json.dumps(read_status(RunDirectory(run_dir)))))
+    return read_status(RunDirectory(run_dir))
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
