@@ -42,7 +42,7 @@ setup(
         "export": ["kaleido>=1.0"],
         "gpu": ["transformer-engine[pytorch]>=2.3"],
         "hf-datasets": ["datasets>=3"],
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.31"],
         "smollm2": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
             "duckdb>=1.1",
@@ -57,6 +57,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "types-psutil",
+            "wandb>=0.31",
         ],
     },
 )

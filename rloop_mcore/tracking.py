@@ -5,7 +5,6 @@ metrics.jsonl is the one the project itself reads; the others are views of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import is_disk_full, passing_over_a_full_disk
 from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.wandb_run import WandbRun
 
 _STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
 
@@ -31,7 +31,7 @@ _NOT_METRICS = {"iteration", "phase", "step", "total", "global_step", "eta_s", "
 class Tracker:
     """The metrics of one run directory; only one process writes them.
 
-    Raises UserError where `tracking.wandb_project` is set and wandb is not installed.
+    Raises UserError where `tracking.wandb_project` is set and W&B has no key.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class Tracker:
         config: TrackingConfig,
         display: ProgressDisplay | None = None,
         clock: Callable[[], float] = time.monotonic,
+        keys: Mapping[str, Any] | None = None,
     ) -> None:
+        """keys: the whole configuration, for the views that show it."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("ab", buffering=0)
@@ -48,8 +50,10 @@ class Tracker:
         self._lines = self.path.read_bytes().count(b"\n")
         self._tensorboard_dir = run_dir / "tensorboard" if config.tensorboard else None
         self._tensorboard: Any = None
-        self._wandb = _start_wandb(config.wandb_project, run_dir) if config.wandb_project else None
         self._display = (display or ProgressDisplay()) if config.progress else None
+        self._wandb: WandbRun | None = None
+        if config.wandb_project:
+            self._wandb = WandbRun(config.wandb_project, run_dir, keys or {}, self.message)
         self._clock = clock
         self._place = ""
         self._marks: deque[tuple[int, float]] = deque(maxlen=_STEPS_FOR_ETA + 1)
@@ -90,8 +94,7 @@ class Tracker:
             self._tensorboard_dir = None
             self.message("TensorBoard's files end here, for lack of space; a resume writes them anew")
         if self._wandb is not None:
-            named = {f"{phase}/{key}": value for key, value in metrics.items()}
-            self._wandb.log({**named, "global_step": global_step}, step=self._lines)
+            self._wandb.log(*_curve(line), _metrics(line), self._lines)
         if self._display is None:
             return
         if total:
@@ -166,23 +169,30 @@ class Tracker:
             self._unwritten = self._unwritten[written:]
 
     def _write_tensorboard(self, line: Mapping[str, Any]) -> None:
-        """RL curves run over RL steps; every fine-tuning is a curve of its own over its updates."""
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is wanted
 
             self._tensorboard = SummaryWriter(str(self._tensorboard_dir), flush_secs=10)
-        phase, x = line["phase"], line["global_step"]
-        if phase in ("sft", "exploit"):
-            phase, x = f"{phase}_{line['iteration']}", line["step"]
-        for key, value in line.items():
-            if key not in _NOT_METRICS and value is not None:
-                self._tensorboard.add_scalar(f"{phase}/{key}", value, x, walltime=line["time"])
+        curve, x = _curve(line)
+        for key, value in _metrics(line).items():
+            self._tensorboard.add_scalar(f"{curve}/{key}", value, x, walltime=line["time"])
 
     def _close_tensorboard(self) -> None:
         if self._tensorboard is not None:
             with suppress(OSError):  # of a disk that was full: what there is can be written anew
                 self._tensorboard.close()
             self._tensorboard = None
+
+
+def _curve(line: Mapping[str, Any]) -> tuple[str, int]:
+    """RL curves run over RL steps; every fine-tuning is a curve of its own over its updates."""
+    if line["phase"] in ("sft", "exploit"):
+        return f"{line['phase']}_{line['iteration']}", line["step"]
+    return line["phase"], line["global_step"]
+
+
+def _metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if key not in _NOT_METRICS and value is not None}
 
 
 def _plain(value: Any) -> float | int | None:
@@ -194,15 +204,3 @@ def _plain(value: Any) -> float | int | None:
 
 def _words(values: Mapping[str, float | None]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
-
-
-def _start_wandb(project: str, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            f"tracking.wandb_project is {project!r}, but wandb is not installed: "
-            "`pip install wandb`, or set tracking.wandb_project=null"
-        ) from error
-    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same again after a resume
-    return wandb.init(project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir))

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -164,6 +165,11 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     low, high = config.guard.entropy_low, config.guard.entropy_high
     if low is not None and high is not None and low >= high:
         raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
+    if config.tracking.wandb_project and not elsewhere and find_spec("wandb") is None:
+        raise UserError(
+            f"tracking.wandb_project={config.tracking.wandb_project} needs wandb, which is not installed: "
+            "`pip install wandb`, or set tracking.wandb_project=null."
+        )
     _check_algorithm(config)
     _check_rollout(config, elsewhere)
 

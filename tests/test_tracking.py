@@ -3,10 +3,7 @@
 import io
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -161,45 +158,3 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     tracker.close()
     assert "iteration 2 explore evaluation" in out.getvalue()
     assert "64/64" in out.getvalue()
-
-
-@pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
-    calls: list[tuple[str, Any]] = []
-
-    class FakeRun:
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            calls.append(("log", (step, metrics)))
-
-        def finish(self) -> None:
-            calls.append(("finish", None))
-
-    def init(**arguments: Any) -> FakeRun:
-        calls.append(("init", arguments))
-        return FakeRun()
-
-    fake = ModuleType("wandb")
-    fake.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return calls
-
-
-def test_wandb_gets_the_same_run_again_after_a_resume(tmp_path: Path, wandb: list[tuple[str, Any]]) -> None:
-    config = TrackingConfig(tensorboard=False, progress=False, wandb_project="loops")
-    for step in (1, 2):
-        tracker = Tracker(tmp_path, config)
-        tracker.log(0, "explore", step, step, {"entropy": 0.5})
-        tracker.close()
-    first, second = (arguments for call, arguments in wandb if call == "init")
-    assert first == second
-    assert first["project"] == "loops"
-    assert [arguments for call, arguments in wandb if call == "log"] == [
-        (1, {"explore/entropy": 0.5, "global_step": 1}),
-        (2, {"explore/entropy": 0.5, "global_step": 2}),
-    ]
-
-
-def test_wandb_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        Tracker(tmp_path, TrackingConfig(tensorboard=False, progress=False, wandb_project="loops"))

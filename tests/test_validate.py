@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.nodes import check_gpus
@@ -137,6 +138,12 @@ def test_fp8_engines_that_cannot_be_or_are_not_corrected_for_are_refused(overrid
     with pytest.raises(UserError) as caught:
         check_values(load_config([*NEEDED, *base, override]))
     assert all(word in str(caught.value) for word in ["rollout.quantization=fp8", *words]), str(caught.value)
+
+
+def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb_project=loops needs wandb"):
+        check_values(load_config([*NEEDED, "tracking.wandb_project=loops"]))
 
 
 def test_the_defaults_are_legal() -> None:

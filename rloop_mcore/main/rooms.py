@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from rloop_mcore import platform
@@ -96,7 +97,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
         return TemplatePrompts(problems, tokenizer, template, config.run.seed, config.data.max_prompt_tokens)
 
     directory, journal = run.path.resolve(), Journal(run.journal.resolve())
-    tracker, timeline = Tracker(directory, config.tracking), Timeline(directory)
+    tracker, timeline = Tracker(directory, config.tracking, keys=asdict(config)), Timeline(directory)
     held_out = config.data.validation
     validation = [] if held_out is None else load_problems(held_out, config.evaluation.limit)
     prompts = prompts_of(training_problems(config, validation, run.golds))
