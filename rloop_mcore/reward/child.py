@@ -46,6 +46,8 @@ class Child:
         self.ended = False  # it closed its end: dead, or dying
         self.overran = False  # its grader was killed at the deadline, and it has not said so yet
         self.jobs: deque[Any] = deque()  # the items in flight; it is at work on the first
+        self.taken = False  # its grader has read them: the next one will not find them in the pipe
+        self.out_of_step = False  # a grader left items in the pipe, or a part of them, to the next
         self.sign_of_life = time.monotonic()  # when it last got work or answered
         self._unsent = b""
         self._unread = b""

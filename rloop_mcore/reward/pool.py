@@ -29,6 +29,7 @@ Item = tuple[Problem, str, bool]  # (problem, response text, truncated)
 
 START_TIMEOUT_S = 120.0
 FORK_TIMEOUT_S = 20.0  # for a worker to have its next grader, once the last one is killed
+SUSPENDED_S = 2.0  # so much longer than its limit a wait takes only where the whole job was stopped: it does not count
 WALL_PER_CPU_SECOND = 20.0  # with CPU-time deadlines: how much slower than its CPU time an answer may be
 LARGEST_CHUNK = 64  # items sent to a worker at a time: one line each way an item would cost more than a cheap verdict
 RECYCLE_AFTER = 20_000  # answers, after which a grader makes room for a fresh one: SymPy's caches grow
@@ -244,6 +245,7 @@ class RewardPool:
             else:
                 child.jobs.append(job)
         if child.jobs:
+            child.taken = False
             child.send([[*_message(call.items[index]), call.votes] for call, index in child.jobs])
 
     def _exchange(self) -> None:
@@ -258,9 +260,13 @@ class RewardPool:
             if child.sending:
                 poller.register(child.stdin, select.POLLOUT)
         deadlines = [child.sign_of_life + limit for child in self._children if (limit := self._limit(child))]
-        wait_s = min(deadlines, default=time.monotonic() + 1.0) - time.monotonic()
-        ready = {fd for fd, _ in poller.poll(max(0.0, wait_s) * 1000 + 1)}
+        asleep = time.monotonic()
+        wait_s = max(0.0, min(deadlines, default=asleep + 1.0) - asleep)
+        ready = {fd for fd, _ in poller.poll(wait_s * 1000 + 1)}
         now = time.monotonic()
+        if now - asleep > wait_s + SUSPENDED_S:
+            for child in self._children:
+                child.sign_of_life += now - asleep
         for position, child in enumerate(self._children):
             if child.stdin in ready:
                 child.flush()
@@ -270,7 +276,7 @@ class RewardPool:
             late = limit is not None and now - child.sign_of_life > limit
             if late and child.grader and not child.overran:
                 child.kill_grader()
-            elif late or child.ended:
+            elif late or child.ended or child.out_of_step:
                 self._bury(child)
                 self._children[position] = Child(self._settings)
 
@@ -288,6 +294,8 @@ class RewardPool:
                 correct, reason, seconds, note, vote = message
                 self._take_note(note)
                 self._settle(child.jobs.popleft(), Verdict(correct, reason, seconds, vote))
+            elif "taken" in message:
+                child.taken = True
             elif "error" in message:
                 raise UserError(message["error"])
             elif "ready" in message:
@@ -295,7 +303,9 @@ class RewardPool:
                 child.grader = message["ready"]
             else:
                 child.grader = message["grader"]
-                if message["died"] is not None:
+                if message["died"] is not None and child.jobs and not child.taken:
+                    child.out_of_step = True
+                elif message["died"] is not None:
                     self._lost(child, message["died"])
 
     def _bury(self, child: Child) -> None:

@@ -5,8 +5,9 @@ When that one dies, of a deadline or of an answer, the next is forked in millise
 interpreter would take seconds for each hanging answer.
 
 JSON lines over its pipes: settings in, {"ready": pid of the grader, "canaries": verdicts} or {"error": sentence} out;
-then lists of items in and one line [correct, reason, seconds, note, vote] an item out, as soon as it is graded, so that
-the pool knows which item hangs. {"grader": pid, "died": code} says that there is a new grader. Imports no torch.
+then lists of items in and, for each list, a line {"taken": number of items} and one line [correct, reason, seconds, note,
+vote] an item out, as soon as it is graded, so that the pool knows which item hangs. {"grader": pid, "died": code} says that
+there is a new grader. Imports no torch.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _serve(verifier: Verifier, vote: Vote | None, settings: dict[str, Any], requ
     done = 0
     while line := requests.readline():
         items = json.loads(line)
+        _reply(replies, {"taken": len(items)})
         for item in items:
             _reply(replies, timed(verifier, vote, item, settings["answer_format"], settings["cpu_s"]))
         done += len(items)

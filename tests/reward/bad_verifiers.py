@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from rloop_mcore.types import Problem
@@ -24,6 +25,8 @@ def misbehave(problem: Problem, response: str, truncated: bool, answer_format: s
         pow(7, 10**9)
     if response == "wait":
         os.read(os.pipe()[0], 1)
+    if response == "nap":
+        time.sleep(1)
     if response == "exit":
         os._exit(3)
     if response == "sys.exit":

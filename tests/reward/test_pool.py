@@ -145,6 +145,50 @@ def test_an_answer_whose_grader_somebody_else_killed_is_graded_once_more(tmp_pat
         assert pool.replaced == 1
 
 
+@pytest.mark.parametrize(("deterministic", "reason"), [(True, "correct"), (False, "timeout")])
+def test_what_a_dead_grader_left_in_its_pipe_is_nobody_elses_answer(deterministic: bool, reason: str) -> None:
+    """It dies before it reads what it was sent: by another's kill, or by the pool's own at the wall deadline."""
+    before = set(psutil.Process().children())
+    kinds = ["right" if number * 7919 % 13 < 5 else "wrong" for number in range(300)]
+    expected = ["correct" if kind == "right" else "wrong" for kind in kinds]
+    items = [item(kind) for kind in kinds]
+    with RewardPool(config(workers=1, deadline_s=1.0), deterministic) as pool:
+        (worker,) = set(psutil.Process().children()) - before
+        (grader,) = worker.children()
+        grader.suspend()
+        verdicts = pool.submit(items)
+        time.sleep(0.5)  # they are in the pipe, as far as it takes them
+        if deterministic:
+            grader.kill()
+        assert [v.reason for v in verdicts.result(60)] == [reason, *expected[1:]]
+        for _ in range(3):
+            assert [v.reason for v in pool.grade(items)] == expected
+        assert pool.replaced == 1
+
+
+def test_a_job_that_is_suspended_times_no_answer_out() -> None:
+    code = (
+        "from rloop_mcore.config import RewardConfig\n"
+        "from rloop_mcore.reward.pool import RewardPool\n"
+        "from rloop_mcore.types import Problem\n"
+        "items = [(Problem('p', '', 'right'), response, False) for response in ['nap', 'nap', 'right']]\n"
+        f"with RewardPool(RewardConfig(verifier={BAD!r}, workers=2, deadline_s=3.0), deterministic=False) as pool:\n"
+        "    verdicts = pool.submit(items)\n"
+        "    print('begun', flush=True)\n"
+        "    print(*[verdict.reason for verdict in verdicts.result()])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "begun\n"
+        processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        time.sleep(6)
+        for process in processes:
+            process.resume()
+        assert job.communicate(timeout=60)[0].split() == ["wrong", "wrong", "correct"]
+
+
 def test_a_worker_killed_while_idle_is_replaced_and_blames_nobody() -> None:
     before = set(psutil.Process().children())
     with RewardPool(config(workers=1)) as pool:
