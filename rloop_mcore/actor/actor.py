@@ -103,7 +103,7 @@ class MegatronActor(Conducted):
         else:
             self._schedule(batches, keep, temperature, forward_only=True)
         torch.distributed.all_reduce(values)
-        return [tuple(part.tolist()) for part in values.split([len(row.response_ids) for row in rows])]
+        return [tuple(part.tolist()) for part in values.cpu().split([len(row.response_ids) for row in rows])]
 
     @collective
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:

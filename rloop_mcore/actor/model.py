@@ -91,14 +91,16 @@ def wrap_for_training(chunks: list[PolicyChunk], config: Config) -> list[Distrib
 
 
 def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
-    """What attention and rotary positions need to know of a micro-batch."""
+    """What attention and rotary positions need to know of a micro-batch.
+
+    Not where padded sequences would lie: up to 2.17 Transformer Engine compares those with these in every layer, and
+    waits for the GPU to do so.
+    """
     longest = max(batch.lengths)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.boundaries,
         cu_seqlens_kv=batch.boundaries,
-        cu_seqlens_q_padded=batch.boundaries,
-        cu_seqlens_kv_padded=batch.boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from datetime import timedelta
@@ -39,7 +40,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
         create_gloo_process_groups=True,
     )
     random.seed(seed)

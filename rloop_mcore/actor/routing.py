@@ -56,12 +56,12 @@ class Recording:
 
     def after(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
         places = _places(batch)
-        real = places >= 0
+        real = (places >= 0).nonzero().squeeze(1)  # once: its size has to come from the GPU
+        places = places[real]
         for layer, router in _routers(chunk):
             chosen = router.router_replay.get_recorded_indices()
-            self.experts[places[real], layer] = chosen[real].to(self.experts.dtype)
-            router.router_replay.clear_router_replay_action()
-            router.router_replay.clear_indices()
+            self.experts[places, layer] = chosen[real].to(self.experts.dtype)
+            _forget(router)
 
 
 class Replaying:
@@ -80,14 +80,21 @@ class Replaying:
 
     def after(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
         for _, router in _routers(chunk):
-            router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+            if router.config.recompute_granularity == "full":
+                router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+            else:  # no router is asked again, and Megatron would keep what this one was told for its backward pass
+                _forget(router)
 
     def finish(self, chunks: Iterable[torch.nn.Module]) -> None:
         """After the backward passes: the routers choose by themselves again."""
         for chunk in chunks:
             for _, router in _routers(chunk):
-                router.router_replay.clear_router_replay_action()
-                router.router_replay.clear_indices()
+                _forget(router)
+
+
+def _forget(router: TopKRouter) -> None:
+    router.router_replay.clear_router_replay_action()
+    router.router_replay.clear_indices()
 
 
 def _routers(chunk: torch.nn.Module) -> Iterable[tuple[int, TopKRouter]]:

@@ -35,13 +35,15 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
     # What torch and Megatron warn of concerns each other's interfaces: nothing that a user of ours could change.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # torchrun says 1
+    # With one queue the kernels start in the order of their launch: Megatron's overlap with communication counts on it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if choose(device) == "cuda":
         _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(_device)
     else:
         _device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         from rloop_mcore.platform import cpu_shim
 
         cpu_shim.install()

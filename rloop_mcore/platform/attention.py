@@ -43,8 +43,7 @@ class CausalAttention(torch.nn.Module):
         if packed_seq_params is None:
             rows = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
             return rows.transpose(0, 1).flatten(2)
-        cu_seqlens = packed_seq_params.cu_seqlens_q_padded
-        runs = _runs(packed_seq_params.cu_seqlens_q if cu_seqlens is None else cu_seqlens, self.cp)
+        runs = _runs(packed_seq_params.cu_seqlens_q, self.cp)
         sizes = [count * length for count, length in runs]
         if self.cp > 1:
             key, value = _gather(key, value)

@@ -5,9 +5,9 @@ When that one dies, of a deadline or of an answer, the next is forked in millise
 interpreter would take seconds for each hanging answer.
 
 JSON lines over its pipes: settings in, {"ready": pid of the grader, "canaries": verdicts} or {"error": sentence} out;
-then lists of items in and, for each list, a line {"taken": number of items} and one line [correct, reason, seconds, note,
-vote] an item out, as soon as it is graded, so that the pool knows which item hangs. {"grader": pid, "died": code} says that
-there is a new grader. Imports no torch.
+then lists of items in and, for each list, a line {"taken": number of items} and one line [correct, reason, seconds,
+note, vote] an item out, as soon as it is graded, so that the pool knows which item hangs. {"grader": pid, "died": code}
+says that there is a new grader. Imports no torch.
 """
 
 from __future__ import annotations

@@ -181,6 +181,7 @@ def test_an_update_repeats_the_recorded_choice_of_experts(results: dict[str, dic
     model.zero_grad()
     reference_update(model, batch[1:])
     assert tensor_distance(gradients_of(model), wanted) > 0.1
+    assert result["held"] == 1  # the choices of one micro-batch a router, however many there are
 
 
 def logprobs_of(model: PreTrainedModel) -> list[list[float]]:

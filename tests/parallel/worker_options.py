@@ -97,16 +97,22 @@ def gate(actor: MegatronActor, folder: Path) -> dict[str, Any]:
 
 def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     """Choices of experts are recorded; then every router is turned round and some trajectories are trained on."""
-    batch = experiences(0)
+    batch, held = experiences(0), []
+
+    def note(router: TopKRouter, *_: Any) -> None:
+        held.append(len(router.router_replay.replay_backward_list))
+
     actor.begin(folder, FROZEN, 1)
     recorded = actor.logprobs([row.trajectory for row in batch], False)
     with torch.no_grad():
         for module in (m for chunk in actor._chunks for m in chunk.modules()):
             if isinstance(module, TopKRouter):
                 module.weight.neg_()
+                module.register_forward_hook(note)
     actor.update(batch[:0:-1])
     gradients = whole_gradients(actor)
-    return {"recorded": recorded, "gradients": gradients, "free": actor.logprobs([r.trajectory for r in batch], False)}
+    result = {"recorded": recorded, "gradients": gradients, "held": max(held)}
+    return result | {"free": actor.logprobs([row.trajectory for row in batch], False)}
 
 
 TASKS = {task.__name__: task for task in (update, fine_tune, phases, gate, replay)}
