@@ -72,6 +72,7 @@ _POSITIVE = (
     "cluster.start_timeout_s",
 )
 _POSITIVE_OR_NULL = (
+    *("data.limit", "sft.limit", "evaluation.limit"),
     "guard.entropy_low",
     "guard.entropy_high",
     *(f"{section}.skip_grad" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
@@ -205,6 +206,8 @@ def _check_algorithm(config: Config) -> None:
             f"algorithm.overlong_buffer={algorithm.overlong_buffer} must be below rollout.max_tokens="
             f"{config.rollout.max_tokens}."
         )
+    if not evaluation.k:
+        raise UserError("evaluation.k=[] names no k of pass@k: give some, such as [1,8,32].")
     for k in evaluation.k:
         if not 1 <= k <= evaluation.samples:
             raise UserError(f"evaluation.k holds {k}: pass@k needs 1 <= k <= evaluation.samples={evaluation.samples}.")
@@ -361,7 +364,8 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
     limit = architecture.get("max_position_embeddings", longest)
     if longest > limit:
         raise UserError(
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}."
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}: "
+            "lower one of them."
         )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rloop_mcore.config import Config
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
 from rloop_mcore.main.cache_upkeep import iterations_lost, merge_small, set_damaged_aside, steps_lost
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import atomic_path
@@ -29,7 +30,7 @@ _BARS = "·▁▂▃▄▅▆▇█"
 def cache(options: Namespace) -> int:
     """Do what the options ask for; a summary where they ask for nothing.
 
-    Raises UserError where there is no run, or a shard is damaged.
+    Raises UserError where there is no run, or a shard is damaged or gone.
     """
     if not (options.show or options.export) and (options.iteration, options.problem) != (None, None):
         raise UserError("--iteration and --problem say which trajectories to --show or to --export: add one of these.")
@@ -39,7 +40,9 @@ def cache(options: Namespace) -> int:
     for wanted, work in ((options.quarantine, set_damaged_aside), (options.compact, merge_small)):
         for line in work(run) if wanted else ():
             say(line)
+    named = Journal(run.journal).shards()  # before the cache: a run at work seals first
     found = TrajectoryCache(run.cache)
+    found.check_holds(named)
     if options.verify:
         if damage := found.verify():
             raise damaged(run.cache, damage)

@@ -1,19 +1,18 @@
 """`rloop COMMAND ...`: runs one command; its exit code.
 
 0 done; 2 the user's mistake, told in one sentence; 75 checkpointed and wants to be started again; 69 a bad node
-(`rloop preflight` only); 1 a fault.
+(`rloop preflight` only); 130 Ctrl-C; 1 a fault.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import re
 import sys
 from collections.abc import Sequence
 
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.main.arguments import parse
-from rloop_mcore.platform.files import is_disk_full
 
 # what a path of the user's can be that keeps it from being read or written
 _OF_A_PATH = (
@@ -24,8 +23,13 @@ _OF_A_PATH = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = parse(list(sys.argv[1:] if arguments is None else arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal or a pipe has no UTF-8
     try:
+        from rloop_mcore.main.arguments import parse  # here, as whatever takes time, for Ctrl-C
+
+        options = parse(list(sys.argv[1:] if arguments is None else arguments))
         # each command is imported when it is wanted: `rloop status` must not wait for what training needs
         if options.command == "train":
             from rloop_mcore.main.train import train
@@ -94,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told(error: OSError) -> tuple[int, str] | None:
     """The exit code and the sentence of what a path or a disk of the user's did; None for any other failure."""
+    from rloop_mcore.platform.files import is_disk_full
+
     if is_disk_full(error):
         return 1, "no space is left on a disk: make some, and run the same command again."
     if error.errno not in _OF_A_PATH or not error.filename:

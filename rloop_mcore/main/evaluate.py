@@ -93,8 +93,6 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
     validate.check_values(config)
-    if config.evaluation.limit is not None and config.evaluation.limit < 1:
-        raise UserError(f"evaluation.limit={config.evaluation.limit} must be at least 1, or null for all problems.")
     if not source.is_checkpoint:
         validate.check_model(config, source.path)
     return config

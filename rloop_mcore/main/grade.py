@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+from rich.console import Console
+
 from rloop_mcore.config import RewardConfig
+from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.grade import grade_file
 
 
 def grade(path: Path, out: Path | None, answer_format: str) -> int:
     """Grade the rows of `path`; print the counts by reason. Raises UserError for a bad file."""
-    summary = grade_file(path, out, RewardConfig(answer_format=answer_format))
+    display, begun = ProgressDisplay(Console(stderr=True, highlight=False)), time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        left_s = (time.monotonic() - begun) / done * (total - done) if done else None
+        display.show(f"grading {path.name}", done, total, left_s, {})
+
+    try:
+        summary = grade_file(path, out, RewardConfig(answer_format=answer_format), tell)
+    finally:
+        display.close()
     for key, value in summary.items():
         print(f"{key}: {value}")
     return 0

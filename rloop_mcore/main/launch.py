@@ -31,11 +31,16 @@ def launch(options: argparse.Namespace) -> int:
         validate.check_values(config)
         script = command_script(config, options.inner)
     else:
-        lines: list[list[str]] = [[]] if options.sweep is None else _lines(options.sweep)
-        configs = [_config([*options.overrides, *line]) for line in lines]
+        lines = {"": []} if options.sweep is None else _lines(options.sweep)
+        configs = []
+        for where, line in lines.items():
+            try:
+                configs.append(_config([*options.overrides, *line]))
+            except UserError as error:
+                raise UserError(f"{where}{error}") from error
         runs = [
             Run(Path(config.run.dir).absolute(), [*options.overrides, *line])
-            for config, line in zip(configs, lines, strict=True)
+            for config, line in zip(configs, lines.values(), strict=True)
         ]
         _check_distinct(runs, configs)
         first = configs[0]
@@ -65,15 +70,15 @@ def _config(overrides: Sequence[str]) -> Config:
     return config
 
 
-def _lines(file: Path) -> list[list[str]]:
-    """The overrides of each line of a sweep file; empty lines and comments are none."""
+def _lines(file: Path) -> dict[str, list[str]]:
+    """The overrides of each line of a sweep file, by where it is; empty lines and comments are none."""
     try:
         lines = [shlex.split(line, comments=True) for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"--sweep {file} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise UserError(f"--sweep {file} holds a line that is no shell words ({error}).") from error
-    if not (found := [line for line in lines if line]):
+    if not (found := {f"{file}, line {number}: ": line for number, line in enumerate(lines, 1) if line}):
         raise UserError(f"--sweep {file} is empty: write the overrides of one run on each line.")
     return found
 
@@ -83,7 +88,10 @@ def _check_distinct(runs: Sequence[Run], configs: Sequence[Config]) -> None:
     seen: dict[Path, int] = {}
     for number, run in enumerate(runs, 1):
         if run.directory in seen:
-            raise UserError(f"runs {seen[run.directory]} and {number} of the sweep have one run.dir={run.directory}.")
+            raise UserError(
+                f"runs {seen[run.directory]} and {number} of the sweep have one run.dir={run.directory}: write one on "
+                "each line."
+            )
         seen[run.directory] = number
     for number, config in enumerate(configs, 1):
         if (config.cluster, config.rollout.nodes) != (configs[0].cluster, configs[0].rollout.nodes):

@@ -31,7 +31,9 @@ def status(path: Path, as_json: bool) -> int:
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
-    config, journal = run.read_config(), Journal(run.journal)
+    config = run.read_config()
+    run.check_journal()
+    journal = Journal(run.journal)
     records = journal.records
     policies = [record for record in records if "digest" in record]
     place = next(reversed(journal.places()), None)

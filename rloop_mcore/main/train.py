@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
@@ -38,6 +40,7 @@ from rloop_mcore.weights.tensor_files import catalogue
 
 _LOOK_S = 1.0
 _GRACE_S = 60.0
+_LEAST_GIB = 0.3  # of a process with torch
 
 
 def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None) -> int:
@@ -89,6 +92,8 @@ def _check_inputs(config: Config, model: Path) -> int:
     """Read whatever the run will read, so that a mistake shows now; returns the number of training problems."""
     device = platform.choose(config.cluster.device)
     validate.check_device(config, device)
+    if device == "cpu":
+        _check_memory(config)
     if device == "cuda":
         platform.check_gpus(roles(config).ranks, config.precision)
     check_not_removed(model)
@@ -105,6 +110,18 @@ def _check_inputs(config: Config, model: Path) -> int:
     if config.sft.demonstrations is not None:
         load_problems(config.sft.demonstrations, config.sft.limit)
     return len(load_problems(config.data.train, config.data.limit))
+
+
+def _check_memory(config: Config) -> None:
+    """On a machine without GPUs nothing else bounds a layout: a slip of the finger would bring the machine down."""
+    elsewhere = config.rollout.endpoints or config.rollout.nodes
+    ranks, engines = roles(config).ranks, 0 if elsewhere else config.rollout.engines
+    needed, here = (ranks + engines) * _LEAST_GIB, psutil.virtual_memory().total / 2**30
+    if needed > here:
+        raise UserError(
+            f"layout.* starts {ranks} ranks on this machine, and rollout.engines={engines}: before they hold a weight "
+            f"they need {needed:.0f} GiB of memory, and it has {here:.0f}. Lower layout.dp (tp, pp, cp) or the engines."
+        )
 
 
 def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tuple[int, str]:

@@ -32,7 +32,7 @@ def check(config: Config, place: Place, clock: Clock = time.time) -> Findings:
         word = leave_a_sign(run_dir, place.rank)
     except OSError as error:
         if not is_disk_full(error):  # that is nobody's fault, and the free space will say it
-            trouble[config.run.dir] = f"run.dir={run_dir} can't be written ({error.strerror})"
+            trouble["run.dir"] = f"run.dir={run_dir} can't be written ({error.strerror})"
     mine = gather(config)
     mine.trouble.update(trouble)
     try:

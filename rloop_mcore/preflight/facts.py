@@ -71,7 +71,7 @@ def gather(config: Config) -> Facts:
         try:
             free[folder] = round(shutil.disk_usage(folder).free / 2**30, 3)
         except OSError as error:
-            trouble[folder] = f"{folder}: {error.strerror}"
+            trouble["run.dir" if folder == config.run.dir else folder] = f"{folder}: {error.strerror}"
     return Facts(
         host=socket.gethostname(),
         device=device,

@@ -142,14 +142,16 @@ def _space(config: Config, found: Findings) -> list[Problem]:
     texts: dict[int, str] = {}
     problems = []
     for rank, facts in found.facts.items():
-        said = [text for check, text in facts.trouble.items() if check != "gpus"]
+        said = [text for check, text in facts.trouble.items() if check not in ("gpus", "run.dir")]
         for folder, needed, key in (("/tmp", asked.tmp_gib, "tmp_gib"), ("/dev/shm", asked.shm_gib, "shm_gib")):
             if (free := facts.free_gib.get(folder, needed)) < needed:
                 said.append(f"{free:g} GiB are free in {folder}, not preflight.{key}={needed:g}")
         if said:
             texts[rank] = "; ".join(said)
+    unwritable = {rank: facts.trouble["run.dir"] for rank, facts in found.facts.items() if "run.dir" in facts.trouble}
+    problems += _of_nodes(found, "space", unwritable, fewest=1)
     free = min((facts.free_gib[run] for facts in found.facts.values() if run in facts.free_gib), default=0.0)
-    if free < asked.run_gib and not any(run in facts.trouble for facts in found.facts.values()):
+    if free < asked.run_gib and not unwritable:
         message = f"run.dir={run}: {free:g} GiB are free there, not preflight.run_gib={asked.run_gib:g}"
         problems.append(Problem("space", (), message))
     return [*problems, *_of_nodes(found, "space", texts)]

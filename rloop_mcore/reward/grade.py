@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,28 @@ from rloop_mcore.types import Problem
 _FIELDS = ("id", "gold", "pred")
 
 
-def grade_file(path: Path, out: Path | None, config: RewardConfig) -> dict[str, Any]:
+def grade_file(
+    path: Path, out: Path | None, config: RewardConfig, tell: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
     """Grade the rows {"id", "gold", "pred"} of a JSONL file; `pred` is a whole response.
 
-    `out` gets the same rows with "correct", "reason" and "seconds" added. Returns the counts: rows, correct, accuracy
-    and the number of rows by reason. A row that is not of this form is a UserError with its line.
+    `out` gets the same rows with "correct", "reason" and "seconds" added; `tell` is told how many rows of how many are
+    done. Returns the counts: rows, correct, accuracy and the number of rows by reason. A row that is not of this form
+    is a UserError with its line, as are a file without rows and an `out` that is the file itself.
     """
     rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path} holds no rows to grade.")
+    if out is not None and out.exists() and out.samefile(path):
+        raise UserError(f"--json {out} is the file that is graded: give another name.")
     # Here the failures are the result, not a sign that training would learn nonsense.
     with RewardPool(dataclasses.replace(config, max_failure_share=1.0)) as pool:
-        verdicts = pool.grade([(Problem(str(row["id"]), "", row["gold"]), row["pred"], False) for row in rows])
+        futures = [pool.submit([(Problem(str(row["id"]), "", row["gold"]), row["pred"], False)]) for row in rows]
+        verdicts = []
+        for done, future in enumerate(futures):
+            tell(done, len(rows))
+            verdicts += future.result()
+        tell(len(rows), len(rows))
     if out is not None:
         graded = [
             row | {"correct": verdict.correct, "reason": verdict.reason, "seconds": round(verdict.seconds, 6)}
@@ -37,7 +50,7 @@ def grade_file(path: Path, out: Path | None, config: RewardConfig) -> dict[str, 
     return {
         "rows": len(rows),
         "correct": correct,
-        "accuracy": correct / len(rows) if rows else 0.0,
+        "accuracy": correct / len(rows),
         "answer_format": config.answer_format,
         "reasons": dict(sorted(Counter(verdict.reason for verdict in verdicts).items())),
     }

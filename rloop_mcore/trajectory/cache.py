@@ -61,18 +61,21 @@ class TrajectoryCache:
             self._pending = []
         return [name for shard in self._listed for name in shard.sealed_as]
 
-    def keep_only(self, shards: Sequence[str]) -> None:
-        """Discard whatever a crash left that is not in `shards`, the names of seals.
-
-        Raises UserError when one of those is not here, neither as it was sealed, nor merged, nor listed as lost; or
-        when it was merged with one that would have to be discarded.
-        """
-        wanted = set(shards)
-        if missing := wanted.difference(*(shard.sealed_as for shard in self._listed)):
+    def check_holds(self, shards: Sequence[str]) -> None:
+        """Raises UserError when one of `shards`, names of seals, is not here: as it was, merged, or listed as lost."""
+        if missing := set(shards).difference(*(shard.sealed_as for shard in self._listed)):
             raise UserError(
                 f"the trajectory cache {self.directory} lacks {', '.join(sorted(missing))}, which the journal names: "
                 "restore the folder from a copy, or start anew in another run.dir."
             )
+
+    def keep_only(self, shards: Sequence[str]) -> None:
+        """Discard whatever a crash left that is not in `shards`, the names of seals.
+
+        Raises UserError as `check_holds` does, and when one was merged with one that would have to be discarded.
+        """
+        self.check_holds(shards)
+        wanted = set(shards)
         kept = [shard for shard in self._listed if not wanted.isdisjoint(shard.sealed_as)]
         for shard in kept:
             if more := set(shard.sealed_as) - wanted:

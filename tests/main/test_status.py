@@ -35,6 +35,14 @@ def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.C
     assert name in capsys.readouterr().out
 
 
+def test_a_lost_journal_is_said_as_a_start_would_say_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
+    (tmp_path / "policies/i0_start").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"journal.jsonl is gone or holds no record"):
+        read_status(run)
+
+
 @pytest.mark.parametrize("content", [b"\xcc\xff\n", b'{"a": 1}\n{"b"\n', b"[1]\n"])
 def test_damaged_metrics_are_a_sentence_and_a_line_that_is_being_written_is_none(
     content: bytes, tmp_path: Path

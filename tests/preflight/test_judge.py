@@ -87,6 +87,15 @@ def test_space_in_run_dir_is_nobodys_and_in_tmp_a_nodes(nodes: int) -> None:
     ]
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_a_run_dir_that_nobody_can_write_is_the_users_and_that_one_cannot_is_its_nodes(nodes: int) -> None:
+    unwritable = {"trouble": {"run.dir": "run.dir=/run can't be written (File exists)"}}
+    verdict = judge(configure(), cluster(dict.fromkeys(range(nodes), unwritable), nodes))
+    assert [p.message for p in verdict.problems] == ["every node: run.dir=/run can't be written (File exists)"]
+    assert verdict.exit_code == 2
+    assert said(configure(), cluster({1: unwritable}, nodes=4)) == ["n1: run.dir=/run can't be written (File exists)"]
+
+
 def test_clocks() -> None:
     def ahead(*seconds: float) -> list[str]:
         found = cluster({}, nodes=len(seconds))

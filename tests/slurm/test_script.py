@@ -368,6 +368,13 @@ def test_a_sweep_into_one_directory_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "runs 1 and 2 of the sweep have one run.dir=" in capsys.readouterr().err
 
 
+def test_a_mistake_in_a_sweep_is_told_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(f"run.dir={tmp_path}/a\n# the second\nrun.dir={tmp_path}/b layout.tp=0\n")
+    assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
+    assert f"{sweep}, line 3: layout.tp=0 must be greater than 0." in capsys.readouterr().err
+
+
 def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["launch", "--dry-run", "cluster.slurm.time=60", "--", "evaluate", "--policy", "a b", "--data", "x.jsonl"]
     assert main(words) == 0

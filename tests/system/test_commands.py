@@ -35,6 +35,7 @@ pytestmark = pytest.mark.system
         (["train", "experiment=tiny", "data.train=countdown:all"], "countdown has the splits"),
         (["train", "experiment=tiny", "data.template=none"], "data.template 'none' not found"),
         (["train", "experiment=tiny", "layout.tp=3"], "layout.tp=3 does not divide"),
+        (["train", "experiment=tiny", "layout.dp=100000"], "layout.* starts 100000 ranks on this machine"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:

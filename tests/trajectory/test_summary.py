@@ -16,6 +16,7 @@ from trajectory_rows import phases, step_rows, trajectories
 
 from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.journal import Journal
 from rloop_mcore.main.cache import summary
 from rloop_mcore.main.cli import main
 from rloop_mcore.trajectory.cache import TrajectoryCache
@@ -29,6 +30,16 @@ def sealed(directory: Path, rows: list[Trajectory], cut: int) -> TrajectoryCache
         cache.append(part)
         cache.seal()
     return TrajectoryCache(directory)
+
+
+@pytest.mark.parametrize("option", [[], ["--verify"]])
+def test_a_cache_without_what_the_journal_names_is_not_sound(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny", f"run.dir={tmp_path}"])))
+    Journal(tmp_path / "journal.jsonl").record("commit", shards=["shard-000000.parquet"])
+    assert main(["cache", str(tmp_path), *option]) == 2
+    assert "lacks shard-000000.parquet, which the journal names" in capsys.readouterr().err
 
 
 @settings(deadline=None, max_examples=60)
