@@ -281,8 +281,8 @@ class Buffers:
         """Buckets of at most `bucket_bytes` with the tensors in `dtype`, those of FP8 in their own; a larger tensor is
         a bucket of its own.
 
-        A bucket's memory is overwritten by the bucket after the next. Nothing pads a bucket (SGLang wants it so): a
-        tensor whose place would not be a multiple of its item size begins another one.
+        A bucket's memory is overwritten by the bucket after the next, unless it was handed out on a GPU. Nothing pads a
+        bucket (SGLang wants it so): a tensor whose place would not be a multiple of its item size begins another one.
         """
         specs: list[TensorSpec] = []
         end, turn = 0, 0
@@ -292,6 +292,8 @@ class Buffers:
             if specs and (end + size > self.bucket_bytes or end % sent.itemsize):
                 yield Bucket(specs, self._memory[turn][:end])
                 specs, end, turn = [], 0, 1 - turn
+                if self._shared:  # an engine of several ranks answers before all of them have copied
+                    self.release()
             memory = self._reserve(turn, max(size, self.bucket_bytes), tensor.device)
             place = memory[end : end + size].view(sent).view(tensor.shape)
             if isinstance(tensor, torch.Tensor):
