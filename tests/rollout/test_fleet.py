@@ -270,6 +270,13 @@ def test_buckets_on_a_gpu_are_given_up_after_a_sync(device: str, kept: int) -> N
     assert [memory.numel() for memory in buffers._memory] == [kept, kept]
 
 
+@pytest.mark.parametrize(("device", "memories"), [("cpu", 2), ("meta", 4)])
+def test_buckets_handed_out_on_a_gpu_are_not_written_again(device: str, memories: int) -> None:
+    tensors = [(str(i), torch.zeros(10, device=device)) for i in range(4)]
+    buckets = list(Buffers(40, host=False, shared=True).fill(iter(tensors), torch.float32))
+    assert len({bucket.data.untyped_storage()._cdata for bucket in buckets}) == memories
+
+
 def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_weights(
     model_path: Path, tmp_path: Path, reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:
