@@ -163,6 +163,14 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "64/64" in out.getvalue()
 
 
+def test_a_bar_may_be_called_anything() -> None:
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))
+    display.show("[/x]", 64, 64, None, {})
+    display.close()
+    assert "[/x]" in out.getvalue()
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     calls: list[tuple[str, Any]] = []

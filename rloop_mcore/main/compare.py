@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rloop_mcore.analysis.answers import Answers, read_answers
 from rloop_mcore.analysis.compare import block_forgetting, differences
@@ -90,20 +91,20 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     if result["config"]:
         table = Table(title="What differs", title_justify="left")
         for heading in ("key", *names):
-            table.add_column(heading)
+            table.add_column(Text(heading))
         for key, values in result["config"].items():
-            table.add_row(key, *values)
+            table.add_row(*map(Text, (key, *values)))
         console.print(table)
     if (validation := validation_table(runs)) is not None:
         console.print(to_rich(validation))
-    table = Table(title=f"{names[1]} − {names[0]}, problem by problem, points", title_justify="left")
+    table = Table(title=Text(f"{names[1]} − {names[0]}, problem by problem, points"), title_justify="left")
     table.caption = "95 % bootstrap intervals over problems; p: two-sided sign-flip permutation test."
     table.add_column("policies")
     columns = list(dict.fromkeys(name for found in result["paired"].values() for name in found))
     for name in columns:
         table.add_column(name, justify="right")
     for role, found in result["paired"].items():
-        table.add_row(role, *(_difference(found.get(name)) for name in columns))
+        table.add_row(role, *(Text(_difference(found.get(name))) for name in columns))
     console.print(table)
     for row in result["forgetting"]:
         parts = [f"{100 * row[key]:.1f} % {words}" for key, words in _BLOCKS.items() if row[key] is not None]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
@@ -18,18 +19,22 @@ _GUARD = ("iteration", "phase", "step", "policy", "reason")  # where steps went 
 
 
 def status(path: Path, as_json: bool) -> int:
-    """Print the state of the run in `path`. Raises UserError where there is none."""
-    state = read_status(RunDirectory(path))
+    """Print the state of the run in `path`. Raises UserError where there is none.
+
+    Without the cache's digest where nobody asked for JSON: it takes reading every trajectory.
+    """
+    state = read_status(RunDirectory(path), digest=as_json)
     if as_json:
         print(json.dumps(state))
     else:
         console = Console()
         for key, value in state.items():
-            console.print(f"[bold]{key:14}[/bold] {value}", highlight=False)
+            # the last words of a run may be anybody's, brackets included
+            console.print(Text.assemble((f"{key:14}", "bold"), f" {value}"))
     return 0
 
 
-def read_status(run: RunDirectory) -> dict[str, Any]:
+def read_status(run: RunDirectory, digest: bool = True) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
     config, journal = run.read_config(), Journal(run.journal)
     records = journal.records
@@ -44,10 +49,8 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "step": place.get("step", 0) if place else 0,
         "policy_digest": policies[-1]["digest"] if policies else None,
         "base_digest": next((r["digest"] for r in records if r["event"] == "policy" and r["iteration"] == 0), None),
-        "cache": {
-            "trajectories": cache.count() if cache else 0,
-            "digest": cache.digest() if cache else None,
-        },
+        "cache": {"trajectories": cache.count() if cache else 0}
+        | ({"digest": cache.digest() if cache else None} if digest else {}),
         "best": _best(run, records),
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
         "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],

@@ -65,3 +65,14 @@ def test_nothing_in_common_is_said(tmp_path: Path) -> None:
     second = write_run(tmp_path / "second", 1, {"base": {"b": 1}})
     with pytest.raises(UserError, match="no evaluations of the same problems"):
         compare(first, second, None, None)
+
+
+def test_names_and_values_in_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, 1, {"base": {"a": 1}}) for name in ("[red]", "[b]")]
+    for run, value in zip(runs, ("[/red]", "[bold]"), strict=True):
+        (run / "config.yaml").write_text(f"data: {{train: '{value}'}}\n")
+    assert compare(*runs, tmp_path / "out.html", None) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("[red]", "[b]", "[/red]", "[bold]", "[b] − [red], problem by problem"))
