@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.parquet import open_parquet
 
 _COLUMNS = ["problem_id", "response_ids", "correct"]
 
@@ -85,7 +85,12 @@ def from_table(table: pa.Table) -> Answers:
 
 def read_answers(path: Path) -> Answers:
     """The responses in an evaluation's Parquet file. Raises UserError for a damaged one."""
-    try:
-        return from_table(pq.read_table(path, columns=_COLUMNS))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} does not hold the responses of an evaluation ({error})") from error
+    return from_table(read_evaluation(path, _COLUMNS))
+
+
+def read_evaluation(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some columns of an evaluation's Parquet file, or all. Raises UserError for a damaged one."""
+    with open_parquet(path) as file:
+        if missing := set(_COLUMNS).difference(file.schema_arrow.names):
+            raise UserError(f"{path} is no evaluation's: it has no column {', '.join(sorted(missing))}.")
+        return file.read(columns=columns)

@@ -82,7 +82,7 @@ class EngineEvaluator:
             self._sampled = name, self._sample(), time.monotonic() - started
         _, rows, seconds = self._sampled
         with atomic_path(self._directory / f"{name}.parquet") as path:
-            pq.write_table(_samples_table(rows, self._decode), path, compression="zstd")
+            pq.write_table(_samples_table(rows, self._decode), path, compression="zstd", write_page_checksum=True)
         scores = scores_of(counts_of(rows), self._config.samples, self._config.k)
         metrics = intervals(scores, self._seed)
         record = {
