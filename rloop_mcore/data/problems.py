@@ -100,7 +100,7 @@ def parse_row(row: Any) -> Problem:
 
 
 def content_id(problem: Problem) -> str:
-    """The id of a problem that came without one: a hash of its text and answer."""
+    """A hash of a problem's text and answer: the id of one that came without."""
     content = json.dumps([problem.problem, problem.answer])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

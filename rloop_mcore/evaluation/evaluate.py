@@ -56,7 +56,7 @@ class EngineEvaluator:
         directory: Path,
         at_once: int,
         progress: Callable[[int, int], None] | None = None,
-        conditions: Mapping[str, str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         self._prompts = list(prompts[: config.limit])
         self._decode = decode
@@ -109,7 +109,7 @@ class EngineEvaluator:
         return rows
 
 
-def conditions_of(config: Config) -> dict[str, str]:
+def conditions_of(config: Config) -> dict[str, Any]:
     """How the problems are put and answers found: where these differ, results are not to be compared."""
     return {
         "template": config.data.template,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rloop_mcore.analysis.answers import Answers, read_answers
-from rloop_mcore.analysis.compare import block_forgetting, differences
+from rloop_mcore.analysis.compare import block_forgetting, differences, of_one_id
 from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
 from rloop_mcore.analysis.read_run import Evaluation, Run, pass_keys
 from rloop_mcore.analysis.report import read_runs, write_report
@@ -32,6 +32,11 @@ _SEED = 0  # of the bootstrap: the same every time
 def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) -> int:
     """Print the comparison and write the report of both. Raises UserError."""
     runs = read_runs([first, second])
+    if different := of_one_id(*runs):
+        raise UserError(
+            f"{first} and {second} were evaluated on different problems under the same ids ({len(different)} of them, "
+            f"{different[0]!r} for one): they cannot be compared problem by problem."
+        )
     paired = {role: found for role in _ROLES if (found := _paired(runs, role))}
     if not paired:
         raise UserError(f"{first} and {second} have no evaluations of the same problems: there is nothing to compare.")

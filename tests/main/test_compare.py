@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rloop_mcore.analysis.report import write_report
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.compare import compare
 
@@ -76,3 +77,17 @@ def test_names_and_values_in_brackets_are_printed_as_they_are(
     assert compare(*runs, tmp_path / "out.html", None) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("[red]", "[b]", "[/red]", "[bold]", "[b] − [red], problem by problem"))
+
+
+def test_different_problems_under_one_id_are_not_paired(tmp_path: Path) -> None:
+    solved = {"base": {"a": 2, "b": 1}, "i0_explore_000002": {"a": 1, "b": 3}}
+    dapo = write_run(tmp_path / "dapo", 1, solved | {"i0_explore_000004": {"a": 1, "b": 1}})
+    rloop = write_run(tmp_path / "rloop", 2, solved | {"i1_explore_000002": {"a": 0, "b": 1}})
+    assert compare(dapo, rloop, None, None) == 0  # of an older rloop: they don't say what they asked
+    for run, digests in ((dapo, {"a": "1", "b": "2"}), (rloop, {"a": "1", "b": "3", "c": "4"})):
+        for path in (run / "evaluation").glob("*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_digests": digests}))
+    with pytest.raises(UserError, match="different problems under the same ids .1 of them, 'b'"):
+        compare(dapo, rloop, None, None)
+    write_report([dapo, rloop], tmp_path / "out.html")
+    assert "Differential forgetting" not in (tmp_path / "out.html").read_text()
