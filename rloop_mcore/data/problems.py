@@ -142,7 +142,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             row: Any
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
             except UnicodeDecodeError as error:
                 row = BadRow(f"not UTF-8 (byte {error.start} of the line)")
             except (ValueError, RecursionError) as error:

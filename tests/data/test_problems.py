@@ -41,6 +41,12 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
         load_problems(source, limit=0)
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    jsonl(tmp_path / "p.jsonl", ROWS)
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
+    assert load_problems(str(tmp_path / "p.jsonl")) == PROBLEMS
+
+
 @pytest.mark.parametrize("meta_as_json", [False, True])
 def test_parquet(tmp_path: Path, meta_as_json: bool) -> None:
     rows = [{**row, "meta": json.dumps(row["meta"]) if meta_as_json else {"level": 1}} for row in ROWS]
