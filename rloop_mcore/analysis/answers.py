@@ -71,12 +71,13 @@ def make_answers(rows: Sequence[tuple[str, Sequence[int], bool]]) -> Answers:
 def from_table(table: pa.Table) -> Answers:
     """Answers of a table with at least the columns problem_id, response_ids and correct."""
     table = table.combine_chunks()
-    ids = np.asarray(table["problem_id"].to_pylist(), dtype=object)
-    problems, problem = np.unique(ids.astype(str), return_inverse=True) if len(ids) else (np.empty(0), ids)
+    ids = table["problem_id"].to_pylist()
+    problems = sorted(set(ids))
+    places = {name: place for place, name in enumerate(problems)}
     lists = table["response_ids"].combine_chunks()
     return Answers(
-        problems=[str(name) for name in problems],
-        problem=problem.astype(np.int64),
+        problems=problems,
+        problem=np.array([places[id] for id in ids], np.int64),
         correct=table["correct"].to_numpy(),
         tokens=lists.flatten().to_numpy(),
         starts=np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64),

@@ -1,5 +1,6 @@
 """Bigram Jaccard similarity against Python sets."""
 
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_the_figure_takes_the_number_of_samples_from_the_answers(rloop_run: Path
         drawn = [answers.response(row).tolist() for row in answers.rows_of(problem)]
         pairs += [jaccard(a, b) for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j]
     assert figure.spec["data"][0]["y"][0] == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+
+
+def test_one_long_id_costs_no_memory_for_the_others() -> None:
+    rows = [("x" * 10_000 if number == 0 else "a", [1], False) for number in range(2_000)]
+    tracemalloc.start()
+    answers = make_answers(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answers.problems == ["a", "x" * 10_000]
+    assert answers.problem.tolist() == [1, *[0] * 1_999]
+    assert peak < 5e6  # a fixed width would take 80 MB
