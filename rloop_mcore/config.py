@@ -123,7 +123,7 @@ class FineTuneConfig:
 @dataclass
 class RftConfig(FineTuneConfig):
     enabled: bool = True  # false: theta_{i+1} is the RL endpoint (vanilla DAPO)
-    deduplicate: bool = True  # drop exact copies of a response to the same problem
+    deduplicate: bool = True  # take equal responses to one problem once; false: all, as in the paper
     steps: list[int] = field(default_factory=list)  # draw from the RL steps [first, last] only, from 0; []: from all
     min_tokens: int = 0  # of a response
     max_per_problem: int = 0  # at most so many experts of a problem, drawn by run.seed; 0: all

@@ -62,7 +62,7 @@ class ProgressDisplay:
     def _redraw(self, place: str, done: int, total: int, left: str, figures: str) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}", markup=True),
+                TextColumn("{task.description}", markup=False, style="bold"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),

@@ -119,12 +119,12 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class ExpertQuery:
-    """Which trajectories RFT takes: the paper's settings are `iterations` of one phase, `deduplicate`, and no more.
+    """Which trajectories RFT takes: in the paper all of one phase, that is without `deduplicate` and what follows it.
 
     A problem is hard where its success rate over a phase is below `hard_threshold` (None: all are); it gives the
-    successes of that phase. What narrows them: `deduplicate` drops exact copies of a response to the same problem but
-    the first; `steps` are the (first, last) RL step to draw from, or empty; `min_tokens` of a response; at most
-    `max_per_problem` (0: all) and a `share` of what is left, both drawn by `seed`.
+    successes of that phase. What narrows them: `deduplicate` (the default) drops exact copies of a response to the same
+    problem but the first; `steps` are the (first, last) RL step to draw from, or empty; `min_tokens` of a response; at
+    most `max_per_problem` (0: all) and a `share` of what is left, both drawn by `seed`.
     """
 
     iterations: tuple[int, ...]

@@ -158,3 +158,11 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     tracker.close()
     assert "iteration 2 explore evaluation" in out.getvalue()
     assert "64/64" in out.getvalue()
+
+
+def test_a_bar_may_be_called_anything() -> None:
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))
+    display.show("[/x]", 64, 64, None, {})
+    display.close()
+    assert "[/x]" in out.getvalue()

@@ -64,7 +64,7 @@ def _counts(samples: Path) -> dict[str, Any]:
 
 def _similarity(run: Run) -> dict[str, Any]:
     found = rl_checkpoints(run)
-    places, _, matrix = found.similarity()
+    places, _, _, matrix = found.similarity()
     return {
         "rl_steps": [found.rl_steps[place] for place in places],
         "iterations": [found.iterations[place] for place in places],

@@ -6,8 +6,8 @@ from __future__ import annotations
 def is_hard(successes: int, samples: int, threshold: float) -> bool:
     """Whether the success rate over all samples of the phase is below `threshold` (0.1 in the paper).
 
-    The quotient is compared, not `threshold * samples`: division rounds 3 / 30 to the very double that 0.1 is, whereas
-    0.1 * 30 rounds to more than 3 and would call that problem hard.
+    The quotient is compared, not `threshold * samples`: a division rounds correctly, so 7 / 25 is the very double that
+    0.28 is written as, whereas 0.28 * 25 rounds to more than 7 and would call that problem hard.
     """
     return successes / samples < threshold
 

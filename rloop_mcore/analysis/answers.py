@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.parquet import open_parquet
 
 _COLUMNS = ["problem_id", "response_ids", "correct"]
 
@@ -71,12 +71,13 @@ def make_answers(rows: Sequence[tuple[str, Sequence[int], bool]]) -> Answers:
 def from_table(table: pa.Table) -> Answers:
     """Answers of a table with at least the columns problem_id, response_ids and correct."""
     table = table.combine_chunks()
-    ids = np.asarray(table["problem_id"].to_pylist(), dtype=object)
-    problems, problem = np.unique(ids.astype(str), return_inverse=True) if len(ids) else (np.empty(0), ids)
+    ids = table["problem_id"].to_pylist()
+    problems = sorted(set(ids))
+    places = {name: place for place, name in enumerate(problems)}
     lists = table["response_ids"].combine_chunks()
     return Answers(
-        problems=[str(name) for name in problems],
-        problem=problem.astype(np.int64),
+        problems=problems,
+        problem=np.array([places[id] for id in ids], np.int64),
         correct=table["correct"].to_numpy(),
         tokens=lists.flatten().to_numpy(),
         starts=np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64),
@@ -85,7 +86,12 @@ def from_table(table: pa.Table) -> Answers:
 
 def read_answers(path: Path) -> Answers:
     """The responses in an evaluation's Parquet file. Raises UserError for a damaged one."""
-    try:
-        return from_table(pq.read_table(path, columns=_COLUMNS))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} does not hold the responses of an evaluation ({error})") from error
+    return from_table(read_evaluation(path, _COLUMNS))
+
+
+def read_evaluation(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some columns of an evaluation's Parquet file, or all. Raises UserError for a damaged one."""
+    with open_parquet(path) as file:
+        if missing := set(_COLUMNS).difference(file.schema_arrow.names):
+            raise UserError(f"{path} is no evaluation's: it has no column {', '.join(sorted(missing))}.")
+        return file.read(columns=columns)

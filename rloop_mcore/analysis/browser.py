@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from rloop_mcore.analysis import curves
-from rloop_mcore.analysis.answers import from_table
+from rloop_mcore.analysis.answers import from_table, read_evaluation
 from rloop_mcore.analysis.checkpoints import spread
 from rloop_mcore.analysis.maths import Formulas
 from rloop_mcore.analysis.read_run import Run
@@ -100,7 +99,7 @@ def _add_validation(held: dict[str, Any], run: Run, words: Words, formulas: Form
     there = [(evaluation, path) for evaluation, path in paths if path.exists()]
     shown, numbers = spread(len(there), VISITS), dict[str, int]()
     for place, (evaluation, path) in enumerate(there):
-        table, visit, step = pq.read_table(path), len(held["visits"]), curves.rl_step(run, evaluation)
+        table, visit, step = read_evaluation(path), len(held["visits"]), curves.rl_step(run, evaluation)
         answers = from_table(table)
         held["visits"].append({"label": curves.checkpoint_label(evaluation), "kind": "validation", "step": step})
         for name in answers.problems:

@@ -47,8 +47,11 @@ class Checkpoints:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def similarity(self) -> tuple[list[int], int, np.ndarray]:
-        """(checkpoints compared, number of problems, S over them); see `similarity.similarity_matrix`."""
+    def similarity(self) -> tuple[list[int], int, list[float], np.ndarray]:
+        """(checkpoints compared, number of problems, samples a problem of each checkpoint, S over them).
+
+        See `similarity.similarity_matrix`.
+        """
         compared = spread(len(self), SIMILARITY_CHECKPOINTS)
         return compared, *_similarity(tuple(self.files[i] for i in compared))
 
@@ -102,10 +105,11 @@ def _summary(file: _File) -> _Summary:
 
 
 @lru_cache(maxsize=32)
-def _similarity(files: tuple[_File, ...]) -> tuple[int, np.ndarray]:
+def _similarity(files: tuple[_File, ...]) -> tuple[int, list[float], np.ndarray]:
     answers = [_summary(file).kept for file in files]
     problems = sorted(set.intersection(*(set(each.problems) for each in answers))) if answers else []
-    return len(problems), similarity_matrix(answers, problems)
+    samples = [len(each) / len(each.problems) if each.problems else 0.0 for each in answers]
+    return len(problems), samples, similarity_matrix(answers, problems)
 
 
 def _file(path: Path) -> _File:

@@ -41,14 +41,25 @@ def aligned_forgetting(vanilla: Checkpoints, rloop: Checkpoints) -> AlignedForge
 
 
 def comparable(runs: Sequence[Run], found: Sequence[Checkpoints]) -> Iterator[tuple[int, int, AlignedForgetting]]:
-    """(vanilla, rloop, both aligned): the first run of one iteration with each run of several, as places in `runs`."""
+    """(vanilla, rloop, both aligned): the first run of one iteration with each run of several, as places in `runs`.
+
+    Runs that were asked different problems under one id are not.
+    """
     kinds = [len(set(each.iterations)) if len(each) > 1 else 0 for each in found]
     if 1 not in kinds:
         return
     one = kinds.index(1)
     for other, iterations in enumerate(kinds):
-        if iterations > 1 and (aligned := aligned_forgetting(found[one], found[other])) is not None:
+        if iterations < 2 or of_one_id(runs[one], runs[other]):
+            continue
+        if (aligned := aligned_forgetting(found[one], found[other])) is not None:
             yield one, other, aligned
+
+
+def of_one_id(first: Run, second: Run) -> list[str]:
+    """The ids under which the two runs' evaluations asked different problems, as far as they say what they asked."""
+    mine, theirs = ({id: of for each in run.evaluations for id, of in each.problems.items()} for run in (first, second))
+    return [id for id, of in mine.items() if theirs.get(id, of) != of]
 
 
 def block_forgetting(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from html import unescape
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,18 @@ def export(runs: Sequence[Run], folder: Path) -> tuple[int, str]:
     or Chromium, and is the extra `export`. Raises Fault where it is there and fails.
     """
     figures = [figure for section in sections(runs) for figure in section.figures]
-    for figure in figures:
-        write_atomic(folder / f"{file_name(figure)}.csv", to_csv(figure))
+    for name, figure in zip(_file_names(figures), figures, strict=True):
+        write_atomic(folder / f"{name}.csv", to_csv(figure))
     return len(figures), draw(figures, folder, FORMATS)
 
 
-def file_name(figure: Figure) -> str:
-    """Of its title: lower case, words joined by underscores."""
-    return re.sub(r"[^\w@]+", "_", figure.title.lower()).strip("_")
+def _file_names(figures: Sequence[Figure]) -> list[str]:
+    """Of their titles: lower case, words joined by underscores, with a number where that is another's already."""
+    names: list[str] = []
+    for figure in figures:
+        title = re.sub(r"[^\w@]+", "_", figure.title.lower()).strip("_")
+        names.append(next(name for name in chain([title], (f"{title}_{n}" for n in count(2))) if name not in names))
+    return names
 
 
 def to_csv(figure: Figure) -> str:
@@ -74,7 +79,8 @@ def draw(figures: Sequence[Figure], folder: Path, formats: Sequence[str]) -> str
     import kaleido
     from choreographer.browsers.chromium import ChromeNotFoundError
 
-    wanted = [(figure, folder / f"{file_name(figure)}.{kind}", kind) for figure in figures for kind in formats]
+    named = list(zip(_file_names(figures), figures, strict=True))
+    wanted = [(figure, folder / f"{name}.{kind}", kind) for name, figure in named for kind in formats]
     jobs: list[dict[str, Any]] = [
         {"fig": _on_paper(figure), "path": str(folder / f".tmp-{path.name}"), "opts": {**_SIZE, "format": kind}}
         for figure, path, kind in wanted

@@ -7,9 +7,13 @@ from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 
-# Display and inline formulas by their usual marks, environments, and a boxed answer that stands in running text.
+_LONGEST = 600  # characters of a formula that is worth drawing
+
+# Display and inline formulas by their usual marks, environments, and a boxed answer that stands in running text. A
+# search for an end that is not there goes no further than it is worth: it begins anew at each of a thousand marks.
 _FORMULA = re.compile(
-    r"\$\$(?P<dollars>.+?)\$\$|\\\[(?P<display>.+?)\\\]|\\\((?P<inline>.+?)\\\)"
+    rf"\$\$(?P<dollars>.{{1,{_LONGEST}}}?)\$\$"
+    rf"|\\\[(?P<display>.{{1,{_LONGEST}}}?)\\\]|\\\((?P<inline>.{{1,{_LONGEST}}}?)\\\)"
     r"|(?<![\\$\d])\$(?P<dollar>[^$\n]+?)(?<![\\\s])\$(?!\d)"
     r"|(?P<boxed>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})",
     re.DOTALL,
@@ -24,7 +28,6 @@ _ATTRIBUTES = re.compile(
     r"display(style)?|scriptlevel|mathvariant|stretchy|fence|separator|form|[lr]space|width|height|depth|(min|max)size"
     r"|linethickness|(column|row)(align|spacing|lines)|notation|accent|movablelimits"
 )
-_LONGEST = 600  # characters of a formula that is worth drawing
 
 
 class Formulas:

@@ -43,9 +43,9 @@ def diversity_figures(runs: Sequence[Run]) -> list[Figure]:
     """Similarity within and between checkpoints, and the number of different correct solutions."""
     found = [rl_checkpoints(run) for run in runs]
     compared = [each.similarity() for each in found]
-    largest = max((float(np.nanmax(values)) for _, problems, values in compared if problems), default=1.0)
+    largest = max((float(np.nanmax(values)) for _, problems, _, values in compared if problems), default=1.0)
     figures, within = [], []
-    for run, each, (places, problems, values) in zip(runs, found, compared, strict=True):
+    for run, each, (places, problems, samples, values) in zip(runs, found, compared, strict=True):
         names = [_places(each)[place] for place in places]
         some = "" if len(places) == len(each) else f" {len(places)} of {len(each)} checkpoints are shown."
         caption = f"Bigram Jaccard similarity of the solutions to {problems} validation problems, all pairs.{some}"
@@ -53,7 +53,7 @@ def diversity_figures(runs: Sequence[Run]) -> list[Figure]:
         if problems and len(places) > 1:
             title = f"Similarity: {run.name}"
             figures.append(matrix(title, caption, values, names, iterations, largest, unit=".3f"))
-        diagonal = [without_self_pairs(value, _samples(run)) for value in np.diag(values)] if problems else []
+        diagonal = list(map(without_self_pairs, np.diag(values), samples)) if problems else []
         within.append(Series([each.rl_steps[place] for place in places] if problems else [], _known(diagonal)))
     caption = "Mean similarity of two different solutions of one checkpoint to one problem: lower is more diverse."
     figures.append(lines("Similarity within a checkpoint", caption, runs, within, RL_STEP, "Jaccard", {}))
@@ -112,10 +112,6 @@ def _places(found: Checkpoints) -> list[str]:
         label if label.startswith("θ") else f"{iteration + 1} · {step - before[iteration]}"
         for label, iteration, step in zip(found.labels, found.iterations, found.rl_steps, strict=True)
     ]
-
-
-def _samples(run: Run) -> int:
-    return int(run.settings.get("evaluation", {}).get("samples", 32))
 
 
 def _known(values: Sequence[float] | np.ndarray) -> list[float | None]:

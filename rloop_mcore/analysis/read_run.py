@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ class Evaluation:
 
     `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"}. `phase` is "base" for theta_0, "explore" for
     an RL checkpoint after `step` steps of iteration `iteration`, "exploit" for theta_{iteration+1}. `conditions` are
-    the prompt template and the answer format, "" where an older rloop wrote it.
+    the prompt template and the answer format, "" where an older rloop wrote it. `problems` has a hash of what was
+    asked under each id, none where an older rloop wrote it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Evaluation:
     policy: str | None
     metrics: dict[str, dict[str, float]]
     conditions: str = ""
+    problems: dict[str, str] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
@@ -138,10 +140,11 @@ def _read_evaluation(path: Path) -> Evaluation | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_of(record)
+        problems = record.get("problem_digests", {})
         average_key(metrics)
     except (ValueError, KeyError, StopIteration) as error:
         raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r})") from error
     if place is None:
-        return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions)
+        return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions, problems)
     iteration, phase, step = int(place["iteration"]), place["phase"], int(place["step"])
-    return Evaluation(path.stem, iteration, phase, step, policy, metrics, conditions)
+    return Evaluation(path.stem, iteration, phase, step, policy, metrics, conditions, problems)

@@ -56,13 +56,23 @@ def write_report(
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """The runs; those of equal names get their parent folder's name in front. Raises UserError."""
+    """The runs; those of equal names get as many of their parent folders in front as tell them apart.
+
+    Raises UserError.
+    """
     runs = [read_run(path) for path in run_dirs]
-    count = Counter(run.name for run in runs)
-    return [
-        replace(run, name=f"{run.path.resolve().parent.name}/{run.name}") if count[run.name] > 1 else run
-        for run in runs
-    ]
+    while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
+        longer = [replace(run, name=_longer(run)) if run.name in repeated else run for run in runs]
+        if longer == runs:  # a run was given twice
+            break
+        runs = longer
+    return runs
+
+
+def _longer(run: Run) -> str:
+    """Its name with one more parent folder."""
+    parts = run.path.resolve().parts[1:]
+    return "/".join(parts[-2 - run.name.count("/") :])
 
 
 def render(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.parquet import open_parquet, read_footer
 
 _SCHEMA = pa.schema(
     [
@@ -52,20 +53,25 @@ class Samples:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards that a manifest.json lists, oldest first, but those that were set aside. Raises UserError."""
+    return list(_footers(folder))
+
+
+def _footers(folder: Path) -> dict[Path, str]:
+    """The shards, each with the sha256 of its footer, which has no checksum in the file itself."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        return []
+        return {}
     try:
         entries = json.loads(manifest.read_bytes())["shards"]
-        return [folder / entry["name"] for entry in entries if not entry.get("lost")]
+        return {folder / entry["name"]: entry["footer"] for entry in entries if not entry.get("lost")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is not the manifest of a trajectory cache ({error!r})") from error
 
 
 def read_samples(folder: Path) -> Samples:
     """The trajectories of a cache, or of an expert set; none where there is none. Raises UserError for damage."""
-    shards = shard_paths(folder)
-    tables = [_read(path) for path in shards]
+    footers = _footers(folder)
+    shards, tables = list(footers), [_read(path, footer) for path, footer in footers.items()]
     table = pa.concat_tables([_SCHEMA.empty_table(), *tables])
     coded = table["problem_id"].combine_chunks().dictionary_encode()
     lengths = [len(each) for each in tables]
@@ -84,7 +90,7 @@ def read_samples(folder: Path) -> Samples:
 def read_tokens(path: Path, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Some columns of some rows of a shard, in their order; only the row groups that hold them are read."""
     wanted, pieces, start = np.sort(np.asarray(rows)), [], 0
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         for group in range(file.metadata.num_row_groups):
             end = start + file.metadata.row_group(group).num_rows
             mine = wanted[(wanted >= start) & (wanted < end)] - start
@@ -94,8 +100,9 @@ def read_tokens(path: Path, rows: Sequence[int], columns: Sequence[str]) -> pa.T
     return pa.concat_tables(pieces)
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=_SCHEMA.names).cast(_SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): see docs/cache.md") from error
+def _read(path: Path, footer: str) -> pa.Table:
+    with open_parquet(path) as file:
+        with open(path, "rb") as content:
+            if sha256(read_footer(content)).hexdigest() != footer:
+                raise UserError(f"{path} is damaged (its footer is changed): see docs/cache.md.")
+        return file.read(columns=_SCHEMA.names).cast(_SCHEMA)

@@ -35,7 +35,7 @@ def similarity_matrix(checkpoints: Sequence[Answers], problems: Sequence[str]) -
     return total / len(problems) if problems else np.full_like(total, np.nan)
 
 
-def without_self_pairs(diagonal: float, samples: int) -> float:
+def without_self_pairs(diagonal: float, samples: float) -> float:
     """The intra-step similarity over pairs of different solutions, of S[i, i] over `samples` solutions a problem."""
     return (samples * diagonal - 1) / (samples - 1) if samples > 1 else float("nan")
 

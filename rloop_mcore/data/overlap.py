@@ -10,15 +10,15 @@ from rloop_mcore.types import Problem
 
 WORDS = 13  # the n-gram of GPT-3's contamination study (arXiv 2005.14165, appendix C)
 
-_BESIDE_WORDS = re.compile(r"[^\w\\{}^+*/=<>-]+")
+_BESIDE_WORDS = re.compile(r"(?:[^\w\\{}^+*/=<>.-]|(?<!\d)\.|\.(?!\d))+")  # a decimal point is none of it
 
 
 def overlapping(problems: Iterable[Problem], evaluation: Iterable[Problem]) -> dict[str, str]:
     """The ids of those of `problems` that `evaluation` holds too, each with how: "exact" or "13-gram".
 
-    Exact: equal but for case, spaces and punctuation. A problem of fewer than 13 words overlaps only exactly. A run
-    that stands in several problems of `evaluation` is a turn of phrase ("where m and n are relatively prime positive
-    integers"), and tells nothing.
+    Exact: equal but for case, spaces and punctuation, and not made of punctuation alone. A problem of fewer than 13
+    words overlaps only exactly. A run that stands in several problems of `evaluation` is a turn of phrase ("where m and
+    n are relatively prime positive integers"), and tells nothing.
     """
     texts: set[str] = set()
     runs: Counter[tuple[str, ...]] = Counter()
@@ -29,7 +29,7 @@ def overlapping(problems: Iterable[Problem], evaluation: Iterable[Problem]) -> d
     found = {}
     for problem in problems:
         words = _words(problem)
-        if "".join(words) in texts:
+        if words and "".join(words) in texts:
             found[problem.id] = "exact"
         elif any(runs[run] == 1 for run in _runs(words)):
             found[problem.id] = f"{WORDS}-gram"

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def parse_row(row: Any) -> Problem:
 
 
 def content_id(problem: Problem) -> str:
-    """The id of a problem that came without one: a hash of its text and answer."""
+    """A hash of a problem's text and answer: the id of one that came without."""
     content = json.dumps([problem.problem, problem.answer])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -142,7 +142,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             row: Any
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
             except UnicodeDecodeError as error:
                 row = BadRow(f"not UTF-8 (byte {error.start} of the line)")
             except (ValueError, RecursionError) as error:
@@ -151,18 +151,13 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    from rloop_mcore.platform.parquet import open_parquet  # takes a while
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in COLUMNS + DAPO_COLUMNS if name in file.schema_arrow.names]
-            _require_columns(str(path), file.schema_arrow.names)
-            batches: Iterable[pyarrow.RecordBatch] = file.iter_batches(columns=columns)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    with open_parquet(path) as file:
+        columns = [name for name in COLUMNS + DAPO_COLUMNS if name in file.schema_arrow.names]
+        _require_columns(str(path), file.schema_arrow.names)
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _hf_rows(source: str) -> Iterator[Row]:

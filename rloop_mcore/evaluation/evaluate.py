@@ -8,17 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.config import Config, EvaluationConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.evaluation.sampling import Sampler
+from rloop_mcore.evaluation.sampling import Graded, Sampler
 from rloop_mcore.evaluation.scores import counts_of, intervals, scores_of, summary
 from rloop_mcore.platform.files import atomic_path, write_atomic
 from rloop_mcore.protocols import Rewards, Rollout
-from rloop_mcore.types import Prompt, Sampling, Trajectory
+from rloop_mcore.types import Prompt, Sampling
 
 _SAMPLE_SCHEMA = pa.schema(
     [
@@ -56,7 +57,7 @@ class EngineEvaluator:
         directory: Path,
         at_once: int,
         progress: Callable[[int, int], None] | None = None,
-        conditions: Mapping[str, str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         self._prompts = list(prompts[: config.limit])
         self._decode = decode
@@ -69,7 +70,7 @@ class EngineEvaluator:
         self._progress = progress or (lambda done, total: None)
         self._conditions = dict(conditions or {})
         # Name, samples and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
-        self._sampled: tuple[str, list[Trajectory], float] | None = None
+        self._sampled: tuple[str, list[Graded], float] | None = None
         check_problems(config, self._prompts)
 
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
@@ -82,7 +83,7 @@ class EngineEvaluator:
             self._sampled = name, self._sample(), time.monotonic() - started
         _, rows, seconds = self._sampled
         with atomic_path(self._directory / f"{name}.parquet") as path:
-            pq.write_table(_samples_table(rows, self._decode), path, compression="zstd")
+            pq.write_table(_samples_table(rows, self._decode), path, compression="zstd", write_page_checksum=True)
         scores = scores_of(counts_of(rows), self._config.samples, self._config.k)
         metrics = intervals(scores, self._seed)
         record = {
@@ -99,17 +100,17 @@ class EngineEvaluator:
         self._sampled = None
         return {key: interval["mean"] for key, interval in metrics.items()}
 
-    def _sample(self) -> list[Trajectory]:
+    def _sample(self) -> list[Graded]:
         wanted = [(prompt, sample) for prompt in self._prompts for sample in range(self._config.samples)]
-        rows: list[Trajectory] = []
+        rows: list[Graded] = []
         self._progress(0, len(wanted))
         for start in range(0, len(wanted), self._at_once):
-            rows += self._sampler.draw(wanted[start : start + self._at_once])
+            rows += map(Graded.of, self._sampler.draw(wanted[start : start + self._at_once]))
             self._progress(len(rows), len(wanted))
         return rows
 
 
-def conditions_of(config: Config) -> dict[str, str]:
+def conditions_of(config: Config) -> dict[str, Any]:
     """How the problems are put and answers found: where these differ, results are not to be compared."""
     return {
         "template": config.data.template,
@@ -134,7 +135,7 @@ def check_problems(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
         raise UserError(f"data.validation holds the problem id {repeated[0]!r} twice; ids must be unique")
 
 
-def _samples_table(rows: Sequence[Trajectory], decode: Callable[[Sequence[int]], str]) -> pa.Table:
+def _samples_table(rows: Sequence[Graded], decode: Callable[[Sequence[int]], str]) -> pa.Table:
     columns = [
         [row.problem_id for row in rows],
         [row.sample for row in rows],

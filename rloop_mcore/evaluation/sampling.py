@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.errors import UserError
@@ -11,6 +13,24 @@ from rloop_mcore.protocols import Rewards, Rollout
 from rloop_mcore.types import Prompt, SampleRequest, Sampling, Times, Trajectory
 
 Wanted = tuple[Prompt, int]  # a problem's sample, from 0
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What the numbers of an evaluation need of a trajectory: 4 bytes a token, where that one has 70."""
+
+    problem_id: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: array[int]
+    correct: bool
+    reason: str
+    finish_reason: str
+
+    @classmethod
+    def of(cls, row: Trajectory) -> Graded:
+        ids = array("i", row.response_ids)
+        return cls(row.problem_id, row.sample, row.prompt_ids, ids, row.correct, row.reason, row.finish_reason)
 
 
 class Sampler:
@@ -59,7 +79,7 @@ class Sampler:
         ]
 
 
-def still_wanted(prompts: Sequence[Prompt], samples: int, kept: Iterable[Trajectory]) -> list[Wanted]:
+def still_wanted(prompts: Sequence[Prompt], samples: int, kept: Iterable[Graded]) -> list[Wanted]:
     """What is missing of `samples` a problem, where `kept` has been drawn before.
 
     Problem after problem, so that those that begin alike are decoded together. Raises UserError where a kept sample
@@ -79,7 +99,7 @@ def still_wanted(prompts: Sequence[Prompt], samples: int, kept: Iterable[Traject
 
 
 def votes_of(
-    rows: Sequence[Trajectory],
+    rows: Sequence[Graded],
     prompts: Sequence[Prompt],
     rewards: Rewards,
     decode: Callable[[Sequence[int]], str],

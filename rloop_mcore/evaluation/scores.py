@@ -11,14 +11,15 @@ from typing import Any
 from rloop_mcore.evaluation.bootstrap import bootstrap_interval
 from rloop_mcore.evaluation.majority import majority_at_k
 from rloop_mcore.evaluation.pass_at_k import average, pass_at_k
-from rloop_mcore.types import Problem, Trajectory
+from rloop_mcore.evaluation.sampling import Graded
+from rloop_mcore.types import Problem
 
 _GROUP_RESAMPLES = 2_000  # there may be dozens of groups
 
 Scores = dict[str, list[float]]  # metric -> its value for each problem, in one order of problems
 
 
-def counts_of(rows: Sequence[Trajectory]) -> dict[str, list[int]]:
+def counts_of(rows: Sequence[Graded]) -> dict[str, list[int]]:
     """{problem id: [correct samples, samples]}, in the order of `rows`."""
     counts: dict[str, list[int]] = {}
     for row in rows:
@@ -35,7 +36,7 @@ def scores_of(counts: Mapping[str, Sequence[int]], samples: int, ks: Sequence[in
     return scores | {f"pass@{k}": pass_at_k(successes, drawn, k).tolist() for k in sorted(set(ks))}
 
 
-def majorities(rows: Sequence[Trajectory], votes: Sequence[str], ks: Sequence[int]) -> Scores:
+def majorities(rows: Sequence[Graded], votes: Sequence[str], ks: Sequence[int]) -> Scores:
     """maj@k of each problem for k > 1 (maj@1 is Avg@n once more), in the order of `counts_of`.
 
     `votes` [rows] are what the samples vote for. A vote that is right for some of its samples only is so in part.
@@ -62,7 +63,7 @@ def intervals(scores: Scores, seed: int, resamples: int = 10_000) -> dict[str, d
     return {key: asdict(bootstrap_interval(values, seed, resamples)) for key, values in scores.items()}
 
 
-def summary(rows: Sequence[Trajectory]) -> dict[str, Any]:
+def summary(rows: Sequence[Graded]) -> dict[str, Any]:
     """Mean length in tokens, share cut at the token limit, verdicts by reason, counts by problem."""
     return {
         "response_length": sum(len(row.response_ids) for row in rows) / len(rows),
@@ -73,7 +74,7 @@ def summary(rows: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def breakdown(
-    problems: Sequence[Problem], rows: Sequence[Trajectory], scores: Scores, seed: int
+    problems: Sequence[Problem], rows: Sequence[Graded], scores: Scores, seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{"level" | "subject": {value: problems, metrics, mean length, share truncated}} by `Problem.meta`.
 
@@ -93,7 +94,7 @@ def breakdown(
 
 
 def _group(
-    problems: Sequence[Problem], places: Sequence[int], rows: Sequence[Trajectory], scores: Scores, seed: int
+    problems: Sequence[Problem], places: Sequence[int], rows: Sequence[Graded], scores: Scores, seed: int
 ) -> dict[str, Any]:
     ids = {problems[place].id for place in places}
     chosen = {key: [values[place] for place in places] for key, values in scores.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rloop_mcore.config import Config
 from rloop_mcore.data.tokenizer import TextTokenizer
@@ -53,7 +54,7 @@ def cache(options: Namespace) -> int:
             say(line)
     if options.export:
         count = _export(found, options.export, options.iteration, options.problem)
-        console.print(f"{options.export}: {count} trajectories", soft_wrap=True)
+        say(f"{options.export}: {count} trajectories")
     if options.show:
         _show(console, found, run.model(config), options)
     if not (options.verify or options.export or options.show or options.quarantine or options.compact):
@@ -100,7 +101,7 @@ def _show(console: Console, found: TrajectoryCache, model: Path, options: Namesp
     if not rows:
         console.print("no trajectory is of that iteration and problem")
     for row in rows:
-        console.rule(_heading(row), align="left")
+        console.rule(Text(_heading(row)), align="left")
         prompt, response = (tokenizer.decode(ids) for ids in (row.prompt_ids, row.response_ids))
         console.print(prompt, style="dim", markup=False, highlight=False, end="")
         console.print(response, markup=False, highlight=False)

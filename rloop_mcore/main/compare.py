@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rloop_mcore.analysis.answers import Answers, read_answers
-from rloop_mcore.analysis.compare import block_forgetting, differences
+from rloop_mcore.analysis.compare import block_forgetting, differences, of_one_id
 from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
 from rloop_mcore.analysis.read_run import Evaluation, Run, pass_keys
 from rloop_mcore.analysis.report import read_runs, write_report
@@ -31,6 +32,11 @@ _SEED = 0  # of the bootstrap: the same every time
 def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) -> int:
     """Print the comparison and write the report of both. Raises UserError."""
     runs = read_runs([first, second])
+    if different := of_one_id(*runs):
+        raise UserError(
+            f"{first} and {second} were evaluated on different problems under the same ids ({len(different)} of them, "
+            f"{different[0]!r} for one): they cannot be compared problem by problem."
+        )
     paired = {role: found for role in _ROLES if (found := _paired(runs, role))}
     if not paired:
         raise UserError(f"{first} and {second} have no evaluations of the same problems: there is nothing to compare.")
@@ -90,20 +96,20 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     if result["config"]:
         table = Table(title="What differs", title_justify="left")
         for heading in ("key", *names):
-            table.add_column(heading)
+            table.add_column(Text(heading))
         for key, values in result["config"].items():
-            table.add_row(key, *values)
+            table.add_row(*map(Text, (key, *values)))
         console.print(table)
     if (validation := validation_table(runs)) is not None:
         console.print(to_rich(validation))
-    table = Table(title=f"{names[1]} − {names[0]}, problem by problem, points", title_justify="left")
+    table = Table(title=Text(f"{names[1]} − {names[0]}, problem by problem, points"), title_justify="left")
     table.caption = "95 % bootstrap intervals over problems; p: two-sided sign-flip permutation test."
     table.add_column("policies")
     columns = list(dict.fromkeys(name for found in result["paired"].values() for name in found))
     for name in columns:
         table.add_column(name, justify="right")
     for role, found in result["paired"].items():
-        table.add_row(role, *(_difference(found.get(name)) for name in columns))
+        table.add_row(role, *(Text(_difference(found.get(name))) for name in columns))
     console.print(table)
     for row in result["forgetting"]:
         parts = [f"{100 * row[key]:.1f} % {words}" for key, words in _BLOCKS.items() if row[key] is not None]

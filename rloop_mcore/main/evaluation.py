@@ -18,7 +18,7 @@ from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.evaluation.evaluate import check_problems
-from rloop_mcore.evaluation.sampling import Sampler, still_wanted, votes_of
+from rloop_mcore.evaluation.sampling import Graded, Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
@@ -27,7 +27,7 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.reward.verifiers import VOTES
-from rloop_mcore.types import Problem, Trajectory
+from rloop_mcore.types import Problem
 from rloop_mcore.weights.digest import digest_of
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class PolicyEvaluation:
             write_atomic(kept.folder / "result.json", json.dumps(record, indent=1) + "\n")
         return record
 
-    def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Trajectory]:
+    def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Graded]:
         """The wanted samples in the order of the problems; every batch that is drawn is kept at once."""
         samples, at_once = self._config.evaluation.samples, 2 * self._config.rollout.max_running
         wanted = still_wanted(prompts.prompts, samples, kept.rows)
-        drawn: list[Trajectory] = []
+        drawn: list[Graded] = []
         if wanted:
             total = len(prompts.prompts) * samples
             sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, conditions.seed)
@@ -93,13 +93,13 @@ class PolicyEvaluation:
             for start in range(0, len(wanted), at_once):
                 batch = sampler.draw(wanted[start : start + at_once])
                 kept.add(batch)
-                drawn += batch
+                drawn += map(Graded.of, batch)
                 show(drawn)
         places = {prompt.problem.id: place for place, prompt in enumerate(prompts.prompts)}
         rows = [row for row in [*kept.rows, *drawn] if row.problem_id in places and row.sample < samples]
         return sorted(rows, key=lambda row: (places[row.problem_id], row.sample))
 
-    def _numbers(self, prompts: TemplatePrompts, rows: Sequence[Trajectory]) -> dict[str, Any]:
+    def _numbers(self, prompts: TemplatePrompts, rows: Sequence[Graded]) -> dict[str, Any]:
         evaluation, seed = self._config.evaluation, self._config.run.seed
         problems = [prompt.problem for prompt in prompts.prompts]
         scores = scores_of(counts_of(rows), evaluation.samples, evaluation.k)
@@ -142,11 +142,11 @@ class PolicyEvaluation:
         return fleet
 
 
-def _progress(display: ProgressDisplay, name: str, before: int, total: int) -> Callable[[Sequence[Trajectory]], None]:
+def _progress(display: ProgressDisplay, name: str, before: int, total: int) -> Callable[[Sequence[Graded]], None]:
     """Show how many of the samples there are; the time left follows from the pace of those drawn now."""
     begun = time.monotonic()
 
-    def show(drawn: Sequence[Trajectory]) -> None:
+    def show(drawn: Sequence[Graded]) -> None:
         seconds, done = max(time.monotonic() - begun, 1e-6), before + len(drawn)
         left = seconds / len(drawn) * (total - done) if drawn else None
         tokens = sum(len(row.response_ids) for row in drawn)

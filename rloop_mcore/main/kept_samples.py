@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.evaluate import conditions_of
+from rloop_mcore.evaluation.sampling import Graded
 from rloop_mcore.platform.files import try_lock, write_atomic
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.quarantine import quarantine
@@ -73,8 +74,8 @@ class Conditions:
 class KeptSamples:
     """The samples in `folder`. One process at a time: see `open_samples`.
 
-    `rows` are those that were there before, in KEY order. `lost` are the files that were damaged and set aside: their
-    samples are missing, and can be drawn again. Raises UserError where the manifest is damaged.
+    `rows` are those that were there before, by problem and number. `lost` are the files that were damaged and set
+    aside: their samples are missing, and can be drawn again. Raises UserError where the manifest is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,10 +127,13 @@ def _wait_for(lock: int, folder: Path, tell: Callable[[str], None], patience_s: 
         time.sleep(_POLL_S)
 
 
-def _open(samples: Path) -> tuple[TrajectoryCache, list[Trajectory]]:
+def _open(samples: Path) -> tuple[TrajectoryCache, list[Graded]]:
     cache = TrajectoryCache(samples)
     cache.keep_only(cache.seal())  # what a killed evaluation left unfinished goes
-    return cache, sorted(cache.rows(), key=lambda row: row.key)
+    rows, prompts = [], dict[tuple[int, ...], tuple[int, ...]]()
+    for row in map(Graded.of, cache.rows()):
+        rows.append(replace(row, prompt_ids=prompts.setdefault(row.prompt_ids, row.prompt_ids)))  # a problem's once
+    return cache, sorted(rows, key=lambda row: (row.problem_id, row.sample))
 
 
 def _digest(content: Any) -> str:

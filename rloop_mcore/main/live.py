@@ -35,8 +35,7 @@ class LiveReport:
 
     def version(self) -> str:
         """What the runs' files are now: another text once one has changed."""
-        stats = [path.stat() for run in self._runs for name in _FILES if (path := run / name).exists()]
-        return "-".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in stats)
+        return "-".join(_version(run / name) for run in self._runs for name in _FILES)
 
     def page(self) -> str:
         """The newest page; the one before while a run is replacing what has to be read."""
@@ -45,7 +44,7 @@ class LiveReport:
                 try:
                     words = [words_of(run) for run in self._runs]
                     self._page, self._made_of = render(read_runs(self._runs), words=words, live=True), version
-                except UserError:
+                except (UserError, FileNotFoundError):
                     if not self._page:
                         raise
             return self._page
@@ -53,6 +52,14 @@ class LiveReport:
     def state(self) -> str:
         working = [run.name for run in self._runs if RunDirectory(run).locked()]
         return f"{', '.join(working)} running" if working else "not running"
+
+
+def _version(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ""
+    return f"{stat.st_mtime_ns:x}.{stat.st_size:x}"
 
 
 class LiveServer:

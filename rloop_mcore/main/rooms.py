@@ -12,7 +12,7 @@ from rloop_mcore.actor import parallel
 from rloop_mcore.actor.actor import MegatronActor
 from rloop_mcore.config import Config
 from rloop_mcore.data.curriculum import SampledCurriculum
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import content_id, load_problems
 from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
@@ -115,7 +115,8 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             run.evaluation,
             2 * config.rollout.max_running,
             lambda done, total: tracker.show("evaluation", done, total),
-            conditions_of(config),
+            # what was asked under an id: analyses pair two runs' answers by it
+            conditions_of(config) | {"problem_digests": {each.id: content_id(each) for each in validation}},
         )
     cache = TrajectoryCache(run.cache.resolve())
     must_stop = stop_requests(config.cluster, run)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
@@ -14,22 +15,38 @@ from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
+_SAID_ABOVE = ("iteration", "phase", "step", "time")
 _GUARD = ("iteration", "phase", "step", "policy", "reason")  # where steps went wrong in a row, and what followed
 
 
 def status(path: Path, as_json: bool) -> int:
-    """Print the state of the run in `path`. Raises UserError where there is none."""
-    state = read_status(RunDirectory(path))
+    """Print the state of the run in `path`. Raises UserError where there is none.
+
+    Without the cache's digest where nobody asked for JSON: it takes reading every trajectory.
+    """
+    state = read_status(RunDirectory(path), digest=as_json)
     if as_json:
         print(json.dumps(state))
     else:
         console = Console()
+        state["metrics"] = {key: value for key, value in state["metrics"].items() if key not in _SAID_ABOVE}
         for key, value in state.items():
-            console.print(f"[bold]{key:14}[/bold] {value}", highlight=False)
+            if value not in (None, [], {}):
+                # the last words of a run may be anybody's, brackets included
+                console.print(Text.assemble((f"{key:14}", "bold"), f" {_in_words(value)}"), soft_wrap=True)
     return 0
 
 
-def read_status(run: RunDirectory) -> dict[str, Any]:
+def _in_words(value: Any) -> str:
+    """Numbers in four digits, and nothing of how Python writes them."""
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_in_words(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return "; ".join(map(_in_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_status(run: RunDirectory, digest: bool = True) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
     config = run.read_config()
     run.check_journal()
@@ -46,10 +63,8 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "step": place.get("step", 0) if place else 0,
         "policy_digest": policies[-1]["digest"] if policies else None,
         "base_digest": next((r["digest"] for r in records if r["event"] == "policy" and r["iteration"] == 0), None),
-        "cache": {
-            "trajectories": cache.count() if cache else 0,
-            "digest": cache.digest() if cache else None,
-        },
+        "cache": {"trajectories": cache.count() if cache else 0}
+        | ({"digest": cache.digest() if cache else None} if digest else {}),
         "best": _best(run, records),
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
         "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],

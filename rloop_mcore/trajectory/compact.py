@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.parquet import read_footer
 from rloop_mcore.trajectory import writer
 from rloop_mcore.trajectory.manifest import Shard, discard_unnamed, read_manifest, write_manifest
 from rloop_mcore.trajectory.reader import ShardFile, checksum_damage, damaged
@@ -69,7 +70,7 @@ def _merge(directory: Path, group: Sequence[Shard]) -> Shard:
                 out.write_table(table)
         with open(temporary, "rb") as written:
             whole = file_digest(written, "sha256").hexdigest()
-            footer = sha256(writer.read_footer(written)).hexdigest()
+            footer = sha256(read_footer(written)).hexdigest()
         size = temporary.stat().st_size
     places: Counter[tuple[int, int]] = Counter()
     for shard in group:

@@ -15,11 +15,11 @@ from rloop_mcore.platform.files import new_directory
 from rloop_mcore.trajectory import selection
 from rloop_mcore.trajectory.manifest import NAME, Shard, read_manifest, write_manifest
 from rloop_mcore.trajectory.reader import ShardFile, size_damage
+from rloop_mcore.trajectory.schema import with_large_lists
 from rloop_mcore.trajectory.writer import encode_table, write_shard
 from rloop_mcore.types import Example, ExpertQuery
 
 LINEAGE = "lineage.json"
-_ROWS = 16_384  # a shard
 _COLUMNS = ["prompt_ids", "response_ids", "correct"]
 
 
@@ -37,7 +37,7 @@ class ExpertSet(Sequence[Example]):
                     f"the expert set {folder} is damaged: {shard.name} {wrong}: restore the files from a copy."
                 )
         tables = [ShardFile(folder, shard).read(_COLUMNS) for shard in shards]
-        self._table = pa.concat_tables(tables).combine_chunks() if tables else None
+        self._table = with_large_lists(pa.concat_tables(tables)).combine_chunks() if tables else None
 
     def __len__(self) -> int:
         return 0 if self._table is None else len(self._table)
@@ -68,7 +68,7 @@ def write_experts(cache: Path, shards: Sequence[Shard], query: ExpertQuery, fold
     sources = [{"name": shard.name, "rows": shard.rows, "sha256": shard.sha256} for shard in asked]
     lineage = {"query": asdict(query), **counts, "cache": sources}
     with new_directory(folder) as unfinished:
-        pieces = [table.slice(first, _ROWS) for first in range(0, len(table), _ROWS)]
+        pieces = [table.slice(first, selection.PIECE) for first in range(0, len(table), selection.PIECE)]
         paths = [unfinished / f"shard-{number:06d}.parquet" for number in range(len(pieces))]
         written = [write_shard(path, encode_table(piece)) for path, piece in zip(paths, pieces, strict=True)]
         write_manifest(unfinished, written)

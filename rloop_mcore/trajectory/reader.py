@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.parquet import read_footer
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.schema import SCHEMA, VERSION, VERSION_KEY
-from rloop_mcore.trajectory.writer import read_footer
 
 _REMEDY = "restore it from a copy, or set it aside as docs/cache.md says"
 

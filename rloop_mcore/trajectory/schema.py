@@ -88,6 +88,15 @@ def from_table(table: pa.Table) -> list[Trajectory]:
     return [Trajectory(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
+def with_large_lists(table: pa.Table) -> pa.Table:
+    """The table with lists that may hold any number of values in all: 2^31 of one chunk are too many for the others."""
+    fields = [
+        field.with_type(pa.large_list(field.type.value_field)) if pa.types.is_list(field.type) else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(fields, table.schema.metadata))
+
+
 def _column(trajectories: Sequence[Trajectory], field: pa.Field) -> pa.Array:
     if length_of := _LENGTHS.get(field.name):
         return pa.array([len(getattr(row, length_of)) for row in trajectories], field.type)

@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from rloop_mcore.algorithm.experts import drawn
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.reader import ShardFile
-from rloop_mcore.trajectory.schema import KEY, SCHEMA
+from rloop_mcore.trajectory.schema import KEY, SCHEMA, with_large_lists
 from rloop_mcore.types import ExpertQuery
 
+PIECE = 16_384  # rows of a selection that are taken at once
 _OUTCOME = ["iteration", "problem_id", "correct"]
 
 
@@ -86,14 +87,18 @@ def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery)
     with ThreadPoolExecutor(_threads()) as threads:
         outcomes = _Outcomes(threads, directory, holding, columns)
         masks = np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
-        experts = pa.concat_tables(list(threads.map(ShardFile.take, outcomes.files, masks)))
+        found = pa.concat_tables(list(threads.map(ShardFile.take, outcomes.files, masks)))
+    experts = with_large_lists(found).combine_chunks()  # Arrow would join the chunks for each `take`
+    del found
     order = pc.sort_indices(experts.select(KEY), sort_keys=[(name, "ascending") for name in KEY]).to_numpy()
     if query.deduplicate:
         order = _first_copies(experts, order)
     if query.max_per_problem or query.share < 1:
         keys = list(zip(*(experts[name].take(order).to_pylist() for name in KEY), strict=True))
         order = order[drawn(keys, query)]
-    return experts.take(order)
+    # Arrow's `take` has an index of each token: of a piece at a time
+    pieces = [experts.take(order[first : first + PIECE]).cast(SCHEMA) for first in range(0, len(order), PIECE)]
+    return pa.concat_tables([SCHEMA.empty_table(), *pieces])
 
 
 def _threads() -> int:

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from os import SEEK_END
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.platform.files import atomic_path
+from rloop_mcore.platform.parquet import read_footer
 from rloop_mcore.trajectory.manifest import TIMES_FOLDER, Shard
 from rloop_mcore.trajectory.schema import SCHEMA, times_table, to_table
 from rloop_mcore.types import Trajectory
@@ -92,11 +91,3 @@ def write_shard(path: Path, shard: Encoded) -> Shard:
     with atomic_path(path) as temporary:
         temporary.write_bytes(shard.content)
     return Shard(path.name, shard.rows, shard.content.size, shard.sha256, shard.footer, shard.steps, (path.name,))
-
-
-def read_footer(file: IO[bytes]) -> bytes:
-    """What tells a Parquet file's reader where everything is. Raises OSError where there is nothing such."""
-    file.seek(-8, SEEK_END)  # four bytes of length, then the magic number
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-8 - length, SEEK_END)
-    return file.read()

@@ -3,13 +3,16 @@
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow.parquet import write_table
 from run_with_samples import SAMPLES, THRESHOLD, add_samples, decode
 
 from rloop_mcore.analysis import browser as browser_module
 from rloop_mcore.analysis.browser import Words, browser
 from rloop_mcore.analysis.maths import MARK, Formulas
 from rloop_mcore.analysis.read_run import read_run
+from rloop_mcore.errors import UserError
 from rloop_mcore.types import Trajectory
 
 EVALUATIONS = ["base", "i0_explore_000004", "i1_explore_000004"]
@@ -103,3 +106,14 @@ def test_nothing_yet(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text("")
     held = browser(read_run(tmp_path), Words(), Formulas(100), 10**6)
     assert (held["problems"], held["responses"], held["trajectories"]) == ([], [], 0)
+
+
+def test_damaged_responses_are_a_sentence(rloop_run: Path, rows: list[Trajectory]) -> None:
+    path = rloop_run / "evaluation" / "base.parquet"
+    sound = path.read_bytes()
+    path.write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(UserError, match=r"base\.parquet is missing or damaged"):
+        browser(read_run(rloop_run), Words(decode), Formulas(100), 10**6)
+    write_table(pa.table({"problem_id": ["a"]}), path)
+    with pytest.raises(UserError, match="no column correct, response_ids"):
+        browser(read_run(rloop_run), Words(decode), Formulas(100), 10**6)

@@ -45,6 +45,23 @@ def test_csv_holds_the_numbers(rloop_run: Path, tmp_path: Path, monkeypatch: pyt
     assert {(row["i"], row["j"]): float(row["value"]) for row in forgotten} == pytest.approx(expected, abs=1e-5)
 
 
+def test_runs_of_like_names_have_files_of_their_own(
+    rloop_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rloop_mcore.analysis.export.find_spec", lambda name: None)
+    add_samples(rloop_run, 2, CHECKPOINTS, seed=2)
+    paths = [tmp_path / name for name in ("a/seed1/rloop", "b/seed1/rloop", "r-1", "r_1")]
+    for path in paths:
+        shutil.copytree(rloop_run, path)
+    runs = read_runs(paths)
+    assert [run.name for run in runs] == ["a/seed1/rloop", "b/seed1/rloop", "r-1", "r_1"]
+    count, _ = export(runs, tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(written) == count
+    assert {"forgetting_a_seed1_rloop.csv", "forgetting_r_1.csv", "forgetting_r_1_2.csv"} <= written
+    assert [run.name for run in read_runs([rloop_run, rloop_run])] == ["/".join(rloop_run.parts[1:])] * 2
+
+
 @pytest.mark.skipif(CHROME is None or find_spec("kaleido") is None, reason="no Chromium (apt-get install chromium)")
 def test_drawings(dapo_run: Path, tmp_path: Path) -> None:
     count, missing = export(read_runs([dapo_run]), tmp_path)

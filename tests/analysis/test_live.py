@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -52,6 +53,32 @@ def test_only_who_has_the_address_gets_it(server: LiveServer) -> None:
         assert get(f"{root}{wrong}")[0] == 404, wrong
     assert get(server.url, Host=f"evil.example:{parts.port}")[0] == 404
     assert get(server.url, Host=f"localhost:{parts.port}")[0] == 200
+
+
+def test_a_file_that_goes_while_it_is_read_leaves_the_page_before(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = LiveReport([run])
+    page = report.page()
+    read = Path.read_text
+
+    def gone(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.parent.name == "evaluation":
+            raise FileNotFoundError(path)
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", gone)
+        (run / "metrics.jsonl").touch()
+        assert report.page() == page
+    exists = Path.exists
+
+    def goes(path: Path) -> bool:
+        there = exists(path)
+        path.unlink(missing_ok=True)
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: goes(path) if path.name == "metrics.jsonl" else exists(path))
+        assert report.version()
 
 
 def test_the_version_changes_with_the_runs_files(server: LiveServer, run: Path) -> None:

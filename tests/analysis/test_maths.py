@@ -1,4 +1,5 @@
 import re
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -35,6 +36,14 @@ def test_numbers_lead_back_to_the_text() -> None:
     parts = formulas.mark(text).split(MARK)
     assert "".join(formulas.table[int(part)][0] if i % 2 else part for i, part in enumerate(parts)) == text
     assert len(formulas.table) == 2
+
+
+def test_marks_that_nothing_closes_take_no_time() -> None:
+    begun = time.perf_counter()
+    for mark in (r"\[", r"\(", r"\boxed{"):
+        assert found(mark * 20_000) == []
+    assert time.perf_counter() - begun < 5
+    assert found(rf"\[ {'x ' * 300} \]") == []  # too long to be worth it
 
 
 def test_past_the_limit_formulas_stay_latex() -> None:

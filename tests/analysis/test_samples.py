@@ -112,8 +112,30 @@ def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
         read_samples(cache)
 
 
+def test_a_flipped_bit_is_said_or_changes_nothing(cache: Path) -> None:
+    def content() -> list:  # type: ignore[type-arg]
+        samples = read_samples(cache)
+        columns = [getattr(samples, name).tolist() for name in ("problem", "step", "sample", "correct", "length")]
+        rows = np.flatnonzero(samples.shard == 0)
+        return [samples.problems, *columns, read_tokens(samples.shards[0], samples.row[rows], ["response_ids"])]
+
+    path, expected, said = cache / "shard-000000.parquet", content(), 0
+    sound = path.read_bytes()
+    for place in range(5, len(sound), 23):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            silent = content()
+        except UserError:
+            said += 1
+        else:
+            assert silent == expected, f"byte {place} of {len(sound)}"
+    assert said > len(sound) / 23 / 3
+
+
 def test_a_success_rate_of_the_threshold_is_not_hard(tmp_path: Path) -> None:
-    cache = TrajectoryCache(tmp_path)  # 0.1 * 30 is more than 3 in floating point, 3 / 30 is 0.1
-    cache.append([trajectory(0, 0, 0, sample, sample < 3, 1) for sample in range(30)])
+    cache = TrajectoryCache(tmp_path)  # 0.28 * 25 is more than 7 in floating point, 7 / 25 is 0.28
+    cache.append([trajectory(0, 0, 0, sample, sample < 7, 1) for sample in range(25)])
     cache.seal()
-    assert not hard_problems(read_samples(tmp_path), 0, 0.1).any()
+    assert not hard_problems(read_samples(tmp_path), 0, 0.28).any()

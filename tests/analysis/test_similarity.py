@@ -1,14 +1,19 @@
 """Bigram Jaccard similarity against Python sets."""
 
+import tracemalloc
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_with_samples import add_samples
 
 from rloop_mcore.analysis import similarity
-from rloop_mcore.analysis.answers import Answers, make_answers
+from rloop_mcore.analysis.answers import Answers, make_answers, read_answers
+from rloop_mcore.analysis.matrix_figures import diversity_figures
+from rloop_mcore.analysis.read_run import read_run
 from rloop_mcore.analysis.similarity import pairwise_jaccard, similarity_matrix, without_self_pairs
 
 Responses = list[list[int]]
@@ -79,3 +84,26 @@ def test_the_diagonal_without_pairs_of_one_solution(drawn: Responses) -> None:
     diagonal = similarity_matrix([answers_of({"a": drawn})], ["a"])[0, 0]
     others = [jaccard(a, b) for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j]
     assert without_self_pairs(diagonal, len(drawn)) == pytest.approx(sum(others) / len(others), abs=1e-6)
+
+
+def test_the_figure_takes_the_number_of_samples_from_the_answers(rloop_run: Path) -> None:
+    add_samples(rloop_run, 2, ["base", "i0_explore_000004"], seed=4)  # 4 samples a problem, which no config says
+    run = read_run(rloop_run)
+    (figure,) = [each for each in diversity_figures([run]) if each.title == "Similarity within a checkpoint"]
+    answers = read_answers(run.samples_file(run.evaluations[0]))
+    pairs = []
+    for problem in answers.problems:
+        drawn = [answers.response(row).tolist() for row in answers.rows_of(problem)]
+        pairs += [jaccard(a, b) for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j]
+    assert figure.spec["data"][0]["y"][0] == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+
+
+def test_one_long_id_costs_no_memory_for_the_others() -> None:
+    rows = [("x" * 10_000 if number == 0 else "a", [1], False) for number in range(2_000)]
+    tracemalloc.start()
+    answers = make_answers(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answers.problems == ["a", "x" * 10_000]
+    assert answers.problem.tolist() == [1, *[0] * 1_999]
+    assert peak < 5e6  # a fixed width would take 80 MB

@@ -19,6 +19,14 @@ def test_same_text_but_for_case_spaces_and_dollars() -> None:
     assert found == {"a": "exact"}
 
 
+def test_a_decimal_point_is_no_punctuation_and_punctuation_no_text() -> None:
+    found = overlapping(
+        [problem("a", "Compute 1.5 + 2"), problem("b", "Compute 15 + 2."), problem("c", "$$")],
+        [problem("x", "Compute 15 + 2"), problem("y", "?")],
+    )
+    assert found == {"b": "exact"}
+
+
 def test_a_run_of_thirteen_words() -> None:
     words = LONG.split()
     shorter = [" ".join(words[:12]) + " and then it stops", "Before: " + " ".join(words[3:18]), "Yes. " * 30]

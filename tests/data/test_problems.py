@@ -41,6 +41,12 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
         load_problems(source, limit=0)
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    jsonl(tmp_path / "p.jsonl", ROWS)
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
+    assert load_problems(str(tmp_path / "p.jsonl")) == PROBLEMS
+
+
 @pytest.mark.parametrize("meta_as_json", [False, True])
 def test_parquet(tmp_path: Path, meta_as_json: bool) -> None:
     rows = [{**row, "meta": json.dumps(row["meta"]) if meta_as_json else {"level": 1}} for row in ROWS]
@@ -59,7 +65,17 @@ def test_parquet_errors_name_the_row_and_the_missing_column(tmp_path: Path) -> N
     with pytest.raises(UserError, match="no column problem; it has question, answer"):
         load_problems(str(path))
     path.write_text("not parquet")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
+    with pytest.raises(UserError, match="not a Parquet file"):
+        load_problems(str(path))
+
+
+def test_a_damaged_parquet_file_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    rows = {"problem": [f"problem {number}" for number in range(500)], "answer": ["1"] * 500}
+    pq.write_table(pa.table(rows), path, compression="zstd", use_dictionary=False)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:4] + b"\xff" * 40 + sound[44:])
+    with pytest.raises(UserError, match=r"p\.parquet is missing or damaged"):
         load_problems(str(path))
 
 

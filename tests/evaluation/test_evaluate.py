@@ -128,6 +128,17 @@ def test_samples_are_kept_for_the_analyses(tmp_path: Path) -> None:
     }
 
 
+def test_a_flipped_bit_of_the_samples_is_found(tmp_path: Path) -> None:
+    evaluator(tmp_path).evaluate("base", "policies/base")
+    path = tmp_path / "base.parquet"
+    verdicts = pq.read_metadata(path).row_group(0).column(4)
+    content = bytearray(path.read_bytes())
+    content[verdicts.data_page_offset + verdicts.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
 def test_sampling_follows_the_config_and_every_checkpoint_gets_the_same_seeds(tmp_path: Path) -> None:
     first, second = ScriptedEngine(), ScriptedEngine()
     evaluator(tmp_path, first).evaluate("base", "policies/base")

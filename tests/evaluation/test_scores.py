@@ -1,19 +1,17 @@
 """The numbers of an evaluation against those worked out by hand."""
 
+from array import array
+
 import pytest
 
+from rloop_mcore.evaluation.sampling import Graded
 from rloop_mcore.evaluation.scores import breakdown, counts_of, majorities, scores_of, summary
-from rloop_mcore.types import Problem, Trajectory
+from rloop_mcore.types import Problem
 
 
-def row(problem: str, sample: int, correct: bool, length: int = 3, cut: bool = False) -> Trajectory:
-    ids = tuple(range(length))
-    logprobs = (0.0,) * length
+def row(problem: str, sample: int, correct: bool, length: int = 3, cut: bool = False) -> Graded:
     reason = "correct" if correct else "truncated" if cut else "wrong"
-    return Trajectory(
-        *(0, 0, problem, sample, (1,), ids, logprobs, "length" if cut else "stop", ((0, length),)),
-        *(correct, float(correct), reason),
-    )
+    return Graded(problem, sample, (1,), array("i", range(length)), correct, reason, "length" if cut else "stop")
 
 
 ROWS = [

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rloop_mcore.analysis.report import write_report
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.compare import compare
 
@@ -65,3 +66,28 @@ def test_nothing_in_common_is_said(tmp_path: Path) -> None:
     second = write_run(tmp_path / "second", 1, {"base": {"b": 1}})
     with pytest.raises(UserError, match="no evaluations of the same problems"):
         compare(first, second, None, None)
+
+
+def test_names_and_values_in_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, 1, {"base": {"a": 1}}) for name in ("[red]", "[b]")]
+    for run, value in zip(runs, ("[/red]", "[bold]"), strict=True):
+        (run / "config.yaml").write_text(f"data: {{train: '{value}'}}\n")
+    assert compare(*runs, tmp_path / "out.html", None) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("[red]", "[b]", "[/red]", "[bold]", "[b] − [red], problem by problem"))
+
+
+def test_different_problems_under_one_id_are_not_paired(tmp_path: Path) -> None:
+    solved = {"base": {"a": 2, "b": 1}, "i0_explore_000002": {"a": 1, "b": 3}}
+    dapo = write_run(tmp_path / "dapo", 1, solved | {"i0_explore_000004": {"a": 1, "b": 1}})
+    rloop = write_run(tmp_path / "rloop", 2, solved | {"i1_explore_000002": {"a": 0, "b": 1}})
+    assert compare(dapo, rloop, None, None) == 0  # of an older rloop: they don't say what they asked
+    for run, digests in ((dapo, {"a": "1", "b": "2"}), (rloop, {"a": "1", "b": "3", "c": "4"})):
+        for path in (run / "evaluation").glob("*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_digests": digests}))
+    with pytest.raises(UserError, match=r"different problems under the same ids \(1 of them, 'b'"):
+        compare(dapo, rloop, None, None)
+    write_report([dapo, rloop], tmp_path / "out.html")
+    assert "Differential forgetting" not in (tmp_path / "out.html").read_text()

@@ -1,8 +1,10 @@
 """Kept samples: which conditions share them, what happens to damaged ones, one process at a time."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.errors import UserError
+from rloop_mcore.evaluation.sampling import Graded
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.types import Problem, Trajectory
 from tests.data.chat_tokenizer import write_chat_tokenizer
@@ -59,6 +62,10 @@ def row(problem: str, sample: int) -> Trajectory:
     return Trajectory(0, 0, problem, sample, (1, 2), (3, 4), (-1.0, -0.5), "stop", ((0, 2),), True, 1.0, "correct")
 
 
+def graded(*rows: Trajectory) -> list[Graded]:
+    return [Graded.of(each) for each in rows]
+
+
 Opened = Callable[..., AbstractContextManager[KeptSamples]]
 
 
@@ -74,17 +81,28 @@ def test_what_was_added_is_there_and_a_damaged_file_is_missing(opened: Opened) -
         kept.add([row("a", 1), row("a", 0)])
         kept.add([row("b", 0)])
     with opened() as kept:
-        assert kept.rows == [row("a", 0), row("a", 1), row("b", 0)]
+        assert kept.rows == graded(row("a", 0), row("a", 1), row("b", 0))
         assert kept.lost == []
     shard = kept.folder / "samples" / "shard-000000.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     with opened() as kept:
         assert kept.lost == ["shard-000000.parquet"]
-        assert kept.rows == [row("b", 0)]
+        assert kept.rows == graded(row("b", 0))
         kept.add([row("a", 0), row("a", 1)])
     with opened() as kept:
-        assert kept.rows == [row("a", 0), row("a", 1), row("b", 0)]
+        assert kept.rows == graded(row("a", 0), row("a", 1), row("b", 0))
         assert kept.lost == []
+
+
+def test_what_is_in_memory_has_four_bytes_a_token(opened: Opened) -> None:
+    long = replace(row("a", 0), response_ids=tuple(range(1000, 3000)), logprobs=(-0.1,) * 2000)
+    with opened() as kept:
+        kept.add([long, replace(long, sample=1)])
+    with opened() as kept:
+        first, second = kept.rows
+        assert sys.getsizeof(first.response_ids) < 4 * 2000 + 200
+        assert first.prompt_ids is second.prompt_ids
+        assert not hasattr(first, "logprobs")
 
 
 def test_a_file_that_the_manifest_lacks_is_not_there(opened: Opened) -> None:
@@ -93,10 +111,10 @@ def test_a_file_that_the_manifest_lacks_is_not_there(opened: Opened) -> None:
         (kept.folder / "samples" / "shard-000001.parquet").write_bytes(b"half")
         (kept.folder / "samples" / ".tmp-1-shard-000002.parquet").write_bytes(b"half")
     with opened() as kept:
-        assert kept.rows == [row("a", 0)]
+        assert kept.rows == graded(row("a", 0))
         kept.add([row("a", 1)])
     with opened() as kept:
-        assert kept.rows == [row("a", 0), row("a", 1)]
+        assert kept.rows == graded(row("a", 0), row("a", 1))
 
 
 def test_one_evaluation_at_a_time(opened: Opened) -> None:

@@ -12,6 +12,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.status import read_status, status
+from rloop_mcore.trajectory.cache import TrajectoryCache
 
 
 def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +33,9 @@ def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.C
     assert state["best"] == {"name": name, "path": f"{tmp_path}/policies/{name}", "avg@32": 0.3}
     assert state["message"] == "stopped: SIGTERM came; the same command goes on from here"
     status(tmp_path, as_json=False)
-    assert name in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"best name {name} path {tmp_path}/policies/{name} avg@32 0.3" in printed
+    assert "guard" not in printed  # nor whatever else there is nothing to say of
 
 
 def test_a_lost_journal_is_said_as_a_start_would_say_it(tmp_path: Path) -> None:
@@ -41,6 +44,30 @@ def test_a_lost_journal_is_said_as_a_start_would_say_it(tmp_path: Path) -> None:
     (tmp_path / "policies/i0_start").mkdir(parents=True)
     with pytest.raises(UserError, match=r"journal.jsonl is gone or holds no record"):
         read_status(run)
+
+
+@pytest.mark.parametrize("words", ["[/__w/pytorch/gloo/pair.cc:547] Connection closed", "[enforce fail at alloc.cpp]"])
+def test_last_words_in_brackets_are_printed_as_they_are(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
+    run.write_ending(1, words)
+    status(tmp_path, as_json=False)
+    assert words in capsys.readouterr().out
+
+
+def test_only_json_has_the_digest_of_the_cache_which_takes_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
+    run.cache.mkdir()
+    monkeypatch.setattr(TrajectoryCache, "digest", lambda self: "d" * 64)
+    status(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["cache"] == {"trajectories": 0, "digest": "d" * 64}
+    status(tmp_path, as_json=False)
+    assert "ddd" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"\xcc\xff\n", b'{"a": 1}\n{"b"\n', b"[1]\n"])

@@ -113,6 +113,7 @@ def test_any_checkpoint_of_a_run(tmp_path: Path) -> None:
     in_training = json.loads((run / "evaluation" / "i0_explore_000002.json").read_text())
     assert by_step["counts"] == in_training["counts"]  # by the run's own keys
     assert by_step["metrics"]["avg@8"] == in_training["metrics"]["avg@8"]
+    assert in_training["problem_digests"].keys() >= in_training["counts"].keys()
     converted = evaluated(run / "checkpoints" / "i0_explore_000002", "experiment=tiny")
     assert converted["counts"] == by_step["counts"]
     assert converted["policy_digest"] == by_step["policy_digest"]

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -24,9 +25,9 @@ from trajectory_rows import phases, step_rows, trajectories
 from rloop_mcore.algorithm.experts import drawn
 from rloop_mcore.algorithm.hard_problems import is_hard
 from rloop_mcore.errors import UserError
-from rloop_mcore.trajectory import experts, reader, selection, writer
+from rloop_mcore.trajectory import reader, selection, writer
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.trajectory.schema import KEY, SCHEMA, from_table, to_table
+from rloop_mcore.trajectory.schema import KEY, SCHEMA, from_table, to_table, with_large_lists
 from rloop_mcore.types import Example, ExpertQuery, Times
 
 
@@ -107,8 +108,18 @@ def test_selection_equals_a_plain_pass(seed, cuts, query):
         assert cache.count_experts(query) == len(expected)
 
 
+def test_a_selection_may_hold_any_number_of_tokens():
+    """Of lists without values, which take no memory: 2^31 of them and more in all."""
+    lists = pa.ListArray.from_arrays(pa.array([0, 2**31 - 1], pa.int32()), pa.nulls(2**31 - 1))
+    table = pa.table({"response_ids": pa.chunked_array([lists, lists])})
+    with pytest.raises(pa.ArrowInvalid, match="offset overflow"):
+        table.combine_chunks()
+    joined = with_large_lists(table).combine_chunks()
+    assert len(joined["response_ids"].chunk(0).values) == 2 * (2**31 - 1)
+
+
 def test_an_expert_set_is_written_with_its_lineage(tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "_ROWS", 3)
+    monkeypatch.setattr(selection, "PIECE", 3)
     rows, query = phases(seed=5), ExpertQuery((0,), hard_threshold=None, deduplicate=False)
     cache, folder = fill(tmp_path / "cache", rows, cuts=[30, 60]), tmp_path / "experts" / "i0"
     expected = plain_experts(rows, query)
