@@ -96,19 +96,8 @@ class Fleet:
         failures so far. Raises EngineError; no engine then serves until a sync succeeds.
         """
         self.wait_ready()
-        failed: set[Engine] = set()
         try:
-            for attempt in range(1, _SYNC_ATTEMPTS + 1):
-                clients = {engine: _client(engine) for engine in self._answering(failed)}
-                try:
-                    metrics = self._bring(clients, export, version)
-                    break
-                except (EngineError, TimeoutError) as error:
-                    if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
-                        raise
-                    failed |= self._lose_culprits(clients, error)
-                    if attempt == _SYNC_ATTEMPTS:
-                        raise
+            metrics = self._persist(self._answering, lambda clients: self._bring(clients, export, version))
         except BaseException:
             self.version = None
             raise
@@ -202,18 +191,47 @@ class Fleet:
 
     def _catch_up(self, version: int | None) -> None:
         """Bring engines that came back to the current weights, while the others go on generating."""
-        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
-        if not clients or version is None:
+        if version is None:
             return
-        try:
+
+        def waiting(failed: set[Engine]) -> list[Engine]:
+            return [engine for engine in self._controller.in_state("waiting") if engine not in failed]
+
+        def bring(clients: dict[Engine, EngineClient]) -> None:
             if self._export is None:  # a server started anew holds what it was started with before
                 self._adopt(clients)
-            else:
+            elif clients:
                 self._bring(clients, self._export, version)
+
+        try:
+            self._persist(waiting, bring)
         except (EngineError, TimeoutError) as error:
-            if not self._lose_culprits(clients, error):
-                for engine in clients:
+            named = getattr(error, "engine", None)
+            for engine in self._controller.in_state("waiting"):
+                if named in (None, _client(engine).url):  # the others are brought when it is back, or by the next sync
                     self._lose(engine, str(error))
+
+    def _persist(
+        self, pick: Callable[[set[Engine]], list[Engine]], work: Callable[[dict[Engine, EngineClient]], T]
+    ) -> T:
+        """`work` with the engines that `pick` gives, told those that failed; anew where some did, without them.
+
+        A refusal (400) ends it at once only when it comes again and every engine lives: SGLang answers so to whatever
+        goes wrong with weights, a broadcast that broke since another engine died among it.
+        """
+        failed: set[Engine] = set()
+        attempt, refusal = 0, ""
+        while True:
+            attempt += 1
+            clients = {engine: _client(engine) for engine in pick(failed)}
+            try:
+                return work(clients)
+            except (EngineError, TimeoutError) as error:
+                lost = self._lose_culprits(clients, error)
+                if attempt == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
+                    raise
+                failed |= lost
+                refusal = str(error) if _is_refusal(error) else ""
 
     def _answering(self, failed: set[Engine]) -> list[Engine]:
         """The engines a sync can reach, those that failed in it only where there is no other; waits for one to come
@@ -232,10 +250,11 @@ class Fleet:
         """Fence the engines that don't answer, and the one that `error` names; returns all that were lost meanwhile.
 
         An engine that answered with an error is spared where another is lost: a broadcast fails for all its members.
+        One that refuses (400) is spared always: it may be right, these are no weights for it.
         """
         self._submit(self._controller.check_health()).result()
         culprits = {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
-        if not culprits or getattr(error, "status", None) is None:
+        if not _is_refusal(error) and (not culprits or getattr(error, "status", None) is None):
             named = getattr(error, "engine", None)
             for engine in [e for e, client in clients.items() if e not in culprits and client.url == named]:
                 self._lose(engine, str(error))
@@ -267,6 +286,10 @@ class Fleet:
     async def _disconnect(self) -> None:
         await self._sync.close()
         await self._controller.close()
+
+
+def _is_refusal(error: Exception) -> bool:
+    return getattr(error, "status", None) == 400
 
 
 def _client(engine: Engine) -> EngineClient:

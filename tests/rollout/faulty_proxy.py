@@ -102,6 +102,11 @@ async def answer_500(request: web.Request, body: Any, forward: Forward) -> web.S
     return web.json_response({"error": {"message": "CUDA error: an illegal memory access"}}, status=500)
 
 
+async def answer_400(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+    """As SGLang answers where a broadcast breaks, whoever broke it."""
+    return web.json_response({"success": False, "message": "Failed to receive weights: closed by peer"}, status=400)
+
+
 async def cut_the_json(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
     text = json.dumps(await forward(body))
     return web.Response(text=text[: len(text) // 2], content_type="application/json")

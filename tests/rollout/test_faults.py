@@ -5,6 +5,7 @@ docs/faults.md has the table: what happens, the deadline, the message. Every tes
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from faulty_proxy import (
     FaultyProxy,
     Forward,
     after,
+    answer_400,
     answer_500,
     cut_the_json,
     reset_the_connection,
@@ -304,6 +306,39 @@ def test_success_with_nothing_transferred_is_noticed(
         proxies[1].faults["/update_weights_from_distributed"] = times(1, succeed_without_doing)
         fleet.sync(weights(policy), 6)
         assert_all_serve(fleet, policy, 6)
+
+
+@pytest.mark.parametrize("other_dies", [True, False])
+def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
+    proxies: list[FaultyProxy], policy: PreTrainedModel, other_dies: bool
+) -> None:
+    """Its receive broke since another engine died, of which the trainer hears later."""
+
+    async def die(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        proxies[1].faults["*"] = reset_the_connection
+        await asyncio.sleep(0.5)
+        return await reset_the_connection(request, body, forward)
+
+    with within(60), fleet_of(proxies, "refuses", start_timeout_s=10.0) as fleet:
+        fleet._sync.channel.timeout_s = 5.0  # type: ignore[attr-defined]
+        fleet.wait_ready()
+        proxies[0].faults["/update_weights_from_distributed"] = times(1, answer_400)
+        if other_dies:
+            proxies[1].faults["/update_weights_from_distributed"] = die
+        assert fleet.sync(weights(policy), 6)["engines_serving"] == 2 - other_dies
+        assert proxies[0].restarts == 0
+        assert_all_serve(fleet, policy, 6)
+
+
+def test_an_engine_that_refuses_the_weights_again_ends_the_sync(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    proxies[0].faults["/begin_weight_update"] = answer_400
+    with within(30), fleet_of(proxies, "refuses") as fleet:
+        with pytest.raises(EngineError, match=r"/begin_weight_update: status 400: .*Failed to receive"):
+            fleet.sync(weights(policy), 6)
+        assert fleet._controller.counters.lost == 0
+        assert proxies[0].calls.count("/pause_generation") == 2
 
 
 # -- /generate that fails -----------------------------------------------------------------------------------------
