@@ -45,6 +45,7 @@ class Fleet:
         backend: str = "gloo",
         deterministic: bool = True,
         max_running: int = 256,
+        partial: bool = False,
         probe: Probe | None = None,
     ) -> None:
         """channel: None where the engines take the weights from this process's memory, as those of one host can.
@@ -52,6 +53,7 @@ class Fleet:
 
         deterministic: a batch is cut into as many calls as there are engines, whatever becomes of these, and an engine
         has one call at a time; else a call a group, with about `max_running` samples at an engine at once at most.
+        partial: calls may be under way when `sync` is called, which not every version of SGLang can.
         """
         self.servers = list(servers)
         self.version: int | None = None
@@ -61,7 +63,7 @@ class Fleet:
         self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up
         self._controller = Controller(
             self.servers,
-            lambda url, key: EngineClient(url, key, model.vocabulary, request_timeout_s),
+            lambda url, key: EngineClient(url, key, model.vocabulary, request_timeout_s, partial),
             limit=0 if deterministic else max_running,  # 0: an engine has one call at a time, whole
             start_timeout_s=start_timeout_s,
             probe=probe or Probe(),
