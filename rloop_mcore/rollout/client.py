@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
+_FILES_AGAIN_S = 0.2
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -316,6 +318,9 @@ class EngineClient:
             raise self._error(path, f"no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
             waited = time.monotonic() - begun
+            if _has_no_file(error):  # no fault of the server's
+                text = f"{self.url}{path}: no socket within {timeout_s:g} s: raise the limit of open files (ulimit -n)"
+                raise OSError(errno.EMFILE, text) from error
             text = f"connection failed after {waited:.1f} s (deadline {timeout_s:g} s): {type(error).__name__}: {error}"
             raise self._error(path, text) from error
         finally:
@@ -327,15 +332,28 @@ class EngineClient:
             self._session = aiohttp.ClientSession(
                 headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0)
             )
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-            raw = await response.read()
-            if response.status != 200:
-                raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
-            return raw
+        deadline = time.monotonic() + timeout_s
+        while True:
+            timeout = aiohttp.ClientTimeout(total=max(deadline - time.monotonic(), _FILES_AGAIN_S))
+            try:
+                async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                    raw = await response.read()
+                break
+            except OSError as error:
+                if not _has_no_file(error) or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_FILES_AGAIN_S)  # other calls give theirs back
+        if response.status != 200:
+            raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
+        return raw
 
     def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
         return EngineError(f"{self.url}{path}: {text}", status, self.url)
+
+
+def _has_no_file(error: BaseException) -> bool:
+    """Whether this process, or this machine, could open no socket."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _tp_rank(place: Any) -> int:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable
+import os
+import resource
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from aiohttp import web
+from served_model import VOCABULARY, Endpoint
 
 from rloop_mcore.rollout import client as client_module
 from rloop_mcore.rollout.client import EngineClient, EngineError, parse_completion
@@ -170,6 +174,42 @@ def test_a_lost_connection_is_told_at_once() -> None:
 
     with pytest.raises(EngineError, match=r"/generate: connection failed after .*deadline 30 s"):
         _ask(handler, _generate)
+
+
+@contextmanager
+def _few_files(spare: int) -> Iterator[None]:
+    """This process may open `spare` more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(spare + 1)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
+    for descriptor in free:
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_calls_wait_for_a_file_of_this_process(endpoint: Endpoint) -> None:
+    async def calls() -> None:
+        async with EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0) as client:
+            await client.health()
+            with _few_files(4):
+                await asyncio.gather(*(client.health() for _ in range(20)))
+
+    asyncio.run(calls())
+
+
+def test_where_there_is_no_file_for_long_the_engine_is_not_blamed() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        raise AssertionError("the request was sent")
+
+    async def call(client: EngineClient) -> None:
+        with _few_files(0):
+            await client.health(0.5)
+
+    with pytest.raises(OSError, match=r"/health: no socket within 0\.5 s: raise the limit of open files \(ulimit -n\)"):
+        _ask(handler, call)
 
 
 @pytest.mark.parametrize("spans", [False, True])
