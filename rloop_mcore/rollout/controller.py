@@ -394,7 +394,8 @@ class Controller:
                     await client.check_server(max(left, _POLL_S))
                     break
                 except EngineError as error:
-                    if error.status is not None or engine.server.failure() is not None or left < 0:
+                    starting = error.status is None or error.status >= 500  # a proxy in front of it says 502 or 503
+                    if not starting or engine.server.failure() is not None or left < 0:
                         raise
                 await asyncio.sleep(_POLL_S)
         except BaseException:

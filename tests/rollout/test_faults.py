@@ -386,6 +386,22 @@ def test_a_connection_that_is_reset_fences_at_once(proxies: list[FaultyProxy], p
         assert proxies[1].restarts == 1
 
 
+def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """The proxy answers for it meanwhile."""
+    with within(60), fleet_of(proxies, "behind") as fleet:
+        fleet.sync(weights(policy), 7)
+        proxies[1].faults["*"] = answer_500
+        wait_until(lambda: fleet._controller.in_state("lost"))
+        time.sleep(2.0)
+        assert not fleet._controller.in_state("dead")
+        del proxies[1].faults["*"]
+        wait_until(lambda: fleet._controller.in_state("waiting"))
+        assert proxies[1].restarts == 1
+        assert fleet.sync(weights(policy), 8)["engines_serving"] == 2
+
+
 def test_a_fleet_that_only_fails_is_an_error(proxies: list[FaultyProxy], policy: PreTrainedModel) -> None:
     with within(30), fleet_of(proxies, "fails") as fleet:
         fleet.sync(weights(policy), 7)
