@@ -22,6 +22,7 @@ from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer
 from rloop_mcore.rollout.published import Publication
 
 _POLL_S = 0.3
+_FILES_AGAIN_S = 2.0
 _BACKOFF_S = (1.0, 5.0, 15.0, 60.0)  # after so many starts in a row that never answered
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,15 @@ def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subpro
 
 async def _keep_all(meeting: Meeting, servers: dict[int, EmbeddedServer | SGLangServer], timeout_s: float) -> None:
     tasks = [asyncio.create_task(_keep(s, Publication(meeting.folder, k), timeout_s)) for k, s in servers.items()]
-    while not meeting.ended():
-        await asyncio.sleep(_POLL_S)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        while not meeting.ended():
+            done, _ = await asyncio.wait(tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # none returns: an engine that nobody keeps would be missed for ever
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication, timeout_s: float) -> None:
@@ -77,6 +82,10 @@ async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication,
             reason = server.failure() or "the trainer got no good answer from it"
         except EngineError as error:
             reason, in_vain = str(error), in_vain + 1
+        except OSError as error:  # a full disk, a file server that is away: the engine may be well
+            log.warning("engine %d cannot be published or watched: %s", publication.number, error)
+            await asyncio.sleep(_FILES_AGAIN_S)
+            continue
         log.warning("engine %d is started anew (start %d failed: %s)", publication.number, start, reason)
         await asyncio.sleep(_BACKOFF_S[min(in_vain, len(_BACKOFF_S) - 1)])
         with contextlib.suppress(OSError):  # no process is to be had: the next turn says so
