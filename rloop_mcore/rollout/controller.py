@@ -47,7 +47,7 @@ class Server(Protocol):
 
     def failure(self) -> str | None: ...
 
-    def restart(self) -> None: ...
+    async def restart(self) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -412,11 +412,11 @@ class Controller:
             engine.restarts += 1
             self.counters.restarts += 1
             try:
-                engine.server.restart()
+                await engine.server.restart()
                 await self._reach(engine)
                 if self._sleeping and engine.client is not None:
                     await engine.client.sleep()
-            except (EngineError, OSError) as error:  # OSError: no process or port is to be had
+            except (EngineError, OSError) as error:  # OSError: no process is to be had, or the old one does not end
                 log.warning("engine %d does not come back: %s", engine.number, error)
                 reason = str(error)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rloop_mcore.protocols import Answered, WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
+from rloop_mcore.rollout.launch import stop_all
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.rollout.together import together
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from rloop_mcore.protocols import NamedTensors
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _SYNC_ATTEMPTS = 3
 _POLL_S = 0.1
+_CLOSE_S = 30.0  # to leave the group of the weight broadcast, which NCCL may not let go
 
 
 class Fleet:
@@ -174,8 +178,7 @@ class Fleet:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-            for server in self.servers:
-                server.stop()
+            stop_all(self.servers)
 
     # -- weights --------------------------------------------------------------------------------------------------
 
@@ -286,7 +289,10 @@ class Fleet:
             self._news.set_result(None)
 
     async def _disconnect(self) -> None:
-        await self._sync.close()
+        try:
+            await asyncio.wait_for(self._sync.close(), _CLOSE_S)
+        except TimeoutError:
+            log.warning("the weight channel was not left within %g s", _CLOSE_S)
         await self._controller.close()
 
 

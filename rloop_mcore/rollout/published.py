@@ -90,7 +90,7 @@ class PublishedServer:
         """Its keeper knows, and starts it anew."""
         return None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         self._unwanted = self._start  # `ready` says so to the keeper
 
     def stop(self) -> None:

@@ -42,7 +42,7 @@ def check_partial(version: str) -> None:
     """Raises ValueError where calls cannot go on over a weight sync."""
     if _release(version) < Version(PARTIAL_SINCE).release:
         raise ValueError(
-            f"SGLang {version} takes no weights while calls wait, so rollout.partial=true needs {PARTIAL_SINCE} or later"
+            f"SGLang {version} takes no weights while calls wait: rollout.partial=true needs {PARTIAL_SINCE} or later"
         )
 
 

@@ -27,7 +27,7 @@ class Server:
     def failure(self) -> str | None:
         return self.failures[self.starts - 1] if self.starts <= len(self.failures) else None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         self.starts += 1
 
 
@@ -73,12 +73,12 @@ def test_an_engine_is_kept_though_files_fail_for_a_while(
 
     asyncio.run(work())
     assert server.starts == 2
-    assert caplog.text.count("engine 0 cannot be published or watched: [Errno 28] No space left on device") == 3
+    assert caplog.text.count("engine 0 cannot be started, published or watched: [Errno 28] No space left") == 3
 
 
 def test_an_engine_that_nobody_keeps_any_more_ends_the_keeper(tmp_path: Path) -> None:
     class Broken(Server):
-        def restart(self) -> None:
+        async def restart(self) -> None:
             raise ValueError("a mistake")
 
     with pytest.raises(ValueError, match="a mistake"):

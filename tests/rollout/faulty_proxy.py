@@ -39,7 +39,7 @@ class FaultyProxy:
     def failure(self) -> str | None:
         return None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         self.restarts += 1
 
     def stop(self) -> None:

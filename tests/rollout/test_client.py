@@ -275,7 +275,7 @@ def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, w
 
 
 def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:
-    with pytest.raises(EngineError, match=r"0\.5\.20 takes no .*, so rollout\.partial=true needs 0\.5\.21") as caught:
+    with pytest.raises(EngineError, match=r"0\.5\.20 takes no .*: rollout\.partial=true needs 0\.5\.21") as caught:
         _ask(_server("0.5.20"), lambda client: client.check_server(30.0), partial=True)
     assert caught.value.status is not None  # waiting would not help
     _ask(_server("0.5.21"), lambda client: client.check_server(30.0), partial=True)

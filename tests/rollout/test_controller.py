@@ -262,7 +262,7 @@ def test_an_engine_that_never_comes_back_is_dead_after_three_restarts() -> None:
 
 
 def test_a_restart_that_the_system_refuses_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+    async def refuse() -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     async def work() -> None:

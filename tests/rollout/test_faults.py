@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.rollout import fleet as fleet_module
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
@@ -523,6 +525,22 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
     with within(60), fleet_of(adopted, "trainer") as fleet:  # the trainer's next start
         assert fleet.sync(weights(policy), 12)["engines_serving"] == 2
         assert_all_serve(fleet, policy, 12)
+
+
+def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that NCCL does not let go, and servers that take as long as they may to end."""
+
+    class Slow(RunningServer):
+        def stop(self) -> None:
+            time.sleep(1.0)
+
+    fleet = fleet_of([Slow("http://127.0.0.1:1", None) for _ in range(8)], "hangs")
+    monkeypatch.setattr(fleet_module, "_CLOSE_S", 0.5)
+    hangs = threading.Event()
+    monkeypatch.setattr(fleet._sync.channel, "close", lambda: hangs.wait(20.0))
+    with within(5):
+        fleet.close()
+    hangs.set()
 
 
 def test_close_ends_what_is_in_flight(endpoints: list[Endpoint], policy: PreTrainedModel) -> None:

@@ -33,7 +33,7 @@ def test_a_start_that_failed_is_not_used_again(tmp_path: Path) -> None:
     server = PublishedServer(publication, "key")
     publication.publish("http://h:1", 1)
     asyncio.run(server.ready(20))
-    server.restart()
+    asyncio.run(server.restart())
     with pytest.raises(EngineError, match=r"engine 0 was not published within 0\.3 s: "):
         asyncio.run(server.ready(0.3))
     assert publication.refused() == 1
@@ -48,7 +48,7 @@ def test_a_start_that_came_by_itself_meanwhile_is_not_refused(tmp_path: Path) ->
     publication.publish("http://h:1", 1)
     asyncio.run(server.ready(20))
     publication.publish("http://h:2", 2)
-    server.restart()
+    asyncio.run(server.restart())
     assert asyncio.run(server.ready(20))[0] == "http://h:2"
     assert publication.refused() == 1
 
@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
     asyncio.run(server.ready(20))
     with monkeypatch.context() as patch:
         patch.setattr(published, "write_atomic", no_space)
-        server.restart()
+        asyncio.run(server.restart())
         with pytest.raises(EngineError, match=r"not published within 0\.3 s \(\[Errno 28\] No space left on device\)"):
             asyncio.run(server.ready(0.3))
     with pytest.raises(EngineError, match=r"not published within 0\.3 s: "):
