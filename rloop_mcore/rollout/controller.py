@@ -1,6 +1,6 @@
 """The controller of many engines: which one gets what, and what happens when one is slow, hung, dead or wrong.
 
-    call      consecutive requests with one prompt (a group), or an engine's whole share in deterministic mode
+    call      consecutive requests of one group, or an engine's whole share in deterministic mode
     serving   the engine answers and holds the current weights; only such engines get calls
     waiting   it answers, but has to be brought to the current weights first
     lost      it failed; its process is started anew, its calls go to other engines
@@ -469,7 +469,8 @@ def _signed(
 
 def _cut(requests: Sequence[SampleRequest], shares: int) -> list[list[int]]:
     """Indices of the requests of each call; groups stay together."""
-    groups = [list(rows) for _, rows in groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)]
+    of_group = groupby(range(len(requests)), key=lambda i: (requests[i].prompt_ids, requests[i].group))
+    groups = [list(rows) for _, rows in of_group]
     if not shares:
         return groups
     cut: list[list[int]] = [[] for _ in range(shares)]

@@ -317,6 +317,16 @@ def test_enough_ends_the_slowest_with_what_they_have() -> None:
     run_virtually(work())
 
 
+def test_enough_counts_groups_though_neighbours_have_one_prompt() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=16) as fleet:
+            requests = [SampleRequest((7,), seed, group=seed // 8) for seed in range(12 * 8)]
+            groups = _groups(await fleet.controller.generate(requests, SAMPLING, enough=5), 8)
+            assert sum(all(c.finish_reason != "abort" for c in group) for group in groups) == 5
+
+    run_virtually(work())
+
+
 def test_an_aborted_call_is_not_sent_again_and_one_just_granted_is_aborted_too() -> None:
     async def work() -> None:
         async with SimulatedFleet(3, limit=4) as fleet:
