@@ -203,9 +203,11 @@ class Fleet:
             return [engine for engine in self._controller.in_state("waiting") if engine not in failed]
 
         def bring(clients: dict[Engine, EngineClient]) -> None:
+            if not clients:
+                return
             if self._export is None:  # a server started anew holds what it was started with before
                 self._adopt(clients)
-            elif clients:
+            else:
                 self._bring(clients, self._export, version)
 
         try:
