@@ -149,8 +149,8 @@ class Rollout(Protocol):
     ) -> Future[list[Completion]]:
         """Start to generate one completion a request, in their order.
 
-        enough: once that many groups (requests with one prompt) are complete the rest is aborted, and comes back as
-        far as it is. answered: told of completions as they come, once of each that is finished.
+        enough: once that many groups are complete the rest is aborted, and comes back as far as it is. answered: told
+        of completions as they come, once of each that is finished.
         """
 
     def wait(self, future: Future[T], version: int | None = None) -> T:

@@ -185,7 +185,11 @@ class RLStep:
                 numbers = range(group.first, group.first + size)
                 group.seeds = [derive_seed(run_seed, "rollout", iteration, step, name, number) for number in numbers]
         open_rows = [(group, i) for group in wanted for i in group.unfinished]
-        requests = [SampleRequest(g.prompt.ids, g.seeds[i], _begun(g.completions[i], self.stop)) for g, i in open_rows]
+        requests = [
+            SampleRequest(group.prompt.ids, group.seeds[i], _begun(group.completions[i], self.stop), number)
+            for number, group in enumerate(wanted)
+            for i in group.unfinished
+        ]
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, self.stop)
         enough = algorithm.sampled_per_step if rollout.overprovision > 0 else None
         with Grading(self.rewards, [g.prompt.problem for g, _ in open_rows], self.prompts.decode) as grading:

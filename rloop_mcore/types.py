@@ -56,6 +56,7 @@ class SampleRequest:
     prompt_ids: tuple[int, ...]
     seed: int
     partial: Completion | None = None  # go on from here: an aborted answer to the same request
+    group: int = 0  # neighbours of one prompt and one number are a group
 
     @property
     def drawn(self) -> tuple[int, ...]:

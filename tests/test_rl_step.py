@@ -337,6 +337,17 @@ def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> Non
     assert sum(step.rewards.seen.values()) == finished  # each was graded once, and only whole
 
 
+def test_a_problem_that_is_drawn_twice_in_a_row_is_two_groups() -> None:
+    class One(FixedPrompts):
+        def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
+            return [Prompt(PROBLEMS[0], (0,))] * count, position + count
+
+    step = make(first_only)
+    step.prompts = One()
+    step.collect(0, 0, 0)
+    assert [request.group for request in step.rollout.requests] == [n for n in range(3) for _ in range(GROUP)]
+
+
 class EndsWithNewlines(SeedEcho):
     """Aborts p0 once after the first of the two newlines at which a response ends; looks for them as engines do."""
 

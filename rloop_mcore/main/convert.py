@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import shutil
 import threading
 import time
@@ -17,6 +16,7 @@ from rich.filesize import decimal
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
+from rloop_mcore.platform.process import allow_many_files
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
 from rloop_mcore.weights.conversion import Conversion
@@ -35,8 +35,7 @@ def convert(options: argparse.Namespace) -> int:
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give a Hugging Face folder or a Megatron checkpoint.")
     torch.set_num_threads(1)  # the threads are the conversion's own
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # every file of a checkpoint is open at once
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_files()  # every file of a checkpoint is open at once
     try:
         conversion = _plan(options, options.to or _other_than(source))
         _check_target(target, conversion.bytes)

@@ -18,6 +18,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_towards
+from rloop_mcore.platform.process import allow_many_files
 from rloop_mcore.rollout.controller import Server
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, running_servers
@@ -82,6 +83,7 @@ def with_engines_for_routers(config: Config) -> Config:
 def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Server]:
     """The servers of `rollout.endpoints`, or those that the nodes of the job keep, or `rollout.engines` of this run
     with `model`, still starting."""
+    allow_many_files()  # a call is a socket, and there may be `rollout.max_running` calls an engine
     if config.rollout.endpoints:
         return running_servers(config.rollout.endpoints)
     meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import subprocess
@@ -18,10 +17,11 @@ from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import interface_of
 from rloop_mcore.platform.process import OWN_PATH, die_with_parent
 from rloop_mcore.rollout.client import EngineError
-from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer
+from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, stop_all
 from rloop_mcore.rollout.published import Publication
 
 _POLL_S = 0.3
+_FILES_AGAIN_S = 2.0
 _BACKOFF_S = (1.0, 5.0, 15.0, 60.0)  # after so many starts in a row that never answered
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def _keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int
     try:
         asyncio.run(_keep_all(meeting, dict(zip(here, servers, strict=True)), config.rollout.start_timeout_s))
     finally:
-        for server in servers:
-            server.stop()
+        stop_all(servers)
 
 
 def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subprocess.Popen[bytes]:
@@ -57,18 +56,25 @@ def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subpro
 
 async def _keep_all(meeting: Meeting, servers: dict[int, EmbeddedServer | SGLangServer], timeout_s: float) -> None:
     tasks = [asyncio.create_task(_keep(s, Publication(meeting.folder, k), timeout_s)) for k, s in servers.items()]
-    while not meeting.ended():
-        await asyncio.sleep(_POLL_S)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        while not meeting.ended():
+            done, _ = await asyncio.wait(tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # none returns: an engine that nobody keeps would be missed for ever
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication, timeout_s: float) -> None:
     """Publish each start of one engine, and start it anew when it dies or the trainer wants it so."""
-    start, in_vain = 1, 0
+    start, in_vain, dead = 1, 0, False
     while True:
         try:
+            if dead:
+                await server.restart()
+                start, dead = start + 1, False
             url, _ = await server.ready(timeout_s)
             publication.publish(url, start)
             in_vain = 0
@@ -77,11 +83,13 @@ async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication,
             reason = server.failure() or "the trainer got no good answer from it"
         except EngineError as error:
             reason, in_vain = str(error), in_vain + 1
+        except OSError as error:  # a full disk, a file server that is away; no process is to be had
+            log.warning("engine %d cannot be started, published or watched: %s", publication.number, error)
+            await asyncio.sleep(_FILES_AGAIN_S)
+            continue
         log.warning("engine %d is started anew (start %d failed: %s)", publication.number, start, reason)
         await asyncio.sleep(_BACKOFF_S[min(in_vain, len(_BACKOFF_S) - 1)])
-        with contextlib.suppress(OSError):  # no process is to be had: the next turn says so
-            server.restart()
-        start += 1
+        dead = True
 
 
 def main() -> None:

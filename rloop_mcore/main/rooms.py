@@ -63,6 +63,7 @@ def conduct(config: Config, run: RunDirectory, servers: Sequence[Server]) -> Non
                 backend=channel.backend if channel is not None else "gloo",
                 deterministic=deterministic,
                 max_running=config.rollout.max_running,
+                partial=config.rollout.partial,
             ) as fleet,
         ):
             run_algorithm(config, run, actor, fleet, rewards)

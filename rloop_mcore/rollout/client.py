@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import math
@@ -16,14 +17,15 @@ import aiohttp
 
 from rloop_mcore.errors import Fault
 from rloop_mcore.rollout.together import together
-from rloop_mcore.rollout.versions import WEIGHT_SPANS_SINCE, has_update_sessions, routes_of
+from rloop_mcore.rollout.versions import check_partial, has_update_sessions, routes_of
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
-_FLUSHES, _FLUSH_AGAIN_S = 20, 0.5  # a health probe may still be under way
+_FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
+_FILES_AGAIN_S = 0.2
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -60,8 +62,11 @@ class GroupSpec:
 class EngineClient:
     """Talks to one server. Every request has a deadline; the methods raise EngineError."""
 
-    def __init__(self, url: str, api_key: str | None, vocabulary: int, generate_timeout_s: float) -> None:
-        self.url = url.rstrip("/")
+    def __init__(
+        self, url: str, api_key: str | None, vocabulary: int, generate_timeout_s: float, partial: bool = False
+    ) -> None:
+        """partial: calls are to go on over weight syncs."""
+        self.url, self._partial = url.rstrip("/"), partial
         self.vocabulary, self.generate_timeout_s = vocabulary, generate_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
@@ -104,6 +109,8 @@ class EngineClient:
     async def check_server(self, timeout_s: float) -> None:
         """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
         await self.health(timeout_s)
+        if self._partial:
+            await self._of_version(check_partial)
         await together(*(self._check_route(path) for path in await self._of_version(routes_of)))
 
     async def _check_route(self, path: str) -> None:
@@ -174,12 +181,8 @@ class EngineClient:
             if completion.response_ids and not self._knows(completion.response_ids):
                 raise self._error("/generate", f"an answer has an id outside the vocabulary of {self.vocabulary}", 200)
         if stamped != self._stamped and not all("weight_versions" in answer["meta_info"] for answer in answers):
-            raise self._error(
-                "/generate",
-                "the weights were changed meanwhile, and SGLang does not tell which tokens are by which weights before "
-                f"{WEIGHT_SPANS_SINCE}: use a later version, or rollout.partial=false",
-                400,
-            )
+            text = "the weights were changed meanwhile, and the answer does not tell which tokens are by which weights"
+            raise self._error("/generate", text, 400)
         return [_joined(r.partial, c) for r, c in zip(requests, completions, strict=True)]
 
     async def abort(self, rid: str, count: int) -> None:
@@ -207,7 +210,15 @@ class EngineClient:
         await self._call("POST", "/continue_generation", {})
 
     async def flush_cache(self) -> None:
-        await self._call("POST", "/flush_cache")
+        """Refused while something is under way, as a health probe may be: tried again for a while."""
+        for attempt in range(1, _FLUSHES + 1):
+            try:
+                await self._call("POST", "/flush_cache")
+                return
+            except EngineError as error:
+                if error.status != 400 or attempt == _FLUSHES:
+                    raise
+            await asyncio.sleep(_FLUSH_AGAIN_S)
 
     @property
     def asleep(self) -> bool:
@@ -216,14 +227,7 @@ class EngineClient:
     async def sleep(self) -> None:
         """Give up the memory of the weights and of the cache, contents and all. Nothing may be under way."""
         self._released = {"kv_cache", "weights"}  # from now on no /health, which is a token
-        for attempt in range(_FLUSHES):  # refused while something is under way; SGLang dies of a release then
-            try:
-                await self.flush_cache()
-                break
-            except EngineError as error:
-                if error.status != 400 or attempt == _FLUSHES - 1:
-                    raise
-                await asyncio.sleep(_FLUSH_AGAIN_S)
+        await self.flush_cache()  # SGLang dies of a release while something is under way
         await self._call("POST", "/release_memory_occupation", {"tags": sorted(self._released)})
 
     async def wake(self, tag: str) -> None:
@@ -314,6 +318,9 @@ class EngineClient:
             raise self._error(path, f"no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
             waited = time.monotonic() - begun
+            if _has_no_file(error):  # no fault of the server's
+                text = f"{self.url}{path}: no socket within {timeout_s:g} s: raise the limit of open files (ulimit -n)"
+                raise OSError(errno.EMFILE, text) from error
             text = f"connection failed after {waited:.1f} s (deadline {timeout_s:g} s): {type(error).__name__}: {error}"
             raise self._error(path, text) from error
         finally:
@@ -325,15 +332,28 @@ class EngineClient:
             self._session = aiohttp.ClientSession(
                 headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0)
             )
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-            raw = await response.read()
-            if response.status != 200:
-                raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
-            return raw
+        deadline = time.monotonic() + timeout_s
+        while True:
+            timeout = aiohttp.ClientTimeout(total=max(deadline - time.monotonic(), _FILES_AGAIN_S))
+            try:
+                async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                    raw = await response.read()
+                break
+            except OSError as error:
+                if not _has_no_file(error) or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_FILES_AGAIN_S)  # other calls give theirs back
+        if response.status != 200:
+            raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
+        return raw
 
     def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
         return EngineError(f"{self.url}{path}: {text}", status, self.url)
+
+
+def _has_no_file(error: BaseException) -> bool:
+    """Whether this process, or this machine, could open no socket."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _tp_rank(place: Any) -> int:

@@ -1,6 +1,6 @@
 """The controller of many engines: which one gets what, and what happens when one is slow, hung, dead or wrong.
 
-    call      consecutive requests with one prompt (a group), or an engine's whole share in deterministic mode
+    call      consecutive requests of one group, or an engine's whole share in deterministic mode
     serving   the engine answers and holds the current weights; only such engines get calls
     waiting   it answers, but has to be brought to the current weights first
     lost      it failed; its process is started anew, its calls go to other engines
@@ -47,7 +47,7 @@ class Server(Protocol):
 
     def failure(self) -> str | None: ...
 
-    def restart(self) -> None: ...
+    async def restart(self) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -394,7 +394,8 @@ class Controller:
                     await client.check_server(max(left, _POLL_S))
                     break
                 except EngineError as error:
-                    if error.status is not None or engine.server.failure() is not None or left < 0:
+                    starting = error.status is None or error.status >= 500  # a proxy in front of it says 502 or 503
+                    if not starting or engine.server.failure() is not None or left < 0:
                         raise
                 await asyncio.sleep(_POLL_S)
         except BaseException:
@@ -411,11 +412,11 @@ class Controller:
             engine.restarts += 1
             self.counters.restarts += 1
             try:
-                engine.server.restart()
+                await engine.server.restart()
                 await self._reach(engine)
                 if self._sleeping and engine.client is not None:
                     await engine.client.sleep()
-            except (EngineError, OSError) as error:  # OSError: no process or port is to be had
+            except (EngineError, OSError) as error:  # OSError: no process is to be had, or the old one does not end
                 log.warning("engine %d does not come back: %s", engine.number, error)
                 reason = str(error)
                 continue
@@ -468,7 +469,8 @@ def _signed(
 
 def _cut(requests: Sequence[SampleRequest], shares: int) -> list[list[int]]:
     """Indices of the requests of each call; groups stay together."""
-    groups = [list(rows) for _, rows in groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)]
+    of_group = groupby(range(len(requests)), key=lambda i: (requests[i].prompt_ids, requests[i].group))
+    groups = [list(rows) for _, rows in of_group]
     if not shares:
         return groups
     cut: list[list[int]] = [[] for _ in range(shares)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rloop_mcore.protocols import Answered, WeightChannel
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
+from rloop_mcore.rollout.launch import stop_all
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.rollout.together import together
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from rloop_mcore.protocols import NamedTensors
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _SYNC_ATTEMPTS = 3
 _POLL_S = 0.1
+_CLOSE_S = 30.0  # to leave the group of the weight broadcast, which NCCL may not let go
 
 
 class Fleet:
@@ -45,6 +49,7 @@ class Fleet:
         backend: str = "gloo",
         deterministic: bool = True,
         max_running: int = 256,
+        partial: bool = False,
         probe: Probe | None = None,
     ) -> None:
         """channel: None where the engines take the weights from this process's memory, as those of one host can.
@@ -52,6 +57,7 @@ class Fleet:
 
         deterministic: a batch is cut into as many calls as there are engines, whatever becomes of these, and an engine
         has one call at a time; else a call a group, with about `max_running` samples at an engine at once at most.
+        partial: calls may be under way when `sync` is called, which not every version of SGLang can.
         """
         self.servers = list(servers)
         self.version: int | None = None
@@ -61,7 +67,7 @@ class Fleet:
         self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up
         self._controller = Controller(
             self.servers,
-            lambda url, key: EngineClient(url, key, model.vocabulary, request_timeout_s),
+            lambda url, key: EngineClient(url, key, model.vocabulary, request_timeout_s, partial),
             limit=0 if deterministic else max_running,  # 0: an engine has one call at a time, whole
             start_timeout_s=start_timeout_s,
             probe=probe or Probe(),
@@ -96,19 +102,8 @@ class Fleet:
         failures so far. Raises EngineError; no engine then serves until a sync succeeds.
         """
         self.wait_ready()
-        failed: set[Engine] = set()
         try:
-            for attempt in range(1, _SYNC_ATTEMPTS + 1):
-                clients = {engine: _client(engine) for engine in self._answering(failed)}
-                try:
-                    metrics = self._bring(clients, export, version)
-                    break
-                except (EngineError, TimeoutError) as error:
-                    if getattr(error, "status", None) == 400:  # the engine is right: these are no weights for it
-                        raise
-                    failed |= self._lose_culprits(clients, error)
-                    if attempt == _SYNC_ATTEMPTS:
-                        raise
+            metrics = self._persist(self._answering, lambda clients: self._bring(clients, export, version))
         except BaseException:
             self.version = None
             raise
@@ -183,8 +178,7 @@ class Fleet:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-            for server in self.servers:
-                server.stop()
+            stop_all(self.servers)
 
     # -- weights --------------------------------------------------------------------------------------------------
 
@@ -202,18 +196,49 @@ class Fleet:
 
     def _catch_up(self, version: int | None) -> None:
         """Bring engines that came back to the current weights, while the others go on generating."""
-        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
-        if not clients or version is None:
+        if version is None:
             return
-        try:
+
+        def waiting(failed: set[Engine]) -> list[Engine]:
+            return [engine for engine in self._controller.in_state("waiting") if engine not in failed]
+
+        def bring(clients: dict[Engine, EngineClient]) -> None:
+            if not clients:
+                return
             if self._export is None:  # a server started anew holds what it was started with before
                 self._adopt(clients)
             else:
                 self._bring(clients, self._export, version)
+
+        try:
+            self._persist(waiting, bring)
         except (EngineError, TimeoutError) as error:
-            if not self._lose_culprits(clients, error):
-                for engine in clients:
+            named = getattr(error, "engine", None)
+            for engine in self._controller.in_state("waiting"):
+                if named in (None, _client(engine).url):  # the others are brought when it is back, or by the next sync
                     self._lose(engine, str(error))
+
+    def _persist(
+        self, pick: Callable[[set[Engine]], list[Engine]], work: Callable[[dict[Engine, EngineClient]], T]
+    ) -> T:
+        """`work` with the engines that `pick` gives, told those that failed; anew where some did, without them.
+
+        A refusal (400) ends it at once only when it comes again and every engine lives: SGLang answers so to whatever
+        goes wrong with weights, a broadcast that broke since another engine died among it.
+        """
+        failed: set[Engine] = set()
+        attempt, refusal = 0, ""
+        while True:
+            attempt += 1
+            clients = {engine: _client(engine) for engine in pick(failed)}
+            try:
+                return work(clients)
+            except (EngineError, TimeoutError) as error:
+                lost = self._lose_culprits(clients, error)
+                if attempt == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
+                    raise
+                failed |= lost
+                refusal = str(error) if _is_refusal(error) else ""
 
     def _answering(self, failed: set[Engine]) -> list[Engine]:
         """The engines a sync can reach, those that failed in it only where there is no other; waits for one to come
@@ -232,10 +257,11 @@ class Fleet:
         """Fence the engines that don't answer, and the one that `error` names; returns all that were lost meanwhile.
 
         An engine that answered with an error is spared where another is lost: a broadcast fails for all its members.
+        One that refuses (400) is spared always: it may be right, these are no weights for it.
         """
         self._submit(self._controller.check_health()).result()
         culprits = {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
-        if not culprits or getattr(error, "status", None) is None:
+        if not _is_refusal(error) and (not culprits or getattr(error, "status", None) is None):
             named = getattr(error, "engine", None)
             for engine in [e for e, client in clients.items() if e not in culprits and client.url == named]:
                 self._lose(engine, str(error))
@@ -265,8 +291,15 @@ class Fleet:
             self._news.set_result(None)
 
     async def _disconnect(self) -> None:
-        await self._sync.close()
+        try:
+            await asyncio.wait_for(self._sync.close(), _CLOSE_S)
+        except TimeoutError:
+            log.warning("the weight channel was not left within %g s", _CLOSE_S)
         await self._controller.close()
+
+
+def _is_refusal(error: Exception) -> bool:
+    return getattr(error, "status", None) == 400
 
 
 def _client(engine: Engine) -> EngineClient:

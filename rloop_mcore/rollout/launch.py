@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,14 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.platform.network import free_port
 from rloop_mcore.platform.process import OWN_PATH
 from rloop_mcore.rollout.client import EngineError
+from rloop_mcore.rollout.controller import Server
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _STOP_S = 10.0
+_KILL_S = 60.0  # for the kernel to end a process, and a driver to free its memory
 _HEALTH_S = 30.0  # SGLang's /health generates a token
 _LOG_LINES = 15
 
@@ -71,7 +77,7 @@ class RunningServer:
     def failure(self) -> str | None:
         return None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         """It is not ours to start anew; it may come back by itself."""
 
     def stop(self) -> None:
@@ -138,24 +144,37 @@ class _ChildServer:
         lines = text.splitlines()[-_LOG_LINES:]
         return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
-    def restart(self) -> None:
-        """Start the process anew, with the model folder it had; kills what is left of it first."""
+    async def restart(self) -> None:
+        """Start the process anew, with the model folder it had; kills what is left of it first.
+
+        Raises OSError where no process is to be had, or the old one does not end: a driver may hold it. The new one
+        ends with the thread that calls this.
+        """
         self._kill()
+        deadline = time.monotonic() + _KILL_S
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                raise OSError(f"{self.kind} (process {self.process.pid}) has not ended {_KILL_S:g} s after SIGKILL")
+            await asyncio.sleep(_POLL_S)
+        self._clean_up()
         self.process = self._start()
 
     def stop(self) -> None:
-        """End the process and those it started, and wait until it is gone."""
+        """End the process and those it started, and wait until it is gone, or is not to be ended."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_S)
         self._kill()
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            log.warning("%s (process %d) has not ended %g s after SIGKILL", self.kind, self.process.pid, _STOP_S)
+        self._clean_up()
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # its session is its process group: helpers end with it
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._clean_up()
 
 
 class EmbeddedServer(_ChildServer):
@@ -264,6 +283,13 @@ class SGLangServer(_ChildServer):
 
     def _clean_up(self) -> None:
         self.secrets.unlink(missing_ok=True)
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """Stop servers at once: each may take its time."""
+    with ThreadPoolExecutor(max(1, len(servers))) as threads:
+        for stopped in [threads.submit(server.stop) for server in servers]:
+            stopped.result()
 
 
 def _private(path: str, flags: int) -> int:

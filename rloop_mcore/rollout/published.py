@@ -61,16 +61,26 @@ class PublishedServer:
 
     def __init__(self, publication: Publication, api_key: str) -> None:
         self._publication, self._api_key = publication, api_key
-        self._start = 0  # the one in use
+        self._start = self._unwanted = 0  # the one in use; the newest that failed
 
     async def ready(self, timeout_s: float) -> tuple[str, str]:
         """(URL, key) once a start that was not refused is published. Raises EngineError."""
         deadline = time.monotonic() + timeout_s
-        while (place := self._publication.read()) is None or place[1] <= self._publication.refused():
+        while True:
+            problem = ""
+            try:
+                refused = self._publication.refused()
+                if self._unwanted > refused:
+                    self._publication.refuse(self._unwanted)
+                place = self._publication.read()
+                if place is not None and place[1] > max(self._unwanted, refused):
+                    break
+            except OSError as error:  # a full disk, a file server that is away
+                problem = f" ({error})"
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"engine {self._publication.number} was not published within {timeout_s:g} s: see the logs of its "
-                    f"node in {self._publication.folder}"
+                    f"engine {self._publication.number} was not published within {timeout_s:g} s{problem}: see the "
+                    f"logs of its node in {self._publication.folder}"
                 )
             await asyncio.sleep(_POLL_S)
         self._start = place[1]
@@ -80,8 +90,8 @@ class PublishedServer:
         """Its keeper knows, and starts it anew."""
         return None
 
-    def restart(self) -> None:
-        self._publication.refuse(self._start)
+    async def restart(self) -> None:
+        self._unwanted = self._start  # `ready` says so to the keeper
 
     def stop(self) -> None:
         """Its keeper does, when the run has ended."""

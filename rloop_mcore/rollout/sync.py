@@ -118,7 +118,12 @@ class WeightSync:
                 await _in_thread(self.channel.close)
 
     async def _open(self, clients: list[EngineClient]) -> None:
-        await _each(clients, lambda c: c.pause("retract"))
+        if clients != self._members:
+            self._sessions = await _agree(clients)
+        # Before 0.5.21, as before sessions, a paused server with retracted calls would not flush its cache. None of the
+        # run's are under way then (`versions.check_partial`), at most a health probe is.
+        mode = "retract" if self._sessions else "abort"
+        await _each(clients, lambda c: c.pause(mode))
         await _each(clients, lambda c: c.flush_cache())
         await _each(clients, lambda c: c.wake("weights"))
         if clients != self._members:
@@ -130,7 +135,6 @@ class WeightSync:
         if self._members:
             await self.close()
         infos = await together(*(c.server_info() for c in clients))
-        self._sessions = await _agree(clients)
         self._kept = [kept_weights(info, self.model, c.url) for info, c in zip(infos, clients, strict=True)]
         dtypes = {kept_dtype(info, self.model, c.url) for info, c in zip(infos, clients, strict=True)}
         if len(dtypes) > 1:

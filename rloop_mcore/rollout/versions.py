@@ -8,8 +8,8 @@ from __future__ import annotations
 from packaging.version import InvalidVersion, Version
 
 OLDEST, NEWEST = "0.5.17", "0.5.23"
-WEIGHT_SPANS_SINCE = "0.5.19"  # meta_info.weight_versions: which tokens are by which weights
 UPDATE_SESSIONS_SINCE = "0.5.21"  # a weight update stands between /begin_weight_update and /end_weight_update
+PARTIAL_SINCE = "0.5.21"  # a paused server flushes its cache though calls wait
 
 ROUTES = (
     "/health",
@@ -35,15 +35,27 @@ SESSION_ROUTES = ("/begin_weight_update", "/end_weight_update")
 
 def has_update_sessions(version: str) -> bool:
     """Whether a server of this version wants update sessions. Raises ValueError where it is not a supported one."""
+    return _release(version) >= Version(UPDATE_SESSIONS_SINCE).release
+
+
+def check_partial(version: str) -> None:
+    """Raises ValueError where calls cannot go on over a weight sync."""
+    if _release(version) < Version(PARTIAL_SINCE).release:
+        raise ValueError(
+            f"SGLang {version} takes no weights while calls wait: rollout.partial=true needs {PARTIAL_SINCE} or later"
+        )
+
+
+def routes_of(version: str) -> tuple[str, ...]:
+    """The routes that a run uses of a server of this version. Raises ValueError where it is not a supported one."""
+    return ROUTES + (SESSION_ROUTES if has_update_sessions(version) else ())
+
+
+def _release(version: str) -> tuple[int, ...]:
     try:
         release = Version(version).release
     except InvalidVersion as error:
         raise ValueError(f"version {version!r} cannot be read") from error
     if not Version(OLDEST).release <= release <= Version(NEWEST).release:
         raise ValueError(f"SGLang {version} is not supported: {OLDEST} to {NEWEST} are")
-    return release >= Version(UPDATE_SESSIONS_SINCE).release
-
-
-def routes_of(version: str) -> tuple[str, ...]:
-    """The routes that a run uses of a server of this version. Raises ValueError where it is not a supported one."""
-    return ROUTES + (SESSION_ROUTES if has_update_sessions(version) else ())
+    return release

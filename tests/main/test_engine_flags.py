@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from pathlib import Path
 
 from rloop_mcore.config import Config, DataConfig, RolloutConfig
-from rloop_mcore.main.engines import _sglang_arguments
+from rloop_mcore.main.engines import _sglang_arguments, start_servers
 from rloop_mcore.main.evaluate import _config
 from rloop_mcore.main.policies import Source
 
@@ -44,3 +45,13 @@ def test_an_evaluation_has_no_sync_so_its_engines_read_their_weights(tmp_path: P
     overrides = ["rollout.engine=sglang", f"rollout.python={sys.executable}", "rollout.quantization=fp8"]
     options = argparse.Namespace(overrides=overrides, samples=None, k=None, json=None)
     assert "dummy" not in _sglang_arguments(_config(options, Source(tmp_path)), "cuda", 0)
+
+
+def test_a_run_may_have_as_many_sockets_as_its_machine_lets_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        start_servers(Config(rollout=RolloutConfig(endpoints=["http://127.0.0.1:1"])), tmp_path, tmp_path)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

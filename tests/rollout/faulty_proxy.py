@@ -39,7 +39,7 @@ class FaultyProxy:
     def failure(self) -> str | None:
         return None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         self.restarts += 1
 
     def stop(self) -> None:
@@ -100,6 +100,11 @@ def times(count: int, fault: Fault) -> Fault:
 
 async def answer_500(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
     return web.json_response({"error": {"message": "CUDA error: an illegal memory access"}}, status=500)
+
+
+async def answer_400(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+    """As SGLang answers where a broadcast breaks, whoever broke it."""
+    return web.json_response({"success": False, "message": "Failed to receive weights: closed by peer"}, status=400)
 
 
 async def cut_the_json(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable
+import os
+import resource
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from aiohttp import web
+from served_model import VOCABULARY, Endpoint
 
+from rloop_mcore.rollout import client as client_module
 from rloop_mcore.rollout.client import EngineClient, EngineError, parse_completion
+from rloop_mcore.rollout.served import ServedModel
+from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 SAMPLING = Sampling(max_tokens=8, temperature=0.7, top_p=0.9, stop=("Q:",))
@@ -31,6 +38,7 @@ def _ask(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     call: Callable[[EngineClient], Awaitable[Any]],
     timeout_s: float = 30.0,
+    partial: bool = False,
 ) -> Any:
     """Serve every path with `handler` and run `call` on a client of it."""
 
@@ -42,7 +50,7 @@ def _ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            async with EngineClient(url, "key", vocabulary=10, generate_timeout_s=timeout_s) as client:
+            async with EngineClient(url, "key", 10, timeout_s, partial) as client:
                 return await call(client)
         finally:
             await runner.cleanup()
@@ -168,9 +176,45 @@ def test_a_lost_connection_is_told_at_once() -> None:
         _ask(handler, _generate)
 
 
+@contextmanager
+def _few_files(spare: int) -> Iterator[None]:
+    """This process may open `spare` more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(spare + 1)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
+    for descriptor in free:
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_calls_wait_for_a_file_of_this_process(endpoint: Endpoint) -> None:
+    async def calls() -> None:
+        async with EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0) as client:
+            await client.health()
+            with _few_files(4):
+                await asyncio.gather(*(client.health() for _ in range(20)))
+
+    asyncio.run(calls())
+
+
+def test_where_there_is_no_file_for_long_the_engine_is_not_blamed() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        raise AssertionError("the request was sent")
+
+    async def call(client: EngineClient) -> None:
+        with _few_files(0):
+            await client.health(0.5)
+
+    with pytest.raises(OSError, match=r"/health: no socket within 0\.5 s: raise the limit of open files \(ulimit -n\)"):
+        _ask(handler, call)
+
+
 @pytest.mark.parametrize("spans", [False, True])
 def test_tokens_of_two_weights_must_be_told_apart(spans: bool) -> None:
-    """SGLang before 0.5.19 names one version only, which is right while the weights stay."""
+    """An answer may name one version only, as before SGLang 0.5.19, which is right while the weights stay."""
     pieces = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
     answer = {**GOOD, "meta_info": {**GOOD["meta_info"], **({"weight_versions": pieces} if spans else {})}}  # type: ignore[dict-item]
     asked, stamped = asyncio.Event(), asyncio.Event()
@@ -192,7 +236,7 @@ def test_tokens_of_two_weights_must_be_told_apart(spans: bool) -> None:
     if spans:
         assert _ask(handler, call)[0].weight_versions == ((3, 1), (4, 1))
     else:
-        with pytest.raises(EngineError, match=r"/generate: .* before 0\.5\.19") as caught:
+        with pytest.raises(EngineError, match=r"/generate: .* does not tell which tokens are by which") as caught:
             _ask(handler, call)
         assert caught.value.status == 400
 
@@ -228,6 +272,35 @@ def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, w
     with pytest.raises(EngineError, match=words) as caught:
         _ask(_server(version, lacks), lambda client: client.check_server(30.0))
     assert caught.value.status is not None  # waiting would not help
+
+
+def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:
+    with pytest.raises(EngineError, match=r"0\.5\.20 takes no .*: rollout\.partial=true needs 0\.5\.21") as caught:
+        _ask(_server("0.5.20"), lambda client: client.check_server(30.0), partial=True)
+    assert caught.value.status is not None  # waiting would not help
+    _ask(_server("0.5.21"), lambda client: client.check_server(30.0), partial=True)
+
+
+@pytest.mark.parametrize("version", ["0.5.20", "0.5.23"])
+def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's scheduler, as far as it matters: before 0.5.21 what it retracted keeps the cache from being flushed."""
+    monkeypatch.setattr(client_module, "_FLUSH_AGAIN_S", 0.01)
+    flushes: list[int] = []
+    retracted = False
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal retracted
+        if request.path == "/pause_generation":
+            retracted = (await request.json())["mode"] == "retract"
+        if request.path == "/flush_cache":  # the probe's token is there at the third
+            busy = (retracted and version == "0.5.20") or len(flushes) < 2
+            flushes.append(400 if busy else 200)
+            return web.Response(status=flushes[-1])
+        info = {"version": version, "dtype": "float32", "device": "cpu", "tp_size": 1, "dp_size": 1}
+        return web.json_response(info | {"success": True})
+
+    _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client]))
+    assert flushes == [400, 400, 200]
 
 
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])

@@ -262,7 +262,7 @@ def test_an_engine_that_never_comes_back_is_dead_after_three_restarts() -> None:
 
 
 def test_a_restart_that_the_system_refuses_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+    async def refuse() -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     async def work() -> None:
@@ -313,6 +313,16 @@ def test_enough_ends_the_slowest_with_what_they_have() -> None:
             finished = await fleet.controller.generate(resumed, SAMPLING)
             assert any([v for v, _ in c.weight_versions] == [1, 2] for c in finished)
             assert [len(c.response_ids) for c in finished] == [length_of(r.seed, 2048) for r in requests]
+
+    run_virtually(work())
+
+
+def test_enough_counts_groups_though_neighbours_have_one_prompt() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=16) as fleet:
+            requests = [SampleRequest((7,), seed, group=seed // 8) for seed in range(12 * 8)]
+            groups = _groups(await fleet.controller.generate(requests, SAMPLING, enough=5), 8)
+            assert sum(all(c.finish_reason != "abort" for c in group) for group in groups) == 5
 
     run_virtually(work())
 

@@ -5,12 +5,14 @@ docs/faults.md has the table: what happens, the deadline, the message. Every tes
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from faulty_proxy import (
     FaultyProxy,
     Forward,
     after,
+    answer_400,
     answer_500,
     cut_the_json,
     reset_the_connection,
@@ -43,6 +46,7 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.rollout import fleet as fleet_module
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
@@ -306,6 +310,39 @@ def test_success_with_nothing_transferred_is_noticed(
         assert_all_serve(fleet, policy, 6)
 
 
+@pytest.mark.parametrize("other_dies", [True, False])
+def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
+    proxies: list[FaultyProxy], policy: PreTrainedModel, other_dies: bool
+) -> None:
+    """Its receive broke since another engine died, of which the trainer hears later."""
+
+    async def die(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        proxies[1].faults["*"] = reset_the_connection
+        await asyncio.sleep(0.5)
+        return await reset_the_connection(request, body, forward)
+
+    with within(60), fleet_of(proxies, "refuses", start_timeout_s=10.0) as fleet:
+        fleet._sync.channel.timeout_s = 5.0  # type: ignore[attr-defined]
+        fleet.wait_ready()
+        proxies[0].faults["/update_weights_from_distributed"] = times(1, answer_400)
+        if other_dies:
+            proxies[1].faults["/update_weights_from_distributed"] = die
+        assert fleet.sync(weights(policy), 6)["engines_serving"] == 2 - other_dies
+        assert proxies[0].restarts == 0
+        assert_all_serve(fleet, policy, 6)
+
+
+def test_an_engine_that_refuses_the_weights_again_ends_the_sync(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    proxies[0].faults["/begin_weight_update"] = answer_400
+    with within(30), fleet_of(proxies, "refuses") as fleet:
+        with pytest.raises(EngineError, match=r"/begin_weight_update: status 400: .*Failed to receive"):
+            fleet.sync(weights(policy), 6)
+        assert fleet._controller.counters.lost == 0
+        assert proxies[0].calls.count("/pause_generation") == 2
+
+
 # -- /generate that fails -----------------------------------------------------------------------------------------
 
 
@@ -349,6 +386,22 @@ def test_a_connection_that_is_reset_fences_at_once(proxies: list[FaultyProxy], p
         assert f"{proxies[1].url}/generate: connection failed" in lost_because(fleet)
         assert fleet.generate(requests, SHORT) == good
         assert proxies[1].restarts == 1
+
+
+def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """The proxy answers for it meanwhile."""
+    with within(60), fleet_of(proxies, "behind") as fleet:
+        fleet.sync(weights(policy), 7)
+        proxies[1].faults["*"] = answer_500
+        wait_until(lambda: fleet._controller.in_state("lost"))
+        time.sleep(2.0)
+        assert not fleet._controller.in_state("dead")
+        del proxies[1].faults["*"]
+        wait_until(lambda: fleet._controller.in_state("waiting"))
+        assert proxies[1].restarts == 1
+        assert fleet.sync(weights(policy), 8)["engines_serving"] == 2
 
 
 def test_a_fleet_that_only_fails_is_an_error(proxies: list[FaultyProxy], policy: PreTrainedModel) -> None:
@@ -472,6 +525,22 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
     with within(60), fleet_of(adopted, "trainer") as fleet:  # the trainer's next start
         assert fleet.sync(weights(policy), 12)["engines_serving"] == 2
         assert_all_serve(fleet, policy, 12)
+
+
+def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that NCCL does not let go, and servers that take as long as they may to end."""
+
+    class Slow(RunningServer):
+        def stop(self) -> None:
+            time.sleep(1.0)
+
+    fleet = fleet_of([Slow("http://127.0.0.1:1", None) for _ in range(8)], "hangs")
+    monkeypatch.setattr(fleet_module, "_CLOSE_S", 0.5)
+    hangs = threading.Event()
+    monkeypatch.setattr(fleet._sync.channel, "close", lambda: hangs.wait(20.0))
+    with within(5):
+        fleet.close()
+    hangs.set()
 
 
 def test_close_ends_what_is_in_flight(endpoints: list[Endpoint], policy: PreTrainedModel) -> None:

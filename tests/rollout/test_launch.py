@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.engines import meeting_address
 from rloop_mcore.platform.network import address_towards, free_port
+from rloop_mcore.rollout import launch
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
@@ -70,6 +72,57 @@ def test_a_start_that_takes_too_long_is_an_error_and_stop_ends_it(model_path: Pa
         asyncio.run(server.ready(0.0))
     server.stop()
     assert server.process.poll() is not None
+
+
+class Held:
+    """A process that the kernel does not end for a while."""
+
+    def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        self.process, self.pid, self.until = process, process.pid, time.monotonic() + seconds
+
+    def poll(self) -> int | None:
+        return self.process.poll() if time.monotonic() > self.until else None
+
+    def wait(self, timeout: float = math.inf) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("held", timeout)
+            time.sleep(0.01)
+        return status
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_process_that_does_not_end_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    monkeypatch.setattr(launch, "_KILL_S", 30.0 if ends else 1.0)
+    monkeypatch.setattr(launch, "_STOP_S", 0.2)
+    server = start_server(tmp_path / "nowhere", tmp_path, "engine")
+    held: Any = Held(server.process, 1.0 if ends else 3600.0)
+    server.process = held
+
+    async def longest_gap() -> float:
+        longest, restarting = 0.0, asyncio.create_task(server.restart())
+        while not restarting.done():
+            begun = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - begun)
+        await restarting
+        return longest
+
+    if ends:
+        assert asyncio.run(longest_gap()) < 0.7
+        assert server.process is not held
+    else:
+        with pytest.raises(OSError, match=r"the embedded engine \(process \d+\) has not ended 1 s after SIGKILL"):
+            asyncio.run(longest_gap())
+    server.stop()
+    assert ("has not ended 0.2 s after SIGKILL" in caplog.text) is not ends
+    held.process.wait()
 
 
 def test_the_key_is_in_no_command_line_and_no_log(server: EmbeddedServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -220,7 +221,7 @@ def test_a_restart_and_a_stop_leave_no_process_behind(model_path: Path, tmp_path
     assert isinstance(server, SGLangServer)
     first = endpoint_of(server)
     family = _family(server)
-    server.restart()
+    asyncio.run(server.restart())
     _assert_gone(family)
     second = endpoint_of(server)
     assert first.url != second.url

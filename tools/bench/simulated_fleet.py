@@ -197,7 +197,7 @@ class SimulatedServer:
     def failure(self) -> str | None:
         return f"{self.url} ended with status -9" if self.fault == "dead" else None
 
-    def restart(self) -> None:
+    async def restart(self) -> None:
         self.fail("dead")
         self.batch.set_speed(1.0)
         self.fault, self.version = None, -1

@@ -1,0 +1,85 @@
+"""The keeper of a node's engines, over servers that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from rloop_mcore.main import keeper
+from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.rollout.published import Publication
+
+
+class Server:
+    """failures: what each start ends with, the last one with nothing."""
+
+    def __init__(self, *failures: str) -> None:
+        self.failures, self.starts = failures, 1
+
+    async def ready(self, timeout_s: float) -> tuple[str, str]:
+        return f"http://h:{self.starts}", "key"
+
+    def failure(self) -> str | None:
+        return self.failures[self.starts - 1] if self.starts <= len(self.failures) else None
+
+    async def restart(self) -> None:
+        self.starts += 1
+
+
+async def _kept(folder: Path, server: Server, seconds: float = 20.0) -> None:
+    """Keep engine 0 until the meeting has ended."""
+    keeping = keeper._keep_all(Meeting(folder), {0: cast(Any, server)}, 5.0)
+    await asyncio.wait_for(keeping, seconds)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_POLL_S", 0.01), ("_FILES_AGAIN_S", 0.01), ("_BACKOFF_S", (0.01,))):
+        monkeypatch.setattr(keeper, name, value)
+
+
+@pytest.mark.parametrize("route", ["publish", "refused"])
+def test_an_engine_is_kept_though_files_fail_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, route: str
+) -> None:
+    passes, calls = getattr(Publication, route), []
+
+    def fails(publication: Publication, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) <= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return passes(publication, *arguments)
+
+    monkeypatch.setattr(Publication, route, fails)
+    server, publication = Server(), Publication(tmp_path, 0)
+
+    async def work() -> None:
+        kept = asyncio.create_task(_kept(tmp_path, server))
+        while len(calls) < 5 and not kept.done():
+            await asyncio.sleep(0.01)
+            if route == "publish" and publication.read() is not None:
+                break
+        assert server.starts == 1
+        publication.refuse(1)
+        while publication.read() != ("http://h:2", 2) and not kept.done():
+            await asyncio.sleep(0.01)
+        (tmp_path / "code").touch()
+        await kept
+
+    asyncio.run(work())
+    assert server.starts == 2
+    assert caplog.text.count("engine 0 cannot be started, published or watched: [Errno 28] No space left") == 3
+
+
+def test_an_engine_that_nobody_keeps_any_more_ends_the_keeper(tmp_path: Path) -> None:
+    class Broken(Server):
+        async def restart(self) -> None:
+            raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        asyncio.run(_kept(tmp_path, Broken("it died")))
