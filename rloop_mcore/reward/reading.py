@@ -29,6 +29,9 @@ _NOISE = re.compile(r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _TOKEN = r"[A-Za-z0-9]|\\(?:pi|theta|alpha|beta|lambda|mu|omega)(?![A-Za-z])"  # what \frac takes without braces
 _UNIT = r"\\(?:text|mathrm)\s*\{([^{}]*)\}"
+_STYLE = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))"
+_UPRIGHT = r"\\(?:text(?:rm|normal)?|mathrm)\s*\{\s*"
+_UNIT_LETTER = r"[ghlms](?=\s*\})"  # after a number it is a unit
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
@@ -39,7 +42,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     ),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
-    (re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))\s*\{\s*([0-9][0-9.,]*|[a-z])\s*\}"), r" \1 "),
+    (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){_STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
     (re.compile(r"\\binom\s*([0-9])\s*([0-9])"), r"\\binom{\1}{\2}"),
     (re.compile(rf"\\frac\s*({_TOKEN})"), r"\\frac{\1}"),
     (re.compile(rf"\\frac\s*(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*({_TOKEN})"), r"\\frac\1{\2}"),
@@ -50,6 +53,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\{,\}|(?<!\\);"), ","),
     (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),
 ]
+_VARIABLE = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
 _CURRENCY = re.compile(r"^(-?)(?:\\?\$|[€£¥])\s*(?=[0-9.])|(?<=[0-9])\s*(?:[€£¥]|\\\$)$")
 _SPACED_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:(?:\s|~|,\s?\\!|\\[,!;: ])\s*[0-9]{3})+(?:\.[0-9]+)?")
 _SEPARATOR = re.compile(r"[\s~,]|\\[,!;: ]")
@@ -132,6 +136,7 @@ def _bare(answer: str) -> str:
 
 def _numbers(text: str) -> str:
     """Numbers in the one spelling that math-verify reads for what they are."""
+    text = _VARIABLE.sub(r" \1 ", text).strip()  # units are off by now
     if _SPACED_THOUSANDS.fullmatch(text):
         return _SEPARATOR.sub("", text)
     if mixed := _MIXED.fullmatch(text):
