@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -25,6 +25,10 @@ _SIGNS = str.maketrans(
     }
 )  # fmt: skip
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
+_SPACE = re.compile(  # a tie or "\ "; before a unit's sign it stays, which it tells from a variable
+    r"(?<!\\)(?:\\ |~)(?!\s*(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*|[kM]\s*)?\\(?:Omega|mu)(?![A-Za-z]))"
+)
+_EDGES = re.compile(r"^(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s)++|(?:\\[,;:\\]|\\q?quad|\s)++\\?$|\\$")
 _NOISE = re.compile(r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?)\s?")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _TOKEN = r"[A-Za-z0-9]|\\(?:pi|theta|alpha|beta|lambda|mu|omega)(?![A-Za-z])"  # what \frac takes without braces
@@ -54,6 +58,9 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),
 ]
 _VARIABLE = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
+_CHOICE = re.compile(  # not where what follows is a choice too: it would be several
+    rf"{_STYLE}\s*\{{\s*\(([A-J])\)[.:]?\s*\}}\s*(?=[-0-9A-Za-z\\(\[{{.$])(?!\(?[A-J]\)?$|.*{_STYLE}\s*\{{\s*\([A-J]\))"
+)
 _CURRENCY = re.compile(r"^(-?)(?:\\?\$|[€£¥])\s*(?=[0-9.])|(?<=[0-9])\s*(?:[€£¥]|\\\$)$")
 _SPACED_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:(?:\s|~|,\s?\\!|\\[,!;: ])\s*[0-9]{3})+(?:\.[0-9]+)?")
 _SEPARATOR = re.compile(r"[\s~,]|\\[,!;: ]")
@@ -82,12 +89,13 @@ _TWO_NUMBERS = re.compile(r"(?<![_^0-9.])[0-9]+(?:\.[0-9]+)?(?:\s|~|\\[,;:! ]|\\
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An answer as `text` (LaTeX), and what was taken off its end."""
+    """An answer as `text` (LaTeX), and what was taken off its ends."""
 
     text: str
     unit: str = ""  # "?": one that is not known
     percent: bool = False
     base: str = ""  # of a numeral: "2"
+    choice: str = ""  # the letter before what it chooses: "D" of \textbf{(D)}\ 12
 
     @property
     def readable(self) -> bool:
@@ -99,6 +107,12 @@ class Reading:
 def read(answer: str) -> Reading:
     """Read an answer, a gold one or a model's."""
     text = _bare(answer)
+    if found := _CHOICE.match(text):
+        return replace(_set_apart(text[found.end() :]), choice=found[1])
+    return _set_apart(text)
+
+
+def _set_apart(text: str) -> Reading:
     percent = _PERCENT.search(text)
     if percent and percent.start():
         return Reading(_numbers(text[: percent.start()]), percent=True)
@@ -116,12 +130,13 @@ def read(answer: str) -> Reading:
 
 def _bare(answer: str) -> str:
     """Without delimiters, bold marks, boxes, a final period, currency, and sizes of brackets."""
-    text = _NOISE.sub("", _BOX.sub("", " ".join(answer.translate(_SIGNS).split())))
+    text = _NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split())))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
     before = None
     while text != before:
         before = text
+        text = _EDGES.sub("", text)
         if text.endswith(".") and not text.endswith(".."):
             text = text[:-1].rstrip()
         for left, right in _DELIMITERS:
