@@ -159,6 +159,9 @@ def _leading_zeros(number: Any) -> int:
 
 def _same_region(gold: Any, answer: Any) -> bool:
     """Are two conditions on one variable, or a condition and a set, true of the same numbers?"""
+    names = [{symbol.name for symbol in side.free_symbols} for side in (gold, answer)]
+    if all(names) and names[0] != names[1]:
+        return False
     if not any(isinstance(side, (Relational, And, FiniteSet)) for side in (gold, answer)):
         return False
     try:

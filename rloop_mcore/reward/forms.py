@@ -31,6 +31,7 @@ _NAMED = re.compile(
 )
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
 _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
+_PRIMES = re.compile(r"(\\[A-Za-z]+|[A-Za-z])('*)")
 _CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
 _INDEXED = re.compile(r"[0-9]\s*_")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
@@ -73,7 +74,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     known = "?" not in (gold.unit, answer.unit)
     if gold.unit and answer.unit and known and gold.unit != answer.unit:
         return True
-    if _bases_conflict(gold, answer):
+    if _bases_conflict(gold, answer) or _primes_conflict(gold.text, answer.text):
         return True
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
@@ -102,6 +103,17 @@ def _bases_conflict(gold: Reading, answer: Reading) -> bool:
 
 def _is_numeral(reading: Reading) -> bool:
     return not reading.base.isdigit() or all(int(d, 36) < int(reading.base) for d in reading.text if d != ".")
+
+
+def _primes_conflict(gold: str, answer: str) -> bool:
+    """f' is not f, nor is y' y: a parser drops the prime."""
+    if "'" not in gold + answer:
+        return False
+    marks: list[dict[str, set[str]]] = [{}, {}]
+    for text, found in zip((gold, answer), marks, strict=True):
+        for name, primes in _PRIMES.findall(text):
+            found.setdefault(name, set()).add(primes)
+    return any(marks[0][name] != marks[1][name] for name in marks[0].keys() & marks[1].keys())
 
 
 def cases_apart(gold: str, answer: str) -> tuple[str, str]:
