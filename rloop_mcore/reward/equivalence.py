@@ -18,7 +18,21 @@ from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-unt
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union, preorder_traversal  # type: ignore[import-untyped]
+from sympy import (
+    Basic,
+    Eq,
+    Expr,
+    FiniteSet,
+    Float,
+    I,
+    MatrixBase,
+    Rational,
+    Set,
+    Symbol,
+    Tuple,
+    Union,
+    preorder_traversal,
+)  # type: ignore[import-untyped]
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
@@ -110,9 +124,12 @@ def _both_signs(text: str) -> str:
 
 
 def _with_imaginary_unit(item: Any) -> Any:
-    """math-verify reads i as a variable: to it (1+i)^2 is not 2i."""
+    """math-verify reads i as a variable: to it (1+i)^2 is not 2i. A t is real to it in "2 i t", not in "2it"."""
     variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
-    return item.subs(dict.fromkeys(variables, I)) if variables else item
+    item = item.subs(dict.fromkeys(variables, I)) if variables else item
+    if not item.free_symbols or not item.has(I):
+        return item
+    return item.xreplace({symbol: Symbol(symbol.name) for symbol in item.free_symbols})
 
 
 def _exact(item: Any) -> Any:

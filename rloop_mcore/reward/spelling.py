@@ -65,6 +65,11 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"(?<![0-9])[1-9][0-9]{0,2}(?:(?:\\text|\\mathord)?\{,\}[0-9]{3})+(?![0-9])"),
         lambda found: re.sub(r"[^0-9]", "", found[0]),
     ),
+    (
+        re.compile(r"(\.[0-9]*)\\dot\s*\{([0-9])\}(?:([0-9]*)\\dot\s*\{([0-9])\})?"),
+        lambda found: rf"{found[1]}\overline{{{found[2]}{found[3] or ''}{found[4] or ''}}}",
+    ),
+    (re.compile(r"(?<=[0-9]\.)\(([0-9]+)\)"), r"\\overline{\1}"),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
