@@ -18,7 +18,7 @@ from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-unt
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import (
+from sympy import (  # type: ignore[import-untyped]
     Basic,
     Eq,
     Expr,
@@ -32,7 +32,7 @@ from sympy import (
     Tuple,
     Union,
     preorder_traversal,
-)  # type: ignore[import-untyped]
+)
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from rloop_mcore.reward.spelling import LETTER_IN_TEXT, STYLE, one_spelling
 from rloop_mcore.reward.units import split_unit
 
+_PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _CHOICE = re.compile(  # not where what follows is a choice too: it would be several
     rf"{STYLE}\s*\{{\s*\(([A-J])\)[.:]?\s*\}}\s*(?=[-0-9A-Za-z\\(\[{{.$])(?!\(?[A-J]\)?$|.*{STYLE}\s*\{{\s*\([A-J]\))"
 )
@@ -61,6 +62,8 @@ class Reading:
 @lru_cache(maxsize=4096)
 def read(answer: str) -> Reading:
     """Read an answer, a gold one or a model's."""
+    if _PLAIN.fullmatch(answer):  # most are, and nothing below has a part in them
+        return Reading(answer)
     text = one_spelling(answer)
     if found := _CHOICE.match(text):
         return replace(_set_apart(text[found.end() :]), choice=found[1])
