@@ -2,21 +2,37 @@ r"""Two parsed answers compared by math-verify, at a precision that suits their 
 
 math-verify rounds decimals to six places and takes differences under 1e-15 for none, whatever the numbers' size: to it
 1.6e-19 is 1.7e-19, 1/2004! is 1/2006!, and 1 - 2^{-100} is 1 - 2^{-101}. Here both grow with the leading zeros: of the
-smallest number there is, and of the smallest part of one.
+smallest number there is, and of the smallest part of one. What its parser misreads before that is put right here.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
 from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-untyped]
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Rational, Set, Tuple, Union, preorder_traversal  # type: ignore[import-untyped]
+from sympy import (  # type: ignore[import-untyped]
+    Basic,
+    Eq,
+    Expr,
+    FiniteSet,
+    Float,
+    I,
+    MatrixBase,
+    Rational,
+    Set,
+    Symbol,
+    Tuple,
+    Union,
+    preorder_traversal,
+)
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
@@ -26,6 +42,37 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 # it every number with a percent sign is unparsable. It is what the parser for antlr 4.13 has.
 if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
     PSParser.AtomContext.FUNC_GAMMA = lambda self: self.getToken(PSParser.FUNC_GAMMA, 0)
+
+_PROPER = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
+
+
+def _side_by_side(parser: Any, factors: list[Any], at: int = 0) -> Any:
+    r"""Factors without a sign between them, from `at` on: a product, in which 2\frac{1}{3} is a mixed number.
+
+    The parser's own adds every integer to a positive number after it: to it 7(13) is 20, and 2\binom{4}{2} is 8.
+    """
+    mixed = _mixed_number(factors[at : at + 2])
+    first = parser.convert_postfix(factors[at]) if mixed is None else mixed
+    following = at + (1 if mixed is None else 2)
+    if isinstance(first, list):
+        return _derivative(parser, factors, at)
+    if following >= len(factors) or not isinstance(first, (Expr, MatrixBase)):
+        return first
+    rest = parser.convert_postfix_list(factors, following)
+    matrix = any(getattr(side, "is_Matrix", False) for side in (first, rest))
+    return parser.mat_mul_flat(first, rest) if matrix else parser.mul_flat(first, rest)
+
+
+def _mixed_number(factors: list[Any]) -> Any | None:
+    whole, *others = (factor.getText() for factor in factors)
+    if not others or not whole.isdigit() or not (found := _PROPER.fullmatch(others[0])):
+        return None
+    top, bottom = int(found[1]), int(found[2])
+    return Rational(int(whole) * bottom + top, bottom) if top < bottom else None
+
+
+_derivative = _Latex2Sympy.convert_postfix_list  # the parser's own, which a derivative's sign is left to
+_Latex2Sympy.convert_postfix_list = _side_by_side
 
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
@@ -77,9 +124,12 @@ def _both_signs(text: str) -> str:
 
 
 def _with_imaginary_unit(item: Any) -> Any:
-    """math-verify reads i as a variable: to it (1+i)^2 is not 2i."""
+    """math-verify reads i as a variable: to it (1+i)^2 is not 2i. A t is real to it in "2 i t", not in "2it"."""
     variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
-    return item.subs(dict.fromkeys(variables, I)) if variables else item
+    item = item.subs(dict.fromkeys(variables, I)) if variables else item
+    if not item.free_symbols or not item.has(I):
+        return item
+    return item.xreplace({symbol: Symbol(symbol.name) for symbol in item.free_symbols})
 
 
 def _exact(item: Any) -> Any:
@@ -126,6 +176,9 @@ def _leading_zeros(number: Any) -> int:
 
 def _same_region(gold: Any, answer: Any) -> bool:
     """Are two conditions on one variable, or a condition and a set, true of the same numbers?"""
+    names = [{symbol.name for symbol in side.free_symbols} for side in (gold, answer)]
+    if all(names) and names[0] != names[1]:
+        return False
     if not any(isinstance(side, (Relational, And, FiniteSet)) for side in (gold, answer)):
         return False
     try:

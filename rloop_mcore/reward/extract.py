@@ -10,8 +10,12 @@ from collections.abc import Callable
 
 from rloop_mcore.errors import UserError
 
-# A box that opens, backslashes in pairs (a long run is read once), an escaped character (its brace is text), a brace.
-_BRACES = re.compile(r"\\+boxed\s*(?P<box>\{)|(?:\\\\)+|\\.|[{}]", re.DOTALL)
+# A box that opens, one without braces around the number that ends its formula, backslashes in pairs (a long run is read
+# once), an escaped character (its brace is text), a brace.
+_BRACES = re.compile(
+    r"\\+boxed(?:\s*(?P<box>\{)|[ ]+(?P<number>-?[0-9]++(?:[.,/][0-9]++)*+)(?=[ ]*(?:\$|\\[)\]])))|(?:\\\\)+|\\.|[{}]",
+    re.DOTALL,
+)
 _ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
 
 
@@ -33,8 +37,8 @@ def extract_answer(response: str, truncated: bool, answer_format: str) -> tuple[
 def last_box(response: str, truncated: bool = False) -> str:
     r"""Content of the last complete `\boxed{}`, whatever follows it; "" if there is none or it is empty.
 
-    Of nested boxes the outermost counts. One pass over the text, whatever the braces do, from the first box on: no
-    brace before it closes one.
+    `\boxed 5$` is complete too: MATH's solutions have such. Of nested boxes the outermost counts. One pass over the
+    text, whatever the braces do, from the first box on: no brace before it closes one.
     """
     first = response.find(r"\boxed")
     if first < 0:
@@ -44,6 +48,8 @@ def last_box(response: str, truncated: bool = False) -> str:
     for token in _BRACES.finditer(response, first):
         if token["box"]:
             open_braces.append((True, token.end()))
+        elif token["number"]:
+            answer = token["number"]
         elif token[0] == "{":
             open_braces.append((False, token.end()))
         elif token[0] == "}" and open_braces:

@@ -17,20 +17,28 @@ _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "p
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 _BRACKETS = {"(": ")", "[": ")", r"\{": r"\}"}
-# A name, or a sum or product of letters: what an answer may be said to be the value of.
+# What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
-    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|operatorname|text|mathrm)(?![A-Za-z])
+    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|mathbb|operatorname|text|mathrm)(?![A-Za-z])
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
-    | (?<=[A-Za-z}])\ ?[+/-]\ ?(?=[A-Za-z]) | \\[,;:!\ ] | _\{?[A-Za-z0-9]+\}?
-    | (?<=[fghPENSTV])\([^()=]*\) | \([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++""",
+    | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
+    | (?<=[A-Za-z}])\ ?(?:[+/-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
+    | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
+    | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\([^()]*\)|\[[^\[\]]*\])
+    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++
+    | (?:10+\ ?[a-z]\ ?\+\ ?)+[a-z]""",
     re.VERBOSE,
 )
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
 _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
+_PRIMES = re.compile(r"(\\[A-Za-z]+|[A-Za-z])('*)")
 _CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
 _INDEXED = re.compile(r"[0-9]\s*_")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
-_EQUALS = re.compile(r"(?<![<>!:])=")
+_EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
+_INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
+_ARGUMENT = re.compile(r"(?:[A-Z]|\\Pr|\\mathbb\s*\{[A-Z]\})\s*(?:\([^()]*\)|\[[^\[\]]*\])")  # nor is P(X=2)
+_SEVERAL = re.compile(r"[<>,]|\\(?:le|ge|lt|gt|ne|begin|in)(?![A-Za-z])")
 
 
 def words_of(answer: str) -> set[str]:
@@ -66,7 +74,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     known = "?" not in (gold.unit, answer.unit)
     if gold.unit and answer.unit and known and gold.unit != answer.unit:
         return True
-    if _bases_conflict(gold, answer):
+    if _bases_conflict(gold, answer) or _primes_conflict(gold.text, answer.text):
         return True
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
@@ -95,6 +103,17 @@ def _bases_conflict(gold: Reading, answer: Reading) -> bool:
 
 def _is_numeral(reading: Reading) -> bool:
     return not reading.base.isdigit() or all(int(d, 36) < int(reading.base) for d in reading.text if d != ".")
+
+
+def _primes_conflict(gold: str, answer: str) -> bool:
+    """f' is not f, nor is y' y: a parser drops the prime."""
+    if "'" not in gold + answer:
+        return False
+    marks: list[dict[str, set[str]]] = [{}, {}]
+    for text, found in zip((gold, answer), marks, strict=True):
+        for name, primes in _PRIMES.findall(text):
+            found.setdefault(name, set()).add(primes)
+    return any(marks[0][name] != marks[1][name] for name in marks[0].keys() & marks[1].keys())
 
 
 def cases_apart(gold: str, answer: str) -> tuple[str, str]:
@@ -158,13 +177,22 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
 
     "x^2 = 5" and "2x = 5" do not say that anything is 5, nor does "4 = 5"; "m + n = 5" does.
     """
-    parts = [part.strip() for part in _EQUALS.split(answer)]
-    if len(parts) == 1 or _EQUALS.search(gold) or re.search(r"[<>,]|\\(?:le|ge|lt|gt|ne|begin|in)(?![A-Za-z])", answer):
+    parts = _sides(answer)
+    if len(_sides(gold)) > 1 or "=" not in answer:
         return answer
     if len(parts) == 2 and _NAMED.fullmatch(parts[1]) and not _NAMED.fullmatch(parts[0]):
         parts.reverse()
     first, *others = parts
-    values = others if _NAMED.fullmatch(first) else parts
-    if not all(values) or not all(equal(values[-1], value) for value in values[:-1]):
+    values = others if others and _NAMED.fullmatch(first) else parts
+    if any(_SEVERAL.search(value) for value in values):
+        return answer
+    if not all(values) or any(_EQUALS.search(_INDEX.sub("", value)) for value in values):
         return None
-    return values[-1]
+    return values[-1] if all(equal(values[-1], value) for value in values[:-1]) else None
+
+
+def _sides(equation: str) -> list[str]:
+    """What stands between the equals signs, but for those in an index or in the argument of a probability."""
+    for nested in (_INDEX, _ARGUMENT):
+        equation = nested.sub(lambda found: found[0].replace("=", "\0"), equation)
+    return [side.strip().replace("\0", "=") for side in _EQUALS.split(equation)]

@@ -49,6 +49,8 @@ def compare(gold: str, answer: str) -> Verdict:
 def compare_symbolically(gold: str, answer: str) -> Verdict:
     """`compare` without its short cuts."""
     read_gold, read_answer = read(gold), read(answer)
+    if read_gold.choice and read_answer.choice and read_gold.choice != read_answer.choice:
+        return WRONG
     text = same_text(read_gold.text, read_answer.text)
     if text is not None:
         return _verdict(text)

@@ -33,10 +33,10 @@ def exact(text: str) -> Fraction | None:
 def same_number(gold: Reading, answer: Reading) -> bool | None:
     """Are two plain numbers the same? None where that is not for a glance to say.
 
-    Decimals that nearly agree are left to the rounding of the symbolic comparison; so is whatever has a unit, a percent
-    sign or a base.
+    Decimals that nearly agree are left to the rounding of the symbolic comparison; so is what has a percent sign, a
+    base or a choice's letter, and what has two units.
     """
-    if gold.unit or answer.unit or gold.percent or answer.percent or gold.base or answer.base:
+    if any(side.percent or side.base or side.choice for side in (gold, answer)) or (gold.unit and answer.unit):
         return None
     first, second = exact(gold.text), exact(answer.text)
     if first is None or second is None:

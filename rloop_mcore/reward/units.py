@@ -43,6 +43,7 @@ _BETWEEN = r"(?:[/\s~]|\\[,;:! ]|\\cdot(?![A-Za-z]))*+"
 _IN_TEXT = re.compile(
     rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*+)$"
 )
+_TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in text
 _BARE = re.compile(rf"(?<=[0-9.}})])({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
 _WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
@@ -61,7 +62,7 @@ def split_unit(answer: str) -> tuple[str, str]:
     """
     answer = _MICRO.sub(lambda found: f"{found[1] or found[2] or ''}µ", _ANGSTROM.sub(" angstrom ", answer))
     answer = _OHM.sub(lambda found: f"{found[1]}{found[2] or found[3] or ''}ohm", answer)
-    if found := _IN_TEXT.search(answer):
+    if (found := _IN_TEXT.search(answer)) and not _TEXT_BEFORE.search(answer, 0, found.start()):
         unit = _name(_UNWRAP.sub(r" \1 ", found[1]), spaced=True, known_only=False)
     elif (found := _BARE.search(answer)) and not _PRODUCT.fullmatch(found[2]):
         spaced = bool(found[1].strip("!\\")) and re.search(r"[0-9.]$", answer[: found.start()]) is not None

@@ -40,6 +40,22 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
             assert compare(gold, answer).correct == slow.correct, (gold, answer)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (r"\mathbb{Z}_8", r"\mathbb{Z}_{8}", True),
+        (r"\mathbb{Z}_8", r"\mathbb{Z}_{6}", False),
+        (r"\aleph_0", r"\aleph_{0}", True),
+        (r"\aleph_0", r"\aleph_{1}", False),
+        ("E_{1},E_{2}", "E_1, E_2", True),
+        ("E_{1},E_{2}", "E_2, E_3", False),
+    ],
+)
+def test_what_no_parser_reads_is_its_spelling(gold: str, answer: str, equal: bool) -> None:
+    assert compare(gold, answer).correct == equal
+    assert not compare_symbolically(gold, answer).correct
+
+
 @pytest.mark.skipif(not OUTPUTS.exists(), reason="needs ../shared/data/grading_outputs.jsonl")
 def test_short_cuts_change_no_verdict_of_real_answers() -> None:
     rows = [json.loads(line) for line in OUTPUTS.read_text(encoding="utf-8").splitlines()]
