@@ -72,7 +72,7 @@ _POSITIVE = (
     "cluster.start_timeout_s",
 )
 _POSITIVE_OR_NULL = (
-    *("data.limit", "sft.limit", "evaluation.limit"),
+    *("data.limit", "sft.limit", "evaluation.limit", "rollout.mismatch_gate"),
     "guard.entropy_low",
     "guard.entropy_high",
     *(f"{section}.skip_grad" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
