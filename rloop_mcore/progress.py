@@ -23,6 +23,11 @@ _FIGURES = {
 }
 
 
+def seconds_left(elapsed_s: float, done: int, left: int) -> float | None:
+    """For the `left` that are still to do, at the pace of the `done`; None while none is."""
+    return elapsed_s / done * left if done else None
+
+
 class ProgressDisplay:
     """Where a run is, and a few live figures.
 

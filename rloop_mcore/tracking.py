@@ -20,7 +20,7 @@ from rloop_mcore.config import TrackingConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import is_disk_full, passing_over_a_full_disk
 from rloop_mcore.platform.heartbeat import beat
-from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.progress import ProgressDisplay, seconds_left
 from rloop_mcore.wandb_run import WandbRun
 
 _STEPS_FOR_ETA = 20  # the pace of the last steps foretells the next ones
@@ -106,8 +106,8 @@ class Tracker:
         """Show how far an activity between two steps is (an evaluation, say), from its 0 on; nothing is recorded."""
         if done == 0:
             self._begun = self._clock()
-        eta_s = (self._clock() - self._begun) / done * (total - done) if done else None
         if self._display is not None:
+            eta_s = seconds_left(self._clock() - self._begun, done, total - done)
             self._display.show(f"{self._place} {activity}".strip(), done, total, eta_s, {})
 
     def message(self, text: str) -> None:

@@ -110,7 +110,7 @@ class EngineEvaluator:
         return rows
 
 
-def conditions_of(config: Config) -> dict[str, Any]:
+def conditions_of(config: Config) -> dict[str, str]:
     """How the problems are put and answers found: where these differ, results are not to be compared."""
     return {
         "template": config.data.template,

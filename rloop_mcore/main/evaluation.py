@@ -24,7 +24,7 @@ from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.main.training_problems import report_bad_golds
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.progress import ProgressDisplay, seconds_left
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.reward.verifiers import VOTES
 from rloop_mcore.types import Problem
@@ -148,7 +148,7 @@ def _progress(display: ProgressDisplay, name: str, before: int, total: int) -> C
 
     def show(drawn: Sequence[Graded]) -> None:
         seconds, done = max(time.monotonic() - begun, 1e-6), before + len(drawn)
-        left = seconds / len(drawn) * (total - done) if drawn else None
+        left = seconds_left(seconds, len(drawn), total - done)
         tokens = sum(len(row.response_ids) for row in drawn)
         display.show(name, done, total, left, {"tokens_per_s": tokens / seconds} if drawn else {})
 

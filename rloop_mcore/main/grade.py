@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rloop_mcore.config import RewardConfig
-from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.progress import ProgressDisplay, seconds_left
 from rloop_mcore.reward.grade import grade_file
 
 
@@ -17,7 +17,7 @@ def grade(path: Path, out: Path | None, answer_format: str) -> int:
     display, begun = ProgressDisplay(Console(stderr=True, highlight=False)), time.monotonic()
 
     def tell(done: int, total: int) -> None:
-        left_s = (time.monotonic() - begun) / done * (total - done) if done else None
+        left_s = seconds_left(time.monotonic() - begun, done, total - done)
         display.show(f"grading {path.name}", done, total, left_s, {})
 
     try:

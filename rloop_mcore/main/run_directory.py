@@ -76,15 +76,17 @@ class RunDirectory:
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
-        self.check_journal()
+        self.open_journal()
 
-    def check_journal(self) -> None:
-        """Raises UserError where the run has left policies, and the journal that names them is gone."""
-        if any((self.path / "policies").glob("*")) and not Journal(self.journal).records:
+    def open_journal(self) -> Journal:
+        """Its journal. Raises UserError where it is damaged, or gone from a run that has left policies."""
+        journal = Journal(self.journal)
+        if any((self.path / "policies").glob("*")) and not journal.records:
             raise UserError(
                 f"{self.journal} is gone or holds no record, and policies/ is there: restore it, or choose another "
                 "run.dir."
             )
+        return journal
 
     def read_config(self) -> Config:
         """What the run was started with. Raises UserError where there is no run."""

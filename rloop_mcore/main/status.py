@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
@@ -48,9 +47,7 @@ def _in_words(value: Any) -> str:
 
 def read_status(run: RunDirectory, digest: bool = True) -> dict[str, Any]:
     """The contract of `rloop status --json` (see README)."""
-    config = run.read_config()
-    run.check_journal()
-    journal = Journal(run.journal)
+    config, journal = run.read_config(), run.open_journal()
     records = journal.records
     policies = [record for record in records if "digest" in record]
     place = next(reversed(journal.places()), None)
