@@ -129,14 +129,14 @@ def nearest_legal(layout: LayoutConfig, model: ModelShape) -> LayoutConfig:
 def _legal_layouts(layout: LayoutConfig, model: ModelShape) -> Iterator[LayoutConfig]:
     """The legal layouts of as many processes: all of tp, pp, cp and dp, each with the nearest of the other keys."""
     total = processes(layout)
-    for pp in _divisors(total):
+    for pp in divisors(total):
         stage = total // pp
         near = replace(_nearest_experts(layout, model, stage), pp=pp, stages=[])
         near.vpp = 1 if pp == 1 else max(1, min(layout.vpp, model.layers // pp))
         pipelines = [near]
         if layout.stages:
             pipelines.append(replace(near, vpp=max(1, len(layout.stages) // pp), stages=layout.stages))
-        for tp, cp, pipeline in product(_divisors(stage), _divisors(stage), pipelines):
+        for tp, cp, pipeline in product(divisors(stage), divisors(stage), pipelines):
             if stage % (tp * cp) == 0:
                 sp = tp > 1 and (layout.sp or model.experts > 0)
                 candidate = replace(pipeline, tp=tp, cp=cp, dp=stage // (tp * cp), sp=sp)
@@ -148,12 +148,13 @@ def _nearest_experts(layout: LayoutConfig, model: ModelShape, stage: int) -> Lay
     """`layout` with the nearest ep and etp that spread the experts over the `stage` processes of a pipeline stage."""
     if not model.experts:
         return replace(layout, ep=1, etp=1)
-    pairs = product(_divisors(math.gcd(stage, model.experts)), _divisors(math.gcd(stage, model.expert_ffn)))
+    pairs = product(divisors(math.gcd(stage, model.experts)), divisors(math.gcd(stage, model.expert_ffn)))
     legal = (replace(layout, ep=ep, etp=etp) for ep, etp in pairs if stage % (ep * etp) == 0)
     return min(legal, key=lambda candidate: _distance(layout, candidate))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """From 1 to the number itself."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
