@@ -7,14 +7,12 @@ where tp is a multiple of them, and runs middle stages without layers; neither i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from rloop_mcore.config import LayoutConfig
-from rloop_mcore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,6 @@ class ModelShape:
     ffn: int
     experts: int = 0  # 0: a dense model
     expert_ffn: int = 0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], file: Path | str = "config.json") -> ModelShape:
-        """From an HF config.json that was read from `file`. Raises UserError where a size is missing."""
-        for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if not is_size(config.get(key)):
-                raise UserError(f"{file} has no {key} above 0: it does not describe a model that is supported.")
-        heads, ffn = config["num_attention_heads"], config["intermediate_size"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            ffn=ffn,
-            experts=config.get("num_experts") or config.get("num_local_experts") or 0,
-            expert_ffn=config.get("moe_intermediate_size") or ffn,
-        )
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value of a config.json is a whole number above 0."""
-    return isinstance(value, int) and value > 0
 
 
 def processes(layout: LayoutConfig) -> int:
