@@ -350,7 +350,7 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
         legal = nearest_legal(config.layout, shape)
         raise UserError(
             f"{broken} (model {model}): the nearest legal layout of {processes(legal)} processes has "
-            f"{overrides(config.layout, legal)}."
+            f"{' '.join(overrides('layout', config.layout, legal))}."
         )
     check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
     check_fp8_sizes(config.precision, architecture, config.layout.tp)

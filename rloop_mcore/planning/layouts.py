@@ -143,10 +143,10 @@ def _distance(wanted: LayoutConfig, candidate: LayoutConfig) -> tuple[int, float
     return len(changed), round(factors, 6), "tp" in changed, "pp" in changed
 
 
-def overrides(before: LayoutConfig, after: LayoutConfig) -> str:
-    """What to write on the command line to turn one layout into the other: `layout.tp=2 layout.dp=3`."""
+def overrides(section: str, before: object, after: object) -> list[str]:
+    """What to write on the command line to turn a section into another: [layout.tp=2, layout.dp=3]."""
     old, new = vars(before), vars(after)
-    return " ".join(f"layout.{key}={_text(new[key])}" for key in new if new[key] != old[key])
+    return [f"{section}.{key}={_text(new[key])}" for key in new if new[key] != old[key]]
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
@@ -101,15 +100,8 @@ def _changed(before: Config, after: Config) -> int:
 
 def changes(before: Config, after: Config) -> list[str]:
     """What to write on the command line to turn one configuration into the other, key by key."""
-    found = overrides(before.layout, after.layout).split()
-    for section in ("actor", "rollout"):
-        old, new = vars(getattr(before, section)), vars(getattr(after, section))
-        found += [f"{section}.{key}={_text(new[key])}" for key in new if new[key] != old[key]]
-    return found
-
-
-def _text(value: Any) -> str:
-    return str(value).lower()
+    sections = ("layout", "actor", "rollout")
+    return [text for name in sections for text in overrides(name, getattr(before, name), getattr(after, name))]
 
 
 def check_fit(model: Architecture, config: Config) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, Tensor, chunk_tensors, chunks_of
 from rloop_mcore.platform.precision import RECIPES, element_bytes
@@ -39,13 +39,6 @@ class State:
     gradients: int
     optimizer: int
     host: int = 0
-
-
-def coordinates(rank: int, layout: LayoutConfig) -> Coordinates:
-    """Of a global rank in Megatron's order: tp, cp, dp, pp; of experts etp, ep, their replicas, pp; first fastest."""
-    stage_size = layout.tp * layout.cp * layout.dp
-    place = rank % stage_size
-    return Coordinates(rank // stage_size, place // layout.tp, place // (layout.etp * layout.ep))
 
 
 def state_of(model: Architecture, config: Config, at: Coordinates) -> State:

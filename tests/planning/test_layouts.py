@@ -97,7 +97,7 @@ def test_a_legal_layout_stays_as_it_is(model: ModelShape, layout: dict[str, Any]
 )
 def test_the_nearest_legal_layout(model: ModelShape, layout: dict[str, Any], change: str) -> None:
     wanted = LayoutConfig(**layout)
-    assert overrides(wanted, nearest_legal(wanted, model)) == change
+    assert " ".join(overrides("layout", wanted, nearest_legal(wanted, model))) == change
 
 
 SMALL = st.sampled_from([1, 2, 3, 4, 6, 8])
