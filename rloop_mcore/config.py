@@ -1,4 +1,4 @@
-"""The typed schema of every key, and the cross-checks that run before anything starts. Imports no torch.
+"""The typed schema of every key. Imports no torch.
 
 Defaults are the paper's (RLoop, section 5.1) and DAPO's (section 4.1 and its released 7B script); what neither says
 (fine-tuning, evaluation's schedule, everything about machines) is ours.
@@ -62,9 +62,8 @@ class LayoutConfig:
     etp: int = 1  # tensor parallel of the experts
     dp: int = 1  # replicas
     sp: bool = False  # sequence parallel: between the matrices, activations are split over the tp ranks
-    stages: list[int] = field(
-        default_factory=list
-    )  # layers of each of the pp * vpp stages, first to last; []: balanced
+    # layers of each of the pp * vpp stages, first to last; []: balanced
+    stages: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -169,9 +168,8 @@ class RolloutConfig:
     ep: int = 1  # of them, groups with their own part of the experts
     quantization: str = "none"  # or fp8, for SGLang: the matrices of the layers, quantised as they are sent
     memory_fraction: float | None = None  # of a GPU's memory for SGLang's weights and cache; null: its own choice
-    gpus: list[int] = field(
-        default_factory=list
-    )  # devices of the SGLang servers, tp each; []: from the trainer's first on
+    # devices of the SGLang servers, tp each; []: from the trainer's first on
+    gpus: list[int] = field(default_factory=list)
     server_args: list[str] = field(default_factory=list)  # further flags of SGLang's launch_server, as they stand
     sleep: bool = False  # engines give up their memory (weights and cache) while the policy trains
     max_tokens: int = 2048

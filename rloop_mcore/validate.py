@@ -22,7 +22,7 @@ from rloop_mcore.config import Config, GpuConfig, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture, check_architecture
 from rloop_mcore.planning.engines import check_engine
-from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes
+from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
@@ -344,18 +344,19 @@ def check_model(config: Config, model: Path) -> None:
 
 def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
     """`check_model` for the keys of a config.json, which came from `model`."""
-    shape = ModelShape.of(architecture, model)
+    sizes = Architecture.of(architecture, model)
+    shape = sizes.shape
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)
         raise UserError(
             f"{broken} (model {model}): the nearest legal layout of {processes(legal)} processes has "
-            f"{overrides(config.layout, legal)}."
+            f"{' '.join(overrides('layout', config.layout, legal))}."
         )
     check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
     check_fp8_sizes(config.precision, architecture, config.layout.tp)
     rollout = config.rollout
     if rollout.engine == "sglang" and (rollout.dp > 1 or rollout.quantization == "fp8"):
-        check_engine(Architecture.of(architecture, model), rollout)
+        check_engine(sizes, rollout)
     if config.actor.routing_replay != "none" and not shape.experts:
         raise UserError(
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."

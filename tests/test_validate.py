@@ -213,7 +213,9 @@ def model(folder: Path, **changes: object) -> None:
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "num_hidden_layers": 24,
+        "hidden_size": 896,
         "intermediate_size": 4864,
+        "vocab_size": 151936,
         "max_position_embeddings": 4096,
     }
     (folder / "config.json").write_text(json.dumps(shape | changes))
@@ -258,7 +260,7 @@ def test_another_model_than_the_chosen_one_is_refused(
 
 
 def test_a_release_may_have_other_positions_than_its_size_and_leave_sizes_out(tmp_path: Path) -> None:
-    model(tmp_path, hidden_size=896, max_position_embeddings=8192, rope_theta=5e6, rms_norm_eps=1e-5)
+    model(tmp_path, max_position_embeddings=8192, rope_theta=5e6, rms_norm_eps=1e-5)
     check_model(load_config([*NEEDED, "model=qwen2.5_0.5b"]), tmp_path)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("4864", "4865"))
     with pytest.raises(UserError, match="intermediate_size=4864"):
@@ -267,7 +269,7 @@ def test_a_release_may_have_other_positions_than_its_size_and_leave_sizes_out(tm
 
 def test_transformers_5_calls_the_experts_local(tmp_path: Path) -> None:
     moe = {"model_type": "qwen3_moe", "num_local_experts": 64, "num_hidden_layers": 48, "intermediate_size": 6144}
-    model(tmp_path, **moe, num_attention_heads=32, num_key_value_heads=4)
+    model(tmp_path, **moe, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
     with pytest.raises(UserError, match=r"num_experts=128 and .* says 64"):
         check_model(load_config([*NEEDED, "model=qwen3_30b_a3b"]), tmp_path)
 

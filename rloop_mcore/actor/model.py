@@ -26,7 +26,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class PolicyChunk(GPTModel):
-    """A pipeline stage's chunk of the policy. The last one ends in hidden states: see `logprobs`."""
+    """A pipeline stage's chunk of the policy. The last one ends in hidden states: see `token_logprobs`."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states

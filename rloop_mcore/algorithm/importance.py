@@ -10,7 +10,6 @@ def importance_weights(trainer: torch.Tensor, engine: torch.Tensor, kind: str, c
 
     With the ratio rho = exp(trainer - engine), where with `rollout.max_lag` the engine's weights are older ones:
 
-    - `none`: 1.
     - `truncate`: min(rho, cap). Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings
       You Off-Policy RL Training", 2025).
     - `mask`: rho within [1 / cap, cap], otherwise 0. IcePop (arXiv 2510.18855), whose bounds are two free numbers.
@@ -27,8 +26,6 @@ def importance_weights(trainer: torch.Tensor, engine: torch.Tensor, kind: str, c
     with torch.no_grad():
         ratio = torch.exp(trainer - engine)
         match kind:
-            case "none":
-                return torch.ones_like(ratio)
             case "truncate":
                 return ratio.clamp(max=cap)
             case "mask":

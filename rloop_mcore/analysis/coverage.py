@@ -32,11 +32,6 @@ def coverage(solved: np.ndarray) -> Coverage:
     return Coverage(ever, now, ever - now)
 
 
-def first_solved(solved: np.ndarray) -> np.ndarray:
-    """The first checkpoint that solves each problem [problems]; -1 where none does."""
-    return np.where(solved.any(axis=0), solved.argmax(axis=0), -1) if len(solved) else np.full(solved.shape[1], -1)
-
-
 def distinct_solutions(answers: Answers, problems: Sequence[str]) -> float:
     """Mean over the problems of |{different correct responses}|, as token sequences; one that is not solved has 0."""
     counts = []

@@ -41,8 +41,6 @@ def load_problems(source: str, limit: int | None = None) -> list[Problem]:
     left out and counted in a warning. Raises UserError that lists the bad rows with file and line, for an id that
     stands for two problems, and for an empty source.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"data limit is {limit}; it must be at least 1, or null for all of {source}")
     problems: list[Problem] = []
     seen: dict[str, tuple[str, Problem]] = {}
     bad: list[str] = []

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of one block of resamples
+_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles of an interval of 95 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +21,21 @@ class Interval:
     high: float
 
 
-def bootstrap_interval(scores: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
-    """Mean of `scores` [problems] with its percentile bootstrap interval.
+def bootstrap_interval(scores: ArrayLike, seed: int, resamples: int = 10_000) -> Interval:
+    """Mean of `scores` [problems] with its percentile bootstrap interval of 95 %.
 
-    Problems are resampled with replacement `resamples` times; the interval spans the central `level` of the
+    Problems are resampled with replacement `resamples` times; the interval spans the central 95 % of the
     resampled means (Efron 1979). It speaks of the choice of problems; the samples a problem are taken as they fell.
     Raises ValueError without scores.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or values.size == 0:
         raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
-    tail = (1 - level) / 2
-    low, high = np.quantile(_resampled_means(values, np.random.default_rng(seed), resamples), [tail, 1 - tail])
+    low, high = np.quantile(_resampled_means(values, np.random.default_rng(seed), resamples), _ENDS)
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_mean_interval(
-    benchmarks: Sequence[ArrayLike], seed: int, resamples: int = 10_000, level: float = 0.95
-) -> Interval:
+def bootstrap_mean_interval(benchmarks: Sequence[ArrayLike], seed: int, resamples: int = 10_000) -> Interval:
     """The unweighted mean over benchmarks of each one's mean score, with its interval; scores are [problems].
 
     Every benchmark's problems are resampled among themselves. Raises ValueError for one without scores.
@@ -46,7 +44,7 @@ def bootstrap_mean_interval(
     if not scores or any(values.size == 0 for values in scores):
         raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
     means = np.mean([_resampled_means(values, rng, resamples) for values in scores], axis=0)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, _ENDS)
     return Interval(float(np.mean([values.mean() for values in scores])), float(low), float(high))
 
 

@@ -41,7 +41,6 @@ class EngineEvaluator:
     `at_once` requests are sampled and graded in one go: enough to fill the engines, few enough to show progress.
     `progress`, if given, is called with (responses done, responses in all). `conditions` are recorded as they are: see
     `conditions_of`.
-    Raises UserError for a config that cannot be evaluated.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class EngineEvaluator:
         progress: Callable[[int, int], None] | None = None,
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
-        self._prompts = list(prompts[: config.limit])
+        self._prompts = prompts
         self._decode = decode
         self._config = config
         self._sampling = Sampling(max_tokens, config.temperature, config.top_p, stop)
@@ -71,7 +70,6 @@ class EngineEvaluator:
         self._conditions = dict(conditions or {})
         # Name, samples and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
         self._sampled: tuple[str, list[Graded], float] | None = None
-        check_problems(config, self._prompts)
 
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
         """Write `{name}.parquet` (the samples), then `{name}.json` (the numbers); returns the metrics' means.
@@ -119,17 +117,8 @@ def conditions_of(config: Config) -> dict[str, str]:
     }
 
 
-def check_problems(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for what cannot be evaluated."""
-    if not prompts:
-        raise UserError("data.validation holds no problem to evaluate on: give a file with at least one")
-    if config.samples < 1:
-        raise UserError(f"evaluation.samples is {config.samples}; at least 1 response a problem is needed")
-    impossible = [k for k in config.k if not 1 <= k <= config.samples]
-    if impossible:
-        raise UserError(
-            f"evaluation.k holds {impossible[0]}, but pass@k needs 1 <= k <= evaluation.samples = {config.samples}"
-        )
+def check_ids(prompts: Sequence[Prompt]) -> None:
+    """Raises UserError where two problems have one id: those of a benchmark from the hub are as they are there."""
     repeated = [id for id, count in Counter(prompt.problem.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise UserError(f"data.validation holds the problem id {repeated[0]!r} twice; ids must be unique")

@@ -17,7 +17,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
-from rloop_mcore.evaluation.evaluate import check_problems
+from rloop_mcore.evaluation.evaluate import check_ids
 from rloop_mcore.evaluation.sampling import Graded, Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
@@ -59,7 +59,7 @@ class PolicyEvaluation:
             config.run.seed,
             config.data.max_prompt_tokens,
         )
-        check_problems(config.evaluation, prompts.prompts)
+        check_ids(prompts.prompts)
         conditions = Conditions.of(config, self._digest, data, problems, self._template)
         with open_samples(self._out, name, conditions, self._display.message) as kept:
             if kept.lost:

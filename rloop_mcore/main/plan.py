@@ -55,7 +55,7 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
     legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
     if not others:
-        layouts = legal_layouts(model, _gpus(chosen), config.cluster.gpus_per_node or 8)
+        layouts = legal_layouts(model, trainer_gpus(config), config.cluster.gpus_per_node or 8)
         legal = [_layout(layout, model.layers) for layout in layouts]
     nearest = nearest_fit(model, config) if chosen.fits is False else None
     return {
@@ -87,11 +87,6 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     }
 
 
-def _gpus(plan: Plan) -> int:
-    """GPUs that the policy may train on; those of the layout where the cluster doesn't say."""
-    return trainer_gpus(plan.config) or processes(plan.config.layout)
-
-
 def _layout(layout: LayoutConfig, layers: int) -> dict[str, Any]:
     return vars(layout) | {"stages": stages(layout, layers)}
 
@@ -121,7 +116,7 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
     sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size > 1)
     console.print(f"{_count(parameters['total'])} parameters{active}; {model.layers} layers of width {model.hidden}")
     console.print(
-        f"{processes(config.layout)} of {_gpus(chosen)} GPUs train: {sizes or 'one process'}; "
+        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
     console.print(_parts_table(chosen.worst))

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def _report(found: Findings, verdict: Verdict, seconds: float) -> dict[str, Any]
         "seconds": round(seconds, 2),
         "device": devices[0] if devices else None,
         "bad_nodes": verdict.bad_nodes,
-        "problems": [problem.as_json() for problem in verdict.problems],
-        "warnings": [warning.as_json() for warning in verdict.warnings],
+        "problems": [asdict(problem) for problem in verdict.problems],
+        "warnings": [asdict(warning) for warning in verdict.warnings],
         "nodes": [_node(found, rank) for rank in sorted(found.names)],
         "all_reduce_gb_s": _figure(whole.get("all_reduce_gb_s")),
         "broadcast_gb_s": _figure(whole.get("broadcast_gb_s")),
@@ -85,7 +86,7 @@ def _report(found: Findings, verdict: Verdict, seconds: float) -> dict[str, Any]
 
 def _node(found: Findings, rank: int) -> dict[str, Any]:
     facts = found.facts.get(rank)
-    known = facts.as_json() if facts is not None else {}
+    known = asdict(facts) if facts is not None else {}
     first = {"name": found.names[rank], "rank": rank, "present": rank not in found.lost}
     return first | {"address": found.addresses.get(rank)} | known
 

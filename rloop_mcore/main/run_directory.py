@@ -169,9 +169,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def log_tail(log: Path, lines: int = 20) -> str:
-    """The last lines of a log; nothing where there is none."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+def log_tail(log: Path) -> str:
+    """The last 20 lines of a log; nothing where there is none."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
 
 
 def check_not_removed(policy: Path) -> None:

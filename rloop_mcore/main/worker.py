@@ -18,7 +18,8 @@ from rloop_mcore.errors import Fault, Interrupted, UserError
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
-from rloop_mcore.planning.layouts import ModelShape, stages
+from rloop_mcore.planning.architecture import Architecture
+from rloop_mcore.planning.layouts import stages
 from rloop_mcore.platform import heartbeat
 from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.validate import read_hf_config
@@ -38,8 +39,8 @@ def main() -> int:
     try:
         config = read_config(run.config)
         config.model.path = str(run.model(config))
-        layers = ModelShape.of(read_hf_config(Path(config.model.path))).layers
-        config.layout.stages = stages(config.layout, layers)
+        sizes = Architecture.of(read_hf_config(Path(config.model.path)), config.model.path)
+        config.layout.stages = stages(config.layout, sizes.layers)
         if rank == 0:
             with run.lock("lock.rank0"):
                 heartbeat.start(run.heartbeat)

@@ -14,7 +14,7 @@ from rloop_mcore.config import Config, LayoutConfig
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, padded_vocabulary
 from rloop_mcore.planning.workload import longest_row, rows_of_update
-from rloop_mcore.platform.precision import RECIPES, token_multiple
+from rloop_mcore.platform.precision import RECIPES, element_bytes, token_multiple
 
 _FP32 = 4
 _INDEX = 8
@@ -35,7 +35,7 @@ class Modules:
     def of(cls, config: Config) -> Modules:
         """Those of the configuration's device; auto is CUDA here."""
         fused = config.cluster.device != "cpu"
-        return cls(4 if config.precision == "fp32" else 2, fused, fused and config.precision in RECIPES)
+        return cls(element_bytes(config.precision), fused, fused and config.precision in RECIPES)
 
     @property
     def operand(self) -> int:

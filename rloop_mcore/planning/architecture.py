@@ -9,7 +9,7 @@ from typing import Any
 
 from rloop_mcore.config import ArchitectureConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.layouts import ModelShape, is_size
+from rloop_mcore.planning.layouts import ModelShape
 
 # Not sizes: base and instruct models of one size, or their later releases, differ in them, and config.json counts.
 _OF_A_RELEASE = ("max_position_embeddings", "rope_theta", "rms_norm_eps")
@@ -42,7 +42,7 @@ class Architecture:
     def of(cls, values: Mapping[str, Any], source: Path | str) -> Architecture:
         """From the keys of a config.json, which came from `source`. Raises UserError where a size is missing."""
         for key in _NEEDED:
-            if not is_size(values.get(key)):
+            if not (isinstance(size := values.get(key), int) and size > 0):
                 raise UserError(f"{source} has no {key} above 0: the sizes of a model need it.")
         heads = values["num_attention_heads"]
         experts = values.get("num_experts") or values.get("num_local_experts") or 0

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from rloop_mcore.config import Config, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
+from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters
+from rloop_mcore.platform.precision import element_bytes
 
 GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about
@@ -45,14 +47,13 @@ class EnginePlan:
         return _ASLEEP if self.sleeps else self.awake
 
 
-def weight_bytes(model: Architecture, element: int, fp8: bool = False, tp: int = 1, dp: int = 1) -> int:
-    """On one of an engine's tp GPUs, of which dp groups have an attention each.
-
-    element: bytes of a value that is not in FP8.
-    """
+def weight_bytes(model: Architecture, config: Config, tp: int = 1, dp: int = 1) -> int:
+    """On one of an engine's tp GPUs, of which dp groups have an attention each."""
+    element = element_bytes(config.precision)
+    of_matrix = _FP8_BYTES if config.rollout.quantization == "fp8" else element
     return int(
         sum(
-            count * (_FP8_BYTES if fp8 and name in _MATRICES else element) * (dp if name in _OF_A_GROUP else 1) / tp
+            count * (of_matrix if name in _MATRICES else element) * (dp if name in _OF_A_GROUP else 1) / tp
             for name, count in total_parameters(model).items()
             if name not in ("total", "active")
         )
@@ -74,9 +75,8 @@ def engine_plan(model: Architecture, config: Config, memory: float) -> EnginePla
     if rollout.endpoints:
         return EnginePlan(0, 0, 0, 0, shared=False, sleeps=False)
     tp, dp = (rollout.tp, rollout.dp) if rollout.engine == "sglang" else (1, 1)
-    element = 4 if config.precision == "fp32" else 2
-    weights = weight_bytes(model, element, rollout.quantization == "fp8", tp, dp)
-    of_token = cache_bytes(model, tp // dp, element)
+    weights = weight_bytes(model, config, tp, dp)
+    of_token = cache_bytes(model, tp // dp, element_bytes(config.precision))
     if rollout.engine == "embedded":
         tokens = rollout.max_running * (config.data.max_prompt_tokens + rollout.max_tokens)
         return EnginePlan(weights, tokens * of_token, GIB, tokens, shared=True, sleeps=False)
@@ -88,8 +88,7 @@ def engine_plan(model: Architecture, config: Config, memory: float) -> EnginePla
 
 def _trainer_gpus(config: Config) -> int:
     """GPUs of this machine that the trainer takes, from the first on."""
-    layout = config.layout
-    wanted = layout.tp * layout.pp * layout.cp * layout.dp
+    wanted = processes(config.layout)
     return min(wanted, config.cluster.gpus_per_node or wanted)
 
 

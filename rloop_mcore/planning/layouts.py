@@ -7,14 +7,12 @@ where tp is a multiple of them, and runs middle stages without layers; neither i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from rloop_mcore.config import LayoutConfig
-from rloop_mcore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,6 @@ class ModelShape:
     ffn: int
     experts: int = 0  # 0: a dense model
     expert_ffn: int = 0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], file: Path | str = "config.json") -> ModelShape:
-        """From an HF config.json that was read from `file`. Raises UserError where a size is missing."""
-        for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if not is_size(config.get(key)):
-                raise UserError(f"{file} has no {key} above 0: it does not describe a model that is supported.")
-        heads, ffn = config["num_attention_heads"], config["intermediate_size"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            ffn=ffn,
-            experts=config.get("num_experts") or config.get("num_local_experts") or 0,
-            expert_ffn=config.get("moe_intermediate_size") or ffn,
-        )
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value of a config.json is a whole number above 0."""
-    return isinstance(value, int) and value > 0
 
 
 def processes(layout: LayoutConfig) -> int:
@@ -129,14 +106,14 @@ def nearest_legal(layout: LayoutConfig, model: ModelShape) -> LayoutConfig:
 def _legal_layouts(layout: LayoutConfig, model: ModelShape) -> Iterator[LayoutConfig]:
     """The legal layouts of as many processes: all of tp, pp, cp and dp, each with the nearest of the other keys."""
     total = processes(layout)
-    for pp in _divisors(total):
+    for pp in divisors(total):
         stage = total // pp
         near = replace(_nearest_experts(layout, model, stage), pp=pp, stages=[])
         near.vpp = 1 if pp == 1 else max(1, min(layout.vpp, model.layers // pp))
         pipelines = [near]
         if layout.stages:
             pipelines.append(replace(near, vpp=max(1, len(layout.stages) // pp), stages=layout.stages))
-        for tp, cp, pipeline in product(_divisors(stage), _divisors(stage), pipelines):
+        for tp, cp, pipeline in product(divisors(stage), divisors(stage), pipelines):
             if stage % (tp * cp) == 0:
                 sp = tp > 1 and (layout.sp or model.experts > 0)
                 candidate = replace(pipeline, tp=tp, cp=cp, dp=stage // (tp * cp), sp=sp)
@@ -148,12 +125,13 @@ def _nearest_experts(layout: LayoutConfig, model: ModelShape, stage: int) -> Lay
     """`layout` with the nearest ep and etp that spread the experts over the `stage` processes of a pipeline stage."""
     if not model.experts:
         return replace(layout, ep=1, etp=1)
-    pairs = product(_divisors(math.gcd(stage, model.experts)), _divisors(math.gcd(stage, model.expert_ffn)))
+    pairs = product(divisors(math.gcd(stage, model.experts)), divisors(math.gcd(stage, model.expert_ffn)))
     legal = (replace(layout, ep=ep, etp=etp) for ep, etp in pairs if stage % (ep * etp) == 0)
     return min(legal, key=lambda candidate: _distance(layout, candidate))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """From 1 to the number itself."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -165,10 +143,10 @@ def _distance(wanted: LayoutConfig, candidate: LayoutConfig) -> tuple[int, float
     return len(changed), round(factors, 6), "tp" in changed, "pp" in changed
 
 
-def overrides(before: LayoutConfig, after: LayoutConfig) -> str:
-    """What to write on the command line to turn one layout into the other: `layout.tp=2 layout.dp=3`."""
+def overrides(section: str, before: object, after: object) -> list[str]:
+    """What to write on the command line to turn a section into another: [layout.tp=2, layout.dp=3]."""
     old, new = vars(before), vars(after)
-    return " ".join(f"layout.{key}={_text(new[key])}" for key in new if new[key] != old[key])
+    return [f"{section}.{key}={_text(new[key])}" for key in new if new[key] != old[key]]
 
 
 def _text(value: Any) -> str:

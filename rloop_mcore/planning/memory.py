@@ -18,6 +18,7 @@ from rloop_mcore.planning.parameters import chunks_of
 from rloop_mcore.planning.schedule import micro_batches, most_held
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import longest_row, rows_of_update
+from rloop_mcore.platform.precision import element_bytes
 
 _RUNTIME = int(1.5 * GIB)  # CUDA context, NCCL's buffers, cuBLAS's workspaces (assumed)
 _HASHED = 2**26  # bytes of weights at once, for SGLang's checksums
@@ -114,7 +115,7 @@ def _sync_bytes(model: Architecture, config: Config) -> int:
     A matrix that is sent in FP8 is whole before, and three times in float32 on its way (`rollout/fp8.py`). SGLang's
     checksums take seven times what they hash at once (`rollout/hashers.py`).
     """
-    element = 4 if config.precision == "fp32" else 2
+    element = element_bytes(config.precision)
     matrix = model.hidden * max(model.queries, model.expert_ffn if model.experts else model.ffn)
     largest = max(model.hidden * model.vocabulary, matrix) * element
     buckets = 2 * max(config.rollout.bucket_mib * 2**20, largest)

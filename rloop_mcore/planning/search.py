@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 from rloop_mcore.config import Config, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
-from rloop_mcore.planning.layouts import broken_rule, overrides, processes
+from rloop_mcore.planning.layouts import broken_rule, divisors, overrides, processes
 from rloop_mcore.planning.nodes import trainer_gpus
 from rloop_mcore.planning.plan import Plan
 
@@ -24,18 +23,14 @@ _MOST_TIMES = 64  # as many GPUs are looked at, in vain, before giving up
 def legal_layouts(model: Architecture, gpus: int, node: int) -> list[LayoutConfig]:
     """Legal layouts of `gpus` GPUs: tp within a node of `node` GPUs, all pp, cp and ep; experts' tp is 1 or tp."""
     found = []
-    for tp, pp, cp in product(_divisors(math.gcd(gpus, model.heads)), _divisors(gpus), _CONTEXT):
+    for tp, pp, cp in product(divisors(math.gcd(gpus, model.heads)), divisors(gpus), _CONTEXT):
         if tp > node or pp > model.layers or gpus % (tp * pp * cp):
             continue
-        for vpp, ep, etp in product(_VIRTUAL, _divisors(model.experts) if model.experts else [1], {1, tp}):
+        for vpp, ep, etp in product(_VIRTUAL, divisors(model.experts) if model.experts else [1], {1, tp}):
             layout = LayoutConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=gpus // (tp * pp * cp), sp=tp > 1)
             if broken_rule(layout, model.shape) is None:
                 found.append(layout)
     return found
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def ranked(model: Architecture, config: Config, gpus: int | None = None) -> list[Plan]:
@@ -44,14 +39,9 @@ def ranked(model: Architecture, config: Config, gpus: int | None = None) -> list
     Those that fit come first, by the estimated time of a step; without rates, and those that don't fit, by memory.
     """
     node = config.cluster.gpus_per_node or 8
-    gpus = gpus or trainer_gpus(config) or processes(config.layout)
-    layouts = legal_layouts(model, gpus, node)
-    plans = [_best(list(_variants(model, replace(config, layout=layout)))) for layout in layouts]
+    layouts = legal_layouts(model, gpus or trainer_gpus(config), node)
+    plans = [min(_variants(model, replace(config, layout=layout)), key=_rank) for layout in layouts]
     return sorted(plans, key=_rank)
-
-
-def _best(plans: Sequence[Plan]) -> Plan:
-    return min(plans, key=_rank)
 
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:
@@ -110,15 +100,8 @@ def _changed(before: Config, after: Config) -> int:
 
 def changes(before: Config, after: Config) -> list[str]:
     """What to write on the command line to turn one configuration into the other, key by key."""
-    found = overrides(before.layout, after.layout).split()
-    for section in ("actor", "rollout"):
-        old, new = vars(getattr(before, section)), vars(getattr(after, section))
-        found += [f"{section}.{key}={_text(new[key])}" for key in new if new[key] != old[key]]
-    return found
-
-
-def _text(value: Any) -> str:
-    return str(value).lower()
+    sections = ("layout", "actor", "rollout")
+    return [text for name in sections for text in overrides(name, getattr(before, name), getattr(after, name))]
 
 
 def check_fit(model: Architecture, config: Config) -> Plan:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, Tensor, chunk_tensors, chunks_of
-from rloop_mcore.platform.precision import RECIPES
+from rloop_mcore.platform.precision import RECIPES, element_bytes
 
 _ALIGNED = 64  # elements: a parameter begins at a multiple of them in Megatron's buffer
 _BUCKET_END = 128  # elements: a bucket ends at a multiple of them and of the number of shards
@@ -41,16 +41,9 @@ class State:
     host: int = 0
 
 
-def coordinates(rank: int, layout: LayoutConfig) -> Coordinates:
-    """Of a global rank in Megatron's order: tp, cp, dp, pp; of experts etp, ep, their replicas, pp; first fastest."""
-    stage_size = layout.tp * layout.cp * layout.dp
-    place = rank % stage_size
-    return Coordinates(rank // stage_size, place // layout.tp, place // (layout.etp * layout.ep))
-
-
 def state_of(model: Architecture, config: Config, at: Coordinates) -> State:
     """What the rank at `at` holds from the phase's beginning to its end."""
-    layout, element = config.layout, 4 if config.precision == "fp32" else 2
+    layout, element = config.layout, element_bytes(config.precision)
     split = layout.tp, layout.etp, layout.ep, layout.pp
     held = weights = elements = owned = 0
     for chunk in chunks_of(layout, model.layers, at.stage):

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import EnginePlan, cache_bytes, weight_bytes
+from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import chunks_of, total_parameters
 from rloop_mcore.planning.schedule import bubble, micro_batches
 from rloop_mcore.planning.state import Coordinates, state_of
 from rloop_mcore.planning.workload import TokenWork, longest_row, mean_lengths, rows_of_update
+from rloop_mcore.platform.precision import element_bytes
 
 # docs/gpu.md: share of the dense bf16 peak in training, by the model's width; and FP8 over bf16 at the widest.
 _MFU = ((896, 0.322), (1536, 0.472), (3584, 0.525))
@@ -55,11 +57,11 @@ def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times
     waiting = bubble(count, config.layout)
     update = (forward + backward) / (1 - waiting) + _once_an_update(model, config)
     train = algorithm.updates_per_step * update
-    if algorithm.old_logprobs == "trainer" or algorithm.kl_coefficient > 0:
-        passes = (algorithm.old_logprobs == "trainer") + (algorithm.kl_coefficient > 0)
-        train += algorithm.updates_per_step * passes * forward / (1 - waiting)
-    speed = _decoded_per_s(model, config, engine)
-    rollout = _rollout_s(model, config, engine, speed)
+    passes = (algorithm.old_logprobs == "trainer") + (algorithm.kl_coefficient > 0)
+    train += algorithm.updates_per_step * passes * forward / (1 - waiting)
+    running = _running(config, engine)
+    speed = running / _decoding_s(model, config, running)
+    rollout = _rollout_s(model, config, speed)
     sync = _sync_s(model, config, engine)
     together = max(train, rollout) if config.rollout.max_lag else train + rollout
     return Times(
@@ -113,7 +115,7 @@ def _passes(model: Architecture, config: Config, tokens: float) -> tuple[float, 
 
 def _exchanges(model: Architecture, config: Config, layers: int) -> tuple[float, float]:
     """Seconds a device's token costs in a stage's communication, forward and backward; nothing of it overlapped."""
-    layout, element = config.layout, 4 if config.precision == "fp32" else 2
+    layout, element = config.layout, element_bytes(config.precision)
     hidden = model.hidden * element
     recomputed = config.actor.recompute == "full"
     tensor = (layout.tp - 1) / layout.tp * hidden * _per_byte(config, layout.tp)  # one gather, or one scatter
@@ -151,9 +153,9 @@ def _once_an_update(model: Architecture, config: Config) -> float:
 def _decoding_s(model: Architecture, config: Config, running: float) -> float:
     """Seconds of an engine's decoding step over `running` sequences."""
     gpu, rollout = config.cluster.gpu, config.rollout
-    parameters, element = total_parameters(model), 4 if config.precision == "fp32" else 2
+    parameters, element = total_parameters(model), element_bytes(config.precision)
     read = min(1.0, parameters["active"] * max(1.0, running) / parameters["total"])
-    read *= weight_bytes(model, element, rollout.quantization == "fp8", rollout.tp, rollout.dp)
+    read *= weight_bytes(model, config, rollout.tp, rollout.dp)
     prompt, response = mean_lengths(config)
     read += running / rollout.dp * (prompt + response / 2) * cache_bytes(model, rollout.tp // rollout.dp, element)
     reading = read / (gpu.memory_gb_s * 1e9 * _READING)
@@ -168,12 +170,7 @@ def _running(config: Config, engine: EnginePlan) -> float:
     return max(1.0, min(config.rollout.max_running, asked, fitting))
 
 
-def _decoded_per_s(model: Architecture, config: Config, engine: EnginePlan) -> float:
-    running = _running(config, engine)
-    return running / _decoding_s(model, config, running)
-
-
-def _rollout_s(model: Architecture, config: Config, engine: EnginePlan, speed: float) -> float:
+def _rollout_s(model: Architecture, config: Config, speed: float) -> float:
     """Seconds of one sampling round: all tokens at full speed, but no less than the longest response takes alone."""
     algorithm, (prompt, response) = config.algorithm, mean_lengths(config)
     samples = algorithm.sampled_per_step * algorithm.group_size
@@ -185,15 +182,12 @@ def _rollout_s(model: Architecture, config: Config, engine: EnginePlan, speed: f
 
 def _sync_s(model: Architecture, config: Config, engine: EnginePlan) -> float:
     """Seconds to send all weights, once."""
-    ranks = 1 if engine.shared else math.inf
-    element, fp8 = 4 if config.precision == "fp32" else 2, config.rollout.quantization == "fp8"
-    return weight_bytes(model, element, fp8) * _per_byte(config, ranks)
+    return weight_bytes(model, config) * _per_byte(config, 1 if engine.shared else math.inf)
 
 
 def mfu_of(times: Times, model: Architecture, config: Config) -> float:
     """The share of the trainer's bf16 peak that an update's multiplications come to, without those done again."""
     prompt, response = mean_lengths(config)
-    work, layout = TokenWork.of(model, prompt + response), config.layout
+    work = TokenWork.of(model, prompt + response)
     each = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
-    gpus = layout.tp * layout.pp * layout.cp * layout.dp
-    return times.train_tokens_per_s * each / (gpus * config.cluster.gpu.bf16_tflops * 1e12)
+    return times.train_tokens_per_s * each / (processes(config.layout) * config.cluster.gpu.bf16_tflops * 1e12)

@@ -128,6 +128,11 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
+def element_bytes(precision: str) -> int:
+    """Of an element of `parameter_dtype`."""
+    return 4 if precision == "fp32" else 2
+
+
 def token_multiple(precision: str) -> int:
     """What the number of tokens that reach a GEMM must be a multiple of: the weight gradient's GEMM sums over them.
 

@@ -48,7 +48,7 @@ def _meet(config: Config, place: Place, mine: Facts, word: str, workers: Workers
     meeting = Meeting(place, timeout_s)
     address = meeting.address if place.rank == 0 else address_towards(meeting.address)
     with Porter(address, clock) as porter:
-        opening = {"facts": mine.as_json(), "door": asdict(porter.door), "word": word, "address": address}
+        opening = {"facts": asdict(mine), "door": asdict(porter.door), "word": word, "address": address}
         said = meeting.share("facts", opening, timeout_s)
         facts = {rank: Facts.of(values["facts"]) for rank, values in said.items()}
         others = [rank for rank in said if rank != place.rank]

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,9 +45,6 @@ class Facts:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Facts:
         return cls(**{**values, "gpus": [Gpu(**gpu) for gpu in values["gpus"]]})
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def gather(config: Config) -> Facts:

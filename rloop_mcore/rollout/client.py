@@ -265,10 +265,6 @@ class EngineClient:
         body = {"serialized_named_tensors": list(handles), "flush_cache": False}
         await self._succeed("/update_weights_from_tensor", body, timeout_s)
 
-    async def update_from_disk(self, model_path: str, weight_version: str, timeout_s: float) -> None:
-        body = {"model_path": model_path, "weight_version": weight_version}
-        await self._succeed("/update_weights_from_disk", body, timeout_s)
-
     async def set_weight_version(self, version: str) -> None:
         await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
         self._stamped = version

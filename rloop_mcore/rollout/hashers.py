@@ -18,25 +18,25 @@ class Hasher(Protocol):
 
 
 class _BytesHasher:
-    """A hash over host memory; SGLang's is the first 16 digits of sha256, the embedded engine's XXH3."""
+    """A hash over host memory; SGLang's is the first 16 digits of sha256, the embedded engine's XXH3, which has 16."""
 
-    def __init__(self, state: Any, digits: int) -> None:
-        self._state, self._digits = state, digits
+    def __init__(self, state: Any) -> None:
+        self._state = state
 
     def update(self, tensor: torch.Tensor) -> None:
         self._state.update(memoryview(as_bytes(tensor).cpu().numpy()))
 
     def hexdigest(self) -> str:
-        return str(self._state.hexdigest())[: self._digits]
+        return str(self._state.hexdigest())[:16]
 
 
 def embedded_hasher() -> Hasher:
     """XXH3 (64 bits): about as fast as memory, so that verifying costs a sync next to nothing."""
-    return _BytesHasher(xxhash.xxh3_64(), 16)
+    return _BytesHasher(xxhash.xxh3_64())
 
 
 def sglang_cpu_hasher() -> Hasher:
-    return _BytesHasher(hashlib.sha256(), 16)
+    return _BytesHasher(hashlib.sha256())
 
 
 class TileHasher:

@@ -133,13 +133,10 @@ class TrajectoryCache:
         """Of all shards."""
         return sum(shard.bytes for shard in self._shards)
 
-    def success_histogram(self, iteration: int, bins: int = 10) -> list[int]:
-        """Problems of the phase by success rate [bins].
-
-        Bin b counts the rates in [b / bins, (b + 1) / bins); a rate of 1 is in the last.
-        """
+    def success_histogram(self, iteration: int) -> list[int]:
+        """Problems of the phase by success rate [10]: bin b counts those in [b / 10, (b + 1) / 10), the last 1 too."""
         successes, samples = selection.success_counts(self.directory, self._shards, iteration)
-        return np.bincount(np.minimum(successes * bins // samples, bins - 1), minlength=bins).tolist()
+        return np.bincount(np.minimum(successes * 10 // samples, 9), minlength=10).tolist()
 
     @property
     def _shards(self) -> list[Shard]:

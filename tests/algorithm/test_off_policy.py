@@ -12,14 +12,12 @@ from rloop_mcore.algorithm.off_policy_mask import keep_sequences
 
 
 def numpy_weight(ratio, kind, cap):
-    if kind == "none":
-        return 1.0
     if kind == "truncate":
         return min(ratio, cap)
     return ratio if 1 / cap <= ratio <= cap else 0.0
 
 
-@pytest.mark.parametrize("kind", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
 @pytest.mark.parametrize("cap", [1.1, 2.0, 5.0])
 def test_weights_match_numpy(kind, cap):
     random = np.random.default_rng(0)
@@ -30,11 +28,11 @@ def test_weights_match_numpy(kind, cap):
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
 def test_weights_are_finite_constants_for_absurd_ratios(kind):
     trainer = torch.tensor([-1e4, 0.0, -1.0], requires_grad=True)
     weights = importance_weights(trainer, torch.tensor([0.0, -1e4, -1.0]), kind, 2.0)
-    expected = {"none": [1.0, 1.0, 1.0], "truncate": [0.0, 2.0, 1.0], "mask": [0.0, 0.0, 1.0]}
+    expected = {"truncate": [0.0, 2.0, 1.0], "mask": [0.0, 0.0, 1.0]}
     assert weights.tolist() == expected[kind]
     assert not weights.requires_grad
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rloop_mcore.analysis.answers import Answers, make_answers
-from rloop_mcore.analysis.coverage import coverage, distinct_solutions, first_solved
+from rloop_mcore.analysis.coverage import coverage, distinct_solutions
 from rloop_mcore.analysis.forgetting import (
     block_averages,
     differential_matrix,
@@ -66,8 +66,6 @@ def test_coverage_is_what_sets_say(seed: int, checkpoints: int) -> None:
         assert found.now[t] == pytest.approx(len(now) / 5)
         assert found.ever[t] == pytest.approx(len(ever) / 5)
         assert found.lost[t] == pytest.approx(len(ever - now) / 5)
-    for name, first in zip(names, first_solved(solved), strict=True):
-        assert first == next((t for t, answers in enumerate(evaluations) if solves(answers, name)), -1)
 
 
 def test_problems_that_one_checkpoint_was_not_asked_do_not_count() -> None:

@@ -13,7 +13,7 @@ import pytest
 from rloop_mcore.config import EvaluationConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation import evaluate
-from rloop_mcore.evaluation.evaluate import EngineEvaluator
+from rloop_mcore.evaluation.evaluate import EngineEvaluator, check_ids
 from rloop_mcore.protocols import Answered
 from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
 
@@ -61,13 +61,12 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: Any) -> EngineEvaluator:
-    config = EvaluationConfig(**{"samples": SAMPLES, "k": [1, 2, SAMPLES], **changes.pop("config", {})})
     arguments: dict[str, Any] = {
         "rollout": engine or ScriptedEngine(),
         "rewards": FirstTokenIsOne(),
         "prompts": prompts(5),
         "decode": lambda ids: " ".join(map(str, ids)),
-        "config": config,
+        "config": EvaluationConfig(samples=SAMPLES, k=[1, 2, SAMPLES]),
         "max_tokens": 4,
         "stop": (),
         "seed": 11,
@@ -157,21 +156,6 @@ def test_batches_change_nothing_but_the_progress(tmp_path: Path) -> None:
     assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
 
 
-def test_limit_takes_the_first_problems(tmp_path: Path) -> None:
-    evaluator(tmp_path, config={"limit": 2}).evaluate("base", "policies/base")
-    assert list(json.loads((tmp_path / "base.json").read_text())["counts"]) == ["p0", "p1"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"config": {"k": [1, 9]}}, "evaluation.k holds 9"),
-        ({"config": {"k": [0]}}, "evaluation.k holds 0"),
-        ({"config": {"samples": 0, "k": []}}, "evaluation.samples is 0"),
-        ({"prompts": []}, "no problem"),
-        ({"prompts": [*prompts(2), *prompts(1)]}, "'p0' twice"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        evaluator(tmp_path, **changes)
+def test_an_id_of_two_problems_is_refused() -> None:
+    with pytest.raises(UserError, match="'p0' twice"):
+        check_ids([*prompts(2), *prompts(1)])

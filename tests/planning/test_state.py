@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from rloop_mcore.compose import config_folder, load_config
 from rloop_mcore.config import ActorConfig, Config, Fp8Config, LayoutConfig
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.planning.state import Coordinates, coordinates, state_of
+from rloop_mcore.planning.state import Coordinates, state_of
 
 _SIZES: dict[str, Any] = {  # odd ones: they need padding everywhere
     "num_hidden_layers": 6,
@@ -95,6 +93,13 @@ def test_every_rank_holds_what_megatron_gives_it_to_the_byte() -> None:
             assert {key: ours[key] for key in theirs} == theirs, f"rank {rank} of {job['layout']}"
 
 
+def coordinates(rank: int, layout: LayoutConfig) -> Coordinates:
+    """Of a global rank in Megatron's order: tp, cp, dp, pp; of experts etp, ep, their replicas, pp; first fastest."""
+    stage_size = layout.tp * layout.cp * layout.dp
+    place = rank % stage_size
+    return Coordinates(rank // stage_size, place // layout.tp, place // (layout.etp * layout.ep))
+
+
 def shipped() -> dict[str, tuple[dict[str, Any], Config]]:
     """Job and configuration of the shipped experiments that differ in what a rank holds, by the first one's name."""
     found: dict[str, tuple[dict[str, Any], Config]] = {}
@@ -126,18 +131,6 @@ def test_shipped_experiments_at_every_coordinate() -> None:
             ours = vars(state_of(model, config, coordinates(rank, config.layout)))
             assert {key: ours[key] for key in held} == held, f"{name}, rank {rank}"
         print(f"{name}: {len(theirs)} ranks, the fullest has {max(theirs, key=lambda held: sum(held.values()))}")
-
-
-@pytest.mark.parametrize(
-    ("rank", "layout", "expected"),
-    [
-        (0, LayoutConfig(tp=2, cp=2, dp=2, pp=2), Coordinates(0, 0, 0)),
-        (13, LayoutConfig(tp=2, cp=2, dp=2, pp=2), Coordinates(1, 2, 5)),
-        (11, LayoutConfig(tp=2, dp=8, ep=4), Coordinates(0, 5, 2)),
-    ],
-)
-def test_coordinates(rank: int, layout: LayoutConfig, expected: Coordinates) -> None:
-    assert coordinates(rank, layout) == expected
 
 
 QWEN_7B = Architecture(28, 3584, 28, 4, 128, 18944, 152064, 32768, qkv_bias=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -60,4 +61,4 @@ def test_versions_are_those_of_the_interpreters(tmp_path: Path) -> None:
     assert found.versions["torch"] == torch.__version__
     assert found.versions["sglang"].startswith("unknown (")  # this one has none
     assert set(found.free_gib) == {str(tmp_path), "/tmp", "/dev/shm"}
-    assert Facts.of(found.as_json()) == found
+    assert Facts.of(asdict(found)) == found

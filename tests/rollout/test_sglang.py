@@ -109,7 +109,7 @@ def test_a_paused_server_is_healthy(fleet: Fleet) -> None:
     client = _connected(fleet)
     fleet._submit(client.pause("retract")).result()
     try:
-        fleet._submit(client.health()).result()
+        fleet._submit(client.health()).result()  # raises where it is not
     finally:
         fleet._submit(client.resume()).result()
 

@@ -22,6 +22,7 @@ import shrunk
 
 from rloop_mcore.compose import config_folder, flat, load_config
 from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import ModelShape, broken_rule
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.validate import check_values
@@ -47,7 +48,7 @@ def test_every_shipped_experiment_is_legal(name: str) -> None:
     roles(config)
     assert config.experiment == name
     architecture = config.model.architecture
-    assert broken_rule(config.layout, ModelShape.of(vars(architecture), name)) is None
+    assert broken_rule(config.layout, Architecture.of(vars(architecture), name).shape) is None
     assert config.data.max_prompt_tokens + config.rollout.max_tokens <= architecture.max_position_embeddings
 
 
@@ -55,7 +56,7 @@ def test_every_shipped_experiment_is_legal(name: str) -> None:
 def shapes() -> list[ModelShape]:
     """Of every shipped model."""
     models = [path.stem for path in (config_folder() / "model").glob("*.yaml")]
-    return [ModelShape.of(vars(load("tiny", f"model={model}").model.architecture), model) for model in models]
+    return [Architecture.of(vars(load("tiny", f"model={model}").model.architecture), model).shape for model in models]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "layout").glob("*.yaml")))

@@ -49,11 +49,6 @@ def open_groups(layout: LayoutConfig) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
-def close_groups() -> None:
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
 def build_chunks(architecture: dict[str, Any], layout: LayoutConfig, dtype: torch.dtype) -> list[GPTModel]:
     """This rank's chunks with random weights, for forward passes over whole sequences whatever `layout.cp` is."""
     config = TransformerConfig(

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_model import build_chunks, close_groups, in_ddp, logits_of, open_groups
+from megatron_model import build_chunks, in_ddp, logits_of, open_groups
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
 from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rloop_mcore.actor import parallel
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.weights import gather
@@ -29,7 +30,7 @@ from rloop_mcore.weights.gather import ScatteredTensor
 def _one_rank() -> Iterator[None]:
     open_groups(LayoutConfig())
     yield
-    close_groups()
+    parallel.destroy()
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[HfBridge, list[torch.nn.Module]]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_model import close_groups, open_groups
+from megatron_model import open_groups
 from safetensors.torch import load_file
 from tiny_models import make_folder
 from transformers import AutoConfig
 
+from rloop_mcore.actor import parallel
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.weights.families import choose_family
 from rloop_mcore.weights.family import HfConfig, Parameter, Split, place
@@ -48,7 +49,7 @@ def test_names_and_shards_are_mbridges(family: str, tmp_path: Path) -> None:
     try:
         theirs: Any = mbridge.AutoBridge.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.float32)
     finally:
-        close_groups()
+        parallel.destroy()
     config = HfConfig.read(tmp_path)
     parameters = choose_family(config).exported(config)
     experts = 4 if family == "qwen3_moe" else 0

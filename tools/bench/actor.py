@@ -21,7 +21,16 @@ platform.setup("auto")  # before Megatron is imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from common import Metric, arguments, at_least, at_most, random_qwen2, report, side_by_side  # noqa: E402
+from common import (  # noqa: E402
+    Metric,
+    arguments,
+    at_least,
+    at_most,
+    memory_of_this_process,
+    random_qwen2,
+    report,
+    side_by_side,
+)
 from transformers import Qwen2ForCausalLM  # noqa: E402
 
 from rloop_mcore.actor import parallel  # noqa: E402
@@ -151,12 +160,6 @@ def peak_bytes(way: str) -> int:
         logprobs, entropy = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     (logprobs.sum() + 0.1 * entropy.sum()).backward()
     return memory_of_this_process("VmHWM") - before
-
-
-def memory_of_this_process(field: str) -> int:
-    """Bytes, from /proc: VmRSS is what it holds, VmHWM the most it held."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Metric, arguments, at_least, at_most, report
+from common import Metric, arguments, at_least, at_most, memory_of_this_process, report
 from safetensors.torch import load_file
 
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
@@ -141,12 +140,12 @@ def peak_memory(work: Callable[[], object]) -> int:
 
 
 def _measured(work: Callable[[], object], sender: multiprocessing.connection.Connection) -> None:
-    before, peak, ended = _anonymous(), 0, threading.Event()
+    before, peak, ended = memory_of_this_process("RssAnon"), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not ended.wait(0.001):
-            peak = max(peak, _anonymous())
+            peak = max(peak, memory_of_this_process("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -154,12 +153,6 @@ def _measured(work: Callable[[], object], sender: multiprocessing.connection.Con
     ended.set()
     watcher.join()
     sender.send(peak - before)
-
-
-def _anonymous() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

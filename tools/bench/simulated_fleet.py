@@ -33,6 +33,8 @@ T = TypeVar("T")
 SIGMA, MEDIAN_SHARE = 0.8, 0.25
 TOKENS_PER_S, HALVED_BY = 100.0, 128  # of one sample alone; so many beside it halve its speed
 FAULTS = ("dead", "hung", "errors")
+_RESTART_S, _CATCH_UP_S = 180.0, 10.0  # until an engine that failed is back; until it holds the weights
+_TIMEOUT_S = 600.0  # of a call
 _SHARES = np.minimum(np.random.default_rng(0).lognormal(math.log(MEDIAN_SHARE), SIGMA, 2**16), 1.0).tolist()
 
 
@@ -178,8 +180,8 @@ class SimulatedServer:
     answers 500), or None.
     """
 
-    def __init__(self, number: int, restart_s: float, tokens_per_s: float) -> None:
-        self.number, self.url, self.restart_s = number, f"sim://{number}", restart_s
+    def __init__(self, number: int, tokens_per_s: float) -> None:
+        self.number, self.url = number, f"sim://{number}"
         self.version = -1
         self.fault: str | None = None
         self.comes_back = True
@@ -201,7 +203,7 @@ class SimulatedServer:
         self.fail("dead")
         self.batch.set_speed(1.0)
         self.fault, self.version = None, -1
-        self._up_at = asyncio.get_running_loop().time() + (self.restart_s if self.comes_back else math.inf)
+        self._up_at = asyncio.get_running_loop().time() + (_RESTART_S if self.comes_back else math.inf)
 
     def stop(self) -> None:
         pass
@@ -217,8 +219,8 @@ class SimulatedServer:
 class SimulatedClient:
     """What the controller uses of `EngineClient`, without the HTTP."""
 
-    def __init__(self, server: SimulatedServer, sent: Callable[[str, int], None], timeout_s: float) -> None:
-        self.url, self.server, self._sent, self._timeout_s = server.url, server, sent, timeout_s
+    def __init__(self, server: SimulatedServer, sent: Callable[[str, int], None]) -> None:
+        self.url, self.server, self._sent = server.url, server, sent
         self._jobs: dict[str, _Job] = {}
         self._known: set[str] = set()
         self._waiting: set[asyncio.Future[None]] = set()
@@ -240,7 +242,7 @@ class SimulatedClient:
         batch.add(job)
         self._jobs[rid] = job
         try:
-            await self._answer(job.done, self._timeout_s)
+            await self._answer(job.done, _TIMEOUT_S)
         finally:
             del self._jobs[rid]
             batch.remove(job)
@@ -302,14 +304,11 @@ class SimulatedFleet:
         *,
         limit: int = 256,
         failures_per_hour: float = 0.0,
-        restart_s: float = 180.0,
-        catch_up_s: float = 10.0,
-        timeout_s: float = 600.0,
         tokens_per_s: float = TOKENS_PER_S,
         seed: int = 0,
     ) -> None:
-        """failures_per_hour: of an engine; catch_up_s: until an engine that is back holds the weights."""
-        self.servers = [SimulatedServer(number, restart_s, tokens_per_s) for number in range(engines)]
+        """failures_per_hour: of an engine."""
+        self.servers = [SimulatedServer(number, tokens_per_s) for number in range(engines)]
         self.version = 1
         self.sent: dict[str, list[tuple[float, int]]] = {}  # a call's name: when it was sent to which engine
         self.controller = Controller(
@@ -320,7 +319,7 @@ class SimulatedFleet:
             probe=Probe(),
             on_waiting=self._catch_up_later,
         )
-        self._failures_per_hour, self._catch_up_s, self._timeout_s = failures_per_hour, catch_up_s, timeout_s
+        self._failures_per_hour = failures_per_hour
         self._random = random.Random(seed)
         self._timers: dict[int, asyncio.TimerHandle] = {}  # an engine's next failure
 
@@ -348,7 +347,7 @@ class SimulatedFleet:
         self.controller.promote(engines, self.version)
 
     def _catch_up_later(self) -> None:
-        asyncio.get_running_loop().call_later(self._catch_up_s, self._promote, "waiting")
+        asyncio.get_running_loop().call_later(_CATCH_UP_S, self._promote, "waiting")
 
     def _fail_later(self, server: SimulatedServer, strike: bool = False) -> None:
         """An engine's failures are a Poisson process; one that is broken already is left as it is."""
@@ -360,7 +359,7 @@ class SimulatedFleet:
 
     def _connect(self, url: str, key: str | None) -> EngineClient:
         server = self.servers[int(url.removeprefix("sim://"))]
-        server.client = SimulatedClient(server, self._note, self._timeout_s)
+        server.client = SimulatedClient(server, self._note)
         return cast(EngineClient, server.client)
 
     def _note(self, rid: str, number: int) -> None:

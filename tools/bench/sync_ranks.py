@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import memory_of_this_process
 
 from rloop_mcore import platform
 from rloop_mcore.compose import load_config
@@ -91,17 +91,11 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-        self._before = _resident("VmRSS")
+        self._before = memory_of_this_process("VmRSS")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.extra = _resident("VmHWM") - self._before
-
-
-def _resident(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
+        self.extra = memory_of_this_process("VmHWM") - self._before
 
 
 class RawBroadcast:
