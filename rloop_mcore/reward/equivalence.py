@@ -90,12 +90,18 @@ Parsed = tuple[Any, ...]
 @lru_cache(maxsize=2048)
 def parse_answer(text: str) -> Parsed:
     """The SymPy objects of an answer; empty if it is not mathematics that math-verify understands."""
+    if r"\land" in text:
+        parts = [parse_answer(part) for part in text.split(r"\land")]
+        whole = all(len(part) == 1 and _is_inequality(part[0]) for part in parts)
+        return (And(*(part[0] for part in parts)),) if whole else ()
     found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
     return tuple(_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
 
 
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
+    if any(map(_is_inequality, gold)) and all(isinstance(item, FiniteSet) for item in answer):
+        answer = tuple(item for item in answer if all(map(_is_inequality, item.args)))  # 1,3 is not 1 < x < 3
     items = [*gold, *answer]
     zeros = _zeros(part for item in items for part in _parts(item))
     if zeros > _MOST_ZEROS:

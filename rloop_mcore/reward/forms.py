@@ -34,10 +34,12 @@ _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])") 
 _PRIMES = re.compile(r"(\\[A-Za-z]+|[A-Za-z])('*)")
 _CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
 _INDEXED = re.compile(r"[0-9]\s*_")
+_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
 _EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
 _INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
 _ARGUMENT = re.compile(r"(?:[A-Z]|\\Pr|\\mathbb\s*\{[A-Z]\})\s*(?:\([^()]*\)|\[[^\[\]]*\])")  # nor is P(X=2)
+_THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _SEVERAL = re.compile(r"[<>,]|\\(?:le|ge|lt|gt|ne|begin|in)(?![A-Za-z])")
 
 
@@ -49,7 +51,7 @@ def words_of(answer: str) -> set[str]:
 
 def plain_text(answer: str) -> str:
     """The words of a text answer: no text commands, spaces, periods or leading article, lower case."""
-    text = re.sub(r"\\ |[~$]", " ", _TEXT.sub(r" \1 ", answer)).strip().casefold()
+    text = re.sub(r"\\[,;:! ]|[~$]", " ", _TEXT.sub(r" \1 ", answer)).strip().casefold()
     return re.sub(r"[\s.,\"'`]", "", _ARTICLE.sub("", text))
 
 
@@ -76,6 +78,8 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True
     if _bases_conflict(gold, answer) or _primes_conflict(gold.text, answer.text):
         return True
+    if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
+        return True  # n \equiv 72, 72\ldots
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     names = _ASSIGNED.findall(answer.text)
@@ -184,7 +188,7 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
         parts.reverse()
     first, *others = parts
     values = others if others and _NAMED.fullmatch(first) else parts
-    if any(_SEVERAL.search(value) for value in values):
+    if any(_SEVERAL.search(value) and not _THOUSANDS.fullmatch(value) for value in values):
         return answer
     if not all(values) or any(_EQUALS.search(_INDEX.sub("", value)) for value in values):
         return None

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+from sympy import Rational  # type: ignore[import-untyped]
+
 from rloop_mcore.reward.equivalence import equivalent, is_one_value, parse_answer
 from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.reward.forms import cases_apart, conflict, is_tuple, same_text, value_of_equation
@@ -55,16 +57,36 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
     if text is not None:
         return _verdict(text)
     value = value_of_equation(read_gold.text, read_answer.text, _equal)
+    if value is not None and r"\approx" not in read_gold.text:
+        value = _rounded(read_gold.text, value)
     if value is None:
         return WRONG
-    read_answer = replace(read_answer, text=value)
+    if value != read_answer.text:  # it may be 15,600 or 1011_3
+        inner = read(value)
+        unit, percent = inner.unit or read_answer.unit, inner.percent or read_answer.percent
+        read_answer = replace(inner, unit=unit, percent=percent, choice=read_answer.choice)
     if conflict(read_gold, read_answer):
         return WRONG
-    gold, answer = cases_apart(read_gold.text, value)
+    gold, answer = cases_apart(read_gold.text, read_answer.text)
     read_gold, read_answer = replace(read_gold, text=gold), replace(read_answer, text=answer)
     if not read_answer.readable or not parse_answer(answer):
         return UNPARSABLE
     return _verdict(_equal_with_percent(read_gold, read_answer))
+
+
+def _rounded(gold: str, answer: str) -> str | None:
+    r"""What "\frac{10}{3} \approx 3.33" says the value is: 3.33 for a decimal gold, else 10/3; None if not near.
+
+    An answer that is not a number and its rounding comes back as it is.
+    """
+    exactly, _, decimal = (part.strip() for part in answer.partition(r"\approx"))
+    value, rounded = parse_answer(exactly) if exactly else (), exact(decimal)
+    if not is_one_value(value) or not value[0].is_number or rounded is None:
+        return answer
+    last_place = 10.0 ** -len(decimal.partition(".")[2])
+    if not abs(value[0] - Rational(rounded)).evalf() < last_place:
+        return None
+    return decimal if "." in gold and exact(gold) is not None else exactly
 
 
 def _equal_with_percent(gold: Reading, answer: Reading) -> bool:

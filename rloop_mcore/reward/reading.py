@@ -21,6 +21,8 @@ _CHOICE = re.compile(  # not where what follows is a choice too: it would be sev
 _CURRENCY = re.compile(r"^(-?)\\?([$€£¥])\s*(?=[0-9.])|(?<=[0-9])\s*(?:([€£¥])|\\(\$))$")
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 _SPACED_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:(?:\s|~|,\s?\\!|\\[,!;: ])\s*[0-9]{3})+(?:\.[0-9]+)?")
+_WITH_THOUSANDS = r"-?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
+_LIST = re.compile(rf"{_WITH_THOUSANDS}(?:,\s+{_WITH_THOUSANDS})+")
 _SEPARATOR = re.compile(r"[\s~,]|\\[,!;: ]")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"(?<=[0-9])\s*(?:\\text\{{)?\s*({'|'.join(_SCALES)})\b\s*\}}?", re.IGNORECASE)
@@ -31,14 +33,16 @@ _DEGREES = re.compile(
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _BASE = re.compile(
-    r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?([0-9]{1,2})\}?|\{\\text\{([a-z]+)\}\})"
+    r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?(-?[0-9]{1,2})\}?|\{\\text\{([a-z]+)\}\})"
 )
 _BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _BASE_NAMES |= {"ten": "10", "twelve": "12", "sixteen": "16"}
 _MIXED = re.compile(r"(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(r"(-?(?:[0-9]*\.[0-9]+|[0-9]+))[eE](\+?[0-9]+|-[0-9]+)")
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}")
-_DOTTED = re.compile(r"(-?[0-9]*\.[0-9]*?)(([0-9])\3{2,})\s*(?:\.\.\.|…|\\l?dots)")
+_DOTTED = re.compile(
+    r"(-?[0-9]*\.[0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,9}?)\3{2,}|([0-9]{3,9}?)\4+)\s*(?:\.\.\.|…|\\l?dots)"
+)
 _IN_BRACES = re.compile(r"(?<=\{)[0-9]{1,3}(?:,[0-9]{3})+(?=\})")  # not the set \{1,234\}
 _TWO_NUMBERS = re.compile(r"(?<![_^0-9.])[0-9]+(?:\.[0-9]+)?(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+[0-9]")
 
@@ -95,13 +99,15 @@ def _numbers(text: str) -> str:
     text = LETTER_IN_TEXT.sub(r" \1 ", text).strip()  # units are off by now
     if _SPACED_THOUSANDS.fullmatch(text):
         return _SEPARATOR.sub("", text)
+    if _LIST.fullmatch(text):
+        return ", ".join(number.replace(",", "") for number in re.split(r",\s+", text))
     if mixed := _MIXED.fullmatch(text):
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     scientific = _SCIENTIFIC.fullmatch(text)
     if scientific and not re.fullmatch(r"[02-9]e-[0-9]", text):  # 2e-3 may be 2e - 3
         return rf"{scientific[1]} \cdot 10^{{{int(scientific[2])}}}"
     if dotted := _DOTTED.fullmatch(text):
-        text = rf"{dotted[1]}\overline{{{dotted[3]}}}"
+        text = rf"{dotted[1]}\overline{{{dotted[2] or dotted[3] or dotted[4]}}}"
     text = _IN_BRACES.sub(lambda found: found[0].replace(",", ""), text)
     return _REPEATING.sub(_repeating, text)
 

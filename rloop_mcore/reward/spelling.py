@@ -10,19 +10,22 @@ _SIGNS = str.maketrans(
     {
         "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ",
         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
+        "≈": r"\approx ",
         "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "ℝ": r"\mathbb{R}",
-        "²": "^2", "³": "^3", "’": "'", "′": "'",
+        "’": "'", "′": "'", "\u2011": "-", "\u2044": "/",
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     }
 )  # fmt: skip
 for _sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
     _top, _bottom = normalize("NFKC", _sign).split("\u2044")
     _SIGNS[ord(_sign)] = rf"\frac{{{_top}}}{{{_bottom}}}"
+_SUPERSCRIPTS = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
-_GROUP = re.compile(r"\{([^{}\\]+)\}")  # not {7 \choose 3}
+_INFIX = re.compile(r"\\(?:choose|over|atop)(?![A-Za-z])")  # they want their braces
 _SPACE = re.compile(  # a tie or "\ "; before a unit's sign it stays, which it tells from a variable
     r"(?<!\\)(?:\\ |~)(?!\s*(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*|[kM]\s*)?\\(?:Omega|mu)(?![A-Za-z]))"
 )
+_BRACES = re.compile(r"\\.|[{}]")
 _EDGES = re.compile(r"^(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s)++|(?:\\[,;:\\]|\\q?quad|\s)++\\?$|\\$")
 _NOISE = re.compile(
     r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?"
@@ -39,9 +42,10 @@ _UNIT_LETTER = r"[ghlms](?=\s*\})"  # after a number it is a unit
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
-    (re.compile(r"\\(?:[dtc]frac)(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])\s*([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\degree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"\\(?:hbox|textsf|mathsf)(?![A-Za-z])"), r"\\text"),
+    (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*(\\?[%$])\s*\}"), r"\1"),
     (
         re.compile(rf"(?<=[0-9.}}])({_GAP})\\frac\s*\{{\s*{_UNITS}\}}\s*\{{\s*{_UNITS}\}}"),
@@ -60,6 +64,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: "'" * max(1, (found[1] or "").count("p")),
     ),
     (re.compile(r"(?<=[A-Za-z}])_\{([A-Za-z0-9])\}(?![A-Za-z0-9])"), r"_\1"),
+    (re.compile(r",(?:\s*\\q?quad(?![A-Za-z]))+"), ", "),
     (re.compile(r",\s+(?![0-9!\\\s])"), ","),
     (
         re.compile(r"(?<![0-9])[1-9][0-9]{0,2}(?:(?:\\text|\\mathord)?\{,\}[0-9]{3})+(?![0-9])"),
@@ -69,10 +74,22 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"(\.[0-9]*)\\dot\s*\{([0-9])\}(?:([0-9]*)\\dot\s*\{([0-9])\})?"),
         lambda found: rf"{found[1]}\overline{{{found[2]}{found[3] or ''}{found[4] or ''}}}",
     ),
-    (re.compile(r"(?<=[0-9]\.)\(([0-9]+)\)"), r"\\overline{\1}"),
+    (re.compile(r"\\(overline|bar)\s*([0-9])"), r"\\\1{\2}"),
+    (re.compile(r"(?<![0-9.])([0-9]+\.[0-9]*)\(([0-9]+)\)(?![0-9(^])"), r"\1\\overline{\2}"),
+    (re.compile(r"\{:\}|\\text\s*\{\s*:\s*\}|\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
+    (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
+    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
+    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
+    (re.compile(r"^([A-J])\)$"), r"\1"),
+    (re.compile(r"^\\text\s*\{\s*([A-J](?:(?:\s*,?\s+and\s+|\s*,\s*)[A-J])+)\s*\}$"), r"\1"),
+    (re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})"), r"\\ln "),
+    (re.compile(r"(\\text(?:bf)?\s*\{\s*\([A-J]\))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
+    (re.compile(r"(\\sqrt\s*\[[^\[\]]*\])\s*([0-9a-z])"), r"\1{\2}"),
     (re.compile(r"\\binom\s*([0-9])\s*([0-9])"), r"\\binom{\1}{\2}"),
     (re.compile(rf"\\frac\s*({_TOKEN})"), r"\\frac{\1}"),
     (re.compile(rf"\\frac\s*(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*({_TOKEN})"), r"\\frac\1{\2}"),
@@ -86,12 +103,19 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
+_LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
+_CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\neq?(?![A-Za-z])")
+_RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
+_THAT = re.compile(
+    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*((?:(?!\\[{}]).)+)\\\}"
+)
 
 
 def one_spelling(answer: str) -> str:
     """Without delimiters, bold marks, boxes, a final period, and sizes of brackets."""
-    text = _NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split())))
+    answer = _SUPERSCRIPTS.sub(lambda found: f"^{{{normalize('NFKC', found[0])}}}".replace("−", "-"), answer)
+    text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
     before = None
@@ -104,11 +128,26 @@ def one_spelling(answer: str) -> str:
             inner = text[len(left) : len(text) - len(right)]
             if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
                 text = inner.strip()
-        if group := _GROUP.fullmatch(text):
-            text = group[1].strip()
+        text = _inside(text)
+    if (that := _THAT.fullmatch(text)) and _CONDITION.search(that[2]):  # the set of all x that ...
+        text = that[2].strip().replace(",", " and ")
+    if _LOGIC.search(text) and all(_RELATION.search(part) for part in _LOGIC.sub("\0", text).split("\0")):
+        text = _LOGIC.sub(lambda found: " or " if found[1] else " and ", text)
     if _INEQUALITY.search(text):  # there "and" and "or" are not the same
         return _OR.sub(lambda found: "," if "or" in found.groups() else r" \land ", text)
-    return _OR.sub(",", text)
+    return _OR.sub(lambda found: ", " if text[found.end() :][:1].isdigit() else ",", text)
+
+
+def _inside(text: str) -> str:
+    """What stands in the braces around all of it."""
+    if not (text.startswith("{") and text.endswith("}")) or _INFIX.search(text):
+        return text
+    depth = 0
+    for found in _BRACES.finditer(text):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return text[1:-1].strip() if found.end() == len(text) else text
+    return text
 
 
 def _per(gap: str, units: str, others: str) -> str:

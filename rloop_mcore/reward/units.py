@@ -33,7 +33,7 @@ _NO_UNIT_WORDS = """
     between from through until below above under over up down plus minus times divided by mod modulo if when where for
     unless except either neither nor but hundred thousand million billion trillion dozen negative positive wrong correct
     pi sqrt sin cos tan cot sec csc log ln exp inf infinity frac false true yes other with without only base two three
-    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder"""
+    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish"""
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
@@ -44,7 +44,7 @@ _IN_TEXT = re.compile(
     rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*+)$"
 )
 _TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in text
-_BARE = re.compile(rf"(?<=[0-9.}})])({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
+_BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
 _WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
 _UNWRAP = re.compile(rf"{_TEXT}\{{((?:[^{{}}]|\{{-?[0-9]\}})*+)\}}|\\cdot|\\[,;:! ]")
