@@ -210,7 +210,7 @@ class Ends:
         srun = (
             f'printf "%s\\n" {" ".join([self.lines[0], *[self.lines[1]] * commits])} >>"{self.run}/journal.jsonl"; '
             'touch "$RLOOP_JOB_FOLDER/node-0.out"; '
-            f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"'
+            f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"; exit {code or 1}'
         )
         asked = self.folder / "asked"
         asked.write_text("")
@@ -218,6 +218,12 @@ class Ends:
         programs = {"srun": srun, "squeue": "echo NONE", "scontrol": record, "sbatch": record}
         done = run_body(self.script, self.folder, programs, **variables)
         return done.returncode, asked.read_text().splitlines(), done.stderr
+
+
+def test_the_users_own_lines_may_use_unset_variables_and_end_at_errors(tmp_path: Path) -> None:
+    """As conda's activation scripts do; and what they set is not the script's."""
+    ends = Ends(tmp_path, "cluster.slurm.setup=['set -e','export SEEN=$SET_NOWHERE']")
+    assert ends.start("75", commits=1)[:2] == (75, ["scontrol requeue 7"])
 
 
 @pytest.mark.parametrize("code", ["0", "2"])
