@@ -279,6 +279,16 @@ def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) ->
     assert ends.start("1", 1)[1] == [f"sbatch --dependency=afterany:7 --begin=now+60seconds {ends.run}/slurm/job.sh"]
 
 
+def test_a_job_that_is_submitted_again_is_not_told_when_the_one_before_it_ends(tmp_path: Path) -> None:
+    """Slurm hands on its own variables, and before 22.05.9 says no other end."""
+    ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
+    said = f'echo "${{SLURM_JOB_END_TIME:-none}} ${{SLURM_RESTART_COUNT:-none}}" >{tmp_path}/asked'
+    commit = f'touch "$RLOOP_JOB_FOLDER/node-0.out"; echo {ends.lines[1]} >>{ends.run}/journal.jsonl'
+    end = str(int(time.time()) + 600)
+    run_body(ends.script, tmp_path, {"srun": commit, "sbatch": said}, SLURM_JOB_END_TIME=end, SLURM_RESTART_COUNT="2")
+    assert (tmp_path / "asked").read_text() == "none none\n"
+
+
 def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_path: Path) -> None:
     """Slurm starts no job again that it has killed at its limit."""
     ends = Ends(tmp_path)
@@ -304,10 +314,12 @@ BAD = """{"ok": false,
 
 
 def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_path: Path) -> None:
+    """Of all components, each of which may leave out some already."""
     ends = Ends(tmp_path, "cluster.slurm.preflight=true")
     (ends.run / "preflight.json").write_text(BAD)
     srun = 'cd "$RLOOP_JOB_FOLDER"; touch preflight-0.out; [[ "$*" != *" node "* ]] || touch begun; exit 69'
-    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || echo 'JobId=7 ExcNodeList=n1 StdErr=x'"""
+    shown = [f"JobId={job} ExcNodeList={nodes} StdErr=x" for job, nodes in ((7, "n1"), (8, "(null)"), (9, "n1"))]
+    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || printf "%s\\n" {shlex.join(shown)}"""
     done = run_body(
         ends.script,
         tmp_path,
@@ -317,7 +329,7 @@ def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_p
     assert done.returncode == 69
     assert not list(ends.run.rglob("begun"))
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=n3,n5,n1"]
+    assert asked[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=n1,n3,n5"]
 
 
 def test_force_is_for_the_first_start_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
