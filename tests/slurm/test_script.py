@@ -165,11 +165,16 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     [
         ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.job_name='a#b'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.time=86400", "cluster.slurm.time=86400 is 60 days of minutes"),  # YAML's 24:00:00
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
         ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
         ("cluster.slurm.time=4:30", "is 270 s"),
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
+        ("cluster.slurm.flags=['--array=0-3']", "holds '--array=0-3': `rloop launch --sweep FILE`"),
+        ("cluster.slurm.flags=['-D/tmp']", "holds '-D/tmp': a job runs where"),
+        ("cluster.slurm.engine_flags=['--node=3']", "cluster.slurm.engine_flags holds '--node=3': set cluster.nodes"),
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
         ("cluster.slurm.container=pyxis", "needs cluster.slurm.image"),
         ("cluster.slurm.image=x", "need cluster.slurm.container=pyxis or apptainer"),
@@ -180,6 +185,13 @@ def test_bad_values_are_refused_in_a_sentence(override: str, words: str) -> None
     with pytest.raises(UserError) as caught:
         script_of(override)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "container"), [("50%", "none"), ("a:b", "apptainer"), ("a,b", "pyxis")])
+def test_a_directory_that_a_job_would_not_find_is_refused(name: str, container: str) -> None:
+    image = [] if container == "none" else [f"cluster.slurm.container={container}", "cluster.slurm.image=x"]
+    with pytest.raises(UserError, match=f"run.dir=/runs/{name} cannot be a job's"):
+        training_script(configured(*image), [Run(Path("/runs/a"), []), Run(Path(f"/runs/{name}"), [])], 1, 0)
 
 
 @pytest.mark.parametrize("mount", ["data:/data", "/data:/data:rx", "/a,/b:/c"])
