@@ -162,7 +162,9 @@ def _check_directories(runs: Sequence[Run], container: str) -> None:
     for run in runs:
         for sign in "%\\" if container == "none" else "%\\:,":
             if sign in str(run.directory):
-                raise UserError(f"run.dir={run.directory} cannot be a job's, for the {sign} in it: choose another name.")
+                raise UserError(
+                    f"run.dir={run.directory} cannot be a job's, for the {sign} in it: choose another name."
+                )
 
 
 def _checked(directives: list[str]) -> list[str]:

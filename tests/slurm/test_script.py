@@ -80,6 +80,19 @@ def test_the_scripts_of_the_repository_are_read_too() -> None:
             assert found.returncode == 0, found.stdout
 
 
+def test_a_script_that_is_too_long_for_an_argument_is_run_where_it_stands(tmp_path: Path) -> None:
+    """As one is that has hundreds of runs. What it starts has the standard input of the job."""
+    script = f"#!/bin/bash\n{'# a line\n' * 30000}echo $$ $(cat)\n"
+    (tmp_path / "script").write_text(script)
+    (tmp_path / "rloop").write_text(f"#!/bin/bash\ncat {tmp_path}/script\n")
+    (tmp_path / "rloop").chmod(0o755)
+    environment = {"RLOOP": f"{tmp_path}/rloop", "SLURM_JOB_NUM_NODES": "1", "PATH": "/usr/bin:/bin"}
+    for file in sorted((ROOT / "slurm").glob("*.sbatch")):
+        variables = environment | {f"SLURM_JOB_NUM_NODES_HET_GROUP_{k}": "1" for k in (0, 1)}
+        job = subprocess.Popen(["bash", str(file), "x"], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert job.communicate(b"in", timeout=60)[0].decode() == f"{job.pid} in\n", file
+
+
 # -- what the job asks for -----------------------------------------------------------------------------------------
 
 
