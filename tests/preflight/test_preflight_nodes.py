@@ -59,6 +59,14 @@ def test_each_bad_node_is_named_with_what_is_bad(tmp_path: Path) -> None:
     assert [node["present"] for node in report["nodes"]] == [True, False, True, True, True, True]
 
 
+def test_the_nodes_are_asked_over_the_interface_of_the_run(tmp_path: Path) -> None:
+    codes, report, printed = nodes.run(tmp_path, [Node(), Node(["cluster.interface=ib7"])], "cluster.interface=lo")
+    assert codes == [69, 69], printed
+    (problem,) = report["problems"]
+    assert (problem["check"], problem["nodes"]) == ("network", ["n1"])
+    assert problem["message"].startswith("n1: cluster.interface=ib7 has no IPv4 address on ")
+
+
 def test_a_missing_node_0_is_named_by_the_others(tmp_path: Path) -> None:
     codes, report, printed = nodes.run(tmp_path, [None, Node(), Node()], "preflight.timeout_s=3")
     assert codes == [None, 69, 69]
