@@ -71,7 +71,8 @@ def judge(config: Config, found: Findings) -> Verdict:
     ]
     slow, rates = _rates(config, found)
     problems += [*_gpus(config, found), *_versions(found), *_space(config, found), *_links(found)]
-    problems += [*_clocks(config, found), *rates, *slow]
+    models = {rank: facts.trouble["model"] for rank, facts in found.facts.items() if "model" in facts.trouble}
+    problems += [*_of_nodes(found, "model", models, fewest=1), *_clocks(config, found), *rates, *slow]
     return Verdict(problems, _unresolved(found))
 
 
@@ -142,7 +143,7 @@ def _space(config: Config, found: Findings) -> list[Problem]:
     texts: dict[int, str] = {}
     problems = []
     for rank, facts in found.facts.items():
-        said = [text for check, text in facts.trouble.items() if check not in ("gpus", "run.dir", "interface")]
+        said = [text for check, text in facts.trouble.items() if check.startswith("/")]
         for folder, needed, key in (("/tmp", asked.tmp_gib, "tmp_gib"), ("/dev/shm", asked.shm_gib, "shm_gib")):
             if (free := facts.free_gib.get(folder, needed)) < needed:
                 said.append(f"{free:g} GiB are free in {folder}, not preflight.{key}={needed:g}")

@@ -67,6 +67,16 @@ def test_the_nodes_are_asked_over_the_interface_of_the_run(tmp_path: Path) -> No
     assert problem["message"].startswith("n1: cluster.interface=ib7 has no IPv4 address on ")
 
 
+def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
+    """Its ranks would end the run as if that were the user's mistake, and nothing would start it again."""
+    (tmp_path / "config.json").touch()
+    lacks = Node([f"model.path={tmp_path}/unmounted"])
+    codes, report, printed = nodes.run(tmp_path, [Node(), lacks, Node()], f"model.path={tmp_path}")
+    assert codes == [69, 69, 69], printed
+    (problem,) = report["problems"]
+    assert problem["message"].startswith(f"n1: sees no {tmp_path}/unmounted/config.json: model.path must be on a file")
+
+
 def test_a_missing_node_0_is_named_by_the_others(tmp_path: Path) -> None:
     codes, report, printed = nodes.run(tmp_path, [None, Node(), Node()], "preflight.timeout_s=3")
     assert codes == [None, 69, 69]
