@@ -25,6 +25,7 @@ _LONGEST_MINUTES = 7 * 24 * 60  # written as a plain number
 _DECIDED = {
     "array": "`rloop launch --sweep FILE` makes an array, a run.dir each",
     "chdir": "a job runs where it is submitted",
+    "export": "list variables in cluster.slurm.environment, or [ALL]",  # RLOOP_CHAIN is among them
     "nodes": "set cluster.nodes",
     "time": "set cluster.slurm.time",
     "wait": "rloop launch does not wait for the job's end",

@@ -186,6 +186,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
         ("cluster.slurm.flags=['--array=0-3']", "holds '--array=0-3': `rloop launch --sweep FILE`"),
+        ("cluster.slurm.flags=['--export=NONE']", "holds '--export=NONE': list variables in cluster.slurm.environment"),
         ("cluster.slurm.flags=['-D/tmp']", "holds '-D/tmp': a job runs where"),
         ("cluster.slurm.engine_flags=['--node=3']", "cluster.slurm.engine_flags holds '--node=3': set cluster.nodes"),
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
