@@ -462,6 +462,21 @@ def test_where_a_jobs_log_will_be_is_said(
         assert f"submitted job 7; its log is {log}" in capsys.readouterr().out
 
 
+def test_a_job_that_sbatch_refuses_leaves_the_script_of_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With cluster.slurm.resubmit=true that one submits it when it ends."""
+    stand_in_for_sbatch(tmp_path / "bin", f"cat >{tmp_path}/given; echo 7", monkeypatch)
+    words = ["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]
+    assert main(words) == 0
+    saved = tmp_path / "run/slurm/job.sh"
+    assert (script := saved.read_text()) == (tmp_path / "given").read_text()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/bash\necho invalid partition >&2; exit 1\n")
+    assert main([*words, "cluster.slurm.partition=gup"]) == 2
+    assert "sbatch refuses the job: invalid partition" in capsys.readouterr().err
+    assert saved.read_text() == script
+
+
 def test_an_sbatch_that_does_not_answer_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
