@@ -82,7 +82,7 @@ def test_a_node_whose_configuration_alone_is_wrong_does_not_keep_that_to_itself(
     Meeting(tmp_path).publish_head(Head("10.0.0.1", 4711))
     before = {number: signal.getsignal(number) for number in SCHEDULERS}
     try:
-        with pytest.raises(UserError, match="hydra.searchpath holds /unmounted"):
+        with pytest.raises(UserError, match=r"hydra\.searchpath holds /unmounted"):
             node(["experiment=tiny", "hydra.searchpath=[file:///unmounted]"], force=False)
     finally:
         for number, handler in before.items():

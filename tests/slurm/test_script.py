@@ -82,7 +82,7 @@ def test_the_scripts_of_the_repository_are_read_too() -> None:
 
 def test_a_script_that_is_too_long_for_an_argument_is_run_where_it_stands(tmp_path: Path) -> None:
     """As one is that has hundreds of runs. What it starts has the standard input of the job."""
-    script = f"#!/bin/bash\n{'# a line\n' * 30000}echo $$ $(cat)\n"
+    script = "#!/bin/bash\n" + "# a line\n" * 30000 + "echo $$ $(cat)\n"
     (tmp_path / "script").write_text(script)
     (tmp_path / "rloop").write_text(f"#!/bin/bash\ncat {tmp_path}/script\n")
     (tmp_path / "rloop").chmod(0o755)
