@@ -51,10 +51,12 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
     """
     slurm = config.cluster.slurm
     apart = engine_nodes if slurm.hetjob else 0
-    if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= slurm.signal_s:
+    margins = (slurm.signal_s, "cluster.slurm.signal_s"), (config.cluster.stop_margin_s, "cluster.stop_margin_s")
+    least_s, key = max(margins)
+    if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= least_s:
         raise UserError(
-            f"cluster.slurm.time={slurm.time} is {limit_s} s, and cluster.slurm.signal_s={slurm.signal_s} s before its "
-            "end a job is told to stop: raise the limit, or lower signal_s."
+            f"cluster.slurm.time={slurm.time} is {limit_s} s, and {key}={least_s:g} s before its end a job has to "
+            f"stop: raise the limit, or lower {key}."
         )
     if slurm.hetjob and not engine_nodes:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")

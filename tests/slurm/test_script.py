@@ -201,6 +201,11 @@ def test_bad_values_are_refused_in_a_sentence(override: str, words: str) -> None
     assert words in str(caught.value)
 
 
+def test_a_time_limit_in_which_no_run_would_be_started_is_refused() -> None:
+    with pytest.raises(UserError, match=r"time=60 is 3600 s, and cluster\.stop_margin_s=3600 s before its end"):
+        script_of("cluster.slurm.time=60", "cluster.stop_margin_s=3600")
+
+
 @pytest.mark.parametrize(("name", "container"), [("50%", "none"), ("a:b", "apptainer"), ("a,b", "pyxis")])
 def test_a_directory_that_a_job_would_not_find_is_refused(name: str, container: str) -> None:
     image = [] if container == "none" else [f"cluster.slurm.container={container}", "cluster.slurm.image=x"]
