@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rloop_mcore.compose import load_config
@@ -334,6 +336,17 @@ def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_
     assert time.monotonic() - begun < 30
     assert done.returncode == 75
     assert asked.read_text().splitlines()[0] == "requeue 7"
+
+
+def test_nothing_is_left_that_waits_for_the_end_of_a_job_that_is_over(tmp_path: Path) -> None:
+    ends = Ends(tmp_path)
+    assert ends.start("0", SLURM_JOB_END_TIME=str(int(time.time()) + 600))[0] == 0
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RLOOP_JOB_FOLDER", "").startswith(str(tmp_path)):
+                left.append(process)
+    assert not psutil.wait_procs(left, timeout=10)[1]
 
 
 BAD = """{"ok": false,
