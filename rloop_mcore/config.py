@@ -274,7 +274,7 @@ class SlurmConfig:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    time: str | None = None  # limit of one job of the chain, e.g. 04:00:00; null: the partition's
+    time: str | None = None  # limit of one job of the chain, e.g. 04:00:00, in YAML with quotes; null: the partition's
     signal_s: int = 300  # seconds before the limit at which the run is told to stop
     flags: list[str] = field(default_factory=list)  # further options of sbatch, e.g. --exclude=n7
     cpus_per_node: int = 0  # 0: whole nodes

@@ -50,8 +50,11 @@ def launch(options: argparse.Namespace) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
-    job = _submit(script, _save(script, runs))
+    folders = _folders(runs)
+    job = _submit(script)
     print(f"submitted job {job}; its log is {_log_of(job, runs)}")
+    for folder in folders:  # not before: a job that goes on may still submit the one that is there
+        write_atomic(folder / "job.sh", script)
     return 0
 
 
@@ -98,26 +101,19 @@ def _check_distinct(runs: Sequence[Run], configs: Sequence[Config]) -> None:
             raise UserError(f"run {number} of the sweep changes cluster.* or rollout.nodes, which one job has once.")
 
 
-def _save(script: str, runs: Sequence[Run]) -> Path | None:
-    """Keep the script with each run: what ran can be read there, and a job may have to submit it again."""
-    for run in runs:
-        directory = RunDirectory(run.directory)
+def _folders(runs: Sequence[Run]) -> list[Path]:
+    """Make the folder of each run that is for its jobs: what Slurm logs to must be there. Raises UserError."""
+    directories = [RunDirectory(run.directory) for run in runs]
+    for directory in directories:
         directory.create()
         directory.jobs.mkdir(exist_ok=True)
-        write_atomic(directory.jobs / "job.sh", script)
-    return RunDirectory(runs[0].directory).jobs / "job.sh" if runs else None
+    return [directory.jobs for directory in directories]
 
 
-def _submit(script: str, saved: Path | None) -> str:
+def _submit(script: str) -> str:
     """Give the script to sbatch; returns the job's id."""
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *([str(saved)] if saved else [])],
-            input=None if saved else script,
-            capture_output=True,
-            text=True,
-            timeout=_SUBMIT_S,
-        )
+        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=_SUBMIT_S)
     except subprocess.TimeoutExpired:
         raise Fault(
             f"sbatch did not answer within {_SUBMIT_S:g} s: see with squeue whether it took the job, before the same "

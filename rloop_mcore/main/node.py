@@ -63,9 +63,10 @@ def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
     meeting.hello(number)
     try:
         config = load_config(overrides)
-    except UserError:  # the first node says it
-        meeting.wait_for_head(_FIRST_WAIT_S)
-        return 0
+    except UserError:
+        if meeting.wait_for_head(_FIRST_WAIT_S) is None:
+            return 0  # the first node has said it
+        raise  # only here is it wrong
     head = meeting.wait_for_head(config.cluster.start_timeout_s)
     if head is None:
         return 0

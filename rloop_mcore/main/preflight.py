@@ -15,6 +15,7 @@ from typing import Any
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.preflight.check import check
@@ -43,8 +44,9 @@ def preflight(options: argparse.Namespace, clock: Clock = time.time) -> int:
 
 def _config(overrides: Sequence[str]) -> Config:
     """What is asked of the nodes; a model and data may be missing."""
-    given = {text.partition("=")[0] for text in overrides}
-    config = load_config([*(f"{key}=?" for key in ("model.path", "data.train") if key not in given), *overrides])
+    config = load_config(overrides, absent="?")
+    if config.run.dir == "?":
+        raise UserError("run.dir has no value: give run.dir=VALUE on the command line.")
     validate.check_values(config)
     return config
 

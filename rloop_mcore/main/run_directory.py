@@ -119,7 +119,7 @@ class RunDirectory:
             return False
         descriptor = os.open(self.path / "lock", os.O_RDONLY)
         try:
-            return not try_lock(descriptor)
+            return not try_lock(descriptor, shared=True)  # others may ask at the same moment
         finally:
             os.close(descriptor)
 

@@ -21,7 +21,7 @@ from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import take_changes
 from rloop_mcore.main.crashes import CrashRecord
@@ -137,7 +137,11 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
         return 75, message
     place, log = Place(roles(config).ranks), run.log
     if meeting is not None:
-        place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+        try:
+            place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+        except Fault as error:
+            run.write_ending(1, str(error), str(error))
+            raise
     watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
     with _stop_signals(run, ranks):

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rloop_mcore.errors import UserError
+
 _QUIET_S = 60.0
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock; NFS without its lock manager
 
 
 def fsync_path(path: Path) -> None:
@@ -43,13 +46,29 @@ def passing_over_a_full_disk() -> Iterator[None]:
             raise
 
 
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file for this process alone, until it is closed; False where another process has it."""
+def try_lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file until it is closed, for this process alone or `shared`; False where another process has it.
+
+    On NFS it must be open for writing, unless `shared`. Raises UserError where the file system has no locks.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        raise UserError(
+            f"{path} cannot be locked ({error.strerror}), which keeps two runs apart: choose a folder on another file "
+            "system, or have this one mounted with locks (Lustre: -o flock)."
+        ) from error
 
 
 @contextmanager
@@ -92,7 +111,7 @@ def new_directory(path: Path, replace: bool = True) -> Iterator[Path]:
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, fcntl.LOCK_EX)
             yield temporary
         finally:
             os.close(lock)

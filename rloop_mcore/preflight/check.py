@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import is_disk_full
-from rloop_mcore.platform.network import address_towards
+from rloop_mcore.platform.network import address_of, address_towards
 from rloop_mcore.preflight.collectives import Workers, rounds, seconds
 from rloop_mcore.preflight.facts import Facts, gather
 from rloop_mcore.preflight.judge import Findings
@@ -47,6 +48,11 @@ def _meet(config: Config, place: Place, mine: Facts, word: str, workers: Workers
     timeout_s, run_dir = config.preflight.timeout_s, Path(config.run.dir)
     meeting = Meeting(place, timeout_s)
     address = meeting.address if place.rank == 0 else address_towards(meeting.address)
+    if config.cluster.interface is not None and place.nodes > 1:  # as the run takes it
+        try:
+            address = address_of(config.cluster.interface)
+        except UserError as error:
+            mine.trouble["interface"] = str(error)
     with Porter(address, clock) as porter:
         opening = {"facts": asdict(mine), "door": asdict(porter.door), "word": word, "address": address}
         said = meeting.share("facts", opening, timeout_s)
@@ -65,7 +71,8 @@ def _meet(config: Config, place: Place, mine: Facts, word: str, workers: Workers
     device = Counter(facts[rank].device for rank in meeting.members).most_common(1)[0][0]
     able = [rank for rank in meeting.members if facts[rank].device == device]
     rates = {}
-    if not any("error" in answer for values in links.values() for answer in values["doors"].values()):
+    apart = any("error" in answer for values in links.values() for answer in values["doors"].values())
+    if not apart and not any("interface" in each.trouble for each in facts.values()):
         plan, count = rounds(able), max(1, min(len(facts[rank].gpus) for rank in able))
         results = workers.run(plan, (meeting.address, meeting.port), address, count) if place.rank in able else []
         rates = meeting.share("collectives", {"results": results}, seconds(plan))

@@ -118,7 +118,8 @@ def _work(pipe: Connection, parent: int, place: Place, device: str, local: int) 
         message = json.loads(pipe.recv_bytes())
         count = message["count"]
         if message["interface"]:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", message["interface"])
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", message["interface"])
         for name, group in message["rounds"]:
             rank = group.index(place.rank) * count + local
             answer: dict[str, Any]

@@ -18,6 +18,7 @@ from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 
+_NO_MODEL = ("?", "countdown")  # as model.path: none was given; the run makes one
 _PATIENCE_S = 30.0
 _SGLANG = "from importlib.metadata import version; print(version('sglang'))"
 
@@ -69,6 +70,9 @@ def gather(config: Config) -> Facts:
             free[folder] = round(shutil.disk_usage(folder).free / 2**30, 3)
         except OSError as error:
             trouble["run.dir" if folder == config.run.dir else folder] = f"{folder}: {error.strerror}"
+    model = Path(config.model.path) / "config.json"
+    if config.model.path not in _NO_MODEL and not model.is_file():
+        trouble["model"] = f"sees no {model}: model.path must be on a file system that all nodes share"
     return Facts(
         host=socket.gethostname(),
         device=device,

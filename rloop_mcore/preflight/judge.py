@@ -68,7 +68,8 @@ def judge(config: Config, found: Findings) -> Verdict:
     ]
     slow, rates = _rates(config, found)
     problems += [*_gpus(config, found), *_versions(found), *_space(config, found), *_links(found)]
-    problems += [*_clocks(config, found), *rates, *slow]
+    models = {rank: facts.trouble["model"] for rank, facts in found.facts.items() if "model" in facts.trouble}
+    problems += [*_of_nodes(found, "model", models, fewest=1), *_clocks(config, found), *rates, *slow]
     return Verdict(problems, _unresolved(found))
 
 
@@ -139,7 +140,7 @@ def _space(config: Config, found: Findings) -> list[Problem]:
     texts: dict[int, str] = {}
     problems = []
     for rank, facts in found.facts.items():
-        said = [text for check, text in facts.trouble.items() if check not in ("gpus", "run.dir")]
+        said = [text for check, text in facts.trouble.items() if check.startswith("/")]
         for folder, needed, key in (("/tmp", asked.tmp_gib, "tmp_gib"), ("/dev/shm", asked.shm_gib, "shm_gib")):
             if (free := facts.free_gib.get(folder, needed)) < needed:
                 said.append(f"{free:g} GiB are free in {folder}, not preflight.{key}={needed:g}")
@@ -155,19 +156,24 @@ def _space(config: Config, found: Findings) -> list[Problem]:
 
 
 def _links(found: Findings) -> list[Problem]:
-    """Who can't be reached, and who sees another `run.dir`."""
+    """Who has no such interface, who can't be reached, and who sees another `run.dir`."""
+    without = {rank: facts.trouble["interface"] for rank, facts in found.facts.items() if "interface" in facts.trouble}
     unreached = {
         (rank, int(other)): f"cannot be reached, or cannot reach others ({answer['error']})"
         for rank, learned in found.links.items()
         for other, answer in learned["doors"].items()
-        if "error" in answer
+        if "error" in answer and not {rank, int(other)} & without.keys()
     }
     unseen = {
         (rank, other): "sees another run.dir than the other nodes: it must be on a file system that all share"
         for rank, learned in found.links.items()
         for other in learned["unseen"]
     }
-    return [*_of_pairs(found, "network", unreached), *_of_pairs(found, "run.dir", unseen, fewest=2)]
+    return [
+        *_of_nodes(found, "network", without),
+        *_of_pairs(found, "network", unreached),
+        *_of_pairs(found, "run.dir", unseen, fewest=2),
+    ]
 
 
 def _clocks(config: Config, found: Findings) -> list[Problem]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.platform.network import address_towards
 from rloop_mcore.platform.process_group import host_store
 from rloop_mcore.preflight.place import Place
 
@@ -36,6 +37,8 @@ class Meeting:
         except OSError as error:
             raise NoMaster(f"its name {place.host} does not resolve ({error.strerror})") from error
         if place.rank == 0:
+            if place.names[1:] and self.address.startswith("127."):
+                self.address = _seen_by(place.names[1]) or self.address
             try:
                 self._store = host_store(self.address, timeout_s, place.port)
             except OSError as error:
@@ -104,3 +107,11 @@ class Meeting:
         deadline = time.monotonic() + timeout_s
         while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+
+def _seen_by(name: str) -> str | None:
+    """Where another node finds this one, whose own name leads to loopback, as Debian has it; None: there, too."""
+    with suppress(OSError):  # the name is unknown
+        if not (address := address_towards(name)).startswith("127."):
+            return address
+    return None

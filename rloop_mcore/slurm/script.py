@@ -16,10 +16,22 @@ from rloop_mcore.errors import UserError
 
 # variables of the submitting shell that every job gets, beside cluster.slurm.environment
 _ALWAYS = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "RLOOP_CHAIN")
-_PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()]+")  # what sbatch reads in an #SBATCH line as it stands
+_PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()#]+")  # what sbatch reads in an #SBATCH line as it stands
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED")
 _LONGEST_WARNING_S = 65535
+_LONGEST_MINUTES = 7 * 24 * 60  # written as a plain number
+# options of sbatch that are not for cluster.slurm.flags, and what to do instead
+_DECIDED = {
+    "array": "`rloop launch --sweep FILE` makes an array, a run.dir each",
+    "chdir": "a job runs where it is submitted",
+    "export": "list variables in cluster.slurm.environment, or [ALL]",  # RLOOP_CHAIN is among them
+    "nodes": "set cluster.nodes",
+    "time": "set cluster.slurm.time",
+    "wait": "rloop launch does not wait for the job's end",
+    "test-only": "`rloop launch --dry-run` prints the script",
+}
+_SHORT = {"a": "array", "D": "chdir", "N": "nodes", "t": "time", "W": "wait"}
 _WAY_OUT_S = 20  # before a job's end, to have it requeued while it still runs
 
 
@@ -39,13 +51,16 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
     """
     slurm = config.cluster.slurm
     apart = engine_nodes if slurm.hetjob else 0
-    if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= slurm.signal_s:
+    margins = (slurm.signal_s, "cluster.slurm.signal_s"), (config.cluster.stop_margin_s, "cluster.stop_margin_s")
+    least_s, key = max(margins)
+    if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= least_s:
         raise UserError(
-            f"cluster.slurm.time={slurm.time} is {limit_s} s, and cluster.slurm.signal_s={slurm.signal_s} s before its "
-            "end a job is told to stop: raise the limit, or lower signal_s."
+            f"cluster.slurm.time={slurm.time} is {limit_s} s, and {key}={least_s:g} s before its end a job has to "
+            f"stop: raise the limit, or lower {key}."
         )
     if slurm.hetjob and not engine_nodes:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
+    _check_directories(runs, slurm.container)
     array = "" if len(runs) == 1 else f"--array=0-{len(runs) - 1}"
     output = log_file(runs)
     directives = _directives(config, nodes - apart, output, slurm.flags)
@@ -118,12 +133,21 @@ def _check(slurm: SlurmConfig) -> None:
             raise UserError(f"cluster.slurm.environment holds {name!r}: give names of variables; their values follow.")
     if slurm.time is not None and not _TIME.fullmatch(slurm.time):
         raise UserError(f"cluster.slurm.time={slurm.time} is no time limit: write 04:00:00, 2-12:00:00 or minutes.")
+    if slurm.time is not None and slurm.time.isdigit() and int(slurm.time) > _LONGEST_MINUTES:
+        raise UserError(
+            f"cluster.slurm.time={slurm.time} is {int(slurm.time) // 1440} days of minutes: write 60-00:00:00 for "
+            "days, and in a YAML file quotes around '24:00:00', which it takes for seconds."
+        )
     if slurm.signal_s > _LONGEST_WARNING_S:
         raise UserError(f"cluster.slurm.signal_s={slurm.signal_s} is more than Slurm's {_LONGEST_WARNING_S}.")
     for key in ("flags", "engine_flags"):
         for flag in getattr(slurm, key):
             if not flag.startswith("-"):
                 raise UserError(f"cluster.slurm.{key} holds {flag!r}: an option of sbatch looks like --exclude=n7.")
+            name = flag[2:].partition("=")[0] if flag.startswith("--") else _SHORT.get(flag[1:2], "")
+            for option, instead in _DECIDED.items():
+                if name and option.startswith(name):  # sbatch takes a name's beginning
+                    raise UserError(f"cluster.slurm.{key} holds {flag!r}: {instead}.")
     for line in slurm.setup:
         if "\n" in line:
             raise UserError(f"cluster.slurm.setup holds {line!r}: give one shell line an entry.")
@@ -134,6 +158,16 @@ def _check(slurm: SlurmConfig) -> None:
     for mount in slurm.mounts:
         if not re.fullmatch(r"/[^:,]*(:/[^:,]*(:r[ow])?)?", mount):
             raise UserError(f"cluster.slurm.mounts holds {mount!r}: write /HOST:/CONTAINER[:ro].")
+
+
+def _check_directories(runs: Sequence[Run], container: str) -> None:
+    """Slurm puts the job's number where the name of a log has %, and mounts are lists with : and ,."""
+    for run in runs:
+        for sign in "%\\" if container == "none" else "%\\:,":
+            if sign in str(run.directory):
+                raise UserError(
+                    f"run.dir={run.directory} cannot be a job's, for the {sign} in it: choose another name."
+                )
 
 
 def _checked(directives: list[str]) -> list[str]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from rloop_mcore.errors import Fault
+from rloop_mcore.compose import load_config
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.head import explain
 from rloop_mcore.main.meeting import Head, Meeting, head_address
-from rloop_mcore.main.ranks import Place, first_failure
+from rloop_mcore.main.node import node
+from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.train import _supervise
 from rloop_mcore.platform.network import addresses
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -57,6 +61,32 @@ def test_nodes_that_do_not_come_are_named(tmp_path: Path) -> None:
     meeting.hello(2)
     meeting.hello(3)
     assert [other["boot"] for other in meeting.wait_for_nodes(4, 20)] == [BOOT] * 3
+
+
+def test_a_run_whose_nodes_do_not_come_says_why_it_failed(tmp_path: Path) -> None:
+    words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
+    run = RunDirectory(tmp_path)
+    with pytest.raises(Fault):
+        _supervise(run, load_config([*words, "cluster.start_timeout_s=0.2"]), Meeting(tmp_path))
+    ending = run.ending()
+    assert ending is not None
+    assert (ending["code"], ending["message"][:20]) == (1, "waited 0.2 s (cluste")
+    assert (tmp_path / "fault.txt").exists()
+
+
+def test_a_node_whose_configuration_alone_is_wrong_does_not_keep_that_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLOOP_JOB_FOLDER", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    Meeting(tmp_path).publish_head(Head("10.0.0.1", 4711))
+    before = {number: signal.getsignal(number) for number in SCHEDULERS}
+    try:
+        with pytest.raises(UserError, match=r"hydra\.searchpath holds /unmounted"):
+            node(["experiment=tiny", "hydra.searchpath=[file:///unmounted]"], force=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_only_the_user_can_read_the_key(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,39 @@ def test_a_run_without_a_word_in_its_journal_is_not_begun_over_its_policies(
     run.journal.unlink(missing_ok=True)
     Journal(run.journal).record("started")
     run.create()
+
+
+def test_who_asks_whether_a_run_works_keeps_nobody_else_from_asking(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "lock").touch()
+    descriptor = os.open(tmp_path / "lock", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    assert not run.locked()
+    os.close(descriptor)
+    with run.lock():
+        assert run.locked()
+
+
+def test_nfs_is_asked_as_it_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a lock for one process alone only of a file that is open for writing (flock(2), NFS details)."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = RunDirectory(tmp_path)
+    with run.lock():
+        assert run.locked()
+    assert not run.locked()
+
+
+def test_a_file_system_without_locks_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=f"{tmp_path}/lock cannot be locked"), RunDirectory(tmp_path).lock():
+        pass

@@ -17,6 +17,7 @@ from nodes import Node
 
 from rloop_mcore.errors import Fault
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.platform.network import addresses
 from rloop_mcore.preflight.meeting import Meeting
 from rloop_mcore.preflight.place import Place
 
@@ -56,6 +57,24 @@ def test_each_bad_node_is_named_with_what_is_bad(tmp_path: Path) -> None:
         problem["message"] for problem in report["problems"]
     ]
     assert [node["present"] for node in report["nodes"]] == [True, False, True, True, True, True]
+
+
+def test_the_nodes_are_asked_over_the_interface_of_the_run(tmp_path: Path) -> None:
+    codes, report, printed = nodes.run(tmp_path, [Node(), Node(["cluster.interface=ib7"])], "cluster.interface=lo")
+    assert codes == [69, 69], printed
+    (problem,) = report["problems"]
+    assert (problem["check"], problem["nodes"]) == ("network", ["n1"])
+    assert problem["message"].startswith("n1: cluster.interface=ib7 has no IPv4 address on ")
+
+
+def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
+    """Its ranks would end the run as if that were the user's mistake, and nothing would start it again."""
+    (tmp_path / "config.json").touch()
+    lacks = Node([f"model.path={tmp_path}/unmounted"])
+    codes, report, printed = nodes.run(tmp_path, [Node(), lacks, Node()], f"model.path={tmp_path}")
+    assert codes == [69, 69, 69], printed
+    (problem,) = report["problems"]
+    assert problem["message"].startswith(f"n1: sees no {tmp_path}/unmounted/config.json: model.path must be on a file")
 
 
 def test_a_missing_node_0_is_named_by_the_others(tmp_path: Path) -> None:
@@ -134,3 +153,15 @@ def test_a_port_that_is_taken_is_a_fault() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(Fault, match=f"node 0 can't listen at 127.0.0.1:{port}"):
             Meeting(Place(2, 0, "127.0.0.1", port, ()), 1.0)
+
+
+def test_node_0_listens_where_the_others_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name leads to loopback, as in the /etc/hosts of Debian."""
+    own = next((address for address in addresses() if not address.startswith("127.")), None)
+    if own is None:
+        pytest.skip("this machine has no address but loopback")
+    known, real = {"n0": "127.0.1.1", "n1": own, "n2": "127.0.0.1"}, socket.getaddrinfo
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *more, **named: real(known.get(host, host), *more, **named))
+    assert Meeting(Place(2, 0, "n0", nodes.free_port(), ("n0", "n1")), 1.0).address == own
+    for name in ("n2", "unknown"):  # all on this machine; names that don't resolve
+        assert Meeting(Place(2, 0, "n0", nodes.free_port(), ("n0", name)), 1.0).address == "127.0.1.1"

@@ -7,8 +7,10 @@ import shlex
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rloop_mcore.compose import load_config
@@ -78,6 +80,19 @@ def test_the_scripts_of_the_repository_are_read_too() -> None:
         if shutil.which("shellcheck"):
             found = subprocess.run(["shellcheck", "--shell=bash", str(file)], capture_output=True, text=True)
             assert found.returncode == 0, found.stdout
+
+
+def test_a_script_that_is_too_long_for_an_argument_is_run_where_it_stands(tmp_path: Path) -> None:
+    """As one is that has hundreds of runs. What it starts has the standard input of the job."""
+    script = "#!/bin/bash\n" + "# a line\n" * 30000 + "echo $$ $(cat)\n"
+    (tmp_path / "script").write_text(script)
+    (tmp_path / "rloop").write_text(f"#!/bin/bash\ncat {tmp_path}/script\n")
+    (tmp_path / "rloop").chmod(0o755)
+    environment = {"RLOOP": f"{tmp_path}/rloop", "SLURM_JOB_NUM_NODES": "1", "PATH": "/usr/bin:/bin"}
+    for file in sorted((ROOT / "slurm").glob("*.sbatch")):
+        variables = environment | {f"SLURM_JOB_NUM_NODES_HET_GROUP_{k}": "1" for k in (0, 1)}
+        job = subprocess.Popen(["bash", str(file), "x"], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert job.communicate(b"in", timeout=60)[0].decode() == f"{job.pid} in\n", file
 
 
 # -- what the job asks for -----------------------------------------------------------------------------------------
@@ -165,11 +180,17 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     [
         ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.job_name='a#b'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.time=86400", "cluster.slurm.time=86400 is 60 days of minutes"),  # YAML's 24:00:00
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
         ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
         ("cluster.slurm.time=4:30", "is 270 s"),
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
+        ("cluster.slurm.flags=['--array=0-3']", "holds '--array=0-3': `rloop launch --sweep FILE`"),
+        ("cluster.slurm.flags=['--export=NONE']", "holds '--export=NONE': list variables in cluster.slurm.environment"),
+        ("cluster.slurm.flags=['-D/tmp']", "holds '-D/tmp': a job runs where"),
+        ("cluster.slurm.engine_flags=['--node=3']", "cluster.slurm.engine_flags holds '--node=3': set cluster.nodes"),
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
         ("cluster.slurm.container=pyxis", "needs cluster.slurm.image"),
         ("cluster.slurm.image=x", "need cluster.slurm.container=pyxis or apptainer"),
@@ -180,6 +201,18 @@ def test_bad_values_are_refused_in_a_sentence(override: str, words: str) -> None
     with pytest.raises(UserError) as caught:
         script_of(override)
     assert words in str(caught.value)
+
+
+def test_a_time_limit_in_which_no_run_would_be_started_is_refused() -> None:
+    with pytest.raises(UserError, match=r"time=60 is 3600 s, and cluster\.stop_margin_s=3600 s before its end"):
+        script_of("cluster.slurm.time=60", "cluster.stop_margin_s=3600")
+
+
+@pytest.mark.parametrize(("name", "container"), [("50%", "none"), ("a:b", "apptainer"), ("a,b", "pyxis")])
+def test_a_directory_that_a_job_would_not_find_is_refused(name: str, container: str) -> None:
+    image = [] if container == "none" else [f"cluster.slurm.container={container}", "cluster.slurm.image=x"]
+    with pytest.raises(UserError, match=f"run.dir=/runs/{name} cannot be a job's"):
+        training_script(configured(*image), [Run(Path("/runs/a"), []), Run(Path(f"/runs/{name}"), [])], 1, 0)
 
 
 @pytest.mark.parametrize("mount", ["data:/data", "/data:/data:rx", "/a,/b:/c"])
@@ -210,7 +243,7 @@ class Ends:
         srun = (
             f'printf "%s\\n" {" ".join([self.lines[0], *[self.lines[1]] * commits])} >>"{self.run}/journal.jsonl"; '
             'touch "$RLOOP_JOB_FOLDER/node-0.out"; '
-            f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"'
+            f'[[ -z "{code}" ]] || echo "{code}" >"$RLOOP_JOB_FOLDER/code"; exit {code or 1}'
         )
         asked = self.folder / "asked"
         asked.write_text("")
@@ -218,6 +251,12 @@ class Ends:
         programs = {"srun": srun, "squeue": "echo NONE", "scontrol": record, "sbatch": record}
         done = run_body(self.script, self.folder, programs, **variables)
         return done.returncode, asked.read_text().splitlines(), done.stderr
+
+
+def test_the_users_own_lines_may_use_unset_variables_and_end_at_errors(tmp_path: Path) -> None:
+    """As conda's activation scripts do; and what they set is not the script's."""
+    ends = Ends(tmp_path, "cluster.slurm.setup=['set -e','export SEEN=$SET_NOWHERE']")
+    assert ends.start("75", commits=1)[:2] == (75, ["scontrol requeue 7"])
 
 
 @pytest.mark.parametrize("code", ["0", "2"])
@@ -273,6 +312,16 @@ def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) ->
     assert ends.start("1", 1)[1] == [f"sbatch --dependency=afterany:7 --begin=now+60seconds {ends.run}/slurm/job.sh"]
 
 
+def test_a_job_that_is_submitted_again_is_not_told_when_the_one_before_it_ends(tmp_path: Path) -> None:
+    """Slurm hands on its own variables, and before 22.05.9 says no other end."""
+    ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
+    said = f'echo "${{SLURM_JOB_END_TIME:-none}} ${{SLURM_RESTART_COUNT:-none}}" >{tmp_path}/asked'
+    commit = f'touch "$RLOOP_JOB_FOLDER/node-0.out"; echo {ends.lines[1]} >>{ends.run}/journal.jsonl'
+    end = str(int(time.time()) + 600)
+    run_body(ends.script, tmp_path, {"srun": commit, "sbatch": said}, SLURM_JOB_END_TIME=end, SLURM_RESTART_COUNT="2")
+    assert (tmp_path / "asked").read_text() == "none none\n"
+
+
 def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_path: Path) -> None:
     """Slurm starts no job again that it has killed at its limit."""
     ends = Ends(tmp_path)
@@ -289,6 +338,17 @@ def test_a_run_that_is_not_out_before_the_limit_is_requeued_while_it_can_be(tmp_
     assert asked.read_text().splitlines()[0] == "requeue 7"
 
 
+def test_nothing_is_left_that_waits_for_the_end_of_a_job_that_is_over(tmp_path: Path) -> None:
+    ends = Ends(tmp_path)
+    assert ends.start("0", SLURM_JOB_END_TIME=str(int(time.time()) + 600))[0] == 0
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RLOOP_JOB_FOLDER", "").startswith(str(tmp_path)):
+                left.append(process)
+    assert not psutil.wait_procs(left, timeout=10)[1]
+
+
 BAD = """{"ok": false,
  "bad_nodes": [
   "n3",
@@ -298,10 +358,12 @@ BAD = """{"ok": false,
 
 
 def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_path: Path) -> None:
+    """Of all components, each of which may leave out some already."""
     ends = Ends(tmp_path, "cluster.slurm.preflight=true")
     (ends.run / "preflight.json").write_text(BAD)
     srun = 'cd "$RLOOP_JOB_FOLDER"; touch preflight-0.out; [[ "$*" != *" node "* ]] || touch begun; exit 69'
-    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || echo 'JobId=7 ExcNodeList=n1 StdErr=x'"""
+    shown = [f"JobId={job} ExcNodeList={nodes} StdErr=x" for job, nodes in ((7, "n1"), (8, "(null)"), (9, "n1"))]
+    scontrol = f"""echo "$*" >>{tmp_path}/asked; [[ $* != "show job"* ]] || printf "%s\\n" {shlex.join(shown)}"""
     done = run_body(
         ends.script,
         tmp_path,
@@ -311,7 +373,7 @@ def test_bad_nodes_are_left_out_of_the_next_start_and_the_run_is_not_begun(tmp_p
     assert done.returncode == 69
     assert not list(ends.run.rglob("begun"))
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=n3,n5,n1"]
+    assert asked[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=n1,n3,n5"]
 
 
 def test_force_is_for_the_first_start_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,6 +478,21 @@ def test_where_a_jobs_log_will_be_is_said(
         log = output.removeprefix("--output=").replace("%A", "7").replace("%j", "7").replace("%a", task)
         assert main(["launch", *words]) == 0
         assert f"submitted job 7; its log is {log}" in capsys.readouterr().out
+
+
+def test_a_job_that_sbatch_refuses_leaves_the_script_of_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With cluster.slurm.resubmit=true that one submits it when it ends."""
+    stand_in_for_sbatch(tmp_path / "bin", f"cat >{tmp_path}/given; echo 7", monkeypatch)
+    words = ["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]
+    assert main(words) == 0
+    saved = tmp_path / "run/slurm/job.sh"
+    assert (script := saved.read_text()) == (tmp_path / "given").read_text()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/bash\necho invalid partition >&2; exit 1\n")
+    assert main([*words, "cluster.slurm.partition=gup"]) == 2
+    assert "sbatch refuses the job: invalid partition" in capsys.readouterr().err
+    assert saved.read_text() == script
 
 
 def test_an_sbatch_that_does_not_answer_is_a_sentence(
