@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rloop_mcore.compose import flat, read_config
+from rloop_mcore.compose import flat
 from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
@@ -85,7 +85,7 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> bool:
     """
     if not run.journal.exists():  # nothing has been done with an earlier configuration
         return False
-    before, now = flat(read_config(run.config)), flat(config)
+    before, now = flat(run.read_config()), flat(config)
     changed = [key for key in now if now[key] != before[key] and key != "run.dir"]
     if not changed:
         return False

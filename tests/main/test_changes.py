@@ -141,6 +141,13 @@ def test_a_key_binds_from_the_phase_on_that_uses_it(
         take_changes(run, configure(run.path, override), force=False)
 
 
+def test_a_run_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.config.unlink()
+    with pytest.raises(UserError, match=r"run is not a run directory: it holds no config\.yaml"):
+        take_changes(run, configure(run.path), force=True)
+
+
 def test_before_the_first_record_everything_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", [])
     take_changes(run, configure(run.path, "run.seed=5"), force=False)
