@@ -88,7 +88,7 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.main import train
 write_model(Path("model"), seed=0)
-assert train._check_inputs(load_config(["experiment=tiny", "run.dir=run"]), Path("model")) == 48
+assert train._check_inputs(load_config(["experiment=tiny", "run.dir=run"]), Path("model"))[0] == 48
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)

@@ -486,6 +486,31 @@ def test_a_start_makes_the_journal_durable_before_it_removes_anything(
     assert events.index("journal.jsonl") < events.index("removal")
 
 
+def test_what_the_journal_names_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of its kind too: its folder is in the run directory durably."""
+    run, durable = tmp_path / "run", dict[str, set[str]]()
+    fsync, record = os.fsync, Journal.record
+
+    def fsynced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            durable[str(path)] = set(os.listdir(path))
+
+    def recorded(self: Journal, event: str, **fields: Any) -> None:
+        if (name := fields.get("path", "base")).startswith(("policies/", "experts/")):
+            named.append(name)
+            for path in (run / name, (run / name).parent):
+                assert path.name in durable[str(path.parent)], f"{path} at record {event}"
+        record(self, event, **fields)
+
+    named: list[str] = []
+    monkeypatch.setattr(os, "fsync", fsynced)
+    monkeypatch.setattr(Journal, "record", recorded)
+    start(run, configure(), demonstrations=DEMONSTRATIONS)
+    assert {name.partition("/")[0] for name in named} == {"policies", "experts"}
+
+
 def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:
     answers = iter([False, False, True])
     with pytest.raises(Interrupted):

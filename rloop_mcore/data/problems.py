@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,12 @@ def content_id(problem: Problem) -> str:
     """A hash of a problem's text and answer: the id of one that came without."""
     content = json.dumps([problem.problem, problem.answer])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def digest_of_problems(problems: Iterable[Problem]) -> str:
+    """A hash of all that a run makes of problems; their order plays no part."""
+    contents = sorted(json.dumps([each.id, each.problem, each.answer, each.meta], default=str) for each in problems)
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]
 
 
 def _text(row: dict[str, Any], column: str, required: bool = True) -> str:

@@ -1,17 +1,19 @@
-"""What a resumed run may change of its configuration, and why it may not change the rest."""
+"""What a resumed run may change of its configuration and data, and why it may not change the rest."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rloop_mcore.compose import flat, read_config
+from rloop_mcore.compose import flat
 from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.run_directory import RunDirectory, read_json
+from rloop_mcore.platform.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> bool:
     """
     if not run.journal.exists():  # nothing has been done with an earlier configuration
         return False
-    before, now = flat(read_config(run.config)), flat(config)
+    before, now = flat(run.read_config()), flat(config)
     changed = [key for key in now if now[key] != before[key] and key != "run.dir"]
     if not changed:
         return False
@@ -107,6 +109,28 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> bool:
         if not (journal.records and fields.items() <= journal.records[-1].items()):
             journal.record("changed", **fields)  # a kill before the new config.yaml is written comes here again
     return True
+
+
+def take_inputs(run: RunDirectory, config: Config, digests: Mapping[str, str], force: bool) -> None:
+    """Compare what the files hold that keys name, by its digest for each key, with what the run has been made with.
+
+    Raises UserError where one holds something else now, the key being the same, unless forced; keeps the digests.
+    """
+    before, values = read_json(run.inputs) or {}, flat(config)
+    changed = [key for key, digest in digests.items() if before.get(key, digest) != digest]
+    if changed and any(record["event"] != "started" for record in Journal(run.journal).records):
+        with run.lock("lock.rank0"):  # as in `take_changes`
+            journal = Journal(run.journal)
+            for key in changed:
+                rule = obstacle_to(key, values[key], journal)
+                assert rule is not None, f"{key} binds a run from its start"
+                what = f"{key}={_spelled(values[key])} holds something else than when {run.path} was started"
+                if not force:
+                    raise UserError(f"{what}: {rule.reason}; restore it, choose another run.dir, or add --force.")
+                print(f"rloop: warning: {what}, which is forced: {rule.reason}.", file=sys.stderr)
+            keys = {f"what {key} holds": {"before": before[key], "now": digests[key]} for key in changed}
+            journal.record("changed", keys=keys, forced=list(keys))
+    write_atomic(run.inputs, json.dumps(dict(digests)) + "\n")
 
 
 def obstacle_to(key: str, value: Any, journal: Journal) -> Rule | None:

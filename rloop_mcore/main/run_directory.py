@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "heartbeat"
 
     @property
+    def inputs(self) -> Path:
+        """Digests of what is in the files that its configuration names."""
+        return self.path / "inputs.json"
+
+    @property
     def golds(self) -> Path:
         """Which gold answers don't verify against themselves."""
         return self.path / "golds.json"

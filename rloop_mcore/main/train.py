@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import digest_of_problems, load_problems
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.changes import take_changes
+from rloop_mcore.main.changes import take_changes, take_inputs
 from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.head import explain, first_place
@@ -58,9 +59,10 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
     if config.model.path == GENERATED_MODEL and not run.model(config).exists():
         run.create()
         write_model(run.model(config), seed=0)
-    problems = _check_inputs(config, run.model(config))
+    problems, digests = _check_inputs(config, run.model(config))
     with run.lock():
         changed = take_changes(run, config, force)
+        take_inputs(run, config, digests, force)
         crashes = CrashRecord(run, config)
         crashes.check(force)
         write_atomic(run.config, to_yaml(config))
@@ -88,8 +90,11 @@ def _finished(run: RunDirectory, config: Config) -> bool:
     return ended_well and Journal(run.journal).finished(config.algorithm.iterations)
 
 
-def _check_inputs(config: Config, model: Path) -> int:
-    """Read whatever the run will read, so that a mistake shows now; returns the number of training problems."""
+def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
+    """Read whatever the run will read, so that a mistake shows now.
+
+    Returns the number of training problems, and digests of data and template by their keys.
+    """
     device = platform.choose(config.cluster.device)
     validate.check_device(config, device)
     if device == "cpu":
@@ -101,15 +106,18 @@ def _check_inputs(config: Config, model: Path) -> int:
     if device == "cuda" and config.cluster.gpu.memory_gib:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
-    PromptTemplate(config.data.template, TextTokenizer(model))
+    template = PromptTemplate(config.data.template, TextTokenizer(model))
     load_verifier(config.reward.verifier)
     if config.data.sampler is not None:
         load_sampler(config.data.sampler)
-    if config.data.validation is not None:
-        load_problems(config.data.validation, config.evaluation.limit)
-    if config.sft.demonstrations is not None:
-        load_problems(config.sft.demonstrations, config.sft.limit)
-    return len(load_problems(config.data.train, config.data.limit))
+    sources = {
+        "data.validation": (config.data.validation, config.evaluation.limit),
+        "sft.demonstrations": (config.sft.demonstrations, config.sft.limit),
+        "data.train": (config.data.train, config.data.limit),
+    }
+    problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items() if source is not None}
+    digests = {key: digest_of_problems(found) for key, found in problems.items()}
+    return len(problems["data.train"]), digests | {"data.template": sha256(template.text.encode()).hexdigest()[:16]}
 
 
 def _check_memory(config: Config) -> None:

@@ -79,7 +79,9 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     with `replace` off FileExistsError is raised instead. On an exception the temporary is removed and `path` is
     untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fsync_path(path.parent.parent)  # else a power cut may take it, and all that is in it
     temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
         yield temporary

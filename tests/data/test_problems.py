@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import sys
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import digest_of_problems, load_problems
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
@@ -31,6 +32,14 @@ def jsonl(path: Path, rows: list) -> str:
 
 def test_jsonl(tmp_path: Path) -> None:
     assert load_problems(jsonl(tmp_path / "p.jsonl", ROWS)) == PROBLEMS
+
+
+@pytest.mark.parametrize("change", [{"id": "d"}, {"problem": "3 + 4"}, {"answer": "7"}, {"meta": {"level": 3}}])
+def test_the_digest_of_problems_is_of_all_that_a_run_makes_of_them_in_any_order(change: dict[str, object]) -> None:
+    digest = digest_of_problems(PROBLEMS)
+    assert digest_of_problems(PROBLEMS[::-1]) == digest
+    changed = [*PROBLEMS[:2], dataclasses.replace(PROBLEMS[2], **change)]  # type: ignore[arg-type]
+    assert digest not in (digest_of_problems(changed), digest_of_problems(PROBLEMS[:2]))
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rloop_mcore.compose import flat, load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.changes import _TABLE, rule_of, take_changes
+from rloop_mcore.main.changes import _TABLE, rule_of, take_changes, take_inputs
 from rloop_mcore.main.run_directory import RunDirectory
 
 EXPLORING = [("done", 0, "base"), ("commit", 0, "explore")]  # up to step 120
@@ -139,6 +139,40 @@ def test_a_key_binds_from_the_phase_on_that_uses_it(
         return
     with pytest.raises(UserError, match=override.partition("=")[0]):
         take_changes(run, configure(run.path, override), force=False)
+
+
+INPUTS = {"data.train": "t", "data.validation": "v", "sft.demonstrations": "s", "data.template": "p"}
+
+
+@pytest.mark.parametrize("key", INPUTS)
+def test_a_file_that_holds_something_else_is_refused_like_another_file(key: str, tmp_path: Path) -> None:
+    run, other = begun(tmp_path / "run"), INPUTS | {key: "another"}
+    config = configure(run.path)
+    take_inputs(run, config, INPUTS, force=False)
+    take_inputs(run, config, INPUTS, force=False)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^{key}=.* holds something else than when .*run was started: .*--force"):
+            take_inputs(run, config, other, force=False)
+    assert changes(run) == []
+    take_inputs(run, config, other, force=True)
+    take_inputs(run, config, other, force=False)
+    (record,) = changes(run)
+    assert record["keys"] == {f"what {key} holds": {"before": INPUTS[key], "now": "another"}}
+    assert record["forced"] == list(record["keys"])
+
+
+def test_before_anything_was_made_of_them_files_may_change(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", [])
+    take_inputs(run, configure(run.path), INPUTS, force=False)
+    Journal(run.journal).record("started")
+    take_inputs(run, configure(run.path), INPUTS | {"data.train": "another"}, force=False)
+
+
+def test_a_run_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.config.unlink()
+    with pytest.raises(UserError, match=r"run is not a run directory: it holds no config\.yaml"):
+        take_changes(run, configure(run.path), force=True)
 
 
 def test_before_the_first_record_everything_may_change(tmp_path: Path) -> None:

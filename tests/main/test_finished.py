@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import train
 from rloop_mcore.main.run_directory import RunDirectory
@@ -37,3 +38,22 @@ def test_what_starts_a_finished_run(
     monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
     assert train.train([*tiny, override], force=False) == 0
     assert bool(begun) == starts
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, template = tmp_path / "train.jsonl", tmp_path / "mine.jinja"
+    data.write_text('{"problem": "1,2,3=6", "answer": "6", "id": "a"}\n')
+    template.write_text("{{ problem }},")
+    command = ["experiment=tiny", f"run.dir={tmp_path / 'run'}", f"data.train={data}", f"data.template={template}"]
+    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: (0, ""))
+    assert train.train(command, force=False) == 0
+    Journal(RunDirectory(tmp_path / "run").journal).record("commit", iteration=0, phase="sft", step=1)
+    for file, key in ((data, r"data\.train"), (template, r"data\.template")):
+        before = file.read_text()
+        file.write_text(before.replace("=6", "=5").replace("},", "}:"))
+        with pytest.raises(UserError, match=f"^{key}=.* holds something else"):
+            train.train(command, force=False)
+        file.write_text(before)
+    assert train.train(command, force=False) == 0
