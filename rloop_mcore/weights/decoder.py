@@ -146,8 +146,21 @@ def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool, qk_norm: bool)
 
 
 def _rotary(config: HfConfig) -> dict[str, Any]:
-    """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling."""
-    rope = config.get("rope_parameters", config.get("rope_scaling", {}))
+    """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling.
+
+    Where a file has both, transformers 5 takes rope_scaling and older ones do too: they have to mean the same.
+    """
+    stated = [config.get(key, {}) for key in ("rope_parameters", "rope_scaling")]
+    found = [_rotary_arguments(config, rope) for rope in stated if rope] or [_rotary_arguments(config, {})]
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{config.file}: rope_parameters {stated[0]} and rope_scaling {stated[1]} differ: remove the one that is "
+            "not meant."
+        )
+    return found[0]
+
+
+def _rotary_arguments(config: HfConfig, rope: Any) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"{config.file}: the rotary parameters are {rope!r}; they have to be an object.")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))

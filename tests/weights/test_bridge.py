@@ -223,6 +223,8 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
         ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling .* is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5}, "rope_parameters .* and rope_scaling .* differ"),
     ],
 )
 def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
