@@ -175,6 +175,16 @@ def with_third_shard(folder: Path) -> None:
     shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
 
 
+def with_the_whole_beside(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    in_two_shards(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+def with_a_shard_beside(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+
+
 def truncated(folder: Path) -> None:
     in_two_shards(folder)
     file = folder / "model-00002-of-00002.safetensors"
@@ -232,6 +242,8 @@ MALFORMED_FOLDERS = {
     ),
     "a shard missing": (without_second_shard, "names model-00002-of-00002.safetensors, which is not in the folder"),
     "a shard too many": (with_third_shard, "does not name model-00003-of-00003.safetensors"),
+    "shards and the whole": (with_the_whole_beside, "does not name model.safetensors, which is in the folder"),
+    "the whole and a shard": (with_a_shard_beside, "has model.safetensors and model-00001-of-00002.safetensors: remove"),
     "a shard cut off": (truncated, "model-00002-of-00002.safetensors is cut off"),
     "another architecture": (
         lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
