@@ -344,6 +344,9 @@ def check_model(config: Config, model: Path) -> None:
 
 def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
     """`check_model` for the keys of a config.json, which came from `model`."""
+    kind = architecture.get("model_type")
+    if config.model.family == "auto" and kind not in (None, *_FAMILIES):
+        raise UserError(f"{model}: model_type is {kind!r}; supported are {', '.join(_FAMILIES)}.")
     shape = ModelShape.of(architecture, model)
     if broken := broken_rule(config.layout, shape):
         legal = nearest_legal(config.layout, shape)
