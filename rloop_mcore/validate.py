@@ -364,7 +364,7 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    limit = architecture.get("max_position_embeddings", longest)
+    limit = architecture.get("max_position_embeddings") or longest
     if longest > limit:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}: "

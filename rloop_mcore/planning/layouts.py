@@ -16,6 +16,11 @@ from typing import Any
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 
+_OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -30,10 +35,13 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], file: Path | str = "config.json") -> ModelShape:
-        """From an HF config.json that was read from `file`. Raises UserError where a size is missing."""
+        """From an HF config.json that was read from `file`. Raises UserError where a size is missing, or none."""
         for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if not is_size(config.get(key)):
                 raise UserError(f"{file} has no {key} above 0: it does not describe a model that is supported.")
+        for key in _OPTIONAL:
+            if type(config.get(key, 0)) not in (int, type(None)):
+                raise UserError(f"{file}: {key} is {config[key]!r}; it has to be a whole number.")
         heads, ffn = config["num_attention_heads"], config["intermediate_size"]
         return cls(
             layers=config["num_hidden_layers"],
