@@ -14,7 +14,7 @@ from megatron_model import build_chunks, close_groups, in_ddp, logits_of, open_g
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
@@ -251,6 +251,18 @@ def test_what_is_not_honoured_of_experts_is_refused(tmp_path: Path, change: dict
     file = tmp_path / "m" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
+        HfBridge(tmp_path / "m")
+
+
+def test_mistral_without_the_key_of_its_window_is_refused(tmp_path: Path) -> None:
+    assert MistralConfig().sliding_window == 4096
+    make_folder(tmp_path / "m", "mistral", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    HfBridge(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    del config["sliding_window"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no sliding_window, which transformers takes for 4096"):
         HfBridge(tmp_path / "m")
 
 
