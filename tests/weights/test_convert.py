@@ -223,6 +223,13 @@ MALFORMED_FOLDERS = {
         lambda f: edit_config(f, tie_word_embeddings=True),
         "ties lm_head.weight to model.embed_tokens.weight, and",
     ),
+    "tied to integers": (
+        lambda f: (
+            edit_config(f, tie_word_embeddings=True),
+            edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)})),
+        ),
+        "ties lm_head.weight to model.embed_tokens.weight, and",
+    ),
     "another size in the config": (
         lambda f: edit_config(f, intermediate_size=48),
         r"gate_proj.weight has shape [40, 32], config.json calls for [48, 32]",
@@ -372,6 +379,13 @@ MALFORMED_CHECKPOINTS = {
         "has an output_layer.weight of its own",
     ),
     "no metadata": (drop(".metadata"), [], "is no Megatron checkpoint of format torch_dist"),
+    "tied to integers": (
+        lambda f: (
+            edit_config(f, tie_word_embeddings=True),
+            edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)})),
+        ),
+        "ties lm_head.weight to model.embed_tokens.weight, and",
+    ),
     "another size in the config": (
         lambda f: edit_config(f / "hf", vocab_size=64),
         [],
