@@ -95,6 +95,17 @@ def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, found[name].float()) for name, tensor in tensors_of(direct).items())
 
 
+def test_a_value_that_float16_has_no_room_for_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    edit_tensors(source, lambda t: t["model.norm.weight"].__setitem__(0, -1e5))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    for folder in (source, tmp_path / "mcore"):
+        assert main(["convert", str(folder), str(tmp_path / "half"), "--dtype", "fp16"]) == 2
+        assert "model.norm.weight has values beyond float16's 65504" in capsys.readouterr().err
+        assert not (tmp_path / "half").exists()
+
+
 def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
     mixed = {n: t.bfloat16() if n.endswith("_proj.weight") else t for n, t in tensors_of(source).items()}
     save_file(mixed, source / "model.safetensors")
