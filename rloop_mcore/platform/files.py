@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 _QUIET_S = 60.0
@@ -61,7 +62,9 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    # Another container's process may have the same number, and be writing still.
+    names = (path.parent / f".tmp-{number}-{path.name}" for number in count(os.getpid()))
+    temporary = next(name for name in names if not os.path.lexists(name))
     try:
         yield temporary
         if temporary.is_dir():

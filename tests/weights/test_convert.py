@@ -527,7 +527,8 @@ def test_a_target_that_somebody_made_meanwhile_is_left_alone(
 
 
 def test_what_another_process_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
-    others = [tmp_path / name for name in (".tmp-1-mcore", ".tmp-2-mcore", ".tmp-3-my-mcore")]
+    mine = f".tmp-{os.getpid()}-mcore"  # in another container
+    others = [tmp_path / name for name in (mine, ".tmp-2-mcore", ".tmp-3-my-mcore")]
     for number, other in enumerate(others):
         other.mkdir()
         if number:  # quiet for long: the second is locked, the third has another target
