@@ -344,6 +344,9 @@ def check_model(config: Config, model: Path) -> None:
 
 def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
     """`check_model` for the keys of a config.json, which came from `model`."""
+    kind = architecture.get("model_type")
+    if config.model.family == "auto" and kind not in (None, *_FAMILIES):
+        raise UserError(f"{model}: model_type is {kind!r}; supported are {', '.join(_FAMILIES)}.")
     sizes = Architecture.of(architecture, model)
     shape = sizes.shape
     if broken := broken_rule(config.layout, shape):
@@ -362,7 +365,7 @@ def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> 
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    limit = architecture.get("max_position_embeddings", longest)
+    limit = architecture.get("max_position_embeddings") or longest
     if longest > limit:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}: "

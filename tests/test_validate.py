@@ -303,6 +303,22 @@ def test_a_model_without_the_sizes_a_layout_needs_is_refused(tmp_path: Path) -> 
         check_model(load_config(NEEDED), tmp_path)
 
 
+def test_a_family_that_is_not_described_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    model(tmp_path, model_type="deepseek_v3")
+    with pytest.raises(UserError, match=r"config.json: model_type is 'deepseek_v3'; supported are llama, .*qwen3_moe"):
+        check_model(load_config(NEEDED), tmp_path)
+    check_model(load_config([*NEEDED, "model.family=llama"]), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "num_experts", "max_position_embeddings"])
+def test_a_word_for_a_size_is_refused_and_null_is_the_default(tmp_path: Path, key: str) -> None:
+    model(tmp_path, **{key: None})
+    check_model(load_config(NEEDED), tmp_path)
+    model(tmp_path, **{key: "2"})
+    with pytest.raises(UserError, match=f"config.json: {key} is '2'; it has to be a whole number"):
+        check_model(load_config(NEEDED), tmp_path)
+
+
 def test_an_engine_that_cannot_split_the_model_is_refused(tmp_path: Path) -> None:
     model(tmp_path, hidden_size=128, intermediate_size=256, vocab_size=99)
     overrides = ["rollout.engine=sglang", "rollout.tp=2", "rollout.dp=2"]

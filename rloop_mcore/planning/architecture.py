@@ -15,6 +15,10 @@ from rloop_mcore.planning.layouts import ModelShape
 _OF_A_RELEASE = ("max_position_embeddings", "rope_theta", "rms_norm_eps")
 SIZES = tuple(size.name for size in fields(ArchitectureConfig) if size.name not in _OF_A_RELEASE)
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
 _QKV_BIAS = ("qwen2",)  # families whose Q, K and V projections have biases
 _QK_NORM = ("qwen3", "qwen3_moe")  # families that norm every query and key head
 
@@ -40,10 +44,13 @@ class Architecture:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: Path | str) -> Architecture:
-        """From the keys of a config.json, which came from `source`. Raises UserError where a size is missing."""
+        """From the keys of a config.json, which came from `source`. Raises UserError where a size is missing or none."""
         for key in _NEEDED:
             if not (isinstance(size := values.get(key), int) and size > 0):
                 raise UserError(f"{source} has no {key} above 0: the sizes of a model need it.")
+        for key in _OPTIONAL:
+            if type(values.get(key, 0)) not in (int, type(None)):
+                raise UserError(f"{source}: {key} is {values[key]!r}; it has to be a whole number.")
         heads = values["num_attention_heads"]
         experts = values.get("num_experts") or values.get("num_local_experts") or 0
         family = values.get("model_type")

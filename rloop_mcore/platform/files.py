@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
@@ -82,7 +83,9 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         fsync_path(path.parent.parent)  # else a power cut may take it, and all that is in it
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    # Another container's process may have the same number, and be writing still.
+    names = (path.parent / f".tmp-{number}-{path.name}" for number in count(os.getpid()))
+    temporary = next(name for name in names if not os.path.lexists(name))
     try:
         yield temporary
         if temporary.is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from rloop_mcore.errors import Fault
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.weights.hf_folder import TOKENIZER_FILES, bytes_of
 
 HF_FILES = "hf"  # folder in a checkpoint of ours: the config and tokenizer files of the model
@@ -93,6 +93,14 @@ def in_threads(work: Sequence[Callable[[], None]], threads: int, memory: Memory)
 def checksum(tensor: torch.Tensor) -> str:
     """Of the bytes of a tensor in host memory."""
     return xxhash.xxh3_128(bytes_of(tensor)).hexdigest()
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`. Raises UserError where float16, whose largest is 65504, has no room for a value."""
+    result = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not torch.equal(result.isinf(), tensor.isinf()):
+        raise UserError(f"{name} has values beyond float16's 65504: give --dtype bf16 or fp32.")
+    return result
 
 
 def compare(name: str, tensor: torch.Tensor, expected: str, target: Path) -> None:

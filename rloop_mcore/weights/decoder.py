@@ -63,7 +63,7 @@ def architecture(config: HfConfig) -> dict[str, Any]:
             "num_query_groups": sizes.kv_heads,
             "kv_channels": sizes.head_dim,
             "normalization": "RMSNorm",
-            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "layernorm_epsilon": config.positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "add_bias_linear": False,
@@ -146,13 +146,26 @@ def _attention(mcore: str, hf: str, sizes: Sizes, qkv_bias: bool, qk_norm: bool)
 
 
 def _rotary(config: HfConfig) -> dict[str, Any]:
-    """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling."""
-    rope = config.get("rope_parameters", config.get("rope_scaling", {}))
+    """GPTModel's rotary arguments. transformers 5 writes `rope_parameters`, older ones rope_theta and rope_scaling.
+
+    Where a file has both, transformers 5 takes rope_scaling and older ones do too: they have to mean the same.
+    """
+    stated = [config.get(key, {}) for key in ("rope_parameters", "rope_scaling")]
+    found = [_rotary_arguments(config, rope) for rope in stated if rope] or [_rotary_arguments(config, {})]
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{config.file}: rope_parameters {stated[0]} and rope_scaling {stated[1]} differ: remove the one that is "
+            "not meant."
+        )
+    return found[0]
+
+
+def _rotary_arguments(config: HfConfig, rope: Any) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"{config.file}: the rotary parameters are {rope!r}; they have to be an object.")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    arguments = {"rotary_base": theta, "rotary_percent": 1.0}
+    arguments = {"rotary_base": config.positive("rope_theta", theta), "rotary_percent": 1.0}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{config.file}: partial_rotary_factor other than 1.0 is not supported.")
     if kind == "default":
@@ -163,4 +176,5 @@ def _rotary(config: HfConfig) -> dict[str, Any]:
             f"{config.file}: rope scaling {dict(rope)} is not supported, only 'llama3' with low_freq_factor 1, "
             "high_freq_factor 4 and original_max_position_embeddings 8192 and a factor."
         )
-    return arguments | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    factor = config.positive("the factor of the rope scaling", rope["factor"])
+    return arguments | {"rope_scaling": True, "rope_scaling_factor": factor}

@@ -6,6 +6,7 @@ merging back mean is here, once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.weights.hf_folder import TensorReader
+from rloop_mcore.weights.hf_folder import DTYPES, TensorReader
 from rloop_mcore.weights.tensor_files import read_json
 
 
@@ -164,6 +165,12 @@ class HfConfig:
             raise UserError(f"{self.file}: {key} is {value!r}; it has to be a whole number from 1 to {most}.")
         return value
 
+    def positive(self, key: str, value: Any) -> Any:
+        """The `value` that was found for `key`. Raises UserError unless it is a finite number above 0."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{self.file}: {key} is {value!r}; it has to be a number above 0.")
+        return value
+
     def flag(self, key: str) -> bool:
         """False where it is missing. Raises UserError where it is neither true nor false."""
         value = self.get(key, False)
@@ -208,11 +215,13 @@ class Family:
     def check(self, config: HfConfig, reader: TensorReader) -> None:
         """Raises UserError unless a folder holds exactly the tensors of the model that `config` describes."""
         reader.check(self.shapes(config), self.ignored(config))
-        embedding = "model.embed_tokens.weight"
-        tied = config.flag("tie_word_embeddings") and "lm_head.weight" in reader.entries
-        if tied and not torch.equal(reader.tensor("lm_head.weight"), reader.tensor(embedding)):
+        embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+        if not config.flag("tie_word_embeddings") or output not in reader.entries:
+            return
+        of_numbers = reader.entries[output].dtype in DTYPES.values()
+        if not of_numbers or not torch.equal(reader.tensor(output), reader.tensor(embedding)):
             raise UserError(
-                f"{config.file} ties lm_head.weight to {embedding}, and {reader.folder} has another one: set "
+                f"{config.file} ties {output} to {embedding}, and {reader.folder} has another one: set "
                 "tie_word_embeddings to false, or remove it."
             )
 

@@ -22,6 +22,7 @@ from rloop_mcore.weights.conversion import (
     Conversion,
     Memory,
     Progress,
+    cast,
     checksum,
     compare,
     in_threads,
@@ -164,5 +165,5 @@ class _Run:
                 with self.memory.of(section.elements * dtype.itemsize * copies):
                     whole = written.read(key, box).view(section.parameter.shape(1))
                     for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):
-                        compare(name, tensor, checksum(self.reader.tensor(name).to(dtype)), self.target)
+                        compare(name, tensor, checksum(cast(name, self.reader.tensor(name), dtype)), self.target)
             progress(section.elements * dtype.itemsize)

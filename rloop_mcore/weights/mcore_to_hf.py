@@ -18,6 +18,7 @@ from rloop_mcore.weights.conversion import (
     Conversion,
     Memory,
     Progress,
+    cast,
     checksum,
     compare,
     in_threads,
@@ -158,7 +159,8 @@ class _Run:
             copies = section.interleaved + (dtype != stored)
             copies += not self.reader.is_one_block(section.key, section.box())
             with self.memory.of(section.elements * max(dtype.itemsize, stored.itemsize) * copies):
-                whole = self.reader.read(section.key, section.box()).view(section.parameter.shape(1)).to(dtype)
+                whole = self.reader.read(section.key, section.box()).view(section.parameter.shape(1))
+                whole = cast(", ".join(section.names), whole, dtype)
                 self.sums[number] = checksum(whole)
                 for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):
                     writer.write(name, tensor)

@@ -29,7 +29,7 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
         "qk_layernorm": True,
         "num_moe_experts": _experts(config),
         "moe_ffn_hidden_size": config.size("moe_intermediate_size"),
-        "moe_router_topk": config.size("num_experts_per_tok"),
+        "moe_router_topk": config.size("num_experts_per_tok", most=_experts(config)),
         "moe_router_pre_softmax": not normalised,  # a softmax over the top k is one over all, normalised to sum to 1
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",

@@ -25,6 +25,7 @@ _BYTES = {
 }  # an element
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARDS = "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,13 @@ class TensorEntry:
 
 def catalogue(folder: Path) -> dict[str, TensorEntry]:
     """All tensors of an HF folder by name, from the file headers alone. Raises UserError for a broken folder."""
-    index = folder / INDEX_FILE
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if index.exists():
         return _indexed(index)
-    if (folder / SINGLE_FILE).exists():
-        return read_header(folder / SINGLE_FILE)
+    if single.exists():
+        if shards := sorted(folder.glob(_SHARDS)):
+            raise UserError(f"{folder} has {SINGLE_FILE} and {shards[0].name}: remove what is not the model's.")
+        return read_header(single)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a Hugging Face model folder (config.json and safetensors).")
     if any(folder.glob("*.bin")):
@@ -129,15 +132,15 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
         for file_name in weight_map.values()
     ):
         raise UserError(f"{index}: weight_map has to name files of its own folder.")
-    for file in sorted(index.parent.glob("model-*-of-*.safetensors")):
-        if file.name not in weight_map.values():
-            raise UserError(f"{index} does not name {file.name}, which is in the folder.")
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
         file = index.parent / file_name
         if not file.is_file():
             raise UserError(f"{index} names {file_name}, which is not in the folder.")
         headers[file_name] = read_header(file)
+    for file in sorted([*index.parent.glob(_SHARDS), *index.parent.glob(SINGLE_FILE)]):
+        if file.name not in weight_map.values():
+            raise UserError(f"{index} does not name {file.name}, which is in the folder.")
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise UserError(f"{index} places tensor {name} in {file_name}, which does not hold it.")

@@ -14,7 +14,7 @@ from megatron_model import build_chunks, in_ddp, logits_of, open_groups
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from rloop_mcore.actor import parallel
 from rloop_mcore.config import LayoutConfig
@@ -224,6 +224,15 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
         ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling .* is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "factor of the rope scaling is None; .* above 0"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; it has to be a number above 0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; it has to be a number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it has to be a number above 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5},
+            "rope_parameters .* and rope_scaling .* differ",
+        ),
     ],
 )
 def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
@@ -242,6 +251,7 @@ def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence:
         ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
         ({"num_local_experts": None}, "has no num_local_experts"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it has to be a whole number from 1 to 4"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
     ],
 )
@@ -250,6 +260,18 @@ def test_what_is_not_honoured_of_experts_is_refused(tmp_path: Path, change: dict
     file = tmp_path / "m" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
+        HfBridge(tmp_path / "m")
+
+
+def test_mistral_without_the_key_of_its_window_is_refused(tmp_path: Path) -> None:
+    assert MistralConfig().sliding_window == 4096
+    make_folder(tmp_path / "m", "mistral", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1)
+    HfBridge(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    del config["sliding_window"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no sliding_window, which transformers takes for 4096"):
         HfBridge(tmp_path / "m")
 
 

@@ -95,6 +95,17 @@ def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, found[name].float()) for name, tensor in tensors_of(direct).items())
 
 
+def test_a_value_that_float16_has_no_room_for_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    edit_tensors(source, lambda t: t["model.norm.weight"].__setitem__(0, -1e5))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    for folder in (source, tmp_path / "mcore"):
+        assert main(["convert", str(folder), str(tmp_path / "half"), "--dtype", "fp16"]) == 2
+        assert "model.norm.weight has values beyond float16's 65504" in capsys.readouterr().err
+        assert not (tmp_path / "half").exists()
+
+
 def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
     mixed = {n: t.bfloat16() if n.endswith("_proj.weight") else t for n, t in tensors_of(source).items()}
     save_file(mixed, source / "model.safetensors")
@@ -175,6 +186,16 @@ def with_third_shard(folder: Path) -> None:
     shutil.copy(folder / "model-00002-of-00002.safetensors", folder / "model-00003-of-00003.safetensors")
 
 
+def with_the_whole_beside(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    in_two_shards(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+def with_a_shard_beside(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+
+
 def truncated(folder: Path) -> None:
     in_two_shards(folder)
     file = folder / "model-00002-of-00002.safetensors"
@@ -213,6 +234,13 @@ MALFORMED_FOLDERS = {
         lambda f: edit_config(f, tie_word_embeddings=True),
         "ties lm_head.weight to model.embed_tokens.weight, and",
     ),
+    "tied to integers": (
+        lambda f: (
+            edit_config(f, tie_word_embeddings=True),
+            edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)})),
+        ),
+        "ties lm_head.weight to model.embed_tokens.weight, and",
+    ),
     "another size in the config": (
         lambda f: edit_config(f, intermediate_size=48),
         r"gate_proj.weight has shape [40, 32], config.json calls for [48, 32]",
@@ -232,6 +260,11 @@ MALFORMED_FOLDERS = {
     ),
     "a shard missing": (without_second_shard, "names model-00002-of-00002.safetensors, which is not in the folder"),
     "a shard too many": (with_third_shard, "does not name model-00003-of-00003.safetensors"),
+    "shards and the whole": (with_the_whole_beside, "does not name model.safetensors, which is in the folder"),
+    "the whole and a shard": (
+        with_a_shard_beside,
+        "has model.safetensors and model-00001-of-00002.safetensors: remove",
+    ),
     "a shard cut off": (truncated, "model-00002-of-00002.safetensors is cut off"),
     "another architecture": (
         lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
@@ -360,6 +393,13 @@ MALFORMED_CHECKPOINTS = {
         "has an output_layer.weight of its own",
     ),
     "no metadata": (drop(".metadata"), [], "is no Megatron checkpoint of format torch_dist"),
+    "tied to integers": (
+        lambda f: (
+            edit_config(f, tie_word_embeddings=True),
+            edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)})),
+        ),
+        "ties lm_head.weight to model.embed_tokens.weight, and",
+    ),
     "another size in the config": (
         lambda f: edit_config(f / "hf", vocab_size=64),
         [],
@@ -490,7 +530,8 @@ def test_a_target_that_somebody_made_meanwhile_is_left_alone(
 
 
 def test_what_another_process_is_writing_is_left_alone(source: Path, tmp_path: Path) -> None:
-    others = [tmp_path / name for name in (".tmp-1-mcore", ".tmp-2-mcore", ".tmp-3-my-mcore")]
+    mine = f".tmp-{os.getpid()}-mcore"  # in another container
+    others = [tmp_path / name for name in (mine, ".tmp-2-mcore", ".tmp-3-my-mcore")]
     for number, other in enumerate(others):
         other.mkdir()
         if number:  # quiet for long: the second is locked, the third has another target
