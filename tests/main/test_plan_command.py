@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from rloop_mcore.data.countdown_model import CONFIG
 from rloop_mcore.errors import UserError
+from rloop_mcore.main.cli import main
 from rloop_mcore.main.plan import plan
 
 SIZES = {
@@ -115,3 +118,13 @@ def test_no_torch_and_exit_code_2_in_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("rloop: layout.tp=8 does not divide num_attention_heads=28")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_plans_of_the_documentation_are_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^`rloop (plan [^`]+)`[^`]*\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3
+    for command, expected in shown:
+        main(shlex.split(command))
+        printed = [line.strip() for text in capsys.readouterr() for line in text.splitlines() if line.strip()]
+        assert printed == [line.strip() for line in expected.splitlines()]
