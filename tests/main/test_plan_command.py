@@ -34,6 +34,13 @@ SEVEN_B = [
     *(f"rollout.{key}={value}" for key, value in ROLLOUT.items()),
     "cluster.gpus_per_node=8",
 ]
+WIDE = [  # 41 B parameters in two layers: more than a GPU has, and few layouts to look at
+    *(
+        f"model.architecture.{key}={value}"
+        for key, value in {"hidden_size": 32768, "intermediate_size": 200_000}.items()
+    ),
+    *(f"model.architecture.num_{key}={value}" for key, value in {"hidden_layers": 2, "attention_heads": 4}.items()),
+]
 FITS = ["layout.tp=4", "layout.dp=2", "layout.sp=true"]
 
 
@@ -102,6 +109,11 @@ def test_config_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([*SEVEN_B, "model.architecture.num_hidden_layers=0"], r"model.architecture has no num_hidden_layers above 0"),
         ([*SEVEN_B, "model.architecture.vocab_size=0"], r"model.architecture has no vocab_size above 0"),
         ([*SEVEN_B, "layout.dp=16"], r"layout.tp x pp x cp x dp is 16 processes, and the trainer has 8 GPUs"),
+        (
+            ["model=qwen2.5_32b", "cluster=h100_8"],
+            r"no layout of up to 64 GPUs would: the embedded engine has the whole",
+        ),
+        ([*SEVEN_B, *WIDE, "rollout.engines=1"], r"no layout of up to 64 GPUs would: raise rollout.tp"),
         ([*SEVEN_B, "precision=fp8_delayed", "fp8.first_bf16_layers=1"], r"fp8_delayed keeps no layers in bf16"),
     ],
 )
