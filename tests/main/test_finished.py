@@ -1,4 +1,4 @@
-"""A finished run is not started again, unless something may be left to do."""
+"""What starts a run and what doesn't: a finished one with nothing left to do, a mistake."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import train
 from rloop_mcore.main.run_directory import RunDirectory
@@ -37,3 +38,9 @@ def test_what_starts_a_finished_run(
     monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
     assert train.train([*tiny, override], force=False) == 0
     assert bool(begun) == starts
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.jsonl does not exist"):
+        train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", "data.train=nope.jsonl"], force=False)
+    assert not (tmp_path / "run").exists()
