@@ -408,7 +408,22 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 def warnings(config: Config, problems: int) -> list[str]:
     """What is legal but surely unwanted, with the numbers; `problems` is the size of the training set."""
-    return [*idle_gpus(config), *split_groups(config), *_nucleus(config), *_empty_expert_sets(config, problems)]
+    return [
+        *idle_gpus(config),
+        *split_groups(config),
+        *_keys_of_sglang(config.rollout),
+        *_nucleus(config),
+        *_empty_expert_sets(config, problems),
+    ]
+
+
+def _keys_of_sglang(rollout: RolloutConfig) -> list[str]:
+    usual = RolloutConfig()
+    keys = ("tp", "dp", "ep", "memory_fraction", "gpus", "server_args")
+    given = [f"rollout.{key}={getattr(rollout, key)}" for key in keys if getattr(rollout, key) != getattr(usual, key)]
+    if rollout.engine == "sglang" or not given:
+        return []
+    return [f"{', '.join(given)}: for rollout.engine=sglang only; the embedded engine goes without."]
 
 
 def _nucleus(config: Config) -> list[str]:

@@ -234,6 +234,13 @@ def test_layers_split_between_nodes_are_a_warning() -> None:
     assert not any("ranks" in warning for warning in warnings(load_config([*four, "layout.dp=8"]), 17_000))
 
 
+def test_keys_that_the_embedded_engine_does_not_heed_are_a_warning() -> None:
+    given = [*NEEDED, "rollout.gpus=[1]", "rollout.memory_fraction=0.3"]
+    (warning,) = warnings(load_config(given), 17_000)
+    assert warning.startswith("rollout.memory_fraction=0.3, rollout.gpus=[1]: for rollout.engine=sglang only")
+    assert warnings(load_config([*given, "rollout.engine=sglang"]), 17_000) == []
+
+
 def test_a_nucleus_in_training_is_a_warning() -> None:
     (warning,) = warnings(load_config([*NEEDED, "rollout.top_p=0.9"]), 17_000)
     assert "rollout.top_p=0.9" in warning

@@ -20,6 +20,8 @@ class Measured(Protocol):
 
 M = TypeVar("M", bound=Measured)
 
+_DIGITS = 12  # means of as many successes, spread otherwise over the problems, differ in the last bits
+
 
 def best_first(measured: Sequence[M]) -> list[M]:
     """The checkpoints, `measured` in the order of training, from the highest Avg@N down; of equals the earlier first.
@@ -28,4 +30,4 @@ def best_first(measured: Sequence[M]) -> list[M]:
     evaluated.
     """
     trained = [each for each in measured if each.phase != "base"]
-    return sorted(trained or measured, key=lambda each: -each.average)
+    return sorted(trained or measured, key=lambda each: -round(each.average, _DIGITS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from rloop_mcore.platform.parquet import open_parquet
 _COLUMNS = ["problem_id", "response_ids", "correct"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answers:
     """Graded responses, in columns.
 
@@ -38,9 +39,13 @@ class Answers:
 
     def rows_of(self, problem_id: str) -> np.ndarray:
         """The rows that answer a problem; none if it was not asked."""
-        if problem_id not in self.problems:
-            return np.empty(0, np.int64)
-        return np.flatnonzero(self.problem == self.problems.index(problem_id))
+        return self._rows.get(problem_id, np.empty(0, np.int64))
+
+    @cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Of all problems in one go: looking for each one's among all rows takes minutes for 10,000 problems."""
+        ends = np.cumsum(np.bincount(self.problem, minlength=len(self.problems)))
+        return dict(zip(self.problems, np.split(np.argsort(self.problem, kind="stable"), ends)[:-1], strict=True))
 
     def only(self, problem_ids: Sequence[str]) -> Answers:
         """The rows that answer these problems."""

@@ -30,11 +30,11 @@ class AlignedForgetting:
 def aligned_forgetting(vanilla: Checkpoints, rloop: Checkpoints) -> AlignedForgetting | None:
     """None where the runs share less than two RL steps with evaluations, or no problem."""
     theirs, mine = common_steps(vanilla, rloop)
-    common = sorted(set(vanilla.problems) & set(rloop.problems))
+    common = set(vanilla.problems) & set(rloop.problems)
     if len(mine) < 2 or not common:
         return None
     matrices = [
-        forgetting_matrix(of.solved[places][:, [of.problems.index(name) for name in common]])
+        forgetting_matrix(of.solved[places][:, [name in common for name in of.problems]])  # both are sorted
         for of, places in ((vanilla, theirs), (rloop, mine))
     ]
     return AlignedForgetting(mine, [rloop.iterations[place] for place in mine], *matrices)

@@ -13,7 +13,7 @@ import numpy as np
 from rloop_mcore.analysis import curves
 from rloop_mcore.analysis.hard_set import HardSet, hard_sets
 from rloop_mcore.analysis.lengths import QUANTILES, Lengths, length_drift
-from rloop_mcore.analysis.plots import DASHES, FROM_ZERO, PERCENT, RL_STEP, Figure, colour, layout, resets
+from rloop_mcore.analysis.plots import DASHES, FROM_ZERO, PERCENT, RL_STEP, Figure, colour, layout, resets, shape_of
 from rloop_mcore.analysis.read_run import Run
 from rloop_mcore.analysis.samples import read_samples, shard_paths
 
@@ -97,4 +97,4 @@ def _analysed(folder: Path, shards: tuple[str, ...], threshold: float) -> tuple[
 def _line(name: str, x: list[int], y: list[float], index: int, dash: str) -> dict[str, Any]:
     values = [None if np.isnan(value) else round(value, 3) for value in y]
     line = {"color": colour(index), "dash": dash, "width": 2}
-    return {"type": "scatter", "mode": "lines", "name": escape(name), "x": x, "y": values, "line": line}
+    return {"type": "scatter", **shape_of(values), "name": escape(name), "x": x, "y": values, "line": line}

@@ -129,7 +129,7 @@ def trace(series: Series, name: str, index: int, run: Run) -> dict[str, Any]:
         "name": escape(name),
         "x": series.x,
         "y": series.y,
-        "mode": "lines",
+        **shape_of(series.y),
         "line": {"color": colour(index), "dash": DASHES[index % len(DASHES)], "width": 2},
     }
     if not series.labels:
@@ -153,6 +153,14 @@ def trace(series: Series, name: str, index: int, run: Run) -> dict[str, Any]:
         "error_y": bars,
         "hovertemplate": "%{text}<br>%{y:.1%} +%{error_y.array:.1%} −%{error_y.arrayminus:.1%}",
     }
+
+
+def shape_of(y: Sequence[float | None]) -> dict[str, Any]:
+    """A line; with points too where some have no neighbour, as of these a line shows nothing."""
+    padded = [None, *y, None]
+    if not any(padded[i] is not None and padded[i - 1] is padded[i + 1] is None for i in range(1, len(padded) - 1)):
+        return {"mode": "lines"}
+    return {"mode": "lines+markers", "marker": {"size": 5}}
 
 
 def _symbol(label: str, picked: bool, index: int) -> str:

@@ -12,7 +12,7 @@ from rloop_mcore.evaluation.bootstrap import Interval, bootstrap_interval
 
 _EXACT_UP_TO = 16  # problems that differ: 2^16 assignments of signs
 _DRAWS_AT_ONCE = 2_000_000
-_TIE = 1e-12  # sums of the same numbers in another order
+_TIE = 1e-12  # of the sum of all |d|: sums of the same numbers in another order, which may be 0 but for rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def compare_paired(first: ArrayLike, second: ArrayLike, seed: int, resamples: in
 
 def _p_value(differences: NDArray[np.float64], seed: int, resamples: int) -> float:
     moving = differences[differences != 0]
-    observed = abs(moving.sum()) * (1 - _TIE)
+    observed = abs(moving.sum()) - _TIE * np.abs(moving).sum()
     if moving.size <= _EXACT_UP_TO:
         signs = np.array(list(product((-1.0, 1.0), repeat=moving.size)))
         return float((np.abs(signs @ moving) >= observed).mean())

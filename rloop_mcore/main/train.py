@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,8 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
-    if config.model.path == GENERATED_MODEL and not run.model(config).exists():
-        run.create()
-        write_model(run.model(config), seed=0)
-    problems, digests = _check_inputs(config, run.model(config))
+    with _generated_model(config, run):
+        problems, digests = _check_inputs(config, run.model(config))
     with run.lock():
         changed = take_changes(run, config, force)
         take_inputs(run, config, digests, force)
@@ -82,6 +81,24 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         if message:
             print(f"rloop: {message}", file=sys.stderr)
         return code
+
+
+@contextmanager
+def _generated_model(config: Config, run: RunDirectory) -> Iterator[None]:
+    """Make the generated task's untrained model, where that is what is trained; a refused run leaves nothing of it."""
+    model = run.model(config)
+    if config.model.path != GENERATED_MODEL or model.exists():
+        yield
+        return
+    run.create()
+    write_model(model, seed=0)
+    try:
+        yield
+    except UserError:
+        shutil.rmtree(model)
+        with suppress(OSError):  # what was there before stays
+            run.path.rmdir()
+        raise
 
 
 def _finished(run: RunDirectory, config: Config) -> bool:

@@ -44,7 +44,7 @@ class Architecture:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: Path | str) -> Architecture:
-        """From the keys of a config.json, which came from `source`. Raises UserError where a size is missing or none."""
+        """From the keys of the config.json `source`. Raises UserError for a size that is missing or no whole number."""
         for key in _NEEDED:
             if not (isinstance(size := values.get(key), int) and size > 0):
                 raise UserError(f"{source} has no {key} above 0: the sizes of a model need it.")

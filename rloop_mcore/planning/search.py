@@ -141,4 +141,17 @@ def way_out(model: Architecture, config: Config) -> str:
             change = " ".join(changes(config, best.config))
             return f"no layout of so many GPUs ({gpus}) does; {more * gpus} would, with {change}"
         more *= 2
-    return f"no layout of up to {_MOST_TIMES * gpus} GPUs would: lower actor.micro_batch_tokens or rollout.max_tokens"
+    return f"no layout of up to {_MOST_TIMES * gpus} GPUs would: {_remedy(best)}"
+
+
+def _remedy(plan: Plan) -> str:
+    """What to lower or raise where more GPUs don't help."""
+    parts = plan.worst.parts
+    if not plan.short_of_cache and max(parts, key=lambda part: parts[part]) not in ("engine_weights", "kv_cache"):
+        return "lower actor.micro_batch_tokens or rollout.max_tokens"
+    if plan.config.rollout.engine == "embedded":
+        return (
+            "the embedded engine has the whole model and rollout.max_running sequences on one GPU; choose "
+            "rollout=sglang_colocated"
+        )
+    return "raise rollout.tp, or lower rollout.max_tokens"

@@ -96,6 +96,9 @@ class Model:
         for option, value in vars(layout).items():
             if value < 1:
                 raise UserError(f"--{option} {value}: it is at least 1.")
+        heads = self.config.size("num_attention_heads")
+        if heads % layout.tp:
+            raise UserError(f"--tp {layout.tp} does not divide the {heads} attention heads.")
         for section in self.sections:
             parameter = section.parameter
             size = parameter.shape(1)[1 if parameter.split is Split.INPUT else 0]

@@ -1,6 +1,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
 from rloop_mcore.analysis.read_run import read_run
 
@@ -21,6 +23,13 @@ def test_the_highest_average_wins_whether_rl_or_rft(make_run: Callable[..., Path
 def test_of_equals_the_earlier_in_training(make_run: Callable[..., Path], tmp_path: Path) -> None:
     equal = {"base": 0.1, "i1_explore_000002": 0.3, "i0_exploit_000000": 0.3, "i0_explore_000004": 0.2}
     assert picked(make_run(tmp_path / "run", equal)) == "i0_exploit_000000"
+
+
+def test_as_many_successes_of_other_problems_are_equal(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    earlier, later = (float(np.mean(np.array(right) / 10)) for right in ([3, 0, 0], [1, 2, 0]))
+    assert later > earlier  # by one bit
+    equal = {"base": 0.05, "i0_explore_000002": earlier, "i0_explore_000004": later}
+    assert picked(make_run(tmp_path / "run", equal)) == "i0_explore_000002"
 
 
 def test_theta_0_is_no_result_of_the_run(make_run: Callable[..., Path], tmp_path: Path) -> None:

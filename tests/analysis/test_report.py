@@ -50,6 +50,18 @@ def test_figures_hold_the_runs_numbers(page: Path) -> None:
     assert [stage["name"] for stage in by_title["Seconds by stage"]["data"]] == ["generate", "update"]
 
 
+def test_a_point_without_neighbours_is_drawn(page: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    html = page.read_text()
+    modes = {title: spec["data"][0].get("mode") for title, spec in zip(titles(html), figures(html), strict=True)}
+    assert modes["Gradient norm"] == "lines+markers"  # 0.3, null, 0.3, 0.3 ...
+    assert modes["Token entropy"] == "lines"
+    write_report([make_run(tmp_path / "begun", {"base": 0.1}, 1, 1)], tmp_path / "begun.html")
+    begun = (tmp_path / "begun.html").read_text()
+    assert {spec["data"][0]["mode"] for spec in figures(begun) if spec["data"][0]["type"] == "scatter"} == {
+        "lines+markers"
+    }
+
+
 def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
     html = page.read_text()
     assert not re.search(r'<(script|img|iframe)[^>]+src=|<link[^>]+href=|@import|url\("?http', html)

@@ -1,4 +1,4 @@
-"""A finished run is not started again, unless something may be left to do."""
+"""What starts a run and what doesn't: a finished one with nothing left to do, a mistake."""
 
 from __future__ import annotations
 
@@ -57,3 +57,9 @@ def test_a_run_does_not_go_on_with_other_data_or_another_prompt(
             train.train(command, force=False)
         file.write_text(before)
     assert train.train(command, force=False) == 0
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.jsonl does not exist"):
+        train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", "data.train=nope.jsonl"], force=False)
+    assert not (tmp_path / "run").exists()

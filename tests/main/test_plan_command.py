@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from rloop_mcore.data.countdown_model import CONFIG
 from rloop_mcore.errors import UserError
+from rloop_mcore.main.cli import main
 from rloop_mcore.main.plan import plan
 
 SIZES = {
@@ -30,6 +33,13 @@ SEVEN_B = [
     *(f"cluster.gpu.{key}={value}" for key, value in GPU.items()),
     *(f"rollout.{key}={value}" for key, value in ROLLOUT.items()),
     "cluster.gpus_per_node=8",
+]
+WIDE = [  # 41 B parameters in two layers: more than a GPU has, and few layouts to look at
+    *(
+        f"model.architecture.{key}={value}"
+        for key, value in {"hidden_size": 32768, "intermediate_size": 200_000}.items()
+    ),
+    *(f"model.architecture.num_{key}={value}" for key, value in {"hidden_layers": 2, "attention_heads": 4}.items()),
 ]
 FITS = ["layout.tp=4", "layout.dp=2", "layout.sp=true"]
 
@@ -99,6 +109,11 @@ def test_config_json_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([*SEVEN_B, "model.architecture.num_hidden_layers=0"], r"model.architecture has no num_hidden_layers above 0"),
         ([*SEVEN_B, "model.architecture.vocab_size=0"], r"model.architecture has no vocab_size above 0"),
         ([*SEVEN_B, "layout.dp=16"], r"layout.tp x pp x cp x dp is 16 processes, and the trainer has 8 GPUs"),
+        (
+            ["model=qwen2.5_32b", "cluster=h100_8"],
+            r"no layout of up to 64 GPUs would: the embedded engine has the whole",
+        ),
+        ([*SEVEN_B, *WIDE, "rollout.engines=1"], r"no layout of up to 64 GPUs would: raise rollout.tp"),
         ([*SEVEN_B, "precision=fp8_delayed", "fp8.first_bf16_layers=1"], r"fp8_delayed keeps no layers in bf16"),
     ],
 )
@@ -115,3 +130,13 @@ def test_no_torch_and_exit_code_2_in_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("rloop: layout.tp=8 does not divide num_attention_heads=28")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_plans_of_the_documentation_are_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^`rloop (plan [^`]+)`[^`]*\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 3
+    for command, expected in shown:
+        main(shlex.split(command))
+        printed = [line.strip() for text in capsys.readouterr() for line in text.splitlines() if line.strip()]
+        assert printed == [line.strip() for line in expected.splitlines()]

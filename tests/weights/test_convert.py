@@ -303,6 +303,7 @@ def test_a_malformed_folder_is_one_sentence(
     ("options", "sentence"),
     [
         (["--tp", "3"], "--tp 3 does not divide"),
+        (["--tp", "8"], "--tp 8 does not divide the 4 attention heads"),
         (["--pp", "3"], "--pp 3 does not divide the 4 layers"),
         (["--ep", "2"], "--ep 2 is for a model with experts"),
         (["--tp", "0"], "--tp 0: it is at least 1"),
