@@ -116,7 +116,7 @@ def _patch_megatron() -> None:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401  only for its warnings to fall here
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer import mlp
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -162,6 +162,8 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+    mappings._gather_along_first_dim = _gather_unequal(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _scatter_unequal(mappings._reduce_scatter_along_first_dim)
 
 
 def _share_groups(parallel_state: Any) -> None:
@@ -196,6 +198,34 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         return collective(output, input, *args, group=group, **kwargs)
 
     return wrapped
+
+
+def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """NCCL gathers parts of unequal lengths (tokens, over the ranks of an expert's matrices), gloo padded ones."""
+
+    def wrapped(part: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or len(sizes) == 1:
+            return gather(part, group, sizes, *args)
+        whole = gather(_padded(part, max(sizes)), group)
+        return torch.cat([rows[:size] for rows, size in zip(whole.chunk(len(sizes)), sizes, strict=True)])
+
+    return wrapped
+
+
+def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As `_gather_unequal`, the other way."""
+
+    def wrapped(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or len(sizes) == 1:
+            return scatter(whole, group, sizes, *args)
+        padded = torch.cat([_padded(part, max(sizes)) for part in whole.split(sizes)])
+        return scatter(padded, group)[: sizes[group.rank()]]
+
+    return wrapped
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:

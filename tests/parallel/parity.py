@@ -48,6 +48,8 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "TP2 PP2": (DENSE, {"tp": 2, "pp": 2, "stages": [2, 2]}, {}),
     "TP2 PP2 SP": (MOE, {"tp": 2, "pp": 2, "sp": True, "stages": [2, 2]}, {}),
     "TP2 EP2 SP": (MOE, {"tp": 2, "ep": 2, "dp": 2, "sp": True}, {}),
+    "EP2 ETP2 DP4": (MOE, {"dp": 4, "ep": 2, "etp": 2}, {}),
+    "TP2 EP2 ETP2 SP": (MOE, {"tp": 2, "ep": 2, "etp": 2, "dp": 2, "sp": True}, {}),
     "TP2 CP2 SP": (BOTH, {"tp": 2, "cp": 2, "sp": True}, {}),
     "PP2 VPP2 DP2, full": (BOTH, {"pp": 2, "vpp": 2, "dp": 2, "stages": [1, 1, 1, 1]}, {"recompute": "full"}),
 }

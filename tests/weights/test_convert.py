@@ -261,10 +261,7 @@ MALFORMED_FOLDERS = {
     "a shard missing": (without_second_shard, "names model-00002-of-00002.safetensors, which is not in the folder"),
     "a shard too many": (with_third_shard, "does not name model-00003-of-00003.safetensors"),
     "shards and the whole": (with_the_whole_beside, "does not name model.safetensors, which is in the folder"),
-    "the whole and a shard": (
-        with_a_shard_beside,
-        "has model.safetensors and model-00001-of-00002.safetensors: remove",
-    ),
+    "the whole and a shard": (with_a_shard_beside, "has model.safetensors and model-00001-of-00002.safetensors"),
     "a shard cut off": (truncated, "model-00002-of-00002.safetensors is cut off"),
     "another architecture": (
         lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
