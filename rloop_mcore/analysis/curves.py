@@ -53,15 +53,15 @@ def validation(run: Run, metric: str) -> Series:
     return series
 
 
-def overfitting_gap(run: Run, metric: str) -> Series:
-    """Training success minus a validation metric at each RL checkpoint (the paper's figure 1 in one number).
+def overfitting_gap(run: Run) -> Series:
+    """Training success minus validation Avg@N at each RL checkpoint (the paper's figure 1 in one number).
 
     Training success is the mean of `success_rate` over the RL steps of the iteration since its checkpoint before, so
     that both sides are of about the same policy; x is the RL step.
     """
     series, before = Series(), (-1, 0)
     for evaluation in run.evaluations:
-        if evaluation.phase != "explore" or metric not in evaluation.metrics:
+        if evaluation.phase != "explore":
             continue
         first = before[1] if before[0] == evaluation.iteration else 0
         rates = [
@@ -72,7 +72,7 @@ def overfitting_gap(run: Run, metric: str) -> Series:
         before = evaluation.iteration, evaluation.step
         if rates:
             series.x.append(rl_step(run, evaluation))
-            series.y.append(sum(rates) / len(rates) - evaluation.metrics[metric]["mean"])
+            series.y.append(sum(rates) / len(rates) - evaluation.average)
     return series
 
 

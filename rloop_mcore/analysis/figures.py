@@ -10,7 +10,7 @@ from rloop_mcore.analysis import curves
 from rloop_mcore.analysis.experience_figures import hard_set_figures, length_figures
 from rloop_mcore.analysis.matrix_figures import diversity_figures, memory_figures
 from rloop_mcore.analysis.plots import FROM_ZERO, PERCENT, RL_STEP, Figure, Section, bars, colour, layout, lines, trace
-from rloop_mcore.analysis.read_run import Run, average_key, pass_keys
+from rloop_mcore.analysis.read_run import Run, average_keys, pass_keys
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -32,9 +32,12 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def validation_metrics(runs: Sequence[Run]) -> list[str]:
-    """Avg@n, then pass@k from the largest k down: the paper's figure 1 is the first of each."""
+    """Avg@n, then pass@k from the largest k down: the paper's figure 1 is the first of each.
+
+    Several Avg@n where runs were evaluated with different numbers of samples.
+    """
     known = {key: None for run in runs for evaluation in run.evaluations for key in evaluation.metrics}
-    return [average_key(known), *reversed(pass_keys(known))] if known else []
+    return [*average_keys(known), *reversed(pass_keys(known))]
 
 
 # key of metrics.jsonl, title, caption, y axis, Plotly's y axis settings
@@ -96,10 +99,9 @@ def _generalisation(runs: Sequence[Run]) -> list[Figure]:
                 PERCENT,
             )
         )
-    for metric in validation_metrics(runs)[:1]:
-        gaps = [curves.overfitting_gap(run, metric) for run in runs]
-        caption = f"Training success since the checkpoint before, minus validation {metric}: growing is overfitting."
-        figures.append(lines("Overfitting gap", caption, runs, gaps, RL_STEP, "difference", {"tickformat": ".2~%"}))
+    gaps = [curves.overfitting_gap(run) for run in runs]
+    caption = "Training success since the checkpoint before, minus validation Avg@N: growing is overfitting."
+    figures.append(lines("Overfitting gap", caption, runs, gaps, RL_STEP, "difference", {"tickformat": ".2~%"}))
     return figures
 
 

@@ -93,6 +93,11 @@ def average_key(metrics: dict[str, Any]) -> str:
     return next(key for key in metrics if key.startswith("avg@"))
 
 
+def average_keys(metrics: dict[str, Any]) -> list[str]:
+    """The names of Avg@n in what several evaluations hold, by n."""
+    return sorted((key for key in metrics if key.startswith("avg@")), key=lambda key: int(key.removeprefix("avg@")))
+
+
 def pass_keys(metrics: dict[str, Any]) -> list[str]:
     """The names of the pass@k of an evaluation for k > 1, by k (pass@1 is Avg@n once more)."""
     keys = [key for key in metrics if key.startswith("pass@") and key != "pass@1"]

@@ -88,7 +88,7 @@ def render(
         heading="RLoop report" if len(runs) == 1 else f"RLoop report: {len(runs)} runs",
         title=" · ".join(run.name for run in runs),
         style=_source("style.css"),
-        overview=[_overview(run, index, validation_metrics(runs)[:2]) for index, run in enumerate(runs)],
+        overview=[_overview(run, index) for index, run in enumerate(runs)],
         tables=[Markup(to_html(each)) for each in tables],
         sections=drawn,
         specs=Markup(json.dumps(specs, allow_nan=False).replace("<", "\\u003c")),
@@ -119,8 +119,9 @@ def _held(runs: Sequence[Run], words: Sequence[Words]) -> str:
     return base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
 
 
-def _overview(run: Run, index: int, metrics: Sequence[str]) -> dict[str, Any]:
+def _overview(run: Run, index: int) -> dict[str, Any]:
     """What changed from the first to the last measurement of a run."""
+    metrics = validation_metrics([run])[:2]
     shares = curves.fine_tuning_share(run)
     picked = pick(run.evaluations)
     facts = {

@@ -13,7 +13,7 @@ from rich.text import Text
 from rloop_mcore.algorithm.best_checkpoint import RULE
 from rloop_mcore.analysis.curves import checkpoint_label
 from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
-from rloop_mcore.analysis.read_run import Evaluation, Run, average_key, conditions_of, pass_keys
+from rloop_mcore.analysis.read_run import Evaluation, Run, average_keys, conditions_of, pass_keys
 
 INTERVALS = "Percent, with 95 % bootstrap intervals over problems in brackets."
 _REMOVED = " (removed)"
@@ -144,7 +144,7 @@ def _checkpoint(run: Run, evaluation: Evaluation) -> str:
 
 def _columns(rows: Iterable[Row]) -> list[str]:
     metrics = {key: None for row in rows for key in row.metrics}
-    return [average_key(metrics), *pass_keys(metrics)] if metrics else []
+    return [*average_keys(metrics), *pass_keys(metrics)]
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:

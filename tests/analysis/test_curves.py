@@ -76,7 +76,7 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
 
 def test_the_gap_is_of_the_steps_before_each_checkpoint(rloop_run: Path) -> None:
     """Training success is 0.325, 0.55, 0.775, 1.0 in each iteration."""
-    gap = curves.overfitting_gap(read_run(rloop_run), "avg@32")
+    gap = curves.overfitting_gap(read_run(rloop_run))
     assert gap.x == [2, 4, 8]
     assert gap.y == pytest.approx([(0.325 + 0.55) / 2 - 0.10, (0.775 + 1.0) / 2 - 0.14, 2.65 / 4 - 0.20])
 

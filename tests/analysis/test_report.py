@@ -77,6 +77,21 @@ def test_what_comes_from_data_is_text(page: Path) -> None:
     assert "<script>bad()" not in html
 
 
+def test_runs_of_different_numbers_of_samples_are_all_there(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, {"base": 0.11, "i0_explore_000004": 0.26}) for name in ("of32", "of8")]
+    for path in (runs[1] / "evaluation").iterdir():
+        path.write_text(path.read_text().replace("avg@32", "avg@8"))
+    write_report(runs, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    drawn = {
+        title: [each["name"] for each in spec["data"]] for title, spec in zip(titles(html), figures(html), strict=True)
+    }
+    assert (drawn["Validation avg@32"], drawn["Validation avg@8"]) == (["of32"], ["of8"])
+    assert drawn["Overfitting gap"] == ["of32", "of8"]
+    assert html.count("11.0% → 26.0%") == 2  # in the overview
+    assert html.count(">26.0 <") == 4  # in the table: picked, last RL policy
+
+
 def test_runs_of_the_same_name_are_told_apart(make_run: Callable[..., Path], tmp_path: Path) -> None:
     paths = [make_run(tmp_path / parent / "run", {"base": 0.1}) for parent in ("seed0", "seed1")]
     write_report(paths, tmp_path / "report.html")

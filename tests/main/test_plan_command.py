@@ -41,6 +41,7 @@ WIDE = [  # 41 B parameters in two layers: more than a GPU has, and few layouts 
     ),
     *(f"model.architecture.num_{key}={value}" for key, value in {"hidden_layers": 2, "attention_heads": 4}.items()),
 ]
+DOCS = Path(__file__).parents[2] / "docs"
 FITS = ["layout.tp=4", "layout.dp=2", "layout.sp=true"]
 
 
@@ -133,10 +134,18 @@ def test_no_torch_and_exit_code_2_in_one_sentence() -> None:
 
 
 def test_the_plans_of_the_documentation_are_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    text = (DOCS / "planning.md").read_text(encoding="utf-8")
     shown = re.findall(r"^`rloop (plan [^`]+)`[^`]*\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     assert len(shown) == 3
     for command, expected in shown:
         main(shlex.split(command))
-        printed = [line.strip() for text in capsys.readouterr() for line in text.splitlines() if line.strip()]
+        printed = [line.strip() for stream in capsys.readouterr() for line in stream.splitlines() if line.strip()]
         assert printed == [line.strip() for line in expected.splitlines()]
+
+
+def test_the_layouts_that_the_documentation_advises_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    advised = re.findall(r"`rloop (plan [^`]+=[^`]+)`", (DOCS / "howto.md").read_text(encoding="utf-8"))
+    assert len(advised) == 6
+    for command in advised:
+        assert main(shlex.split(command)) == 0, command
+        assert "\nfits, with" in capsys.readouterr().out
