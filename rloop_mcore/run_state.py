@@ -3,6 +3,7 @@ journal names them; whatever the journal doesn't name is discarded at start."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.types import Example, ExpertQuery, Policy
 
+# What a run itself makes in its folders: all else there is somebody's, a policy that was converted, say.
+_OURS = re.compile(r"\.tmp-.+|(base|theta_\d+|i\d+(_[a-z]+_\d+)?)(\.json|\.parquet)?")
 _FULL_DISK_WAITS = 12  # collective timeouts that a run waits for space
 
 
@@ -68,7 +71,7 @@ class RunState:
         named -= removed(self.journal.records)
         for folder in ("checkpoints", "policies", "evaluation", "experts"):
             for path in (self.directory / folder).glob("*"):
-                if f"{folder}/{path.name}" not in named:
+                if _OURS.fullmatch(path.name) and f"{folder}/{path.name}" not in named:
                     remove(path)
         self._remove_policies()
 

@@ -486,6 +486,23 @@ def test_a_start_makes_the_journal_durable_before_it_removes_anything(
     assert events.index("journal.jsonl") < events.index("removal")
 
 
+def test_a_start_removes_what_a_kill_left_and_nothing_of_somebody_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(run, configure())
+    mine = ["policies/mine/model.safetensors", "evaluation/notes.json", "checkpoints/theta_1_hf/x", "experts/i0_old/x"]
+    left = ["policies/theta_9/x", "policies/i9_explore_000002/x", "policies/.tmp-7-theta_3/x", "experts/i9/x"]
+    left += [
+        f"evaluation/{name}" for name in ("i9_exploit_000000.json", "i9_exploit_000000.parquet", ".tmp-7-base.json")
+    ]
+    left += ["checkpoints/.tmp-removed-i0_explore_000001/x"]
+    for name in (*mine, *left):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    start(run, configure())
+    assert [name for name in mine if not (run / name).exists()] == []
+    assert [name for name in left if (run / name.removesuffix("/x")).exists()] == []
+
+
 def test_what_the_journal_names_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of its kind too: its folder is in the run directory durably."""
     run, durable = tmp_path / "run", dict[str, set[str]]()

@@ -142,13 +142,15 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
 
 
 def base_policy(config: Config, journal: Journal) -> Policy:
-    """The policy of model.path, or theta_0 once there is one; its weights must be what they were."""
+    """The policy of model.path, later the theta of the iteration under way; its weights must be what they were."""
     if not journal.done(0, "base"):
         path = Path(config.model.path).resolve()
         return Policy(path, digest_of(path))
-    theta = journal.start_policy(0)
+    # Not the newest theta: until its phase is done, that is made anew, and may be half there.
+    exploited = [place for place in journal.places() if (place["event"], place["phase"]) == ("done", "exploit")]
+    theta = journal.start_policy(len(exploited))
     if digest_of(theta.path) != theta.digest:
         raise UserError(
-            f"{theta.path} holds other weights than when the run started: restore them, or choose another run.dir."
+            f"{theta.path} holds other weights than {journal.path} says: restore them, or choose another run.dir."
         )
     return theta

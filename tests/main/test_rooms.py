@@ -1,0 +1,40 @@
+"""The policy that a start goes on from is the one that the journal names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rloop_mcore import platform
+from rloop_mcore.compose import load_config
+from rloop_mcore.data.countdown_model import write_model
+from rloop_mcore.errors import UserError
+from rloop_mcore.journal import Journal
+from rloop_mcore.weights.digest import digest_of
+
+platform.setup("cpu", 1)  # before Megatron is imported
+
+from rloop_mcore.main.rooms import base_policy  # noqa: E402
+
+
+@pytest.mark.parametrize(("exploited", "needed"), [(0, 0), (1, 1)])
+def test_a_theta_that_is_no_longer_what_it_was_is_not_gone_on_from(exploited: int, needed: int, tmp_path: Path) -> None:
+    """A later one may be named and half written anew: then it is about to be made again."""
+    config, journal = load_config(["experiment=tiny", "model.path=m"]), Journal(tmp_path / "journal.jsonl")
+    journal.record("done", iteration=0, phase="base")
+    for index in range(2):
+        write_model(tmp_path / "policies" / f"theta_{index}", seed=index)
+        path = f"policies/theta_{index}"
+        journal.record("policy", iteration=index, path=path, digest=digest_of(tmp_path / path))
+    for iteration in range(exploited):
+        journal.record("done", iteration=iteration, phase="exploit")
+    for index in (1 - needed, needed):
+        (weights,) = (tmp_path / "policies" / f"theta_{index}").glob("*.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        if index != needed:
+            assert base_policy(config, journal) == journal.start_policy(needed)
+    with pytest.raises(UserError, match=rf"theta_{needed} holds other weights than "):
+        base_policy(config, journal)
