@@ -154,6 +154,7 @@ def test_shards_are_fsynced_and_renamed_before_the_manifest(tmp_path, monkeypatc
     temporary = f".tmp-{os.getpid()}-"
     assert events == [
         ("fsync", tmp_path.name),
+        ("fsync", "cache"),  # which has the new folder of times
         ("fsync", temporary + "shard-000000.parquet"),
         ("replace", "shard-000000.parquet"),
         ("fsync", "times"),
