@@ -223,6 +223,10 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
         ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling .* is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 4096},
+            "rope scaling .*'original_max_position_embeddings': 4096.* is not supported",
+        ),
         ({"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "factor of the rope scaling is None; .* above 0"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; it has to be a number above 0"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; it has to be a number above 0"),
