@@ -280,6 +280,9 @@ def test_family_by_name(tmp_path: Path) -> None:
     assert HfBridge(tmp_path / "m", "llama").architecture() == HfBridge(tmp_path / "m").architecture()
     with pytest.raises(UserError, match="one of auto, llama, mistral, qwen2, qwen3, qwen3_moe"):
         HfBridge(tmp_path / "m", "lama")
+    make_folder(tmp_path / "n", "mistral", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1, sliding_window=8)
+    with pytest.raises(UserError, match=r"model.family is 'llama', and .*config.json is of mistral"):
+        HfBridge(tmp_path / "n", "llama")
 
 
 def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:

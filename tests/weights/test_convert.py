@@ -305,7 +305,7 @@ def test_a_malformed_folder_is_one_sentence(
         (["--tp", "0"], "--tp 0: it is at least 1"),
         (["--threads", "-1"], "--threads -1"),
         (["--family", "lama"], "model.family is 'lama'"),
-        (["--family", "llama"], "holds tensor model.layers.0.self_attn"),
+        (["--family", "llama"], "model.family is 'llama', and"),
         (["--trust"], "--config and --trust are for conversions to a Hugging Face folder"),
     ],
 )
