@@ -390,13 +390,6 @@ MALFORMED_CHECKPOINTS = {
         "has an output_layer.weight of its own",
     ),
     "no metadata": (drop(".metadata"), [], "is no Megatron checkpoint of format torch_dist"),
-    "tied to integers": (
-        lambda f: (
-            edit_config(f, tie_word_embeddings=True),
-            edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)})),
-        ),
-        "ties lm_head.weight to model.embed_tokens.weight, and",
-    ),
     "another size in the config": (
         lambda f: edit_config(f / "hf", vocab_size=64),
         [],
