@@ -98,9 +98,9 @@ class PromptTemplate:
 
 def _end_tokens(model: Path) -> list[int]:
     """The ids at which every engine ends a response of this model by itself."""
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (model / name).is_file():
             ids = json.loads((model / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
-    return []
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return found

@@ -171,6 +171,8 @@ def _rotary_arguments(config: HfConfig, rope: Any) -> dict[str, Any]:
     if kind == "default":
         return arguments
     megatron = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if config.get("original_max_position_embeddings", 8192) != 8192:  # before the one in `rope`, for transformers 5
+        rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"]}
     if kind != "llama3" or "factor" not in rope or any(rope.get(key) != value for key, value in megatron.items()):
         raise UserError(
             f"{config.file}: rope scaling {dict(rope)} is not supported, only 'llama3' with low_freq_factor 1, "

@@ -15,6 +15,9 @@ def choose_family(config: HfConfig, family: str = "auto") -> Family:
         named = {candidate.name: candidate for candidate in FAMILIES}
         if family not in named:
             raise UserError(f"model.family is {family!r}; it is one of auto, {', '.join(sorted(named))}.")
+        others = [other.name for other in FAMILIES if config.get("architectures", []) == [other.hf_architecture]]
+        if others and others != [family]:
+            raise UserError(f"model.family is {family!r}, and {config.file} is of {others[0]}: leave it at auto.")
         return named[family]
     architectures = config["architectures"]
     for candidate in FAMILIES:

@@ -175,7 +175,8 @@ def write_config(folder: Path, source: Path, dtypes: set[torch.dtype]) -> None:
             shutil.copyfile(source / name, folder / name)
     config = read_json(source / "config.json")
     if len(dtypes) == 1:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(*dtypes).removeprefix("torch.")
+        for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
+            config[key] = str(*dtypes).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -109,12 +109,14 @@ def test_a_response_ends_where_the_turn_does(
     assert declared.stop == ("END", *stop)
 
 
-def test_the_end_in_config_json_counts_where_nothing_else_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_the_ends_of_both_files_count(tmp_path: Path, file: str) -> None:
     tokenizer = write_chat_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {IM_END}}}')
-    assert template(tmp_path, tokenizer).stop == ()
-    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {END_OF_TEXT}}}')  # wins, as in the engine
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(f'{{"eos_token_id": {END_OF_TEXT}}}')
     assert template(tmp_path, tokenizer).stop == ("<|im_end|>",)
+    (tmp_path / file).write_text(f'{{"eos_token_id": [{IM_END}]}}')
+    assert template(tmp_path, tokenizer).stop == ()
 
 
 def test_long_chats_are_counted_and_left_out(tmp_path: Path) -> None:

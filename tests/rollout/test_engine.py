@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -343,6 +344,13 @@ def test_end_token_is_kept_and_named(model: CausalModel) -> None:
         assert call.finish_reason(row) == {"type": "stop", "matched": EOS}
         assert EOS not in _ids(call)[row][:-1]
         assert _ids(call)[row][-1] == EOS
+
+
+def test_the_end_tokens_of_both_files_end_a_response(model_path: Path, tmp_path: Path) -> None:
+    """As SGLang has them (`_get_hf_eos_token_id` of its 0.5.23)."""
+    folder = shutil.copytree(model_path, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert CausalModel(folder, torch.float32, "cpu").eos == (EOS, 5, 7)
 
 
 def test_ignore_eos_goes_on_to_the_limit(model: CausalModel) -> None:

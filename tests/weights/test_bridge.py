@@ -224,6 +224,10 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
         ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling .* is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 4096},
+            "rope scaling .*'original_max_position_embeddings': 4096.* is not supported",
+        ),
         ({"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "factor of the rope scaling is None; .* above 0"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; it has to be a number above 0"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; it has to be a number above 0"),
@@ -277,6 +281,9 @@ def test_family_by_name(tmp_path: Path) -> None:
     assert HfBridge(tmp_path / "m", "llama").architecture() == HfBridge(tmp_path / "m").architecture()
     with pytest.raises(UserError, match="one of auto, llama, mistral, qwen2, qwen3, qwen3_moe"):
         HfBridge(tmp_path / "m", "lama")
+    make_folder(tmp_path / "n", "mistral", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1, sliding_window=8)
+    with pytest.raises(UserError, match=r"model.family is 'llama', and .*config.json is of mistral"):
+        HfBridge(tmp_path / "n", "llama")
 
 
 def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:

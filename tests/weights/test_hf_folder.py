@@ -45,6 +45,13 @@ def test_one_file(source: Path, tmp_path: Path) -> None:
     assert policy.digest == digest_of(policy.path)
 
 
+def test_both_names_of_the_dtype_are_kept_up(source: Path, tmp_path: Path) -> None:
+    """transformers 5 believes `dtype`, older ones `torch_dtype`."""
+    (source / "config.json").write_text('{"torch_dtype": "bfloat16", "dtype": "bfloat16"}')
+    policy = write_folder(tmp_path / "out", SHAPES, iter(TENSORS.items()), source)
+    assert json.loads((policy.path / "config.json").read_text()) == {"torch_dtype": "float32", "dtype": "float32"}
+
+
 def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
     whole = write_folder(tmp_path / "whole", SHAPES, iter(TENSORS.items()), source)
     again = write_folder(tmp_path / "again", SHAPES, iter(TENSORS.items()), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,12 @@ def _parts(lengths: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _end_tokens(path: Path, from_config: int | list[int] | None) -> tuple[int, ...]:
-    ids = from_config
+    """Those of config.json and those of generation_config.json, as in SGLang."""
+    stated = [from_config]
     if (path / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(path).eos_token_id or ids
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+        stated.append(GenerationConfig.from_pretrained(path).eos_token_id)
+    lists = [ids if isinstance(ids, list) else [ids] for ids in stated if ids is not None]
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
