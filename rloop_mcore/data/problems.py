@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 HF_PREFIX = "hf:"
 GENERATED = ("countdown", "countdown3")
+FILES = (".jsonl", ".parquet")  # how the name of a file of problems ends
 BAD_ROWS_SHOWN = 10
 COLUMNS = ("id", "problem", "answer", "source", "meta")
 DAPO_COLUMNS = ("prompt", "reward_model", "data_source")
@@ -131,12 +132,11 @@ def _rows(source: str) -> Iterator[Row]:
     if source.partition(":")[0] in GENERATED:
         return _generated_rows(source)
     path = Path(source)
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
+    if path.suffix not in FILES:
         raise UserError(f"data source {source!r} must be a .jsonl or .parquet file, hf:NAME[:SPLIT] or countdown:SPLIT")
     if not path.is_file():
         raise UserError(f"data file {source} does not exist")
-    return readers[path.suffix](path)
+    return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

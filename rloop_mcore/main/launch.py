@@ -6,14 +6,16 @@ import argparse
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
+from rloop_mcore.data.problems import FILES
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
@@ -43,6 +45,9 @@ def launch(options: argparse.Namespace) -> int:
             for config, line in zip(configs, lines.values(), strict=True)
         ]
         _check_distinct(runs, configs)
+        if configs[0].cluster.slurm.container == "none":
+            for warning in dict.fromkeys(warning for config in configs for warning in _absent(config)):
+                print(f"rloop: warning: {warning}", file=sys.stderr)
         first = configs[0]
         script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes, options.force)
     if options.dry_run:
@@ -71,6 +76,21 @@ def _config(overrides: Sequence[str]) -> Config:
         validate.check_sizes(config, sizes, source)
         check_fit(Architecture.of(sizes, source), config)
     return config
+
+
+def _absent(config: Config) -> Iterator[str]:
+    """Files of the run that are not to be seen here. Its nodes may see more, so it is for the user to say."""
+    sources = {
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+        "sft.demonstrations": config.sft.demonstrations,
+    }
+    files = {key: source for key, source in sources.items() if source is not None and Path(source).suffix in FILES}
+    if config.model.path != GENERATED_MODEL:
+        files["model.path"] = config.model.path
+    for key, file in files.items():
+        if not Path(file).exists():
+            yield f"{key}={file} does not exist here: the job ends at once unless its nodes see it."
 
 
 def _lines(file: Path) -> dict[str, list[str]]:

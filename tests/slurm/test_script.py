@@ -408,6 +408,24 @@ def test_what_cannot_run_is_refused_before_it_is_queued(tmp_path: Path, capsys: 
     assert "layout.tp=16 does not divide num_key_value_heads=8" in capsys.readouterr().err
 
 
+def test_files_that_are_not_there_where_a_run_is_submitted_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typo is found now, not when the job starts. A container has other paths."""
+    (tmp_path / "there.jsonl").touch()
+    words = ["launch", "--dry-run", f"run.dir={tmp_path}/run", "model.path=/no/model", "data.train=/no/t.jsonl"]
+    words.append(f"data.validation={tmp_path}/there.jsonl")
+    assert main(words) == 0
+    found = capsys.readouterr().err.splitlines()
+    assert [line.partition(" does not exist here")[0] for line in found] == [
+        "rloop: warning: data.train=/no/t.jsonl",
+        "rloop: warning: model.path=/no/model",
+    ]
+    assert main([*words, "cluster.slurm.container=pyxis", "cluster.slurm.image=i.sqsh"]) == 0
+    assert main(["launch", "--dry-run", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_sweep_is_an_array_with_a_run_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text(f"run.dir={tmp_path}/a run.seed=1\n\n# a comment\nrun.dir='{tmp_path}/b' run.seed=2\n")
