@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rloop_mcore.config import Config
 from rloop_mcore.data.countdown import standard_splits
 from rloop_mcore.data.dapo import from_dapo_row, is_dapo_row
 from rloop_mcore.errors import UserError
@@ -33,6 +34,16 @@ Row = tuple[str, Any]  # where it stands ("FILE:LINE"), its content
 
 class BadRow(Exception):
     """What is wrong with one row."""
+
+
+def problem_sources(config: Config) -> dict[str, tuple[str, int | None]]:
+    """What a run reads problems from, by key: the source, and how many of its rows (None: all)."""
+    found = {
+        "data.train": (config.data.train, config.data.limit),
+        "data.validation": (config.data.validation, config.evaluation.limit),
+        "sft.demonstrations": (config.sft.demonstrations, config.sft.limit),
+    }
+    return {key: (source, limit) for key, (source, limit) in found.items() if source is not None}
 
 
 def load_problems(source: str, limit: int | None = None) -> list[Problem]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
-from rloop_mcore.data.problems import FILES
+from rloop_mcore.data.problems import FILES, problem_sources
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory
 from rloop_mcore.planning.architecture import Architecture
@@ -80,12 +80,7 @@ def _config(overrides: Sequence[str]) -> Config:
 
 def _absent(config: Config) -> Iterator[str]:
     """Files of the run that are not to be seen here. Its nodes may see more, so it is for the user to say."""
-    sources = {
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
-        "sft.demonstrations": config.sft.demonstrations,
-    }
-    files = {key: source for key, source in sources.items() if source is not None and Path(source).suffix in FILES}
+    files = {key: source for key, (source, _) in problem_sources(config).items() if Path(source).suffix in FILES}
     if config.model.path != GENERATED_MODEL:
         files["model.path"] = config.model.path
     for key, file in files.items():

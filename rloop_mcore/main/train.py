@@ -20,7 +20,7 @@ from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.config import Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
-from rloop_mcore.data.problems import digest_of_problems, load_problems
+from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
@@ -127,12 +127,8 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     load_verifier(config.reward.verifier)
     if config.data.sampler is not None:
         load_sampler(config.data.sampler)
-    sources = {
-        "data.validation": (config.data.validation, config.evaluation.limit),
-        "sft.demonstrations": (config.sft.demonstrations, config.sft.limit),
-        "data.train": (config.data.train, config.data.limit),
-    }
-    problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items() if source is not None}
+    sources = problem_sources(config)
+    problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items()}
     digests = {key: digest_of_problems(found) for key, found in problems.items()}
     return len(problems["data.train"]), digests | {"data.template": sha256(template.text.encode()).hexdigest()[:16]}
 

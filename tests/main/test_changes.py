@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def test_before_anything_was_made_of_them_files_may_change(tmp_path: Path) -> No
     take_inputs(run, configure(run.path), INPUTS, force=False)
     Journal(run.journal).record("started")
     take_inputs(run, configure(run.path), INPUTS | {"data.train": "another"}, force=False)
+    assert json.loads(run.inputs.read_text()) == INPUTS | {"data.train": "another"}
+    assert changes(run) == []
 
 
 def test_a_run_without_its_configuration_is_refused(tmp_path: Path) -> None:
