@@ -50,9 +50,21 @@ def install() -> None:
     _keep_freed_memory()
     _patch_cuda_namespace()
     _patch_tensors()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _hidden("wandb", "torch.utils.tensorboard"):
         warnings.simplefilter("ignore")  # Megatron says six times over that there is no Transformer Engine or Apex
         _patch_megatron()
+
+
+@contextlib.contextmanager
+def _hidden(*modules: str) -> Iterator[None]:
+    """`import` finds none of them: Megatron's timers would spend a second on loggers that nobody hands them."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:

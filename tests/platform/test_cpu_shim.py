@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,3 +24,10 @@ def test_factories_still_follow_a_device_context(factory: str) -> None:
 def test_cuda_is_not_pretended() -> None:
     assert not torch.cuda.is_available()
     assert torch.zeros(2, device="cuda").device.type == "cpu"
+
+
+def test_loggers_that_only_megatrons_timers_want_are_not_loaded() -> None:
+    """wandb costs each process of a run a second, and only the first one logs to it."""
+    code = "import sys; from rloop_mcore import platform; platform.setup('cpu'); print('wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"{code}; import wandb"], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
