@@ -128,10 +128,23 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Wait until every server answers. Raises EngineError with the log of one that does not."""
-        await together(*(self._reach(engine) for engine in self.engines))
-        for engine in self.engines:
+        """Wait until every server answers. Raises EngineError with the log of one that does not.
+
+        A server that has ended is started once more: it may have been killed while nobody asked it anything yet.
+        """
+
+        async def begin(engine: Engine) -> None:
+            try:
+                await self._reach(engine)
+            except EngineError as error:
+                if engine.server.failure() is None:
+                    raise
+                log.warning("engine %d has ended and is started once more: %s", engine.number, error)
+                await engine.server.restart()
+                await self._reach(engine)
             engine.state = "waiting"
+
+        await together(*(begin(engine) for engine in self.engines))
         self._spawn(self._watch())
 
     async def close(self) -> None:
@@ -394,8 +407,11 @@ class Controller:
                     await client.check_server(max(left, _POLL_S))
                     break
                 except EngineError as error:
+                    ended = engine.server.failure()
+                    if ended is not None:
+                        raise EngineError(f"{error}\n{ended}") from error
                     starting = error.status is None or error.status >= 500  # a proxy in front of it says 502 or 503
-                    if not starting or engine.server.failure() is not None or left < 0:
+                    if not starting or left < 0:
                         raise
                 await asyncio.sleep(_POLL_S)
         except BaseException:

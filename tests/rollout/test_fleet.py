@@ -300,6 +300,19 @@ def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_
         _assert_by(other_model, fleet, 3)
 
 
+def test_an_engine_that_is_killed_before_the_first_sync_is_started_once_more(
+    model_path: Path, tmp_path: Path, other_model: PreTrainedModel
+) -> None:
+    """A base model may be trained for an hour while nothing is asked of the engines."""
+    server = start_server(model_path, tmp_path, "engine", max_running=16)
+    endpoint_of(server)
+    server.process.kill()
+    server.process.wait()
+    with make_fleet([server]) as fleet:
+        fleet.sync(_weights(other_model), 1)
+        _assert_by(other_model, fleet, 1)
+
+
 def test_an_engine_of_adopted_weights_that_is_killed_comes_back_with_them(
     model_path: Path, tmp_path: Path, reference: PreTrainedModel
 ) -> None:
