@@ -125,16 +125,5 @@ def check_ids(prompts: Sequence[Prompt]) -> None:
 
 
 def _samples_table(rows: Sequence[Graded], decode: Callable[[Sequence[int]], str]) -> pa.Table:
-    columns = [
-        [row.problem_id for row in rows],
-        [row.sample for row in rows],
-        [row.response_ids for row in rows],
-        [decode(row.response_ids) for row in rows],
-        [row.correct for row in rows],
-        [row.reason for row in rows],
-        [row.finish_reason for row in rows],
-    ]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, _SAMPLE_SCHEMA, strict=True)],
-        schema=_SAMPLE_SCHEMA,
-    )
+    columns = {name: [getattr(row, name) for row in rows] for name in _SAMPLE_SCHEMA.names if name != "text"}
+    return pa.table(columns | {"text": [decode(row.response_ids) for row in rows]}, schema=_SAMPLE_SCHEMA)
