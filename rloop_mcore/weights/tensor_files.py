@@ -108,7 +108,7 @@ def _check_places(file: Path, entries: dict[str, TensorEntry], begin: int, size:
 
 
 def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no size")
     return value
 
