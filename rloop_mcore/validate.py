@@ -85,6 +85,8 @@ _NOT_NEGATIVE = (
     "algorithm.clip_high",
     *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),
     "actor.optimizer_offload",
+    "fp8.first_bf16_layers",
+    "fp8.last_bf16_layers",
     "rft.min_tokens",
     "rft.max_per_problem",
     "rft.earlier_iterations",
