@@ -27,9 +27,9 @@ _OF_THE_LOSS = 4 * 9 + 2 * _INDEX + 1  # bytes of a response token: logprobs, en
 class Modules:
     """element: bytes of an activation; fused: Transformer Engine's modules; fp8: its matrices read FP8."""
 
-    element: int = 2
-    fused: bool = True
-    fp8: bool = False
+    element: int
+    fused: bool
+    fp8: bool
 
     @classmethod
     def of(cls, config: Config) -> Modules:

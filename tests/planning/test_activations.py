@@ -80,7 +80,7 @@ def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
     errors = {}
     for job, bytes_kept in zip(jobs, kept, strict=True):
         model, layout = Architecture.of(job["architecture"], "here"), LayoutConfig(**job["layout"])
-        modules = Modules(4 if job["precision"] == "fp32" else 2, fused=False)
+        modules = Modules(4 if job["precision"] == "fp32" else 2, fused=False, fp8=False)
         chunk, tokens = Chunk(model.layers, True, True), sum(LENGTHS)
         ours = chunk_bytes(model, layout, chunk, tokens, job["actor"]["recompute"], modules)
         case = f"{job['architecture']['model_type']} {job['layout']} {job['precision']} {job['actor']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -65,7 +65,7 @@ class GenerateRequest:
     single: bool  # one prompt, n = 1: the answer is an object, not a list
     return_logprob: bool
     logprob_start_len: int  # -1: no prompt logprobs
-    rids: set[str] = field(default_factory=set)
+    rids: set[str]
 
 
 def parse_generate(body: Any, vocabulary: int) -> GenerateRequest:
