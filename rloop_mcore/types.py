@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+Key = tuple[int, int, str, int]  # of a trajectory: iteration, step, problem_id, sample
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -113,8 +115,7 @@ class Trajectory:
     times: Times = field(default=Times(), compare=False)
 
     @property
-    def key(self) -> tuple[int, int, str, int]:
-        """(iteration, step, problem_id, sample)."""
+    def key(self) -> Key:
         return self.iteration, self.step, self.problem_id, self.sample
 
 
