@@ -92,10 +92,10 @@ class Times:
 class Trajectory:
     """Prompt, response, logprobs and reward of one sample.
 
-    `key` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
-    `reward` is what the update sees (shaped, perhaps with the overlong penalty). `logprobs` [response] are those
-    of the engine that sampled it: the behaviour policy. `weight_versions` are (weight version, how many tokens it
-    sampled), in order; more than one where a sync fell into the generation.
+    `key` identifies it. `correct` is the verdict, R(tau) > 0 in the paper; `reward` is what the update sees (shaped,
+    perhaps with the overlong penalty). `logprobs` [response] are those of the engine that sampled it: the behaviour
+    policy. `weight_versions` are (weight version, how many tokens it sampled), in order; more than one where a sync
+    fell into the generation.
     """
 
     iteration: int
