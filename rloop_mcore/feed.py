@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from rloop_mcore.protocols import Rollout
@@ -35,9 +34,7 @@ class Feed(Generic[B]):
     def __enter__(self) -> Feed[B]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         running = [batch for batch in self._batches.values() if not batch.cancel()]
         while not all(batch.done() for batch in running):
             self._rollout.cancel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from types import TracebackType
 
 from rloop_mcore.protocols import Rewards
 from rloop_mcore.types import Completion, Problem, Verdict
@@ -28,9 +27,7 @@ class Grading:
     def __enter__(self) -> Grading:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._taken.put(None)
         self._thread.shutdown(wait=False)
 

@@ -71,10 +71,6 @@ class Journal:
         """Whether a run of so many iterations has come to its end."""
         return self.done(iterations - 1, "evaluate") if iterations else self.done(0, "base")
 
-    def last_commit(self, iteration: int, phase: str) -> dict[str, Any] | None:
-        """The newest commit of the phase, or None before the first."""
-        return self.newest("commit", iteration, phase)
-
     def commits(self) -> list[dict[str, Any]]:
         """Those of all phases, oldest first."""
         return [record for record in self.records if record["event"] == "commit"]
@@ -104,7 +100,7 @@ class Journal:
         raise LookupError(f"{self.path} records no policy for iteration {iteration}")
 
     def newest(self, event: str, iteration: int, phase: str) -> dict[str, Any] | None:
-        """The newest `commit` or `done` of a phase of an iteration."""
+        """The newest `commit` or `done` of a phase (one of PHASES) of an iteration; None before the first."""
         if phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}")
         for record in reversed(self.records):

@@ -89,5 +89,5 @@ def figures_text(metrics: Mapping[str, float | None]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Seconds as h:mm:ss, after the days where there are any."""
     return str(timedelta(seconds=round(seconds)))

@@ -104,9 +104,7 @@ class RLStep:
     stop: tuple[str, ...] = ()  # strings at which a response ends, beside the end token
     timeline: Timeline = field(default_factory=Timeline)
     curriculum: Curriculum | None = None
-    _carried: list[_Asked] = field(
-        default_factory=list, init=False
-    )  # aborted as too slow; they go on in the next round
+    _carried: list[_Asked] = field(default_factory=list, init=False)  # aborted as too slow: for the next round
 
     def feed(self, iteration: int, first: int, last: int, position: int) -> Feed[Batch]:
         """The batches of steps `first` .. `last` - 1; `position`: the place of the endless order to draw from."""

@@ -96,7 +96,7 @@ class RunState:
 
         Raises Fault where the guard stopped the run there, and `guard` still says so.
         """
-        commit = self.journal.last_commit(iteration, phase)
+        commit = self.journal.newest("commit", iteration, phase)
         self._streak = Streak(**(commit or {}).get("streak", {}))
         if commit is not None:
             self._heed_guard(iteration, phase, commit["step"], steps)

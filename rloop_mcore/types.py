@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+Key = tuple[int, int, str, int]  # of a trajectory: iteration, step, problem_id, sample
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -90,10 +92,10 @@ class Times:
 class Trajectory:
     """Prompt, response, logprobs and reward of one sample.
 
-    `key` identifies it. `correct` is the verdict, R(tau) > 0 in the paper;
-    `reward` is what the update sees (shaped, perhaps with the overlong penalty). `logprobs` [response] are those
-    of the engine that sampled it: the behaviour policy. `weight_versions` are (weight version, how many tokens it
-    sampled), in order; more than one where a sync fell into the generation.
+    `key` identifies it. `correct` is the verdict, R(tau) > 0 in the paper; `reward` is what the update sees (shaped,
+    perhaps with the overlong penalty). `logprobs` [response] are those of the engine that sampled it: the behaviour
+    policy. `weight_versions` are (weight version, how many tokens it sampled), in order; more than one where a sync
+    fell into the generation.
     """
 
     iteration: int
@@ -113,8 +115,7 @@ class Trajectory:
     times: Times = field(default=Times(), compare=False)
 
     @property
-    def key(self) -> tuple[int, int, str, int]:
-        """(iteration, step, problem_id, sample)."""
+    def key(self) -> Key:
         return self.iteration, self.step, self.problem_id, self.sample
 
 

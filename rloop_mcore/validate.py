@@ -27,6 +27,7 @@ from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+_OPTIMIZERS = ("optimizer", "rft.optimizer", "sft.optimizer")
 _CHOICES = {
     "precision": PRECISIONS,
     "model.family": ("auto", *_FAMILIES),
@@ -39,9 +40,7 @@ _CHOICES = {
     "rft.loss": ("token_mean", "reward_weighted"),
     "sft.loss": ("token_mean", "reward_weighted"),
     "actor.routing_replay": ("none", "first_forward"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "rft.optimizer.schedule": ("constant", "cosine"),
-    "sft.optimizer.schedule": ("constant", "cosine"),
+    **{f"{section}.schedule": ("constant", "cosine") for section in _OPTIMIZERS},
     "actor.recompute": ("none", "selective", "full"),
     "guard.policy": ("stop", "end_phase", "skip"),
     "rollout.engine": ("embedded", "sglang"),
@@ -54,7 +53,7 @@ _POSITIVE = (
     *(f"layout.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
     *(f"algorithm.{name}" for name in ("prompts_per_step", "sampled_per_step", "sampling_rounds")),
     *(f"{section}.{name}" for section in ("rft", "sft") for name in ("epochs", "batch_size")),
-    *(f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("lr", "eps")),
+    *(f"{section}.{name}" for section in _OPTIMIZERS for name in ("lr", "eps")),
     "actor.micro_batch_tokens",
     *(f"rollout.{name}" for name in ("max_tokens", "temperature", "max_running", "bucket_mib")),
     *(f"rollout.{name}" for name in ("engines", "tp", "dp", "ep")),
@@ -75,7 +74,7 @@ _POSITIVE_OR_NULL = (
     *("data.limit", "sft.limit", "evaluation.limit", "rollout.mismatch_gate"),
     "guard.entropy_low",
     "guard.entropy_high",
-    *(f"{section}.skip_grad" for section in ("optimizer", "rft.optimizer", "sft.optimizer")),
+    *(f"{section}.skip_grad" for section in _OPTIMIZERS),
 )
 _NOT_NEGATIVE = (
     "algorithm.iterations",
@@ -85,6 +84,8 @@ _NOT_NEGATIVE = (
     "algorithm.clip_high",
     *(f"algorithm.{name}" for name in ("overlong_buffer", "kl_coefficient", "entropy_coefficient", "off_policy_mask")),
     "actor.optimizer_offload",
+    "fp8.first_bf16_layers",
+    "fp8.last_bf16_layers",
     "rft.min_tokens",
     "rft.max_per_problem",
     "rft.earlier_iterations",
@@ -103,19 +104,13 @@ _NOT_NEGATIVE = (
     *(f"guard.stall_{name}" for name in ("factor", "floor_s")),
     *(f"preflight.{name}_gib" for name in ("run", "tmp", "shm")),
     *(f"cluster.gpu.{rate.name}" for rate in fields(GpuConfig) if rate.name != "name"),
-    *(
-        f"{section}.{name}"
-        for section in ("optimizer", "rft.optimizer", "sft.optimizer")
-        for name in ("warmup_updates", "weight_decay", "clip_grad")
-    ),
+    *(f"{section}.{name}" for section in _OPTIMIZERS for name in ("warmup_updates", "weight_decay", "clip_grad")),
 )
 _SHARES = (
     *("rft.share", "rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold"),
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
-_BELOW_ONE = tuple(
-    f"{section}.{name}" for section in ("optimizer", "rft.optimizer", "sft.optimizer") for name in ("beta1", "beta2")
-)
+_BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
 
 
 def check_values(config: Config, elsewhere: bool = False) -> None:
@@ -238,7 +233,7 @@ def _check_rollout(config: Config, elsewhere: bool) -> None:
         if not elsewhere:
             _check_python(rollout)
         _check_sglang(rollout)
-    if config.rollout.engine == "embedded" and config.rollout.endpoints:
+    if rollout.engine == "embedded" and rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
     if rollout.quantization == "fp8":
         _check_fp8_engines(config)
@@ -246,7 +241,7 @@ def _check_rollout(config: Config, elsewhere: bool) -> None:
         key = "endpoints" if rollout.endpoints else "max_lag"
         reason = "a server that others started" if rollout.endpoints else "an engine that generates meanwhile"
         raise UserError(f"rollout.sleep=true with rollout.{key}: {reason} cannot sleep while the policy trains.")
-    for endpoint in config.rollout.endpoints:
+    for endpoint in rollout.endpoints:
         try:
             parts = urlsplit(endpoint)
             usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0

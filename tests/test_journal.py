@@ -63,7 +63,7 @@ def test_truncated_anywhere_it_holds_the_whole_lines_and_goes_on(model, fraction
             for phase in PHASES:
                 mine = [r for r in survivors + more if (r["iteration"], r["phase"]) == (iteration, phase)]
                 commits = [r for r in mine if r["event"] == "commit"]
-                newest = reopened.last_commit(iteration, phase)
+                newest = reopened.newest("commit", iteration, phase)
                 assert (newest and {k: v for k, v in newest.items() if k not in ("n", "time")}) == (
                     commits[-1] if commits else None
                 )

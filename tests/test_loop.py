@@ -688,7 +688,7 @@ def test_stop_commits_and_stops_again_until_the_policy_changes(tmp_path: Path) -
         ):
             start(run, stopping, skipped=BAD)
         assert guarded(run) == [(0, "explore", 4, "stop")]
-        assert Journal(run / "journal.jsonl").last_commit(0, "explore")["step"] == 4  # type: ignore[index]
+        assert Journal(run / "journal.jsonl").newest("commit", 0, "explore")["step"] == 4  # type: ignore[index]
     start(run, configure(*LONG, "guard.policy=skip"), skipped=BAD)
     assert guarded(run) == [(0, "explore", 4, "stop"), (0, "explore", 4, "skip")]
 

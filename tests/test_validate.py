@@ -34,6 +34,8 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("optimizer.schedule=linear", ["optimizer.schedule=linear", "cosine"]),
         ("optimizer.lr=0", ["optimizer.lr=0"]),
         ("precision=fp16", ["precision=fp16", "bf16"]),
+        ("fp8.first_bf16_layers=-1", ["fp8.first_bf16_layers=-1"]),
+        ("fp8.last_bf16_layers=-2", ["fp8.last_bf16_layers=-2"]),
         ("rollout.engine=sglang", ["rollout.python", "make install-sglang", "rollout.endpoints"]),
         ("rollout.engines=0", ["rollout.engines=0"]),
         ("rollout.endpoints=[http://127.0.0.1:30000]", ["rollout.endpoints", "rollout.engine=sglang"]),

@@ -110,9 +110,8 @@ class MegatronActor(Conducted):
         """One DAPO update on a mini-batch.
 
         Metrics over the response tokens, before the update: loss, entropy, clip_fraction, ratio_mean, ratio_max,
-        mismatch_mean and mismatch_max (of |trainer - engine logprob|), mismatch_k3 (of
-        KL(engine || trainer)), those of the options that are on, tokens; and
-        padding_share, grad_norm, lr, skipped (0 or 1), seconds_update.
+        mismatch_mean and mismatch_max (of |trainer - engine logprob|), mismatch_k3 (of KL(engine || trainer)), those of
+        the options that are on, tokens; and padding_share, grad_norm, lr, skipped (0 or 1), seconds_update.
         """
         algorithm = self._config.algorithm
         lengths = [len(e.trajectory.response_ids) for e in batch]

@@ -52,7 +52,8 @@ def build_model(architecture: dict[str, Any], config: Config) -> list[PolicyChun
     """
     layout = config.layout
     settings = _transformer_config(architecture["transformer"], config)
-    gpt = architecture["gpt"] | {"vocab_size": padded_vocabulary(architecture["gpt"]["vocab_size"], layout.tp)}
+    gpt = architecture["gpt"]
+    gpt = gpt | {"vocab_size": -(-gpt["vocab_size"] // layout.tp) * layout.tp}
     chunks = []
     for virtual_stage in range(layout.vpp):
         stage = virtual_stage if layout.vpp > 1 else None
@@ -104,11 +105,6 @@ def packed_sequences(batch: MicroBatch) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def padded_vocabulary(size: int, tp: int) -> int:
-    """The smallest multiple of tp that holds `size` rows."""
-    return -(-size // tp) * tp
 
 
 def _mark_experts(chunk: PolicyChunk) -> None:

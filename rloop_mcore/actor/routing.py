@@ -16,9 +16,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
 from rloop_mcore import platform
 from rloop_mcore.actor.packing import MicroBatch, Row
-from rloop_mcore.types import Trajectory
-
-Key = tuple[int, int, str, int]
+from rloop_mcore.types import Key, Trajectory
 
 
 class RoutingReplay:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 
-def group_advantages(rewards: Sequence[float], kind: str = "group_std") -> list[float]:
+def group_advantages(rewards: Sequence[float], kind: str) -> list[float]:
     """Rewards of one group [group], G of them -> advantages [group].
 
     - `group_std`: (r - mean) / std, GRPO's and DAPO's (arXiv 2503.14476, eq. 9). The paper does not say which standard

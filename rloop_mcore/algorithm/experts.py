@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rloop_mcore.algorithm.seeds import derive_seed
-from rloop_mcore.types import ExpertQuery
-
-Key = tuple[int, int, str, int]  # Trajectory.key
+from rloop_mcore.types import ExpertQuery, Key
 
 
 def drawn(keys: Sequence[Key], query: ExpertQuery) -> list[int]:

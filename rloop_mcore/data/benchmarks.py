@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.data.problems import BadRow, load_problems, parse_row
+from rloop_mcore.data.problems import BadRow, hub_dataset, load_problems, parse_row
 from rloop_mcore.errors import UserError
 from rloop_mcore.types import Problem
 
@@ -73,27 +72,10 @@ def load_benchmark(name: str, folder: Path | None = None) -> list[Problem]:
 def _from_hub(name: str, benchmark: Benchmark) -> list[Problem]:
     where = f"{benchmark.dataset}, split {benchmark.split}"
     try:
-        rows = enumerate(_rows(name, benchmark))
+        rows = enumerate(hub_dataset(benchmark.dataset, benchmark.subset, benchmark.split))
         return [_problem(name, number, row) for number, row in rows if _first(row, _ANSWER) not in ("", [])]
-    except BadRow as error:
+    except (BadRow, UserError) as error:
         raise UserError(f"benchmark {name} ({where}): {error}; give it as a file with --benchmark-files.") from None
-
-
-def _rows(name: str, benchmark: Benchmark) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(
-            f"benchmark {name} comes from the hub with the datasets package: pip install 'rloop-mcore[hf-datasets]', "
-            "or give --benchmark-files FOLDER."
-        )
-    import datasets
-
-    try:
-        return datasets.load_dataset(benchmark.dataset, benchmark.subset, split=benchmark.split)
-    except Exception as error:  # datasets raises many kinds for a wrong name, split or network
-        raise UserError(
-            f"benchmark {name}: {benchmark.dataset} could not be loaded ({str(error)[:200]}); give --benchmark-files "
-            "FOLDER."
-        ) from error
 
 
 def _problem(name: str, number: int, row: Mapping[str, Any]) -> Problem:

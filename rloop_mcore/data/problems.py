@@ -176,18 +176,22 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hf_rows(source: str) -> Iterator[Row]:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{source} needs the datasets package: pip install 'rloop-mcore[hf-datasets]'")
-    import datasets
-
     name, _, split = source.removeprefix(HF_PREFIX).partition(":")
-    split = split or "train"
-    try:
-        dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets raises many kinds for a wrong name, split or network
-        raise UserError(f"data set {name!r}, split {split!r}, could not be loaded: {error}") from error
+    dataset = hub_dataset(name, None, split or "train")
     _require_columns(source, dataset.column_names)
     yield from ((f"{source}:{number}", row) for number, row in enumerate(dataset, start=1))
+
+
+def hub_dataset(name: str, subset: str | None, split: str) -> Any:
+    """A data set of Hugging Face's hub. Raises UserError where it cannot be had."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"data set {name!r} needs the datasets package: pip install 'rloop-mcore[hf-datasets]'")
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # datasets raises many kinds for a wrong name, split or network
+        raise UserError(f"data set {name!r}, split {split!r}, could not be loaded ({error!s:.200})") from error
 
 
 def _generated_rows(source: str) -> Iterator[Row]:

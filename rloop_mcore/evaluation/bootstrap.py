@@ -28,11 +28,7 @@ def bootstrap_interval(scores: ArrayLike, seed: int, resamples: int = 10_000) ->
     resampled means (Efron 1979). It speaks of the choice of problems; the samples a problem are taken as they fell.
     Raises ValueError without scores.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
-    low, high = np.quantile(_resampled_means(values, np.random.default_rng(seed), resamples), _ENDS)
-    return Interval(float(values.mean()), float(low), float(high))
+    return bootstrap_mean_interval([scores], seed, resamples)
 
 
 def bootstrap_mean_interval(benchmarks: Sequence[ArrayLike], seed: int, resamples: int = 10_000) -> Interval:
@@ -41,7 +37,7 @@ def bootstrap_mean_interval(benchmarks: Sequence[ArrayLike], seed: int, resample
     Every benchmark's problems are resampled among themselves. Raises ValueError for one without scores.
     """
     rng, scores = np.random.default_rng(seed), [np.asarray(each, dtype=np.float64) for each in benchmarks]
-    if not scores or any(values.size == 0 for values in scores):
+    if not scores or any(values.ndim != 1 or values.size == 0 for values in scores):
         raise ValueError("a bootstrap needs a non-empty list of scores, one a problem")
     means = np.mean([_resampled_means(values, rng, resamples) for values in scores], axis=0)
     low, high = np.quantile(means, _ENDS)

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,77 +34,67 @@ _SAMPLE_SCHEMA = pa.schema(
 )
 
 
+@dataclass
 class EngineEvaluator:
     """protocols.Evaluator over a fixed list of problems.
 
     Every evaluation uses the same seeds, so that two checkpoints differ by their policies and not by their luck.
     `at_once` requests are sampled and graded in one go: enough to fill the engines, few enough to show progress.
-    `progress`, if given, is called with (responses done, responses in all). `conditions` are recorded as they are: see
+    `progress` is called with (responses done, responses in all). `conditions` are recorded as they are: see
     `conditions_of`.
     """
 
-    def __init__(
-        self,
-        rollout: Rollout,
-        rewards: Rewards,
-        prompts: Sequence[Prompt],
-        decode: Callable[[Sequence[int]], str],
-        config: EvaluationConfig,
-        max_tokens: int,
-        stop: tuple[str, ...],
-        seed: int,
-        directory: Path,
-        at_once: int,
-        progress: Callable[[int, int], None] | None = None,
-        conditions: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._prompts = prompts
-        self._decode = decode
-        self._config = config
-        self._sampling = Sampling(max_tokens, config.temperature, config.top_p, stop)
-        self._sampler = Sampler(rollout, rewards, decode, self._sampling, seed)
-        self._seed = seed
-        self._directory = directory
-        self._at_once = at_once
-        self._progress = progress or (lambda done, total: None)
-        self._conditions = dict(conditions or {})
-        # Name, samples and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
-        self._sampled: tuple[str, list[Graded], float] | None = None
+    rollout: Rollout
+    rewards: Rewards
+    prompts: Sequence[Prompt]
+    decode: Callable[[Sequence[int]], str]
+    config: EvaluationConfig
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    directory: Path
+    at_once: int
+    progress: Callable[[int, int], None]
+    conditions: Mapping[str, Any]
+    # Name, samples and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
+    _sampled: tuple[str, list[Graded], float] | None = field(default=None, init=False)
 
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
         """Write `{name}.parquet` (the samples), then `{name}.json` (the numbers); returns the metrics' means.
 
         `policy` is recorded: the folder of the evaluated weights, relative to the run directory.
         """
+        sampling = Sampling(self.max_tokens, self.config.temperature, self.config.top_p, self.stop)
         if self._sampled is None or self._sampled[0] != name:
             started = time.monotonic()
-            self._sampled = name, self._sample(), time.monotonic() - started
+            self._sampled = name, self._sample(sampling), time.monotonic() - started
         _, rows, seconds = self._sampled
-        with atomic_path(self._directory / f"{name}.parquet") as path:
-            pq.write_table(_samples_table(rows, self._decode), path, compression="zstd", write_page_checksum=True)
-        scores = scores_of(counts_of(rows), self._config.samples, self._config.k)
-        metrics = intervals(scores, self._seed)
+        with atomic_path(self.directory / f"{name}.parquet") as path:
+            pq.write_table(_samples_table(rows, self.decode), path, compression="zstd", write_page_checksum=True)
+        scores = scores_of(counts_of(rows), self.config.samples, self.config.k)
+        metrics = intervals(scores, self.seed)
         record = {
             "name": name,
             "policy": policy,
             "metrics": metrics,
-            "problems": len(self._prompts),
-            "sampling": {**asdict(self._sampling), "samples": self._config.samples, "seed": self._seed},
-            **self._conditions,
+            "problems": len(self.prompts),
+            "sampling": {**asdict(sampling), "samples": self.config.samples, "seed": self.seed},
+            **self.conditions,
             **summary(rows),
             "seconds": round(seconds, 3),
         }
-        write_atomic(self._directory / f"{name}.json", json.dumps(record, indent=1) + "\n")
+        write_atomic(self.directory / f"{name}.json", json.dumps(record, indent=1) + "\n")
         self._sampled = None
         return {key: interval["mean"] for key, interval in metrics.items()}
 
-    def _sample(self) -> list[Graded]:
-        wanted = [(prompt, sample) for prompt in self._prompts for sample in range(self._config.samples)]
+    def _sample(self, sampling: Sampling) -> list[Graded]:
+        sampler = Sampler(self.rollout, self.rewards, self.decode, sampling, self.seed)
+        wanted = [(prompt, sample) for prompt in self.prompts for sample in range(self.config.samples)]
         rows: list[Graded] = []
-        self._progress(0, len(wanted))
-        for start in range(0, len(wanted), self._at_once):
-            rows += map(Graded.of, self._sampler.draw(wanted[start : start + self._at_once]))
-            self._progress(len(rows), len(wanted))
+        self.progress(0, len(wanted))
+        for start in range(0, len(wanted), self.at_once):
+            rows += map(Graded.of, sampler.draw(wanted[start : start + self.at_once]))
+            self.progress(len(rows), len(wanted))
         return rows
 
 
@@ -125,16 +115,5 @@ def check_ids(prompts: Sequence[Prompt]) -> None:
 
 
 def _samples_table(rows: Sequence[Graded], decode: Callable[[Sequence[int]], str]) -> pa.Table:
-    columns = [
-        [row.problem_id for row in rows],
-        [row.sample for row in rows],
-        [row.response_ids for row in rows],
-        [decode(row.response_ids) for row in rows],
-        [row.correct for row in rows],
-        [row.reason for row in rows],
-        [row.finish_reason for row in rows],
-    ]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, _SAMPLE_SCHEMA, strict=True)],
-        schema=_SAMPLE_SCHEMA,
-    )
+    columns = {name: [getattr(row, name) for row in rows] for name in _SAMPLE_SCHEMA.names if name != "text"}
+    return pa.table(columns | {"text": [decode(row.response_ids) for row in rows]}, schema=_SAMPLE_SCHEMA)

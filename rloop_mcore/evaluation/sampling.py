@@ -33,6 +33,7 @@ class Graded:
         return cls(row.problem_id, row.sample, row.prompt_ids, ids, row.correct, row.reason, row.finish_reason)
 
 
+@dataclass(frozen=True)
 class Sampler:
     """Responses to benchmark problems, as trajectories of step 0 of iteration 0.
 
@@ -40,23 +41,20 @@ class Sampler:
     not by their luck, and the first 8 of 32 samples are what 8 would have been.
     """
 
-    def __init__(
-        self, rollout: Rollout, rewards: Rewards, decode: Callable[[Sequence[int]], str], sampling: Sampling, seed: int
-    ) -> None:
-        self._rollout = rollout
-        self._rewards = rewards
-        self._decode = decode
-        self._sampling = sampling
-        self._seed = seed
+    rollout: Rollout
+    rewards: Rewards
+    decode: Callable[[Sequence[int]], str]
+    sampling: Sampling
+    seed: int
 
     def draw(self, wanted: Sequence[Wanted]) -> list[Trajectory]:
         """One graded response a (prompt, sample), in order."""
         requests = [
-            SampleRequest(prompt.ids, derive_seed(self._seed, "evaluation", prompt.problem.id, sample))
+            SampleRequest(prompt.ids, derive_seed(self.seed, "evaluation", prompt.problem.id, sample))
             for prompt, sample in wanted
         ]
-        with Grading(self._rewards, [prompt.problem for prompt, _ in wanted], self._decode) as grading:
-            completions = self._rollout.generate(requests, self._sampling, grading.take)
+        with Grading(self.rewards, [prompt.problem for prompt, _ in wanted], self.decode) as grading:
+            completions = self.rollout.generate(requests, self.sampling, grading.take)
             verdicts = grading.verdicts()
         return [
             Trajectory(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rloop_mcore.config import Config, LayoutConfig
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.parameters import Chunk, padded_vocabulary
+from rloop_mcore.planning.parameters import Chunk, vocabulary_rows
 from rloop_mcore.planning.workload import longest_row, rows_of_update
 from rloop_mcore.platform.precision import RECIPES, element_bytes, token_multiple
 
@@ -27,9 +27,9 @@ _OF_THE_LOSS = 4 * 9 + 2 * _INDEX + 1  # bytes of a response token: logprobs, en
 class Modules:
     """element: bytes of an activation; fused: Transformer Engine's modules; fp8: its matrices read FP8."""
 
-    element: int = 2
-    fused: bool = True
-    fp8: bool = False
+    element: int
+    fused: bool
+    fp8: bool
 
     @classmethod
     def of(cls, config: Config) -> Modules:
@@ -118,7 +118,7 @@ def chunk_bytes(
 
 
 def _kept_logits(model: Architecture, tp: int, tokens: int) -> int:
-    logits = tokens * padded_vocabulary(model.vocabulary, tp) // tp
+    logits = tokens * vocabulary_rows(model, tp)
     return logits * _FP32 if logits <= _KEPT_LOGITS else 0
 
 
@@ -141,7 +141,7 @@ def loss_working_bytes(model: Architecture, layout: LayoutConfig, tokens: int, m
     Two chunks of fp32 logits and one of their gradients, the gradient of the output layer's shard in fp32 and once more
     in the parameters' dtype, that of the hidden states.
     """
-    rows = padded_vocabulary(model.vocabulary, layout.tp) // layout.tp
+    rows = vocabulary_rows(model, layout.tp)
     chunk = tokens * rows
     if chunk > _KEPT_LOGITS:
         chunk = min(chunk, max(rows, (_CHUNK_LOGITS if modules.fused else _CPU_CHUNK_LOGITS) // rows * rows))

@@ -46,7 +46,7 @@ class Architecture:
     def of(cls, values: Mapping[str, Any], source: Path | str) -> Architecture:
         """From the keys of the config.json `source`. Raises UserError for a size that is missing or no whole number."""
         for key in _NEEDED:
-            if not (isinstance(size := values.get(key), int) and size > 0):
+            if not (type(size := values.get(key)) is int and size > 0):
                 raise UserError(f"{source} has no {key} above 0: the sizes of a model need it.")
         for key in _OPTIONAL:
             if type(values.get(key, 0)) not in (int, type(None)):

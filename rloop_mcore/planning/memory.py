@@ -13,7 +13,7 @@ from rloop_mcore.planning.activations import (
     micro_batch_tokens,
 )
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
+from rloop_mcore.planning.engines import GIB, EnginePlan
 from rloop_mcore.planning.parameters import chunks_of
 from rloop_mcore.planning.schedule import micro_batches, most_held
 from rloop_mcore.planning.state import Coordinates, state_of
@@ -79,13 +79,6 @@ def stage_memory(model: Architecture, config: Config, stage: int, engine: Engine
         parts["runtime"] = _RUNTIME + int(_FRAGMENTS * passing) if config.cluster.device != "cpu" else 0
     whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
     return StageMemory(stage, whole, state.host)
-
-
-def memory_of(model: Architecture, config: Config, engine: EnginePlan | None = None) -> list[StageMemory]:
-    """Of every pipeline stage."""
-    if engine is None:
-        engine = engine_plan(model, config, config.cluster.gpu.memory_gib * GIB)
-    return [stage_memory(model, config, stage, engine) for stage in range(config.layout.pp)]
 
 
 def _passing(model: Architecture, config: Config, stage: int) -> tuple[int, int, int]:

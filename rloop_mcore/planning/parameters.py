@@ -38,15 +38,15 @@ def chunks_of(layout: LayoutConfig, layers: int, stage: int) -> list[Chunk]:
     return [Chunk(split[place], place == 0, place == len(split) - 1) for place in places]
 
 
-def padded_vocabulary(size: int, tp: int) -> int:
-    """The rows of the embedding over all tp ranks: the smallest multiple of tp that holds `size`."""
-    return -(-size // tp) * tp
+def vocabulary_rows(model: Architecture, tp: int) -> int:
+    """The rows of the embedding on each of the tp ranks, padding included."""
+    return -(-model.vocabulary // tp)
 
 
 @lru_cache(maxsize=4096)
 def chunk_tensors(model: Architecture, tp: int, etp: int, ep: int, pp: int, chunk: Chunk) -> tuple[Tensor, ...]:
     """One rank's parameters of `chunk`, as `named_parameters` of Megatron's local layers lists them."""
-    rows = padded_vocabulary(model.vocabulary, tp) // tp * model.hidden
+    rows = vocabulary_rows(model, tp) * model.hidden
     found = [Tensor("embedding", rows, shared=model.tied and pp > 1)] if chunk.first else []
     layer = [
         Tensor("input_layernorm", model.hidden),

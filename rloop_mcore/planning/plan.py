@@ -8,7 +8,7 @@ from functools import cached_property
 from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
-from rloop_mcore.planning.memory import StageMemory, memory_of
+from rloop_mcore.planning.memory import StageMemory, stage_memory
 from rloop_mcore.planning.time import Times, step_times
 
 
@@ -25,7 +25,8 @@ class Plan:
     def of(cls, model: Architecture, config: Config) -> Plan:
         """Pure arithmetic: needs no GPU, weights or data."""
         engine = engine_plan(model, config, config.cluster.gpu.memory_gib * GIB)
-        return cls(model, config, engine, memory_of(model, config, engine))
+        stages = [stage_memory(model, config, stage, engine) for stage in range(config.layout.pp)]
+        return cls(model, config, engine, stages)
 
     @cached_property
     def worst(self) -> StageMemory:

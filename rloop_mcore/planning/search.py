@@ -21,7 +21,7 @@ _MOST_TIMES = 64  # as many GPUs are looked at, in vain, before giving up
 
 
 def legal_layouts(model: Architecture, gpus: int, node: int) -> list[LayoutConfig]:
-    """Legal layouts of `gpus` GPUs: tp within a node of `node` GPUs, all pp, cp and ep; experts' tp is 1 or tp."""
+    """Legal layouts of `gpus` GPUs: tp within a node of `node`, all pp and ep, few cp and vpp; experts' tp 1 or tp."""
     found = []
     for tp, pp, cp in product(divisors(math.gcd(gpus, model.heads)), divisors(gpus), _CONTEXT):
         if tp > node or pp > model.layers or gpus % (tp * pp * cp):

@@ -38,7 +38,7 @@ class State:
     weights: int
     gradients: int
     optimizer: int
-    host: int = 0
+    host: int
 
 
 def state_of(model: Architecture, config: Config, at: Coordinates) -> State:

@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def check_manifest(folder: Path, trust: bool = False) -> None:
+def check_manifest(folder: Path, trust: bool) -> None:
     """Raises UserError unless the checkpoint is as it was written; `trust`: one without our manifest will do."""
     file = folder / _MANIFEST
     if not file.exists() and trust:

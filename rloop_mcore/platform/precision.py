@@ -37,11 +37,6 @@ class Optimizer(Protocol):
 
 def check_precision(precision: str, fp8: Fp8, device: str, actor: Optimizer) -> None:
     """Raise UserError for what cannot run. `device`: cpu or cuda."""
-    if precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
-    for key in ("first_bf16_layers", "last_bf16_layers"):
-        if getattr(fp8, key) < 0:
-            raise UserError(f"fp8.{key}={getattr(fp8, key)} is a number of layers: 0 or more.")
     if fp8.simulate and precision not in RECIPES:
         raise UserError(
             f"fp8.simulate=true has nothing to simulate at precision={precision}: use one of {', '.join(RECIPES)}."

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def host_store(address: str = "127.0.0.1", timeout_s: float = 60.0, port: int = 0) -> dist.TCPStore:
+def host_store(address: str, timeout_s: float, port: int = 0) -> dist.TCPStore:
     """Host a rendezvous store on `address` only; it lives as long as the returned object. Raises OSError.
 
     port: 0 is any free one, `store.port`. TCPStore alone would listen on every interface, hence the socket made here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
+from statistics import median_high, median_low
 from typing import Any
 
 from rloop_mcore.config import Config
@@ -210,7 +210,7 @@ def _rates(config: Config, found: Findings) -> tuple[list[Problem], list[Problem
     share = share if share is not None else _SLOW_GPU_LINK * gpus
     if len(speeds) < _FEWEST_TO_COMPARE or not share:
         return [], problems
-    usual = sorted(speeds.values())[len(speeds) // 2]
+    usual = median_high(speeds.values())
     slow = {
         pair: f"its links are slow: {speed:.3g} GB/s, less than preflight.slow_link={share:g} of the usual {usual:.3g}"
         for pair, speed in speeds.items()

@@ -114,7 +114,7 @@ class Controller:
         limit: int,
         start_timeout_s: float,
         probe: Probe,
-        on_waiting: Callable[[], None] = lambda: None,
+        on_waiting: Callable[[], None],
     ) -> None:
         """limit: samples an engine is asked for at once; on_waiting: called when an engine waits for weights."""
         self.engines = [Engine(server, number) for number, server in enumerate(servers)]

@@ -47,7 +47,7 @@ def check_partial(version: str) -> None:
 
 
 def routes_of(version: str) -> tuple[str, ...]:
-    """The routes that a run uses of a server of this version. Raises ValueError where it is not a supported one."""
+    """The routes that a server of this version must have. Raises ValueError where it is not a supported one."""
     return ROUTES + (SESSION_ROUTES if has_update_sessions(version) else ())
 
 

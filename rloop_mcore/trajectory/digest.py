@@ -21,8 +21,7 @@ def content_digest(directory: Path, shards: Sequence[Shard]) -> str:
 
     A row is hashed as the bytes of, one after the other and little-endian: iteration, step, sample (int32); length of
     the UTF-8 problem id, of the prompt and of the response (int32); the problem id; prompt ids and response ids
-    (int32); logprobs (float32); correct (one byte); reward (float64). Weight versions, reasons and finish reasons are
-    left out.
+    (int32); logprobs (float32); correct (one byte); reward (float64). All other columns are left out.
     """
     keys, rows = [], []
     for shard in shards:

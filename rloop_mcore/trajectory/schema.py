@@ -18,7 +18,7 @@ from rloop_mcore.types import Trajectory
 VERSION = 3
 VERSION_KEY = b"rloop_mcore.trajectory.version"
 
-KEY = ("iteration", "step", "problem_id", "sample")  # identifies a row, and is the order of everything read
+KEY = ("iteration", "step", "problem_id", "sample")  # identifies a row; experts and digests are in its order
 
 _RUN = pa.struct([pa.field("version", pa.int32(), nullable=False), pa.field("tokens", pa.int32(), nullable=False)])
 

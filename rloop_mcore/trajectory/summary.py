@@ -67,7 +67,7 @@ def visits(directory: Path, shards: Sequence[Shard]) -> list[tuple[str, Visit]]:
 def rows(
     directory: Path, shards: Sequence[Shard], iteration: int | None, problem_id: str | None
 ) -> Iterator[Trajectory]:
-    """The trajectories of an iteration and of a problem, or of all; in the order of the shards, in KEY order in each.
+    """The trajectories of an iteration and of a problem, or of all; shard by shard, as they are stored.
 
     A row group in memory at a time, and none that has no such row.
     """

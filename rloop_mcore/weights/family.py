@@ -161,13 +161,13 @@ class HfConfig:
     def size(self, key: str, default: int | None = None, most: int = 10**7) -> int:
         """A number of things. Raises UserError where it is none, or missing without a default."""
         value = self[key] if default is None else self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        if type(value) is not int or not 1 <= value <= most:
             raise UserError(f"{self.file}: {key} is {value!r}; it has to be a whole number from 1 to {most}.")
         return value
 
     def positive(self, key: str, value: Any) -> Any:
         """The `value` that was found for `key`. Raises UserError unless it is a finite number above 0."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise UserError(f"{self.file}: {key} is {value!r}; it has to be a number above 0.")
         return value
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rloop_mcore.weights import decoder
-from rloop_mcore.weights.family import Family, HfConfig, Parameter
+from rloop_mcore.weights.family import Family, HfConfig
 
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
@@ -15,8 +16,4 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
     return settings
 
 
-def _parameters(config: HfConfig) -> list[Parameter]:
-    return decoder.parameters(config, qkv_bias=True)
-
-
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", _architecture, _parameters)
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", _architecture, partial(decoder.parameters, qkv_bias=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rloop_mcore.weights import decoder
-from rloop_mcore.weights.family import Family, HfConfig, Parameter
+from rloop_mcore.weights.family import Family, HfConfig
 
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
@@ -15,8 +16,4 @@ def _architecture(config: HfConfig) -> dict[str, Any]:
     return settings
 
 
-def _parameters(config: HfConfig) -> list[Parameter]:
-    return decoder.parameters(config, qk_norm=True)
-
-
-FAMILY = Family("qwen3", "Qwen3ForCausalLM", _architecture, _parameters)
+FAMILY = Family("qwen3", "Qwen3ForCausalLM", _architecture, partial(decoder.parameters, qk_norm=True))

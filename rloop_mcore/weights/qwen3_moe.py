@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from rloop_mcore.errors import UserError
@@ -44,10 +45,6 @@ def _experts(config: HfConfig) -> int:
     return config.size("num_experts" if config.get("num_experts", None) else "num_local_experts")
 
 
-def _parameters(config: HfConfig) -> list[Parameter]:
-    return decoder.parameters(config, qk_norm=True, mlp=_mixture)
-
-
 def _mixture(config: HfConfig, mcore: str, hf: str) -> list[Parameter]:
     hidden, experts = config.size("hidden_size"), _experts(config)
     found = [Parameter(f"{mcore}.router.weight", (HfTensor(f"{hf}.gate.weight", (experts, hidden)),), Split.REPLICATED)]
@@ -57,4 +54,5 @@ def _mixture(config: HfConfig, mcore: str, hf: str) -> list[Parameter]:
     return found
 
 
+_parameters = partial(decoder.parameters, qk_norm=True, mlp=_mixture)
 FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", _architecture, _parameters)

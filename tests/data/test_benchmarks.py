@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from rloop_mcore.data import benchmarks
 from rloop_mcore.data.benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from rloop_mcore.errors import UserError
 
@@ -73,8 +72,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="does not exist"):
         load_benchmark("aime24", tmp_path)
     monkeypatch.setitem(BENCHMARKS, "x", Benchmark("x.jsonl", str(tmp_path / "nothing"), "test", "latex"))
-    with pytest.raises(UserError, match=r"x: .* could not be loaded .*--benchmark-files"):
+    with pytest.raises(UserError, match=r"benchmark x .* could not be loaded .*--benchmark-files"):
         load_benchmark("x")
-    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"rloop-mcore\[hf-datasets\]"):
         load_benchmark("x")

@@ -72,6 +72,8 @@ def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: 
         "seed": 11,
         "directory": directory,
         "at_once": 4096,
+        "progress": lambda done, total: None,
+        "conditions": {},
     }
     return EngineEvaluator(**(arguments | changes))
 

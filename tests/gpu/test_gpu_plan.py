@@ -12,7 +12,7 @@ import pytest
 
 from rloop_mcore.config import ActorConfig, AlgorithmConfig, Config, DataConfig, RftConfig, RolloutConfig
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.memory import memory_of
+from rloop_mcore.planning.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "tools" / "bench"
@@ -32,7 +32,7 @@ def test_predicted_peak(shape: str, precision: str) -> None:
         rollout=RolloutConfig(max_tokens=TOKENS + 1 - PROMPT, endpoints=["http://elsewhere:1"]),
     )
     model = Architecture.of(MODEL | SHAPES[shape] | {"model_type": "qwen2"}, shape)
-    (stage,) = memory_of(model, config)
+    (stage,) = Plan.of(model, config).stages
     parts = stage.phases["train"]
     predicted = (sum(parts.values()) - parts["runtime"]) / 2**30  # torch counts its own tensors only
     done = subprocess.run(

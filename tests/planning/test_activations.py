@@ -23,8 +23,8 @@ from rloop_mcore.config import (
 )
 from rloop_mcore.planning.activations import Modules, chunk_bytes, micro_batch_tokens
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.memory import memory_of
 from rloop_mcore.planning.parameters import Chunk
+from rloop_mcore.planning.plan import Plan
 
 _SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -80,7 +80,7 @@ def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
     errors = {}
     for job, bytes_kept in zip(jobs, kept, strict=True):
         model, layout = Architecture.of(job["architecture"], "here"), LayoutConfig(**job["layout"])
-        modules = Modules(4 if job["precision"] == "fp32" else 2, fused=False)
+        modules = Modules(4 if job["precision"] == "fp32" else 2, fused=False, fp8=False)
         chunk, tokens = Chunk(model.layers, True, True), sum(LENGTHS)
         ours = chunk_bytes(model, layout, chunk, tokens, job["actor"]["recompute"], modules)
         case = f"{job['architecture']['model_type']} {job['layout']} {job['precision']} {job['actor']}"
@@ -128,7 +128,7 @@ def gpu_actor_config(precision: str, rows: int) -> Config:
 
 @pytest.mark.parametrize(("model", "precision", "rows", "measured"), PEAKS)
 def test_peaks_measured_on_a_gpu(model: Architecture, precision: str, rows: int, measured: int) -> None:
-    (stage,) = memory_of(model, gpu_actor_config(precision, rows))
+    (stage,) = Plan.of(model, gpu_actor_config(precision, rows)).stages
     parts = stage.phases["train"]
     predicted = (sum(parts.values()) - parts["runtime"]) / 2**30  # torch counts its own tensors only
     print(f"{predicted:.1f} GiB, measured {measured}")

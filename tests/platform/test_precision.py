@@ -36,13 +36,10 @@ platform.setup("cpu", threads=1)
 @pytest.mark.parametrize(
     ("precision", "fp8", "device", "key"),
     [
-        ("fp16", Fp8Config(), "cuda", "precision"),
         ("fp8_tensorwise", Fp8Config(), "cpu", "fp8.simulate=true"),
         ("bf16", Fp8Config(simulate=True), "cpu", "fp8.simulate"),
         ("mxfp8", Fp8Config(simulate=True), "cuda", "fp8.simulate"),
         ("mxfp8", Fp8Config(simulate=True, parameter_gather=True), "cpu", "fp8.parameter_gather"),
-        ("mxfp8", Fp8Config(first_bf16_layers=-1), "cuda", "fp8.first_bf16_layers=-1"),
-        ("bf16", Fp8Config(last_bf16_layers=-2), "cpu", "fp8.last_bf16_layers=-2"),
         ("fp8_delayed", Fp8Config(last_bf16_layers=1), "cuda", "fp8.last_bf16_layers=0"),
         ("bf16", Fp8Config(first_bf16_layers=1), "cuda", "has no FP8 for fp8.first_bf16_layers"),
         ("fp32", Fp8Config(parameter_gather=True), "cpu", "fp8.parameter_gather"),

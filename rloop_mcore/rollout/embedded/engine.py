@@ -225,13 +225,9 @@ class _Batch:
         self.by_call = [(self.members[p[0]][0], np.array(p), rows[p]) for p in of_call.values()]
         self.offsets = np.array([len(call.samples[row].prompt) - 1 for call, row in self.members], dtype=np.int64)
         self.seeds = np.array([call.seeds[row] for call, row in self.members], dtype=np.uint64)
-        self.temperature, self.top_p = (
-            torch.tensor([of[row] for of, row in pairs], dtype=torch.float32, device=self.model.device)
-            for pairs in (
-                [(call.temperature, row) for call, row in self.members],
-                [(call.top_p, row) for call, row in self.members],
-            )
-        )
+        temperature = np.array([call.temperature[row] for call, row in self.members], dtype=np.float32)
+        top_p = np.array([call.top_p[row] for call, row in self.members], dtype=np.float32)
+        self.temperature, self.top_p = (torch.from_numpy(of).to(self.model.device) for of in (temperature, top_p))
 
 
 def _spread(old: np.ndarray, source: np.ndarray, joins: np.ndarray, new: list[Any]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -65,7 +65,7 @@ class GenerateRequest:
     single: bool  # one prompt, n = 1: the answer is an object, not a list
     return_logprob: bool
     logprob_start_len: int  # -1: no prompt logprobs
-    rids: set[str] = field(default_factory=set)
+    rids: set[str]
 
 
 def parse_generate(body: Any, vocabulary: int) -> GenerateRequest:
@@ -150,20 +150,17 @@ def parse_sampling(raw: Any, vocabulary: int) -> SamplingParams:
 
 
 def _check(params: SamplingParams, vocabulary: int) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
     rules = {
-        "max_new_tokens": (whole(params.max_new_tokens) and params.max_new_tokens >= 1, "an integer >= 1"),
-        "temperature": (number(params.temperature) and params.temperature >= 0, "a number >= 0"),
-        "top_p": (number(params.top_p) and 0 < params.top_p <= 1, "a number in (0, 1]"),
-        "n": (whole(params.n) and params.n >= 1, "an integer >= 1"),
+        "max_new_tokens": (type(params.max_new_tokens) is int and params.max_new_tokens >= 1, "an integer >= 1"),
+        "temperature": (type(params.temperature) in (int, float) and params.temperature >= 0, "a number >= 0"),
+        "top_p": (type(params.top_p) in (int, float) and 0 < params.top_p <= 1, "a number in (0, 1]"),
+        "n": (type(params.n) is int and params.n >= 1, "an integer >= 1"),
         "stop": (all(isinstance(s, str) and s for s in params.stop), "non-empty strings"),
-        "stop_token_ids": (all(whole(i) and 0 <= i < vocabulary for i in params.stop_token_ids), "vocabulary ids"),
-        "sampling_seed": (params.sampling_seed is None or whole(params.sampling_seed), "an integer"),
+        "stop_token_ids": (
+            all(type(i) is int and 0 <= i < vocabulary for i in params.stop_token_ids),
+            "vocabulary ids",
+        ),
+        "sampling_seed": (type(params.sampling_seed) in (int, type(None)), "an integer"),
         "ignore_eos": (isinstance(params.ignore_eos, bool), "true or false"),
     }
     for name, (holds, wanted) in rules.items():

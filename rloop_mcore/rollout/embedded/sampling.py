@@ -18,7 +18,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """float64 [rows] in (0, 1), a pure function of (seed, position): uint64 [rows] each.
+    """float64 [rows] in (0, 1], a pure function of (seed, position): uint64 [rows] each.
 
     Position t of a sample gets the same number whatever is sampled before, beside or after it.
     """
@@ -32,7 +32,7 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row; returns ids [rows] and logprobs [rows], fp32.
 
-    logits: [rows, vocabulary]; temperature, top_p: fp32 [rows]; uniform: float64 [rows] in (0, 1).
+    logits: [rows, vocabulary]; temperature, top_p: fp32 [rows]; uniform: float64 [rows] in (0, 1].
     Temperature 0 is greedy (and its logprobs are those of temperature 1). The logprobs are
     log_softmax(logits / temperature) over the whole vocabulary, not renormalised over the top-p nucleus: exactly
     what a trainer recomputes from its own logits.
