@@ -260,7 +260,6 @@ class GpuConfig:
     memory_gib: float = 0.0
     memory_gb_s: float = 0.0
     bf16_tflops: float = 0.0
-    fp8_tflops: float = 0.0
     node_gb_s: float = 0.0  # to the other GPUs of the node (NVLink)
     network_gb_s: float = 0.0  # to other nodes
 

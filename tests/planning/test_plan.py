@@ -19,7 +19,7 @@ from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
 from rloop_mcore.planning.time import efficiency, mfu_of
 
-H100 = GpuConfig("H100", 79.1, 3350, 989, 1979, 450, 50)
+H100 = GpuConfig("H100", 79.1, 3350, 989, 450, 50)
 QWEN_7B = Architecture(28, 3584, 28, 4, 128, 18944, 152064, 32768, qkv_bias=True)
 QWEN_72B = Architecture(80, 8192, 64, 8, 128, 29568, 152064, 32768, qkv_bias=True)
 QWEN_30B = Architecture(48, 2048, 32, 4, 128, 6144, 151936, 40960, qk_norm=True, experts=128, top_k=8, expert_ffn=768)
