@@ -93,6 +93,19 @@ def test_it_loads_and_draws_every_figure(report: Path, chromium: Any, width: int
     assert all(100 < size <= width for size in sizes if size)
 
 
+@pytest.mark.parametrize("chosen", ["by the system", "by the button"])
+def test_a_dark_page_prints_in_light_colours(report: Path, chromium: Any, chosen: str) -> None:
+    page = Watched(chromium, report.as_uri(), theme="dark" if chosen == "by the system" else "light").page
+    if chosen == "by the button":
+        for _ in range(2):  # auto, light, dark
+            page.click("#theme")
+    inks = "[...document.querySelectorAll('h1, .plot .xtick text')].map(text => getComputedStyle(text))"
+    inks = f"[...new Set({inks}.map(style => style.fill == 'rgb(0, 0, 0)' ? style.color : style.fill))]"
+    assert page.evaluate(inks) == ["rgb(231, 235, 240)"]
+    page.emulate_media(media="print")
+    wait_until("figures in ink", page, lambda: page.evaluate(inks) == ["rgb(28, 36, 48)"])
+
+
 def figure(page: Any, title: str) -> Any:
     return page.locator("figure", has=page.get_by_role("heading", name=title, exact=True))
 

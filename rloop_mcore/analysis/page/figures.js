@@ -46,7 +46,7 @@ function setTheme(theme) {
 }
 document.getElementById("theme").addEventListener("click", event =>
   setTheme(themes[(themes.indexOf(event.currentTarget.dataset.theme) + 1) % themes.length]));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", draw);
 
 function showEventKinds() {
   const rows = [...document.querySelectorAll("tr[data-kind]")];
