@@ -127,8 +127,16 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key.startswith("hydra.") or key in keys | groups | sections:
             continue
-        near = difflib.get_close_matches(key, keys | groups, n=1, cutoff=0.0)[0]
+        near = _nearest(key, groups)
         raise UserError(f"{key} is not a key of the configuration (in {text!r}): did you mean {near}?")
+
+
+def _nearest(key: str, groups: set[str]) -> str:
+    """What is nearly spelled so; else, as of algorithm.lr, a key whose last word begins so; else what is most alike."""
+    names, word = _keys() if "." in key else _keys() | groups, key.rpartition(".")[2]
+    alike = [name for name in names if name.rpartition(".")[2].startswith(word)]
+    close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.85)
+    return (close or difflib.get_close_matches(key, sorted(alike or names), n=1, cutoff=0.0))[0]
 
 
 def _unreadable(text: str) -> str:

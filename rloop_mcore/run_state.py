@@ -262,7 +262,8 @@ class RunState:
             with self.timeline.span("trainer", "evaluate", measurement=name):
                 evaluate, kept = self.evaluator.evaluate, self._name(policy.path)
                 metrics = self.space.write(f"evaluation/{name}", lambda: evaluate(name, kept))
-            self.tracker.log(iteration, "evaluate", step, self._global_step(iteration, phase, step), metrics)
+            reached = self._global_step(iteration, phase, step)
+            self.tracker.log(iteration, "evaluate", step, reached, metrics, checkpoint=name)
         self._record(
             "measured",
             name=name,

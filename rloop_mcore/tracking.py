@@ -60,9 +60,16 @@ class Tracker:
         self._begun = clock()  # the activity that `show` shows
 
     def log(
-        self, iteration: int, phase: str, step: int, global_step: int, metrics: Mapping[str, float], total: int = 0
+        self,
+        iteration: int,
+        phase: str,
+        step: int,
+        global_step: int,
+        metrics: Mapping[str, float],
+        total: int = 0,
+        checkpoint: str = "",
     ) -> None:
-        """Record the metrics of the step-th step (from 1) of a phase of `total` steps (0: it has no steps of its own).
+        """Record the metrics of the step-th step (from 1) of a phase of `total` steps (0: of a `checkpoint` by name).
 
         The line also holds `total`, `eta_s` (seconds to the end of the phase, null while unknown) and `time` (Unix
         seconds). Numbers that are not finite are written as null.
@@ -100,7 +107,7 @@ class Tracker:
         if total:
             self._display.show(place, step, total, eta_s, values)
         else:
-            self._display.message(f"{place}, step {step}: {_words(values)}")
+            self._display.message(f"{checkpoint}: {_words(values)}")
 
     def show(self, activity: str, done: int, total: int) -> None:
         """Show how far an activity between two steps is (an evaluation, say), from its 0 on; nothing is recorded."""

@@ -125,14 +125,14 @@ def test_plain_lines_are_throttled_but_never_lose_the_end(tmp_path: Path) -> Non
     for step in range(1, 101):
         clock.now += PLAIN_EVERY_S / 5
         tracker.log(0, "explore", step, step, {"reward_mean": 0.25, "success_rate": 0.3, "tokens_per_s": 1234.0}, 100)
-    tracker.log(0, "evaluate", 100, 100, {"avg@32": 0.125})
+    tracker.log(0, "evaluate", 100, 100, {"avg@32": 0.125}, checkpoint="i0_explore_000100")
     tracker.message("no experts in iteration 0 [empty]")
     tracker.close()
     printed = out.getvalue().splitlines()
     assert len(printed) == 1 + 19 + 1 + 2  # the first, one in five after it, the last, the messages
     assert "iteration 0 explore  6/100  reward 0.250  success 30.0%  1,234 tokens/s  0:03:08 left" in printed[1]
     assert "100/100" in printed[-3]
-    assert printed[-2] == "iteration 0 evaluate, step 100: avg@32 0.125"
+    assert printed[-2] == "i0_explore_000100: avg@32 0.125"
     assert printed[-1] == "no experts in iteration 0 [empty]"
 
 

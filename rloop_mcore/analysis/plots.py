@@ -130,7 +130,7 @@ def trace(series: Series, name: str, index: int, run: Run) -> dict[str, Any]:
         "x": series.x,
         "y": series.y,
         **shape_of(series.y),
-        "line": {"color": colour(index), "dash": DASHES[index % len(DASHES)], "width": 2},
+        "line": {"color": colour(index), "dash": DASHES[_turn(index)], "width": 2},
     }
     if not series.labels:
         return curve
@@ -166,7 +166,7 @@ def shape_of(y: Sequence[float | None]) -> dict[str, Any]:
 def _symbol(label: str, picked: bool, index: int) -> str:
     if picked:
         return "star"
-    return "diamond" if label.startswith("θ") else _SYMBOLS[index % len(_SYMBOLS)]
+    return "diamond" if label.startswith("θ") else _SYMBOLS[_turn(index)]
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
@@ -176,6 +176,11 @@ def _difference(a: float | None, b: float | None) -> float | None:
 def layout(x_title: str, y_title: str, y_axis: dict[str, Any]) -> dict[str, Any]:
     """Two titled axes."""
     return {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}, **y_axis}}
+
+
+def _turn(index: int) -> int:
+    """Of the index-th run's dash and symbol, shifted by one where the colours begin again: 36 runs differ."""
+    return (index + index // len(COLOURS)) % len(COLOURS)
 
 
 def colour(index: int) -> str:

@@ -27,6 +27,7 @@ from rloop_mcore.analysis.plots import colour
 from rloop_mcore.analysis.read_run import Run, read_run
 from rloop_mcore.analysis.table import results_table, to_html, validation_table
 from rloop_mcore.analysis.thin import thin
+from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
 
 CHARACTERS = 10_000_000  # of responses in a page, over all runs: some 4 MB of it
@@ -58,13 +59,13 @@ def write_report(
 def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
     """The runs; those of equal names get as many of their parent folders in front as tell them apart.
 
-    Raises UserError.
+    Raises UserError for what is no run, and for a run that is given twice.
     """
     runs = [read_run(path) for path in run_dirs]
     while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
         longer = [replace(run, name=_longer(run)) if run.name in repeated else run for run in runs]
-        if longer == runs:  # a run was given twice
-            break
+        if longer == runs:
+            raise UserError(f"/{min(repeated)} is given twice: name each run once.")
         runs = longer
     return runs
 

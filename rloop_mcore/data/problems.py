@@ -126,8 +126,10 @@ def _text(row: dict[str, Any], column: str, required: bool = True) -> str:
     if value is None and not required:
         return ""
     if not isinstance(value, str):
-        found = "is missing" if value is None else f"is {type(value).__name__} {value!r:.40}"
-        raise BadRow(f"{column} {found}; it must be a string")
+        if column not in row:
+            raise BadRow(f"{column} is missing among {', '.join(row) or 'no columns'}; it must be a string")
+        found = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise BadRow(f"{column} is {found}; it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -14,7 +14,7 @@ from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
-_SAID_ABOVE = ("iteration", "phase", "step", "time")
+_SAID_ABOVE = ("iteration", "phase", "step", "total", "time")
 _GUARD = ("iteration", "phase", "step", "policy", "reason")  # where steps went wrong in a row, and what followed
 
 
@@ -28,7 +28,10 @@ def status(path: Path, as_json: bool) -> int:
         print(json.dumps(state))
     else:
         console = Console()
-        state["metrics"] = {key: value for key, value in state["metrics"].items() if key not in _SAID_ABOVE}
+        last = state["metrics"]  # of a step that may not be committed yet
+        if last.get("total") and all(last.get(key) == state[key] for key in ("iteration", "phase")):
+            state["step"] = f"{state['step']} of {last['total']}"
+        state["metrics"] = {key: value for key, value in last.items() if key not in _SAID_ABOVE}
         for key, value in state.items():
             if value not in (None, [], {}):
                 # the last words of a run may be anybody's, brackets included
@@ -46,7 +49,7 @@ def _in_words(value: Any) -> str:
 
 
 def read_status(run: RunDirectory, digest: bool = True) -> dict[str, Any]:
-    """The contract of `rloop status --json` (see README)."""
+    """What `rloop status --json` prints."""
     config, journal = run.read_config(), run.open_journal()
     records = journal.records
     policies = [record for record in records if "digest" in record]

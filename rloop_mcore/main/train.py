@@ -74,6 +74,10 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
             return 0
         for warning in validate.warnings(config, problems):
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
+        # minutes may pass before the first word of a large model's ranks
+        print(
+            f"rloop: starting the ranks and engines of {run.path}; its *.log files say how", file=sys.stderr, flush=True
+        )
         code, message = _supervise(run, config, meeting)
         if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
             code, message = 1, f"{message}; {enough}"

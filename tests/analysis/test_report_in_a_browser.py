@@ -93,6 +93,31 @@ def test_it_loads_and_draws_every_figure(report: Path, chromium: Any, width: int
     assert all(100 < size <= width for size in sizes if size)
 
 
+@pytest.mark.parametrize("chosen", ["by the system", "by the button"])
+def test_a_dark_page_prints_in_light_colours(report: Path, chromium: Any, chosen: str) -> None:
+    page = Watched(chromium, report.as_uri(), theme="dark" if chosen == "by the system" else "light").page
+    if chosen == "by the button":
+        for _ in range(2):  # auto, light, dark
+            page.click("#theme")
+    inks = "[...document.querySelectorAll('h1, .plot .xtick text')].map(text => getComputedStyle(text))"
+    inks = f"[...new Set({inks}.map(style => style.fill == 'rgb(0, 0, 0)' ? style.color : style.fill))]"
+    assert page.evaluate(inks) == ["rgb(231, 235, 240)"]
+    page.emulate_media(media="print")
+    wait_until("figures in ink", page, lambda: page.evaluate(inks) == ["rgb(28, 36, 48)"])
+
+
+def test_figures_of_many_runs_have_room_and_lines_of_their_own(rloop_run: Path, chromium: Any, tmp_path: Path) -> None:
+    runs = [tmp_path / f"rloop_without_something_or_other_{number}" for number in range(9)]
+    for run in runs:
+        shutil.copytree(rloop_run, run)
+    write_report(runs, tmp_path / "report.html")
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    plot = figure(page, "Validation avg@32").locator(".plot")
+    assert plot.evaluate("plot => plot._fullLayout._size.h") > 150
+    assert len(set(plot.evaluate("plot => plot._fullData.map(trace => trace.line.color + trace.line.dash)"))) == 9
+
+
 def figure(page: Any, title: str) -> Any:
     return page.locator("figure", has=page.get_by_role("heading", name=title, exact=True))
 

@@ -66,7 +66,7 @@ def test_parquet(tmp_path: Path, meta_as_json: bool) -> None:
 def test_parquet_errors_name_the_row_and_the_missing_column(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"problem": ["x", None], "answer": ["1", "2"]}), path)
-    with pytest.raises(UserError, match=r"p\.parquet:2: problem is missing"):
+    with pytest.raises(UserError, match=r"p\.parquet:2: problem is null"):
         load_problems(str(path))
     pq.write_table(pa.table({"question": ["x"], "answer": ["1"]}), path)
     with pytest.raises(UserError, match="no column problem; it has question, answer"):
@@ -163,7 +163,8 @@ def test_dapo_math_17k_as_published(tmp_path: Path, kind: str) -> None:
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[1]", "must be an object with problem and answer, not list"),
-        ({"problem": "p"}, "answer is missing; it must be a string"),
+        ({"problem": "p", "solution": "s"}, "answer is missing among problem, solution; it must be a string"),
+        ({"problem": "p", "answer": None}, "answer is null; it must be a string"),
         ({"problem": "p", "answer": 3}, "answer is int 3; it must be a string"),
         ({"problem": " ", "answer": "3"}, "problem is blank"),
         ({"problem": "p", "answer": "3", "meta": 1}, "meta must be an object, not int"),

@@ -68,6 +68,13 @@ def test_nothing_in_common_is_said(tmp_path: Path) -> None:
         compare(first, second, None, None)
 
 
+def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 1, {"base": {"a": 1}})
+    with pytest.raises(UserError, match="/run is given twice"):
+        compare(run, tmp_path / "." / ".." / tmp_path.name / "run", None, None)
+    assert not list(run.glob("*.html"))
+
+
 def test_names_and_values_in_brackets_are_printed_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

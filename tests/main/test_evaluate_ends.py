@@ -1,6 +1,7 @@
 """How `rloop evaluate` ends where files fail it, and which servers it refuses."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_an_evaluation_of_no_problem_is_refused(tmp_path: Path) -> None:
     options = argparse.Namespace(overrides=["evaluation.limit=0"], samples=None, k=None)
     with pytest.raises(UserError, match=r"evaluation\.limit=0 must be greater than 0, or null"):
         _config(options, Source(tmp_path))
+
+
+def test_short_responses_may_be_asked_for_whatever_training_has(tmp_path: Path) -> None:
+    model = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 2048}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(model | sizes | {"num_key_value_heads": 2, "vocab_size": 8}))
+    options = argparse.Namespace(overrides=["rollout.max_tokens=64"], samples=None, k=None)
+    assert _config(options, Source(tmp_path)).rollout.max_tokens == 64
 
 
 def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:

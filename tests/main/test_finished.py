@@ -24,7 +24,12 @@ from rloop_mcore.main.run_directory import RunDirectory
     ],
 )
 def test_what_starts_a_finished_run(
-    override: str, code: int | None, starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    override: str,
+    code: int | None,
+    starts: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny = ["experiment=tiny", f"run.dir={tmp_path / 'run'}"]
     run = RunDirectory(tmp_path / "run")
@@ -38,6 +43,7 @@ def test_what_starts_a_finished_run(
     monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
     assert train.train([*tiny, override], force=False) == 0
     assert bool(begun) == starts
+    assert ("rloop: starting" in capsys.readouterr().err) == starts
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_prompt(

@@ -23,11 +23,20 @@ function themedTrace(trace) {
   return {...trace, colorscale: scale};
 }
 
+// So that a legend of many rows, as of many runs, leaves the figure its room.
+function height(traces, width) {
+  const shown = traces.filter(trace => trace.name && trace.showlegend !== false);
+  const longest = Math.max(0, ...shown.map(trace => trace.name.length));
+  const rows = Math.ceil(shown.length / Math.max(1, Math.floor(width / (48 + 7 * longest))));
+  return 330 + 20 * Math.max(0, rows - 2);
+}
+
 function draw() {
   const figures = read("figures");
   for (const plot of document.querySelectorAll(".plot")) {
     const {data, layout} = figures[plot.dataset.figure];
     const name = plot.closest("figure").querySelector("h3").textContent.replace(/[^\w]+/g, "_");
+    plot.style.height = `${height(data, plot.clientWidth)}px`;
     Plotly.react(plot, data.map(themedTrace), themedLayout(layout, data), {responsive: true, displaylogo: false,
       modeBarButtons: [["toImage"]], toImageButtonOptions: {format: "svg", filename: name}});
   }
@@ -46,7 +55,7 @@ function setTheme(theme) {
 }
 document.getElementById("theme").addEventListener("click", event =>
   setTheme(themes[(themes.indexOf(event.currentTarget.dataset.theme) + 1) % themes.length]));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", draw);
 
 function showEventKinds() {
   const rows = [...document.querySelectorAll("tr[data-kind]")];
