@@ -39,6 +39,7 @@ from rloop_mcore.types import (
 log = logging.getLogger(__name__)
 
 _MISMATCH_GATE_FP32, _MISMATCH_GATE = 1e-4, 5.0
+_OF_UPDATES = {"loss", "grad_norm", "padding_share"}  # metrics of an update as a whole; others are of its tokens
 
 
 class MismatchError(Fault):
@@ -230,7 +231,7 @@ class RLStep:
     def update(
         self, iteration: int, step: int, groups: Sequence[Group], watch: Stopwatch, stale: bool
     ) -> dict[str, float]:
-        """`updates_per_step` optimizer updates.
+        """`updates_per_step` optimizer updates. Returns means over all their tokens, of `_OF_UPDATES` over the updates.
 
         The first is held to the mismatch gate, unless the samples are `stale`: of older weights than the trainer's.
         """
@@ -247,7 +248,10 @@ class RLStep:
                 beat()
                 if len(results) == 1 and not stale:
                     self._check_mismatch(step, results[0])
-        metrics = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
+        tokens = max(sum(r["tokens"] for r in results), 1.0)
+        metrics = {key: sum(r[key] * r["tokens"] / tokens for r in results) for key in results[0]}
+        for key in _OF_UPDATES & metrics.keys():
+            metrics[key] = sum(r[key] for r in results) / len(results)
         for key in ("mismatch_mean", "mismatch_max", "mismatch_k3", "ratio_mean", "ratio_max"):
             metrics[key] = results[0][key]
         for key in ("skipped", "tokens", "seconds_update"):

@@ -185,6 +185,21 @@ def test_a_norm_that_is_not_finite_is_the_largest(norms: list[float]) -> None:
     assert (metrics["updates"], metrics["skipped"]) == (3, 0)
 
 
+def test_metrics_of_tokens_are_means_over_the_tokens_of_all_updates() -> None:
+    step = make(first_only)
+    update, told = step.actor.update, iter([(10.0, 0.5, 1.0), (30.0, 0.9, 3.0)])
+
+    def of_tokens(batch: Sequence[Experience]) -> dict[str, float]:
+        tokens, entropy, loss = next(told)
+        return update(batch) | {"tokens": tokens, "entropy": entropy, "loss": loss, "grad_norm": loss}
+
+    step.actor.update = of_tokens  # type: ignore[method-assign]
+    _, metrics = run(step, 0, 0, 0)
+    assert metrics["tokens"] == 40
+    assert metrics["entropy"] == pytest.approx((10 * 0.5 + 30 * 0.9) / 40)
+    assert (metrics["loss"], metrics["grad_norm"]) == (2.0, 2.0)
+
+
 def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
     step = make(first_only, sampled_per_step=9, prompts_per_step=9)
     run(step, 0, 0, 0)
