@@ -182,6 +182,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.job_name='a#b'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.time=86400", "cluster.slurm.time=86400 is 60 days of minutes"),  # YAML's 24:00:00
+        ("cluster.slurm.time=3600", "cluster.slurm.time=3600 is 2.5 days of minutes"),  # YAML's 1:00:00
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
         ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
         ("cluster.slurm.time=4:30", "is 270 s"),
