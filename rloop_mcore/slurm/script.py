@@ -135,8 +135,8 @@ def _check(slurm: SlurmConfig) -> None:
         raise UserError(f"cluster.slurm.time={slurm.time} is no time limit: write 04:00:00, 2-12:00:00 or minutes.")
     if slurm.time is not None and slurm.time.isdigit() and int(slurm.time) > _LONGEST_MINUTES:
         raise UserError(
-            f"cluster.slurm.time={slurm.time} is {int(slurm.time) / 1440:.3g} days of minutes: write 2-12:00:00 for days, "
-            "and in a YAML file quotes around '1:00:00', which it takes for 3600."
+            f"cluster.slurm.time={slurm.time} is {int(slurm.time) / 1440:.3g} days of minutes: write 2-12:00:00 for "
+            "days, and in a YAML file quotes around '1:00:00', which it takes for 3600."
         )
     if slurm.signal_s > _LONGEST_WARNING_S:
         raise UserError(f"cluster.slurm.signal_s={slurm.signal_s} is more than Slurm's {_LONGEST_WARNING_S}.")
