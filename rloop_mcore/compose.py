@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 import rloop_mcore
@@ -66,11 +66,11 @@ def read_config(path: Path) -> Config:
     """The resolved configuration that a run directory holds (`config.yaml`). Raises UserError for another file."""
     try:
         tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        if missing := OmegaConf.missing_keys(tree):
+            raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
+        return cast(Config, OmegaConf.to_object(tree))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_sentence(error)}") from error
-    if missing := OmegaConf.missing_keys(tree):
-        raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
-    return cast(Config, OmegaConf.to_object(tree))
 
 
 def to_yaml(config: Config) -> str:
@@ -127,16 +127,17 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key.startswith("hydra.") or key in keys | groups | sections:
             continue
-        near = _nearest(key, groups)
-        raise UserError(f"{key} is not a key of the configuration (in {text!r}): did you mean {near}?")
+        raise UserError(_unknown(key, groups, f" (in {text!r})"))
 
 
-def _nearest(key: str, groups: set[str]) -> str:
-    """What is nearly spelled so; else, as of algorithm.lr, a key whose last word begins so; else what is most alike."""
+def _unknown(key: str, groups: set[str], where: str = "") -> str:
+    """That there is no such key, and what is meant: one that is nearly spelled so; else, as of algorithm.lr, one whose
+    last word begins so; else the most alike."""
     names, word = _keys() if "." in key else _keys() | groups, key.rpartition(".")[2]
     alike = [name for name in names if name.rpartition(".")[2].startswith(word)]
     close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.85)
-    return (close or difflib.get_close_matches(key, sorted(alike or names), n=1, cutoff=0.0))[0]
+    near = (close or difflib.get_close_matches(key, sorted(alike or names), n=1, cutoff=0.0))[0]
+    return f"{key} is not a key of the configuration{where}: did you mean {near}?"
 
 
 def _unreadable(text: str) -> str:
@@ -165,6 +166,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"a configuration file has to be UTF-8 text ({error.reason}, byte {error.start})."
     cause: BaseException = error
+    where = ""
+    if str(error).startswith("In '") and isinstance(error.__context__, OmegaConfBaseException):
+        where, cause = f"{str(error).partition(':')[0]}: ", error.__context__  # In 'experiment/mine': ...
     while isinstance(cause.__cause__, (HydraException, OmegaConfBaseException)):
         cause = cause.__cause__
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
@@ -175,10 +179,12 @@ def _sentence(error: Exception) -> str:
         return f"{group}={name}: did you mean {near}? There are {', '.join(cause.options)}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = getattr(cause, "full_key", None)
+    if where and key == "experiment":
+        return f"{where}the first line, # @package _global_, is missing (docs/configs.md)."
+    if isinstance(cause, ConfigKeyError):
+        return where + _unknown(str(key), set())
     if key and "is not a ListConfig" in lines[0]:
-        return f"{key} is a list: write {key}=[A,B]."
+        return f"{where}{key} is a list: write {key}=[A,B]."
     if key:
-        return f"{key}: {lines[0].rstrip('.')}."
-    if "full_key: experiment" in lines:
-        return f"{lines[0].partition(':')[0]}: the first line, # @package _global_, is missing (docs/configs.md)."
-    return " ".join(line for line in lines if line != "full_key:" and not line.startswith(_HYDRAS_OWN))
+        return f"{where}{key}: {lines[0].rstrip('.')}."
+    return where + " ".join(line for line in lines if line != "full_key:" and not line.startswith(_HYDRAS_OWN))

@@ -152,7 +152,10 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
         (b"run: [", "broken.yaml"),
         (b"caf\xe9: 1", "UTF-8"),
         (b"run: {seed: 1}", "# @package _global_"),
-        (b"# @package _global_\nrun: {sed: 1}", "run.sed"),
+        (
+            b"# @package _global_\nrun: {sed: 1}",
+            r"'experiment/broken': run\.sed is not a key of .* did you mean run\.seed\?",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_of_ones_own_is_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
@@ -169,6 +172,18 @@ def test_another_file_than_a_runs_configuration_is_refused_by_its_name(content: 
     with pytest.raises(UserError, match=r"config\.yaml") as caught:
         read_config(tmp_path / "config.yaml")
     assert "command line" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("sed: 1", r"run\.sed is not a key of .* did you mean run\.seed\?"), ("seed: ${nope}", r"run\.seed: .*nope")],
+)
+def test_a_mistake_in_a_runs_configuration_is_one_sentence(line: str, words: str, tmp_path: Path) -> None:
+    text = to_yaml(load_config(NEEDED)).replace("  seed: 0", f"  {line}", 1)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.yaml: {words}") as caught:
+        read_config(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_key_without_a_value_is_named() -> None:

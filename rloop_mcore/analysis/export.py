@@ -10,6 +10,7 @@ from html import unescape
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rloop_mcore.analysis.figures import sections
@@ -80,22 +81,22 @@ def draw(figures: Sequence[Figure], folder: Path, formats: Sequence[str]) -> str
     from choreographer.browsers.chromium import ChromeNotFoundError
 
     named = list(zip(_file_names(figures), figures, strict=True))
-    wanted = [(figure, folder / f"{name}.{kind}", kind) for name, figure in named for kind in formats]
-    jobs: list[dict[str, Any]] = [
-        {"fig": _on_paper(figure), "path": str(folder / f".tmp-{path.name}"), "opts": {**_SIZE, "format": kind}}
-        for figure, path, kind in wanted
-    ]
-    try:
-        # without MathJax, which it would fetch from a network
-        failed = kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
-    except ChromeNotFoundError:
-        return "no PNG and SVG: Kaleido finds no Chrome or Chromium (BROWSER_PATH names one)"
-    if failed:
-        raise Fault(f"Kaleido could not draw {len(failed)} figures; the first: {failed[0]}")
-    for (_, path, _), job in zip(wanted, jobs, strict=True):
-        drawn = Path(job["path"])
-        with atomic_path(path) as temporary:
-            drawn.replace(temporary)
+    wanted = [(figure, f"{name}.{kind}", kind) for name, figure in named for kind in formats]
+    with TemporaryDirectory(dir=folder, prefix=".tmp-") as drawn:
+        jobs: list[dict[str, Any]] = [
+            {"fig": _on_paper(figure), "path": f"{drawn}/{name}", "opts": {**_SIZE, "format": kind}}
+            for figure, name, kind in wanted
+        ]
+        try:
+            # without MathJax, which it would fetch from a network
+            failed = kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
+        except ChromeNotFoundError:
+            return "no PNG and SVG: Kaleido finds no Chrome or Chromium (BROWSER_PATH names one)"
+        if failed:
+            raise Fault(f"Kaleido could not draw {len(failed)} figures; the first: {failed[0]}")
+        for _, name, _ in wanted:
+            with atomic_path(folder / name) as temporary:
+                Path(drawn, name).replace(temporary)
     return ""
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from rloop_mcore.compose import config_folder
@@ -68,13 +69,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _new_file(text: str) -> Path:
     """The path of a file that can be written, or written over. Raises ArgumentTypeError: not when the work is done."""
-    path = Path(text)
-    place = next(str(parent) for parent in path.absolute().parents if os.path.exists(parent))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(f"{text} is no ordinary file: give the path of one")
-    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {place} is no folder that one can write to")
-    return path
+    if os.path.exists(text or ".") and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text or 'an empty path'} is no ordinary file: give the path of one")
+    return _new(text, within=Path(text).parent)
+
+
+def _new_folder(text: str) -> Path:
+    """The path of a folder that can be made, or written to. Raises ArgumentTypeError."""
+    return _new(text, within=Path(text))
+
+
+def _new(text: str, within: Path) -> Path:
+    """The path `text`, where the nearest folder around it that is there takes a file of that name."""
+    place = next(folder for folder in (within.absolute(), *within.absolute().parents) if os.path.lexists(folder))
+    try:
+        NamedTemporaryFile(dir=place, prefix=f".tmp-{Path(text).name}").close()  # not every file system minds its modes
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written in {place}: {error.strerror}") from error
+    return Path(text)
 
 
 def _number(least: int, most: int) -> Callable[[str], int]:
@@ -200,7 +212,9 @@ def _report(commands: Any) -> None:
     )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     command.add_argument("--out", type=_new_file, metavar="FILE", help="default: report.html in the first RUN_DIR")
-    command.add_argument("--export", type=Path, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too")
+    command.add_argument(
+        "--export", type=_new_folder, metavar="FOLDER", help="write each figure as CSV, SVG and PNG too"
+    )
     command.add_argument("--live", action="store_true", help="serve it on this machine, and follow the runs")
     command.add_argument(
         "--port", type=_number(0, 65535), default=0, metavar="N", help="of --live; default: any free one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -18,21 +19,20 @@ _OTHERS_S = 10.0  # for the other nodes to say what became of their ranks
 _POLL_S = 0.2
 
 
-def first_place(config: Config, run: RunDirectory, meeting: Meeting) -> Place:
-    """Wait for the other nodes and tell them where this one is; starts its engines if it has some that they don't.
+def first_place(config: Config, run: RunDirectory, meeting: Meeting) -> tuple[Place, subprocess.Popen[bytes] | None]:
+    """Wait for the other nodes and tell them where this one is; the keeper of its engines, if it has some.
 
     Everything that the others read of the run must be there. Raises Fault when one doesn't come.
     """
     nodes = roles(config)
     if nodes.nodes == 1:
-        return Place(nodes.ranks)
+        return Place(nodes.ranks), None
     others = meeting.wait_for_nodes(nodes.nodes, config.cluster.start_timeout_s)
     address = head_address(others, config.cluster.interface)
     head = Head(address, free_port(address, int(os.environ["SLURM_JOB_ID"])))
     meeting.publish_head(head)
-    if 0 in nodes.hosts:
-        start_keeper(run.path, meeting, 0, address)
-    return Place(nodes.ranks, 0, nodes.trainers, address, address, head.port)
+    keeper = start_keeper(run.path, meeting, 0, address) if 0 in nodes.hosts else None
+    return Place(nodes.ranks, 0, nodes.trainers, address, address, head.port), keeper
 
 
 def explain(run: RunDirectory, meeting: Meeting, nodes: int) -> None:

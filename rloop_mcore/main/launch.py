@@ -55,11 +55,14 @@ def launch(options: argparse.Namespace) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
-    folders = _folders(runs)
+    kept = [folder / "job.sh" for folder in _folders(runs)]
+    for path in kept:
+        if not path.exists():  # else after it is accepted: a job that goes on may still submit the one that is there
+            write_atomic(path, script)
     job = _submit(script)
     print(f"submitted job {job}; its log is {_log_of(job, runs)}")
-    for folder in folders:  # not before: a job that goes on may still submit the one that is there
-        write_atomic(folder / "job.sh", script)
+    for path in kept:
+        write_atomic(path, script)
     return 0
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +26,7 @@ from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_of, address_towards
 
 _FIRST_WAIT_S = 300.0  # where the configuration is wrong, and says nothing of how long
-_LAST_WAIT_S = 120.0  # for the first node to end once this one's ranks have failed
+_LAST_WAIT_S = 120.0  # for the first node to end once this one has failed
 _WAY_OUT_S = 20.0  # for its processes to end after that
 _POLL_S = 0.2
 
@@ -61,18 +63,31 @@ def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
         signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s node {number} %(levelname)s %(name)s: %(message)s")
     meeting.hello(number)
+    run = RunDirectory(meeting.folder.parent.parent)  # as the batch script made it: the configuration may be wrong
+    try:
+        work = _start(overrides, run, meeting, number)
+    except (UserError, Fault, OSError) as error:
+        report = "" if isinstance(error, UserError) else traceback.format_exc()
+        run.write_ending(1 if report else 2, f"node {number} ({socket.gethostname()}): {error}", report)
+        _wait_for_the_first(meeting)
+        raise
+    return 0 if work is None else _follow(run, meeting, number, work)
+
+
+def _start(overrides: Sequence[str], run: RunDirectory, meeting: Meeting, number: int) -> dict[str, Work] | None:
+    """Start what this node has of the job; None where the first node has ended. Raises UserError, Fault and OSError."""
     try:
         config = load_config(overrides)
     except UserError:
         if meeting.wait_for_head(_FIRST_WAIT_S) is None:
-            return 0  # the first node has said it
+            return None  # the first node has said it
         raise  # only here is it wrong
     head = meeting.wait_for_head(config.cluster.start_timeout_s)
     if head is None:
-        return 0
+        return None
     interface = config.cluster.interface
     address = address_towards(head.address) if interface is None else address_of(interface)
-    run, nodes = RunDirectory(Path(config.run.dir)), roles(config)
+    nodes = roles(config)
     work: dict[str, Work] = {}
     if number in nodes.hosts:
         keeper = start_keeper(run.path, meeting, number, address)
@@ -81,7 +96,7 @@ def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
         log = meeting.log(f"torchrun-{number}")
         place = Place(nodes.ranks, number, nodes.trainers, address, head.address, head.port)
         work["ranks"] = start_ranks(run.path, place, log), log
-    return _follow(run, meeting, number, work)
+    return work
 
 
 def _follow(run: RunDirectory, meeting: Meeting, number: int, work: dict[str, Work]) -> int:
@@ -93,15 +108,20 @@ def _follow(run: RunDirectory, meeting: Meeting, number: int, work: dict[str, Wo
     ended = {name: log for name, (process, log) in work.items() if process.poll()}
     if ended and not meeting.ended():
         _tell(run, meeting, number, *next(iter(ended.items())))
-    deadline = time.monotonic() + _LAST_WAIT_S  # so that it is the first node whose exit code Slurm sees
-    while not meeting.ended() and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+    _wait_for_the_first(meeting)
     if "ranks" in work:
         work["ranks"][0].terminate()
     for process, _ in work.values():
         with suppress(subprocess.TimeoutExpired):  # the keeper stops its engines; ranks may hang
             process.wait(_WAY_OUT_S)
     return 1 if ended else 0
+
+
+def _wait_for_the_first(meeting: Meeting) -> None:
+    """So that it is the first node whose exit code Slurm sees."""
+    deadline = time.monotonic() + _LAST_WAIT_S
+    while not meeting.ended() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _tell(run: RunDirectory, meeting: Meeting, number: int, name: str, log: Path) -> None:

@@ -160,17 +160,17 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
         )
         run.write_ending(75, message)
         return 75, message
-    place, log = Place(roles(config).ranks), run.log
+    place, log, keeper = Place(roles(config).ranks), run.log, None
     if meeting is not None:
         try:
-            place, log = first_place(config, run, meeting), meeting.log("torchrun-0")
+            (place, keeper), log = first_place(config, run, meeting), meeting.log("torchrun-0")
         except Fault as error:
             run.write_ending(1, str(error), str(error))
             raise
     watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
     with _stop_signals(run, ranks):
-        code = _watch(run, ranks, watchdog, meeting, config.cluster.nodes)
+        code = _watch(run, ranks, keeper, watchdog, meeting, config.cluster.nodes)
     if meeting is not None:
         explain(run, meeting, config.cluster.nodes)
     ending = run.ending()
@@ -186,10 +186,15 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
 
 
 def _watch(
-    run: RunDirectory, ranks: subprocess.Popen[bytes], watchdog: Watchdog, meeting: Meeting | None, nodes: int
+    run: RunDirectory,
+    ranks: subprocess.Popen[bytes],
+    keeper: subprocess.Popen[bytes] | None,
+    watchdog: Watchdog,
+    meeting: Meeting | None,
+    nodes: int,
 ) -> int:
-    """Wait for the end of this node's ranks, and bring it about where they stall, or where the run has been ended on
-    another node for a while; returns their exit code."""
+    """Wait for the end of this node's ranks, and bring it about where they stall, where nobody keeps its engines any
+    more, or where the run has been ended on another node for a while; returns their exit code."""
     ended = None
     while True:
         try:
@@ -199,6 +204,9 @@ def _watch(
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
                 kept = end_stalled(run, meeting, nodes)
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
+            if meeting is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
+                log = meeting.log("engines-0")
+                run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
             if ended is None and (run.ending() or {"code": 0})["code"] != 0:
                 ended = time.monotonic()
             if ended is not None and time.monotonic() > ended + _GRACE_S:

@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()#]+")  # what sbatch reads in an #SBATCH
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED")
 _LONGEST_WARNING_S = 65535
-_LONGEST_MINUTES = 7 * 24 * 60  # written as a plain number
+_LONGEST_MINUTES = 24 * 60  # written as a plain number: YAML makes 3600 of 1:00:00
 # options of sbatch that are not for cluster.slurm.flags, and what to do instead
 _DECIDED = {
     "array": "`rloop launch --sweep FILE` makes an array, a run.dir each",
@@ -135,8 +135,8 @@ def _check(slurm: SlurmConfig) -> None:
         raise UserError(f"cluster.slurm.time={slurm.time} is no time limit: write 04:00:00, 2-12:00:00 or minutes.")
     if slurm.time is not None and slurm.time.isdigit() and int(slurm.time) > _LONGEST_MINUTES:
         raise UserError(
-            f"cluster.slurm.time={slurm.time} is {int(slurm.time) // 1440} days of minutes: write 60-00:00:00 for "
-            "days, and in a YAML file quotes around '24:00:00', which it takes for seconds."
+            f"cluster.slurm.time={slurm.time} is {int(slurm.time) / 1440:.3g} days of minutes: write 2-12:00:00 for "
+            "days, and in a YAML file quotes around '1:00:00', which it takes for 3600."
         )
     if slurm.signal_s > _LONGEST_WARNING_S:
         raise UserError(f"cluster.slurm.signal_s={slurm.signal_s} is more than Slurm's {_LONGEST_WARNING_S}.")

@@ -4,6 +4,7 @@ import csv
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +16,7 @@ from rloop_mcore.analysis.export import export
 from rloop_mcore.analysis.figures import sections
 from rloop_mcore.analysis.forgetting import forgetting_matrix
 from rloop_mcore.analysis.report import read_runs
+from rloop_mcore.errors import Fault
 
 CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 CHECKPOINTS = ["base", "i0_explore_000002", "i0_explore_000004", "i1_explore_000004"]
@@ -75,3 +77,15 @@ def test_drawings(dapo_run: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "training_success.png") as image:
         assert image.size == (760, 480)
         assert len(image.convert("RGB").getcolors(1_000_000) or []) > 10
+
+
+@pytest.mark.skipif(find_spec("kaleido") is None, reason="Kaleido draws, and is not installed")
+def test_drawings_that_fail_leave_nothing(dapo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(jobs: list[dict[str, Any]], kopts: dict[str, Any]) -> list[str]:
+        Path(jobs[0]["path"]).touch()
+        return ["no space is left"]
+
+    monkeypatch.setattr("kaleido.write_fig_from_object_sync", fail)
+    with pytest.raises(Fault, match="the first: no space is left"):
+        export(read_runs([dapo_run]), tmp_path / "out")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv"}

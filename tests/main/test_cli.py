@@ -68,8 +68,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").touch()
     for path, why in (
         (tmp_path, f"{tmp_path} is no ordinary file"),
-        (tmp_path / "file" / "x", "no folder"),
+        (tmp_path / "file" / "x", f"{tmp_path / 'file'}: Not a directory"),
+        (tmp_path / ("x" * 250), "too long"),  # what is unfinished has a longer name
+        ("/proc/x", "cannot be written in /proc"),  # whose modes say that root may write there
         ("/dev/null", "ordinary"),
+        ("/", "ordinary"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*words, str(path)])
@@ -77,3 +80,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         assert why in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
     assert parse([*words, str(tmp_path / "new" / "file")])
+
+
+@pytest.mark.parametrize("folder", ["file", "file/x", "/proc/x"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        main(["report", "run", "--export", str(tmp_path / folder)])
+    assert caught.value.code == 2
+    assert "cannot be written in" in capsys.readouterr().err
+    assert parse(["report", "run", "--export", str(tmp_path / "new/folder")])

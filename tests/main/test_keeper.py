@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from rloop_mcore.main import keeper
+from rloop_mcore.compose import load_config
+from rloop_mcore.main import keeper, train
 from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.watchdog import Watchdog
 from rloop_mcore.rollout.published import Publication
 
 
@@ -83,3 +87,19 @@ def test_an_engine_that_nobody_keeps_any_more_ends_the_keeper(tmp_path: Path) ->
 
     with pytest.raises(ValueError, match="a mistake"):
         asyncio.run(_kept(tmp_path, Broken("it died")))
+
+
+def test_a_first_node_whose_engines_nobody_keeps_any_more_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other node does."""
+    monkeypatch.setattr(train, "_LOOK_S", 0.05)
+    monkeypatch.setattr(train, "_GRACE_S", 0.0)
+    run, meeting, config = RunDirectory(tmp_path), Meeting(tmp_path), load_config(["experiment=tiny"])
+    meeting.log("engines-0").write_text("its last words\n")
+    with subprocess.Popen(["sleep", "60"]) as ranks, subprocess.Popen(["false"]) as dead:
+        assert train._watch(run, ranks, dead, Watchdog(run, config), meeting, 2) == -9
+    ending = run.ending()
+    assert ending is not None
+    assert (ending["code"], ending["message"][:37]) == (1, "the keeper of the engines of node 0 e")
+    assert "its last words" in (tmp_path / "fault.txt").read_text()

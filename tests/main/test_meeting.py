@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 import time
@@ -74,16 +75,29 @@ def test_a_run_whose_nodes_do_not_come_says_why_it_failed(tmp_path: Path) -> Non
     assert (tmp_path / "fault.txt").exists()
 
 
-def test_a_node_whose_configuration_alone_is_wrong_does_not_keep_that_to_itself(
+def test_a_node_on_which_alone_something_is_wrong_does_not_keep_that_to_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RLOOP_JOB_FOLDER", str(tmp_path))
+    """The first node ends the run with what is in its directory, once, before Slurm sees this one's exit code."""
+    folder, run = tmp_path / "slurm/7.0", RunDirectory(tmp_path)
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("RLOOP_JOB_FOLDER", str(folder))
     monkeypatch.setenv("SLURM_PROCID", "1")
-    Meeting(tmp_path).publish_head(Head("10.0.0.1", 4711))
+    monkeypatch.setattr(Meeting, "ended", lambda meeting: run.ending() is not None)
+    Meeting(folder).publish_head(Head("127.0.0.1", 4711))
     before = {number: signal.getsignal(number) for number in SCHEDULERS}
     try:
-        with pytest.raises(UserError, match=r"hydra\.searchpath holds /unmounted"):
-            node(["experiment=tiny", "hydra.searchpath=[file:///unmounted]"], force=False)
+        for override, words in (
+            ("hydra.searchpath=[file:///unmounted]", "hydra.searchpath holds /unmounted"),
+            ("cluster.interface=ib7", "cluster.interface=ib7 has no IPv4 address on"),
+        ):
+            run.clear_ending()
+            with pytest.raises(UserError, match=re.escape(words)):
+                node(["experiment=tiny", override], force=False)
+            ending = run.ending()
+            assert ending is not None
+            assert ending["code"] == 2
+            assert re.match(rf"node 1 \(.*\): {re.escape(words)}", ending["message"])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -182,6 +182,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.job_name='a#b'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.time=86400", "cluster.slurm.time=86400 is 60 days of minutes"),  # YAML's 24:00:00
+        ("cluster.slurm.time=3600", "cluster.slurm.time=3600 is 2.5 days of minutes"),  # YAML's 1:00:00
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
         ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
         ("cluster.slurm.time=4:30", "is 270 s"),
@@ -231,6 +232,7 @@ class Ends:
         self.folder = folder
         self.run = folder / "run"
         (self.run / "slurm").mkdir(parents=True)
+        (self.run / "slurm/job.sh").write_text("kept by rloop launch")
         journal = Journal(folder / "records.jsonl")
         journal.record("started", previous=None)
         journal.record("commit", iteration=0, phase="explore", step=1, shards=[])
@@ -310,6 +312,15 @@ def test_a_job_that_checkpoints_without_progress_is_given_up_too(tmp_path: Path)
 def test_where_nothing_is_requeued_the_job_is_submitted_again(tmp_path: Path) -> None:
     ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
     assert ends.start("1", 1)[1] == [f"sbatch --dependency=afterany:7 --begin=now+60seconds {ends.run}/slurm/job.sh"]
+
+
+def test_a_job_that_could_not_be_submitted_again_says_so_before_it_starts(tmp_path: Path) -> None:
+    """As by the sbatch files, which run what --dry-run prints."""
+    ends = Ends(tmp_path, "cluster.slurm.resubmit=true")
+    (ends.run / "slurm/job.sh").unlink()
+    code, asked, error = ends.start("1")
+    assert (code, asked, (ends.run / "journal.jsonl").exists()) == (2, [], False)
+    assert f"cluster.slurm.resubmit=true needs {ends.run}/slurm/job.sh, which rloop launch writes" in error
 
 
 def test_a_job_that_is_submitted_again_is_not_told_when_the_one_before_it_ends(tmp_path: Path) -> None:
@@ -502,11 +513,11 @@ def test_a_job_that_sbatch_refuses_leaves_the_script_of_the_one_before_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With cluster.slurm.resubmit=true that one submits it when it ends."""
-    stand_in_for_sbatch(tmp_path / "bin", f"cat >{tmp_path}/given; echo 7", monkeypatch)
+    saved = tmp_path / "run/slurm/job.sh"
+    stand_in_for_sbatch(tmp_path / "bin", f"cmp {saved} - >&2 && echo 7", monkeypatch)  # there before the job is
     words = ["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]
     assert main(words) == 0
-    saved = tmp_path / "run/slurm/job.sh"
-    assert (script := saved.read_text()) == (tmp_path / "given").read_text()
+    script = saved.read_text()
     (tmp_path / "bin/sbatch").write_text("#!/bin/bash\necho invalid partition >&2; exit 1\n")
     assert main([*words, "cluster.slurm.partition=gup"]) == 2
     assert "sbatch refuses the job: invalid partition" in capsys.readouterr().err
