@@ -8,11 +8,16 @@ constructor; both ends must agree on it to the letter. The default group must no
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 def host_store(address: str, timeout_s: float, port: int = 0) -> dist.TCPStore:
@@ -47,15 +52,16 @@ def join_group(
     timeout = timedelta(seconds=timeout_s)
     try:
         store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=True)
-        group, _ = c10d._new_process_group_helper(
-            world_size,
-            rank,
-            [],
-            dist.Backend(backend),
-            dist.PrefixStore(group_name, store),
-            group_name=c10d.GroupName(group_name),
-            timeout=timeout,
-        )
+        with _failures_raised():
+            group, _ = c10d._new_process_group_helper(
+                world_size,
+                rank,
+                [],
+                dist.Backend(backend),
+                dist.PrefixStore(group_name, store),
+                group_name=c10d.GroupName(group_name),
+                timeout=timeout,
+            )
     except (dist.DistError, RuntimeError) as error:
         raise TimeoutError(
             f"group {group_name!r}: rank {rank} waited {timeout_s:g} s for all {world_size} ranks at {address}:{port}: "
@@ -64,6 +70,23 @@ def join_group(
     assert isinstance(group, dist.ProcessGroup)
     c10d._world.pg_group_ranks[group] = {r: r for r in range(world_size)}
     return group
+
+
+@contextmanager
+def _failures_raised() -> Iterator[None]:
+    """A group of NCCL that is made in here raises where it is waited for when a peer dies or is late.
+
+    By default torch's watchdog ends the whole process then: an engine that dies would take the trainer along.
+    """
+    before = os.environ.get(_BLOCKING_WAIT)
+    os.environ[_BLOCKING_WAIT] = "1"  # read when the group is made
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_BLOCKING_WAIT]
+        else:
+            os.environ[_BLOCKING_WAIT] = before
 
 
 def leave_group(group: dist.ProcessGroup) -> None:

@@ -73,6 +73,11 @@ def kept_weights(info: dict[str, Any], model: ServedModel, where: str) -> KeptWe
             f"{where} has --dp-size {replicas} without --enable-dp-attention: SGLang takes no weights into such "
             "replicas; start a server for each."
         )
+    if int(info.get("pp_size") or 1) > 1:
+        raise Fault(
+            f"{where} has --pp-size {info['pp_size']}: SGLang numbers the ranks of a weight update by tensor "
+            "parallel rank alone; start it with --pp-size 1."
+        )
     if info.get("quantization") not in ((None, "fp8") if model.fp8 else (None,)):
         raise Fault(
             f"{where} has --quantization {info['quantization']}: its weights are checked against those that were sent; "

@@ -26,7 +26,6 @@ ROUTES = (
     "/destroy_weights_update_group",
     "/update_weights_from_distributed",
     "/update_weights_from_tensor",
-    "/update_weights_from_disk",
     "/update_weight_version",
     "/weights_checker",
 )

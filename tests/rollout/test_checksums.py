@@ -199,6 +199,7 @@ def test_the_groups_of_data_parallel_attention_are_read_from_each_version(info: 
     [
         ({"dp_size": 2}, False, "http://a has --dp-size 2"),
         ({"dp_size": 2, "attn_dp_size": 2}, False, "--dp-size 2"),
+        ({"pp_size": 2, "tp_size": 2}, False, "http://a has --pp-size 2"),
         ({"quantization": "fp8"}, False, "rollout.quantization=fp8"),
         ({"quantization": "awq"}, True, "--quantization awq"),
     ],

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from rloop_mcore.weights.channel import BroadcastChannel
 
@@ -86,6 +89,28 @@ def test_an_engine_that_never_joins() -> None:
         channel.join()
     assert time.monotonic() - started < 10
     channel.close()
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_a_peer_that_dies_in_nccl_does_not_end_the_trainer(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's watchdog would, but for this variable, which it reads when the group is made; other groups keep it."""
+    seen = []
+    make = c10d._new_process_group_helper
+
+    def made(*arguments: Any, **options: Any) -> Any:
+        seen.append(os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(c10d, "_new_process_group_helper", made)
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", before)
+    channel = BroadcastChannel("gloo", "alone", timeout_s=30)
+    channel.open(1)
+    channel.join()
+    channel.close()
+    assert seen == ["1"]
+    assert os.environ.get("TORCH_NCCL_BLOCKING_WAIT") == before
 
 
 def test_the_rendezvous_listens_on_loopback_only() -> None:
