@@ -2,7 +2,8 @@ r"""Two parsed answers compared by math-verify, at a precision that suits their 
 
 math-verify rounds decimals to six places and takes differences under 1e-15 for none, whatever the numbers' size: to it
 1.6e-19 is 1.7e-19, 1/2004! is 1/2006!, and 1 - 2^{-100} is 1 - 2^{-101}. Here both grow with the leading zeros: of the
-smallest number there is, and of the smallest part of one. What its parser misreads before that is put right here.
+smallest number there is, and of the smallest part of one; and with the digits of the largest part, as \sqrt{10^{40}+1}
+is less than 10^{-20} from 10^{20}. What its parser misreads before that is put right here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -83,6 +84,7 @@ _EXTRACTION = [
 _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
 _SMALLEST = 10**9  # bits after the point: 2^{-2^{2001}} has an exponent that is no float
 _MOST_ZEROS = 20_000  # beyond which only the same expression is equal
+_MOST_DIGITS = 2000  # of a large number, that a difference is looked for in
 
 Parsed = tuple[Any, ...]
 
@@ -103,14 +105,17 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
     if any(map(_is_inequality, gold)) and all(isinstance(item, FiniteSet) for item in answer):
         answer = tuple(item for item in answer if all(map(_is_inequality, item.args)))  # 1,3 is not 1 < x < 3
     items = [*gold, *answer]
-    zeros = _zeros(part for item in items for part in _parts(item))
+    magnitudes = [_magnitude(part) for item in items for part in _parts(item)]
+    zeros = max(map(_leading_zeros, magnitudes), default=0)
+    digits = min(max(map(math.ceil, magnitudes), default=0), _MOST_DIGITS)
     if zeros > _MOST_ZEROS:
         return any(one == other for one in gold for other in answer)
     if verify(
         list(gold),
         list(answer),
-        float_rounding=_ROUNDING + _zeros(number for item in items for number in _numbers(item)),
-        numeric_precision=_PRECISION + zeros,
+        float_rounding=_ROUNDING
+        + max((_leading_zeros(_magnitude(number)) for item in items for number in _numbers(item)), default=0),
+        numeric_precision=_PRECISION + zeros + max(0, digits),
         timeout_seconds=None,
     ):
         return True
@@ -145,11 +150,6 @@ def _exact(item: Any) -> Any:
     return item.xreplace({number: Rational(str(number)) for number in item.atoms(Float)})
 
 
-def _zeros(numbers: Iterable[Any]) -> int:
-    """Zeros after the decimal point of the smallest of them, zero itself not counted."""
-    return max(map(_leading_zeros, numbers), default=0)
-
-
 def _parts(item: Any) -> Iterator[Any]:
     """All that the numbers in it are made of: SymPy takes a small part for none, as the 2^{-100} of 100!/2^{100}."""
     for number in _numbers(item):
@@ -166,7 +166,13 @@ def _numbers(item: Any) -> Iterator[Any]:
         yield item
 
 
-def _leading_zeros(number: Any) -> int:
+def _leading_zeros(magnitude: float) -> int:
+    """Zeros after the decimal point."""
+    return max(0, math.ceil(-magnitude) - 1)
+
+
+def _magnitude(number: Any) -> float:
+    """The decimal logarithm of its absolute value; 0 for zero and for what has no value."""
     try:
         if not number.is_number:
             return 0
@@ -176,8 +182,7 @@ def _leading_zeros(number: Any) -> int:
         return 0
     if not mantissa:
         return 0
-    magnitude = math.log10(mantissa) + max(-_SMALLEST, min(exponent, _SMALLEST)) * math.log10(2)
-    return max(0, math.ceil(-magnitude) - 1)
+    return math.log10(mantissa) + max(-_SMALLEST, min(exponent, _SMALLEST)) * math.log10(2)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:

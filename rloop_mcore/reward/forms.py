@@ -176,6 +176,21 @@ def _bracket(answer: str) -> str:
     return ""
 
 
+def entries(answer: str) -> list[str]:
+    r"""The entries of a list without brackets around it, without the name in "x = 1, 1, 2" or "x = 1, x = 1"."""
+    if _THOUSANDS.fullmatch(answer):
+        return [answer]
+    depth, parts = 0, [""]
+    for found in re.findall(r"\\?.", answer):
+        depth += (found[-1] in "([{") - (found[-1] in ")]}")
+        if found == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += found
+    names = {part.partition("=")[0].strip() for part in parts if "=" in part}
+    return [(part.partition("=")[2] if len(names) == 1 and "=" in part else part).strip() for part in parts]
+
+
 def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool]) -> str | None:
     """What an answer such as "x = 2 + 3 = 5" says the value is, where the gold is no equation; None if that is nothing.
 

@@ -21,7 +21,8 @@ _FIELDS = ("id", "gold", "pred")
 def grade_file(
     path: Path, out: Path | None, config: RewardConfig, tell: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Grade the rows {"id", "gold", "pred"} of a JSONL file; `pred` is a whole response.
+    """Grade the rows {"id", "gold", "pred"} of a JSONL file; `pred` is a whole response, `gold` an answer or a
+    solution of GSM8K, which ends in "#### " and the answer.
 
     `out` gets the same rows with "correct", "reason" and "seconds" added; `tell` is told how many rows of how many are
     done. Returns the counts: rows, correct, accuracy and the number of rows by reason. A row that is not of this form
@@ -34,7 +35,10 @@ def grade_file(
         raise UserError(f"--json {out} is the file that is graded: give another name.")
     # Here the failures are the result, not a sign that training would learn nonsense.
     with RewardPool(dataclasses.replace(config, max_failure_share=1.0)) as pool:
-        futures = [pool.submit([(Problem(str(row["id"]), "", row["gold"]), row["pred"], False)]) for row in rows]
+        futures = [
+            pool.submit([(Problem(str(row["id"]), "", row["gold"].rpartition("#### ")[2].strip()), row["pred"], False)])
+            for row in rows
+        ]
         verdicts = []
         for done, future in enumerate(futures):
             tell(done, len(rows))

@@ -8,6 +8,7 @@ call a wrong answer correct are caught before it (`forms.py`) or made impossible
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from sympy import Rational  # type: ignore[import-untyped]
 
 from rloop_mcore.reward.equivalence import equivalent, is_one_value, parse_answer
 from rloop_mcore.reward.extract import extract_answer
-from rloop_mcore.reward.forms import cases_apart, conflict, is_tuple, same_text, value_of_equation
+from rloop_mcore.reward.forms import cases_apart, conflict, entries, is_tuple, same_text, value_of_equation
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read
 from rloop_mcore.types import Problem, Verdict
@@ -106,7 +107,21 @@ def _equal(gold: str, answer: str) -> bool:
         return False  # [7,7] is a pair, or an interval, and not 7
     if is_tuple(answer) and not is_tuple(gold) and "," in gold:  # a list is a tuple only in that order
         return equivalent(one, other) and equivalent(other, one)
-    return equivalent(one, other)
+    return equivalent(one, other) and _as_often(gold, answer)
+
+
+def _as_often(gold: str, answer: str) -> bool:
+    r"""Does the answer name each entry of a list as often as the gold, where the gold names one twice?
+
+    To math-verify a list is a set. A gold that repeats an entry is no set: 16,3,1,1 is four values in some order. One
+    that repeats none, or has braces, is a set of solutions, and an answer may name a double root twice.
+    """
+    listed = Counter(entries(gold)) if "," in gold else {}
+    repeated = [one for one, often in listed.items() if often > 1]
+    if not repeated:
+        return True
+    named = entries(answer[2:-2] if answer.startswith(r"\{") and answer.endswith(r"\}") else answer)
+    return all(sum(_equal(one, other) for other in named) == listed[one] for one in repeated)
 
 
 def _verdict(correct: bool) -> Verdict:

@@ -33,7 +33,7 @@ _DEGREES = re.compile(
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _BASE = re.compile(
-    r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?(-?[0-9]{1,2})\}?|\{\\text\{([a-z]+)\}\})"
+    r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?(-?[0-9]{1,2})\}?|\{\\text\{([0-9]{1,2}|[a-z]+)\}\})"
 )
 _BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _BASE_NAMES |= {"ten": "10", "twelve": "12", "sixteen": "16"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from html import unescape
 from unicodedata import normalize
 
 _SIGNS = str.maketrans(
@@ -16,9 +17,13 @@ _SIGNS = str.maketrans(
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     }
 )  # fmt: skip
+_SIGNS |= {code: chr(code - 0xFEE0) for code in map(ord, "０１２３４５６７８９（）［］，：；＝＋－＜＞")} | {
+    ord("、"): ","
+}
 for _sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
     _top, _bottom = normalize("NFKC", _sign).split("\u2044")
     _SIGNS[ord(_sign)] = rf"\frac{{{_top}}}{{{_bottom}}}"
+_ENTITY = re.compile(r"&(?:[A-Za-z]+|#[0-9]{1,6});")  # of HTML; "1&2" is a matrix's row
 _SUPERSCRIPTS = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
 _INFIX = re.compile(r"\\(?:choose|over|atop)(?![A-Za-z])")  # they want their braces
@@ -98,6 +103,19 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[lr]brace(?![A-Za-z])"), lambda found: r"\{" if found[0] == r"\lbrace" else r"\}"),
     (re.compile(r"(?<=[0-9])\.(?=\s*[/)])"), ""),
     (re.compile(r"\{,\}|(?<!\\);"), ","),
+    (re.compile(r"^([0-9]+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*([0-9]+)$"), r"\1:\2"),
+    (re.compile(r"^([0-9A-F]+)\s*\\text\s*\{\s*\(?base ([0-9]{1,2}|[a-z]+)\)?\s*\}$"), r"\1_{\\text{\2}}"),
+    (re.compile(r"(?<=[0-9])\s*/\s*\\text\s*\{"), r"\\text{/"),
+    (
+        re.compile(r"^([\[\]])([^\[\](){},]+,[^\[\](){},]+)([\[\]])$"),
+        lambda found: ("[" if found[1] == "[" else "(") + found[2] + ("]" if found[3] == "]" else ")"),
+    ),
+    (
+        re.compile(
+            r"^\\begin\{(cases|aligned)\}((?:\s*&?\s*[A-Za-z]\s*&?\s*=[^=&<>,\\{}]+(?:\\\\|(?=\\end)))+)\\end\{\1\}$"
+        ),
+        lambda found: ",".join(row.replace("&", "").strip() for row in found[2].split(r"\\") if row.strip()),
+    ),
     (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),
 ]
 LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
@@ -114,6 +132,7 @@ _THAT = re.compile(
 
 def one_spelling(answer: str) -> str:
     """Without delimiters, bold marks, boxes, a final period, and sizes of brackets."""
+    answer = _ENTITY.sub(lambda found: unescape(found[0]), answer)
     answer = _SUPERSCRIPTS.sub(lambda found: f"^{{{normalize('NFKC', found[0])}}}".replace("−", "-"), answer)
     text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
     for pattern, same in _SAME:

@@ -17,6 +17,7 @@ def test_rows_keep_their_fields_and_order(tmp_path: Path) -> None:
         {"id": "a", "gold": r"\frac{1}{2}", "pred": r"so \boxed{0.5}", "source": "kept"},
         {"id": 2, "gold": "1", "pred": r"\boxed{2}"},
         {"id": "c", "gold": "1", "pred": "1 \u2028"},
+        {"id": "d", "gold": "2 + 3 = <<2+3=5>>5\n#### 5", "pred": r"\boxed{5}"},
     ]
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
@@ -26,15 +27,16 @@ def test_rows_keep_their_fields_and_order(tmp_path: Path) -> None:
         (True, "correct"),
         (False, "wrong"),
         (False, "no_answer"),
+        (True, "correct"),
     ]
     assert all(row["seconds"] >= 0 for row in graded)
     assert [{key: row[key] for key in original} for row, original in zip(graded, rows, strict=True)] == rows
     assert summary == {
-        "rows": 3,
-        "correct": 1,
-        "accuracy": 1 / 3,
+        "rows": 4,
+        "correct": 2,
+        "accuracy": 1 / 2,
         "answer_format": "boxed",
-        "reasons": {"correct": 1, "no_answer": 1, "wrong": 1},
+        "reasons": {"correct": 2, "no_answer": 1, "wrong": 1},
     }
 
 
