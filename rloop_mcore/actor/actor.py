@@ -264,6 +264,10 @@ class MegatronActor(Conducted):
         batches = [batch.to(platform.device()) for batch in batches]
         layout = self._config.layout
         iterators = [iter(batches) for _ in self._chunks]
+        for chunk in self._chunks:
+            # Asks for recomputation, nothing else. Without a backward pass Transformer Engine would keep the FP8 scales
+            # of this pass for the recomputations of the next update.
+            chunk.decoder.training = not forward_only
         with torch.set_grad_enabled(not forward_only):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
