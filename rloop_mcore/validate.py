@@ -326,6 +326,11 @@ def check_device(config: Config, device: str) -> None:
             f"actor.optimizer_offload={actor.optimizer_offload}: Megatron keeps fp32 moments then; set one of the two."
         )
     check_precision(config.precision, config.fp8, device, actor)
+    if device == "cuda" and config.precision == "fp32" and config.layout.cp > 1:
+        raise UserError(
+            f"layout.cp={config.layout.cp} at precision=fp32: on a GPU, Transformer Engine splits no sequence in fp32; "
+            "set layout.cp=1 or precision=bf16."
+        )
     if device == "cpu" and config.rollout.quantization == "fp8" and not config.rollout.endpoints:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
 

@@ -203,6 +203,7 @@ def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
             "cuda",
             "precision_aware_optimizer=false",
         ),
+        (["precision=fp32", "layout.cp=2"], "cuda", "layout.cp=1 or precision=bf16"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(overrides: list[str], device: str, word: str) -> None:

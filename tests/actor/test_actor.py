@@ -17,7 +17,7 @@ from rloop_mcore.config import Config  # noqa: E402
 
 
 def test_a_pass_without_a_backward_asks_for_no_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine queues fp8_delayed's scales for each one, and the next update would take those of the queue."""
+    """Transformer Engine queues fp8_delayed's scales for each one, and the next update would take the queue's."""
     decoder = torch.nn.Identity()
     chunk: Any = torch.nn.ModuleDict({"decoder": decoder})
     chunk.decoder = decoder
