@@ -39,6 +39,9 @@ def recipe(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def fp8(folder: Path, recipe: str) -> Results:
     jobs = [job(f"{recipe} {task}", task, folder, recipe) for task in ("update", "train", "not_finite")]
+    again = job(f"{recipe} recompute", "update", folder, recipe)
+    again["config"]["actor"] = {"recompute": "full"}
+    jobs.append(again)
     if recipe != "fp8_delayed":
         ends = {"first_bf16_layers": 1, "last_bf16_layers": 1}
         jobs.append(job(f"{recipe} ends in bf16", "update", folder, recipe, **ends))
@@ -69,6 +72,13 @@ def test_first_and_last_layers_stay_bf16(fp8: Results, folder: Path, recipe: str
     assert part["fp8_layers"] == [False, True, True, False]
     wanted = reference(folder, "dense")["gradients"]
     assert relative(part["gradients"], wanted) < relative(fp8[f"{recipe} update"]["gradients"], wanted)
+
+
+def test_a_recomputation_rounds_as_the_pass_that_it_repeats(fp8: Results, recipe: str) -> None:
+    """By the scales of that pass: others round each activation by some percent otherwise."""
+    difference = relative(fp8[f"{recipe} recompute"]["gradients"], fp8[f"{recipe} update"]["gradients"])
+    print(f"{recipe}: gradients with recomputation differ by {difference:.2%}")
+    assert difference < 0.02
 
 
 def test_training_decreases_the_loss_as_bf16_does(fp8: Results, bf16: Results, recipe: str) -> None:
