@@ -85,6 +85,10 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
     (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
+    (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
+        re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top)(?![A-Za-z])"),
+        lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
+    ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
     (re.compile(r"^([A-J])\)$"), r"\1"),
