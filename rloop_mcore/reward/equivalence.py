@@ -204,7 +204,10 @@ def _same_region(gold: Any, answer: Any) -> bool:
         return False
     try:
         one, other = _region(gold), _region(answer)
-        return one is not None and other is not None and one.symmetric_difference(other).is_empty is True
+        if one is None or other is None:
+            return False
+        # doit: a \pi/2 as it was parsed is a product that SymPy can't compare with \frac{\pi}{2}
+        return one.doit().symmetric_difference(other.doit()).is_empty is True
     except Exception:  # SymPy raises many kinds for conditions that it cannot solve
         return False
 
