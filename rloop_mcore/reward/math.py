@@ -19,6 +19,7 @@ from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.reward.forms import cases_apart, conflict, entries, is_tuple, same_text, value_of_equation
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read
+from rloop_mcore.reward.restated import restates
 from rloop_mcore.types import Problem, Verdict
 
 CORRECT, WRONG, UNPARSABLE = Verdict(True, "correct"), Verdict(False, "wrong"), Verdict(False, "unparsable")
@@ -27,11 +28,15 @@ LONGEST = 1000  # characters that an answer may have beyond twice the gold's: wh
 
 
 def grade_math(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
-    """The verifier named `math`: extract the answer, then compare it with `problem.answer`."""
+    """The verifier named `math`: extract the answer, then compare it with `problem.answer`.
+
+    A formula of the problem that is still to be worked out is wrong, whatever its value.
+    """
     answer, reason = extract_answer(response, truncated, answer_format)
     if reason:
         return Verdict(False, reason)
-    return compare(problem.answer, answer)
+    verdict = compare(problem.answer, answer)
+    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer) else verdict
 
 
 @lru_cache(maxsize=4096)
