@@ -83,16 +83,20 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
 def _rounded(gold: str, answer: str) -> str | None:
     r"""What "\frac{10}{3} \approx 3.33" says the value is: 3.33 for a decimal gold, else 10/3; None if not near.
 
-    An answer that is not a number and its rounding comes back as it is.
+    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too. An answer that is not a
+    number and its rounding comes back as it is.
     """
-    exactly, _, decimal = (part.strip() for part in answer.partition(r"\approx"))
+    exactly, sign, decimal = (part.strip() for part in answer.partition(r"\approx"))
+    decimal_gold = "." in gold and exact(gold) is not None
+    if sign and decimal_gold and (not exactly or exactly.isalpha()):
+        return decimal
     value, rounded = parse_answer(exactly) if exactly else (), exact(decimal)
     if not is_one_value(value) or not value[0].is_number or rounded is None:
         return answer
     last_place = 10.0 ** -len(decimal.partition(".")[2])
     if not abs(value[0] - Rational(rounded)).evalf() < last_place:
         return None
-    return decimal if "." in gold and exact(gold) is not None else exactly
+    return decimal if decimal_gold else exactly
 
 
 def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
