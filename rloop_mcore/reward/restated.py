@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-_FORMULA = re.compile(r"\$\$?(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 # Without what is but looks, and without brackets; \dfrac is \frac.
-_TOKEN = re.compile(r"\\[dtc]?((?:frac|binom)(?![A-Za-z]))|\\?([A-Za-z]+|[^A-Za-z\s\\{}()\[\],;:.$]|\.(?=[0-9]))")
+_TOKEN = re.compile(
+    r"\\[dtc]?((?:frac|binom)(?![A-Za-z]))|\\([A-Za-z]+)|([A-Za-z]|[^A-Za-z\s\\{}()\[\],;:.$]|\.(?=[0-9]))"
+)
 _LOOKS = {"left", "right", "displaystyle", "text", "mathrm", "quad", "qquad", "cdot", "times", "frac", "/", "*"}
 _RELATION = re.compile(r"[=<>,]|\\(?:[lg](?:e|eq|t|eqslant)|neq?|in|cup)(?![A-Za-z])")
 _WORKED_OUT = re.compile(
@@ -30,10 +32,10 @@ def restates(problem: str, gold: str, answer: str) -> bool:
     value = _tokens(answer.rpartition("=")[2])
     if Counter(value) == Counter(_tokens(gold.rpartition("=")[2])):
         return False
-    formulas = (found[1] or found[2] or found[3] for found in _FORMULA.finditer(problem))
+    formulas = (found[found.lastindex or 0] for found in _FORMULA.finditer(problem))
     return any(value == _tokens(side) for formula in formulas for side in (formula, *formula.split("=")))
 
 
 def _tokens(formula: str) -> list[str]:
-    found = (token[1] or token[2] for token in _TOKEN.finditer(formula))
+    found = (token[token.lastindex or 0] for token in _TOKEN.finditer(formula))
     return [token for token in found if token not in _LOOKS]
