@@ -34,7 +34,13 @@ from sympy import (  # type: ignore[import-untyped]
     Union,
     preorder_traversal,
 )
-from sympy.core.relational import Relational  # type: ignore[import-untyped]
+from sympy.core.relational import (  # type: ignore[import-untyped]
+    GreaterThan,
+    LessThan,
+    Relational,
+    StrictGreaterThan,
+    StrictLessThan,
+)
 from sympy.logic.boolalg import And  # type: ignore[import-untyped]
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -84,6 +90,7 @@ _EXTRACTION = [
 _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits of other numbers
 _SMALLEST = 10**9  # bits after the point: 2^{-2^{2001}} has an exponent that is no float
 _MOST_ZEROS = 20_000  # beyond which only the same expression is equal
+_ORDERED = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 _MOST_DIGITS = 2000  # of a large number, that a difference is looked for in
 
 Parsed = tuple[Any, ...]
@@ -135,8 +142,11 @@ def _both_signs(text: str) -> str:
 
 
 def _with_imaginary_unit(item: Any) -> Any:
-    """math-verify reads i as a variable: to it (1+i)^2 is not 2i. A t is real to it in "2 i t", not in "2it"."""
-    variables = [symbol for symbol in item.free_symbols if symbol.name == "i"]
+    """math-verify reads i as a variable: to it (1+i)^2 is not 2i. A t is real to it in "2 i t", not in "2it".
+
+    In 1 < i < n it is one: complex numbers have no order.
+    """
+    variables = [] if item.has(*_ORDERED) else [symbol for symbol in item.free_symbols if symbol.name == "i"]
     item = item.subs(dict.fromkeys(variables, I)) if variables else item
     if not item.free_symbols or not item.has(I):
         return item
@@ -194,7 +204,10 @@ def _same_region(gold: Any, answer: Any) -> bool:
         return False
     try:
         one, other = _region(gold), _region(answer)
-        return one is not None and other is not None and one.symmetric_difference(other).is_empty is True
+        if one is None or other is None:
+            return False
+        # doit: a \pi/2 as it was parsed is a product that SymPy can't compare with \frac{\pi}{2}
+        return one.doit().symmetric_difference(other.doit()).is_empty is True
     except Exception:  # SymPy raises many kinds for conditions that it cannot solve
         return False
 

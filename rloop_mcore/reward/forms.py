@@ -22,7 +22,7 @@ _NAMED = re.compile(
     r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|mathbb|operatorname|text|mathrm)(?![A-Za-z])
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
     | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
-    | (?<=[A-Za-z}])\ ?(?:[+/-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
+    | (?<=[A-Za-z])\^\{-1\}(?=\() | (?<=[A-Za-z}])\ ?(?:[+/-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
     | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
     | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\([^()]*\)|\[[^\[\]]*\])
     | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++
@@ -52,7 +52,7 @@ def words_of(answer: str) -> set[str]:
 def plain_text(answer: str) -> str:
     """The words of a text answer: no text commands, spaces, periods or leading article, lower case."""
     text = re.sub(r"\\[,;:! ]|[~$]", " ", _TEXT.sub(r" \1 ", answer)).strip().casefold()
-    return re.sub(r"[\s.,\"'`]", "", _ARTICLE.sub("", text))
+    return re.sub(r"[\s.,\"'`]|(?<=[0-9]):00(?=\s*[ap]\.?\s?m)", "", _ARTICLE.sub("", text))
 
 
 def same_text(gold: str, answer: str) -> bool | None:

@@ -19,6 +19,7 @@ from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.reward.forms import cases_apart, conflict, entries, is_tuple, same_text, value_of_equation
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read
+from rloop_mcore.reward.restated import restates
 from rloop_mcore.types import Problem, Verdict
 
 CORRECT, WRONG, UNPARSABLE = Verdict(True, "correct"), Verdict(False, "wrong"), Verdict(False, "unparsable")
@@ -27,11 +28,15 @@ LONGEST = 1000  # characters that an answer may have beyond twice the gold's: wh
 
 
 def grade_math(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
-    """The verifier named `math`: extract the answer, then compare it with `problem.answer`."""
+    """The verifier named `math`: extract the answer, then compare it with `problem.answer`.
+
+    A formula of the problem that is still to be worked out is wrong, whatever its value.
+    """
     answer, reason = extract_answer(response, truncated, answer_format)
     if reason:
         return Verdict(False, reason)
-    return compare(problem.answer, answer)
+    verdict = compare(problem.answer, answer)
+    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer) else verdict
 
 
 @lru_cache(maxsize=4096)
@@ -78,16 +83,20 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
 def _rounded(gold: str, answer: str) -> str | None:
     r"""What "\frac{10}{3} \approx 3.33" says the value is: 3.33 for a decimal gold, else 10/3; None if not near.
 
-    An answer that is not a number and its rounding comes back as it is.
+    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too. An answer that is not a
+    number and its rounding comes back as it is.
     """
-    exactly, _, decimal = (part.strip() for part in answer.partition(r"\approx"))
+    exactly, sign, decimal = (part.strip() for part in answer.partition(r"\approx"))
+    decimal_gold = "." in gold and exact(gold) is not None
+    if sign and decimal_gold and (not exactly or exactly.isalpha()):
+        return decimal
     value, rounded = parse_answer(exactly) if exactly else (), exact(decimal)
     if not is_one_value(value) or not value[0].is_number or rounded is None:
         return answer
     last_place = 10.0 ** -len(decimal.partition(".")[2])
     if not abs(value[0] - Rational(rounded)).evalf() < last_place:
         return None
-    return decimal if "." in gold and exact(gold) is not None else exactly
+    return decimal if decimal_gold else exactly
 
 
 def _equal_with_percent(gold: Reading, answer: Reading) -> bool:

@@ -50,6 +50,13 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])\s*([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\degree(?![A-Za-z])"), r"^{\\circ}"),
+    (
+        re.compile(r"(?<=[0-9.])(?:\{\}\s*(?=\^)|\s*\^\s*(?:o(?![A-Za-z])|\{\s*(?:o|\\text\s*\{\s*o\s*\})\s*\}))"),
+        lambda found: r"^{\circ}" if "o" in found[0] else "",
+    ),
+    (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
+    (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),
+    (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*(\\?[%$])\s*\}"), r"\1"),
     (
@@ -85,6 +92,10 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
     (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
+    (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
+        re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top)(?![A-Za-z])"),
+        lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
+    ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
     (re.compile(r"^([A-J])\)$"), r"\1"),
@@ -119,6 +130,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),
 ]
 LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
+_LOOSE_SPACE = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
 _LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
@@ -148,6 +160,8 @@ def one_spelling(answer: str) -> str:
             if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
                 text = inner.strip()
         text = _inside(text)
+    if r"\ldots" in text:  # no parser reads it
+        text = _LOOSE_SPACE.sub("", text)
     if (that := _THAT.fullmatch(text)) and _CONDITION.search(that[2]):  # the set of all x that ...
         text = that[2].strip().replace(",", " and ")
     if _LOGIC.search(text) and all(_RELATION.search(part) for part in _LOGIC.sub("\0", text).split("\0")):

@@ -1,6 +1,7 @@
 """Which answers the math verifier takes for equal, and that its short cuts take no other."""
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.reward.math import compare, compare_symbolically, grade_math
+from rloop_mcore.reward.restated import restates
 from rloop_mcore.types import Problem, Verdict
 from tests.reward.pairs import PAIRS
 
@@ -120,3 +122,44 @@ def test_fractions_are_equal_as_their_values_are(a: int, b: int, c: int, d: int)
 def test_verdict_on_a_whole_response(response: str, truncated: bool, answer_format: str, reason: str) -> None:
     verdict = grade_math(Problem("p", "", "72"), response, truncated, answer_format)
     assert verdict == Verdict(reason == "correct", reason)
+
+
+@pytest.mark.parametrize(
+    ("problem", "gold", "answer", "correct"),
+    [
+        (r"Compute $\sin 135^\circ$.", r"\frac{\sqrt2}{2}", r"\sin(135^\circ)", False),
+        (r"Compute $\sin 135^\circ$.", r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt2}", True),
+        (r"Factor $32x^3-4x^2+20x$.", "4x(8x^2-x+5)", "32x^3 - 4x^2 + 20x", False),
+        (r"Factor $32x^3-4x^2+20x$.", "4x(8x^2-x+5)", "4x(8x^2+5-x)", True),
+        (r"Expand $(x+2)(x+3)$.", "x^2+5x+6", r"\left(x+2\right)\left(x+3\right)", False),
+        (r"Let $$x=1.$$ Simplify $\sqrt{242}$.", r"11\sqrt2", r"\sqrt{242}", False),
+        (r"Simplify $$\sqrt{242}.$$", r"11\sqrt2", r"\sqrt{242}", False),
+        (r"What is \(\frac{1}{2} + \frac{1}{3}\)?", r"\frac56", r"\dfrac12+\dfrac13", False),
+        (r"Compute \[\dbinom{11}{8}.\]", "165", r"\binom{11}{8}", False),
+        (r"Compute \[\dbinom{11}{8}.\]", "165", r"\binom{11}{3}", True),
+        (r"Evaluate $\int_0^1 x\,dx$.", r"\frac12", r"\displaystyle\int_0^1 x\, dx", False),
+        (r"The sum $S = \sum_{k=1}^{4} k$.", "10", r"S = \sum_{k=1}^{4} k", False),
+        (r"The sum $S = \sum_{k=1}^{4} k$.", "10", r"S = \sum_{k=1}^{4} k = 10", True),
+        (r"Rationalize $\sqrt{\frac23}$.", r"\frac{\sqrt6}{3}", r"\sqrt{\frac{2}{3}}", False),
+        (r"Solve $\frac15|9+2a|<1$.", "(-7,-2)", r"\frac{1}{5}|9+2a| < 1", False),
+        (r"Write $0.\overline{3}$ as a fraction.", r"\frac13", r"0.\overline{3}", False),
+        (r"Let $x \ge 0$.", r"[0,\infty)", r"x \geq 0", True),
+        (r"Let $0 \le \theta < \frac{\pi}{2}$.", r"[0,\pi/2)", r"0 \le \theta < \frac{\pi}{2}", True),
+        (r"Let $0 \le \theta < \frac{\pi}{2}$.", r"\pi/2", r"\frac{\pi}{2}", True),
+        (r"Is it $2ba$?", "2ab", "2ba", True),
+        (r"Where is $y = -5$?", "-5", "y=-5", True),
+        (r"Is it $x^2+2x$ or $x^2$?", "x^2+2x", "2x+x^2", True),
+        (r"Which is it, $|x-y|$ or 0?", "|y-x|", "|x-y|", True),
+        (r"What is $7$ times $(13)$?", "91", "7(13)", True),
+    ],
+)
+def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: str, correct: bool) -> None:
+    assert compare(gold, answer).correct
+    assert grade_math(Problem("p", problem, gold), rf"So \boxed{{{answer}}}", False, "boxed").correct == correct
+
+
+@pytest.mark.parametrize("answer", ["(" * 2000 + "+", " " * 3000 + "!", "0" * 3000 + "+1", "a" * 3000 + "!"])
+def test_a_long_answer_is_looked_for_in_one_pass(answer: str) -> None:
+    start = time.process_time()
+    assert not restates("Compute $x+1$.", "5", answer)
+    assert time.process_time() - start < 1  # of 0.01
