@@ -83,8 +83,8 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
 def _rounded(gold: str, answer: str) -> str | None:
     r"""What "\frac{10}{3} \approx 3.33" says the value is: 3.33 for a decimal gold, else 10/3; None if not near.
 
-    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too. An answer that is not a
-    number and its rounding comes back as it is.
+    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too. An answer that is not a number and its rounding
+    comes back as it is.
     """
     exactly, sign, decimal = (part.strip() for part in answer.partition(r"\approx"))
     decimal_gold = "." in gold and exact(gold) is not None
