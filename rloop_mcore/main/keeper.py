@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 from rloop_mcore.config import Config
 from rloop_mcore.main.engines import start_engine
 from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.ranks import work_for
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import interface_of
-from rloop_mcore.platform.process import OWN_PATH, die_with_parent
+from rloop_mcore.platform.process import OWN_PATH
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, stop_all
 from rloop_mcore.rollout.published import Publication
@@ -50,7 +52,7 @@ def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subpro
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(parent),
+            preexec_fn=lambda: work_for(parent),
         )
 
 
@@ -93,6 +95,7 @@ async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication,
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # of a cancelled job: the ranks end, and this with them
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run, meeting = RunDirectory(Path(sys.argv[1])), Meeting.of_this_job()
     assert meeting is not None

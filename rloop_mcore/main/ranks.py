@@ -62,7 +62,7 @@ def start_ranks(run: Path, place: Place, log: Path) -> subprocess.Popen[bytes]:
             stderr=file,
             start_new_session=True,
             env={**os.environ, **OWN_PATH, **place.environment(), SUPERVISOR_VARIABLE: str(supervisor)},
-            preexec_fn=lambda: _become_a_rank(supervisor),
+            preexec_fn=lambda: work_for(supervisor),
         )
 
 
@@ -72,8 +72,8 @@ def first_failure(log: Path) -> dict[str, Any] | None:
     return {"rank": int(reports[-1][0]), "code": int(reports[-1][1]), "time": time.time()} if reports else None
 
 
-def _become_a_rank(supervisor: int) -> None:
-    """Slurm signals every process of a job's step; only the supervisor is to heed it."""
+def work_for(supervisor: int) -> None:
+    """Called first in a child. Slurm signals every process of a job's step; only the supervisor is to heed it."""
     for number in SCHEDULERS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(supervisor)

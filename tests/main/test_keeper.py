@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from rloop_mcore.compose import load_config
+from rloop_mcore.compose import load_config, to_yaml
 from rloop_mcore.main import keeper, train
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.keeper import start_keeper
+from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.watchdog import Watchdog
 from rloop_mcore.rollout.published import Publication
@@ -87,6 +90,36 @@ def test_an_engine_that_nobody_keeps_any_more_ends_the_keeper(tmp_path: Path) ->
 
     with pytest.raises(ValueError, match="a mistake"):
         asyncio.run(_kept(tmp_path, Broken("it died")))
+
+
+def test_signals_to_a_whole_job_do_not_end_who_keeps_its_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm warns and cancels each process of a job; the first node heeds it, and finishes a step by its engines."""
+    folder = tmp_path / "slurm/1.0"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    meeting = Meeting(folder)
+    meeting.new_key()
+    words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(words)))
+
+    def wait_for_starts(count: int) -> None:
+        deadline = time.monotonic() + 60.0
+        while (log := meeting.log("engines-0").read_text()).count("is started anew") < count:
+            assert time.monotonic() < deadline, log
+            assert process.poll() is None, log
+            time.sleep(0.05)
+
+    process = start_keeper(tmp_path, meeting, 0, "127.0.0.1")  # its engine fails, for want of a model
+    try:
+        wait_for_starts(1)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            process.send_signal(number)
+        wait_for_starts(2)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_first_node_whose_engines_nobody_keeps_any_more_ends_the_run(
