@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -113,16 +113,15 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
         answer = tuple(item for item in answer if all(map(_is_inequality, item.args)))  # 1,3 is not 1 < x < 3
     items = [*gold, *answer]
     magnitudes = [_magnitude(part) for item in items for part in _parts(item)]
-    zeros = max(map(_leading_zeros, magnitudes), default=0)
-    digits = min(max(map(math.ceil, magnitudes), default=0), _MOST_DIGITS)
+    zeros = _zeros(magnitudes)
+    digits = max(0, min(math.ceil(max(magnitudes, default=0.0)), _MOST_DIGITS))
     if zeros > _MOST_ZEROS:
         return any(one == other for one in gold for other in answer)
     if verify(
         list(gold),
         list(answer),
-        float_rounding=_ROUNDING
-        + max((_leading_zeros(_magnitude(number)) for item in items for number in _numbers(item)), default=0),
-        numeric_precision=_PRECISION + zeros + max(0, digits),
+        float_rounding=_ROUNDING + _zeros(_magnitude(number) for item in items for number in _numbers(item)),
+        numeric_precision=_PRECISION + zeros + digits,
         timeout_seconds=None,
     ):
         return True
@@ -176,9 +175,9 @@ def _numbers(item: Any) -> Iterator[Any]:
         yield item
 
 
-def _leading_zeros(magnitude: float) -> int:
-    """Zeros after the decimal point."""
-    return max(0, math.ceil(-magnitude) - 1)
+def _zeros(magnitudes: Iterable[float]) -> int:
+    """Zeros after the decimal point of the smallest of the numbers of these magnitudes."""
+    return max(0, math.ceil(-min(magnitudes, default=0.0)) - 1)
 
 
 def _magnitude(number: Any) -> float:

@@ -16,7 +16,6 @@ _ARTICLE = re.compile(r"^(?:a|an|the)\s+")
 _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "pm"})
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
-_BRACKETS = {"(": ")", "[": ")", r"\{": r"\}"}
 # What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
     r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|mathbb|operatorname|text|mathrm)(?![A-Za-z])

@@ -33,7 +33,7 @@ def restates(problem: str, gold: str, answer: str) -> bool:
     if Counter(value) == Counter(_tokens(gold.rpartition("=")[2])):
         return False
     formulas = (found[found.lastindex or 0] for found in _FORMULA.finditer(problem))
-    return any(value == _tokens(side) for formula in formulas for side in (formula, *formula.split("=")))
+    return any(value == _tokens(side) for formula in formulas for side in formula.split("="))
 
 
 def _tokens(formula: str) -> list[str]:

@@ -13,13 +13,11 @@ _SIGNS = str.maketrans(
         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
         "≈": r"\approx ",
         "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "ℝ": r"\mathbb{R}",
-        "’": "'", "′": "'", "\u2011": "-", "\u2044": "/",
+        "、": ",", "’": "'", "′": "'", "\u2011": "-", "\u2044": "/",
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     }
 )  # fmt: skip
-_SIGNS |= {code: chr(code - 0xFEE0) for code in map(ord, "０１２３４５６７８９（）［］，：；＝＋－＜＞")} | {
-    ord("、"): ","
-}
+_SIGNS |= {code: chr(code - 0xFEE0) for code in map(ord, "０１２３４５６７８９（）［］，：；＝＋－＜＞")}
 for _sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
     _top, _bottom = normalize("NFKC", _sign).split("\u2044")
     _SIGNS[ord(_sign)] = rf"\frac{{{_top}}}{{{_bottom}}}"
