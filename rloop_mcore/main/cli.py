@@ -1,14 +1,17 @@
 """`rloop COMMAND ...`: runs one command; its exit code.
 
 0 done; 2 the user's mistake, told in one sentence; 75 checkpointed and wants to be started again; 69 a bad node
-(`rloop preflight` only); 130 Ctrl-C; 1 a fault.
+(`rloop preflight` only); 130 Ctrl-C; 141 nobody reads its output any more; 1 a fault.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,64 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where a terminal or a pipe has no UTF-8
     try:
-        from rloop_mcore.main.arguments import parse  # here, as whatever takes time, for Ctrl-C
-
-        options = parse(list(sys.argv[1:] if arguments is None else arguments))
-        # each command is imported when it is wanted: `rloop status` must not wait for what training needs
-        if options.command == "train":
-            from rloop_mcore.main.train import train
-
-            return train(options.overrides, options.force)
-        if options.command == "plan":
-            from rloop_mcore.main.plan import plan
-
-            return plan(options.overrides, options.json, options.search)
-        if options.command == "launch":
-            from rloop_mcore.main.launch import launch
-
-            return launch(options)
-        if options.command == "node":
-            from rloop_mcore.main.node import node
-
-            return node(options.overrides, options.force)
-        if options.command == "evaluate":
-            from rloop_mcore.main.evaluate import evaluate
-
-            return evaluate(options)
-        if options.command == "convert":
-            from rloop_mcore.main.convert import convert
-
-            return convert(options)
-        if options.command == "report":
-            from rloop_mcore.main.report import report
-
-            return report(options)
-        if options.command == "compare":
-            from rloop_mcore.main.compare import compare
-
-            return compare(options.first, options.second, options.out, options.json)
-        if options.command == "preflight":
-            from rloop_mcore.main.preflight import preflight
-
-            return preflight(options)
-        if options.command == "status":
-            from rloop_mcore.main.status import status
-
-            return status(options.run, options.json)
-        if options.command == "cache":
-            from rloop_mcore.main.cache import cache
-
-            return cache(options)
-        if options.command == "trace":
-            from rloop_mcore.main.trace import trace
-
-            return trace(options.run, options.out)
-        from rloop_mcore.main.grade import grade
-
-        return grade(options.file, options.json, options.answer_format)
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left isn't tried again at the exit
+        return 128 + signal.SIGPIPE  # as of a command that the signal ends
     except OSError as error:
         told = _told(error)
         if told is None:
@@ -94,6 +50,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from rloop_mcore.main.arguments import parse  # here, as whatever takes time, for Ctrl-C
+
+    options = parse(arguments)
+    # each command is imported when it is wanted: `rloop status` must not wait for what training needs
+    if options.command == "train":
+        from rloop_mcore.main.train import train
+
+        return train(options.overrides, options.force)
+    if options.command == "plan":
+        from rloop_mcore.main.plan import plan
+
+        return plan(options.overrides, options.json, options.search)
+    if options.command == "launch":
+        from rloop_mcore.main.launch import launch
+
+        return launch(options)
+    if options.command == "node":
+        from rloop_mcore.main.node import node
+
+        return node(options.overrides, options.force)
+    if options.command == "evaluate":
+        from rloop_mcore.main.evaluate import evaluate
+
+        return evaluate(options)
+    if options.command == "convert":
+        from rloop_mcore.main.convert import convert
+
+        return convert(options)
+    if options.command == "report":
+        from rloop_mcore.main.report import report
+
+        return report(options)
+    if options.command == "compare":
+        from rloop_mcore.main.compare import compare
+
+        return compare(options.first, options.second, options.out, options.json)
+    if options.command == "preflight":
+        from rloop_mcore.main.preflight import preflight
+
+        return preflight(options)
+    if options.command == "status":
+        from rloop_mcore.main.status import status
+
+        return status(options.run, options.json)
+    if options.command == "cache":
+        from rloop_mcore.main.cache import cache
+
+        return cache(options)
+    if options.command == "trace":
+        from rloop_mcore.main.trace import trace
+
+        return trace(options.run, options.out)
+    from rloop_mcore.main.grade import grade
+
+    return grade(options.file, options.json, options.answer_format)
+
+
+def _unread() -> bool:
+    """Whether who read the output has seen enough, as `head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # 0: errors alone
+    return bool(poll.poll(0))
 
 
 def _told(error: OSError) -> tuple[int, str] | None:

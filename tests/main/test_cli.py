@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,25 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     assert caught.value.code == 2
     assert "cannot be written in" in capsys.readouterr().err
     assert parse(["report", "run", "--export", str(tmp_path / "new/folder")])
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    """`rloop plan --json | head`."""
+    script = "import sys; from rloop_mcore.main.cli import main; sys.stdin.read(); sys.exit(main())"
+    command = [sys.executable, "-c", script, "plan", "model=qwen2.5_7b", "--json"]
+    planning = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert planning.stdout is not None
+    planning.stdout.close()
+    planning.stdout = None  # communicate would read it
+    _, said = planning.communicate(timeout=60)
+    assert (planning.returncode, said) == (141, "")
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refuse(BrokenPipeError(errno.EPIPE, "of an engine"), monkeypatch)
+    with open(tmp_path / "out", "w") as out, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            main(["status", "run"])
