@@ -37,6 +37,7 @@ from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.weights.tensor_files import catalogue
 
@@ -236,10 +237,5 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, *SCHEDULERS)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with handling((signal.SIGTERM, signal.SIGINT, *SCHEDULERS), handle):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
