@@ -165,8 +165,8 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
     if meeting is not None:
         try:
             (place, keeper), log = first_place(config, run, meeting), meeting.log("torchrun-0")
-        except Fault as error:
-            run.write_ending(1, str(error), str(error))
+        except (UserError, Fault, OSError) as error:
+            run.write_error(error)
             raise
     watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
