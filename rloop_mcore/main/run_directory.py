@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore.compose import read_config
-from rloop_mcore.config import Config
+from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
 from rloop_mcore.platform.files import passing_over_a_full_disk, try_lock, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
-GENERATED_MODEL = "countdown"  # as model.path
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
 
 

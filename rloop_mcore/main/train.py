@@ -17,7 +17,7 @@ import psutil
 
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
-from rloop_mcore.config import Config
+from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
@@ -31,7 +31,7 @@ from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.head import explain, first_place
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
-from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
+from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
