@@ -32,7 +32,7 @@ from rloop_mcore.main.head import explain, first_place
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
-from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
+from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
@@ -203,8 +203,10 @@ def _watch(
         except subprocess.TimeoutExpired:
             if (why := watchdog.look()) is not None:
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = end_stalled(run, meeting, nodes)
+                kept = keep_all_stacks(run, meeting, nodes)
+                # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
+                kill_children()
             if meeting is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
                 log = meeting.log("engines-0")
                 run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))

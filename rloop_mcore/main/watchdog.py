@@ -79,20 +79,21 @@ def step_seconds(metrics: Path) -> float | None:
     return median(gaps[-_LAST_STEPS:]) if gaps else None
 
 
-def end_stalled(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
-    """Keep the stacks of the run's processes, those on the other nodes of the job too, then kill this node's.
-
-    Returns, in words, where they are.
-    """
+def keep_all_stacks(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
+    """Write the stacks of the run's processes, on the other nodes of the job too; returns, in words, where they are."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kept = [keep_stacks(run, stamp)]
     if meeting is not None and nodes > 1:
         meeting.ask_for_stacks(stamp)
         kept += meeting.wait_for_stacks(nodes, _OTHERS_S)
+    return ", ".join(kept)
+
+
+def kill_children() -> None:
+    """This process's, and theirs."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()
-    return ", ".join(kept)
 
 
 def keep_stacks(run: RunDirectory, stamp: str) -> str:
