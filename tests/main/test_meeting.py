@@ -140,8 +140,7 @@ def test_the_first_node_is_where_the_others_see_it() -> None:
 
 def test_torchrun_gets_fixed_numbers() -> None:
     options = Place(2, 1, 3, "127.0.0.1", "10.0.0.1", 4711).rendezvous()
-    assert options == ["--nnodes", "3", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "4711"]
-    assert Place(2).rendezvous()[0] == "--standalone"
+    assert options == ["--nnodes", "3", "--rdzv-conf", "rank=1", "--rdzv-endpoint", "10.0.0.1:4711"]
     assert Place(2).environment() == {"GLOO_SOCKET_IFNAME": "lo"}
 
 
