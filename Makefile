@@ -3,6 +3,10 @@ STACK ?=
 VENV := .venv$(if $(STACK),-$(STACK))
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed
+WHICH_STACK = stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+# uv, from where pip is told to install from
+INSTALL = env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
+	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q
 
 # Without bytecode each process compiles what it imports, which takes three times as long: uv makes none unless it is
 # told to, and container images often forbid Python to.
@@ -15,10 +19,9 @@ install: $(STAMP)
 
 $(STAMP): setup.py tools/find_python.sh $(wildcard constraints/*.txt)
 	@python=$$(tools/find_python.sh $(STACK)) && echo "== environment $(VENV) with $$python" && $$python -m venv --clear $(VENV)
-	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== installing the $$stack stack (constraints/$$stack.txt)" && \
+	@$(WHICH_STACK) && echo "== installing the $$stack stack (constraints/$$stack.txt)" && \
 	$(PYTHON) -m pip install -q uv==0.13.9 && \
-	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
+	$(INSTALL) --python $(PYTHON) -c constraints/$$stack.txt -e '.[dev]'
 	@touch $(STAMP)
 
 # TRL, the baseline of tools/bench/step_vs_trl.py, on the same torch and transformers in an environment of its own.
@@ -27,10 +30,9 @@ TRL_VENV := .venv-trl
 install-trl: $(TRL_VENV)/installed
 
 $(TRL_VENV)/installed: tools/bench/trl_constraints.txt $(STAMP)
-	@stack=$$($(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])') && echo "== environment $(TRL_VENV) ($$stack) with TRL" && \
+	@$(WHICH_STACK) && echo "== environment $(TRL_VENV) ($$stack) with TRL" && \
 	$(PYTHON) -m venv --clear $(TRL_VENV) && \
-	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --python $(TRL_VENV)/bin/python \
+	$(INSTALL) --python $(TRL_VENV)/bin/python \
 	-c constraints/$$stack.txt -c tools/bench/trl_constraints.txt trl
 	@touch $@
 
@@ -46,8 +48,7 @@ $(SGLANG_VENV)/installed: tools/find_python.sh | $(STAMP)
 	{ echo "SGLang needs $(SGLANG_FREE_GB) GB of free disk, and there are $$free: make room in $(CURDIR)." >&2; exit 1; }
 	@python=$$(tools/find_python.sh 3.12) && echo "== environment $(SGLANG_VENV) with $$python" && \
 	"$$python" -m venv --clear $(SGLANG_VENV) && \
-	env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_URL:+UV_DEFAULT_INDEX="$$PIP_INDEX_URL"} \
-	$${PIP_EXTRA_INDEX_URL:+UV_INDEX="$$PIP_EXTRA_INDEX_URL"} $(VENV)/bin/uv pip install -q --prerelease allow \
+	$(INSTALL) --prerelease allow \
 	--python $(SGLANG_VENV)/bin/python sglang==$(SGLANG_VERSION)
 	@touch $@
 
@@ -83,7 +84,7 @@ test-sglang: install install-sglang
 MBRIDGE := .venv-mbridge
 
 test-mbridge: install
-	@$(VENV)/bin/uv pip install -q --no-deps --python $(PYTHON) --target $(MBRIDGE) mbridge==0.15.1 einops
+	@$(INSTALL) --no-deps --python $(PYTHON) --target $(MBRIDGE) mbridge==0.15.1 einops
 	PYTHONPATH=$(MBRIDGE) $(PYTHON) -m pytest tests/weights/test_mbridge.py
 
 # Whole runs as jobs of a real Slurm on this machine: needs root, and Debian's packages, which it installs.

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+GENERATED_MODEL = "countdown"  # as model.path: the generated task's untrained model, which the run makes
+
 
 @dataclass
 class RunConfig:

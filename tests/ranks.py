@@ -27,6 +27,7 @@ def launch(script: Path, *arguments: str | Path, processes: int, timeout_s: floa
 def main(processes: int, *command: str) -> None:
     from rloop_mcore import platform
     from rloop_mcore.platform.process import importing
+    from rloop_mcore.platform.torchrun import BACKEND
 
     platform.setup("cpu", 1)
     with importing():
@@ -38,9 +39,9 @@ def main(processes: int, *command: str) -> None:
         max_nodes=1,
         nproc_per_node=processes,
         run_id="test",
-        rdzv_backend="c10d",
+        rdzv_backend=BACKEND,
         rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_configs={"rank": 0},
         max_restarts=0,
         monitor_interval=0.1,
         start_method="fork",

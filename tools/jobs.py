@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rloop_mcore.compose import load_config
+from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.platform.process import die_with_parent
 
 DEADLINE_S = 3600.0  # of jobs that run together
@@ -60,10 +60,9 @@ class Job:
 
     def progress(self) -> tuple[int, str]:
         """Steps done, and a figure or two of the last one."""
-        path = self.run / "metrics.jsonl" if self.run else None
-        if path is None or not path.exists():
-            return 0, "starting" if self.run else ""
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if self.run is None:
+            return 0, ""
+        lines = read_json_lines(self.run / "metrics.jsonl")
         steps = [line for line in lines if line["phase"] in ("sft", "explore")]
         if not steps:
             return 0, "starting"

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rloop_mcore.platform import CHUNK_LOGITS, KEPT_LOGITS
 from rloop_mcore.platform.kernels import add_product, fused, product
 
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits of a chunk: enough to keep the GEMM busy
-_KEPT = 1 << 24  # at most so many logits are one chunk, and kept for the backward pass: 64 MiB
 _NEVER = -1e30  # logit of a padding row of the vocabulary: finite, so that 0 * logit stays 0 in the entropy
 
 
@@ -52,7 +51,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # most losses only report the entropy
         tokens = hidden.size(0)
         maximum, partition, weighted, target = hidden.new_zeros(4, tokens, dtype=torch.float32).unbind()
-        keep = tokens * weight.size(0) <= _KEPT
+        keep = tokens * weight.size(0) <= KEPT_LOGITS
         ctx.logits = None
         for part in _chunks(tokens, weight.size(0), hidden.device):
             logits = _logits(hidden[part], weight, rows, scale)
@@ -127,7 +126,7 @@ _of_logits = fused(_gradient)
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    size = tokens if tokens * vocabulary <= _KEPT else max(1, _CHUNK[device.type] // vocabulary)
+    size = tokens if tokens * vocabulary <= KEPT_LOGITS else max(1, CHUNK_LOGITS[device.type] // vocabulary)
     return [slice(start, start + size) for start in range(0, tokens, max(1, size))]
 
 

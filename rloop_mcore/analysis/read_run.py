@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json_lines
 
 _CHECKPOINT_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
 
@@ -77,9 +78,9 @@ def read_run(path: Path) -> Run:
         path=path,
         config=config,
         settings=settings,
-        metrics=_read_lines(path / "metrics.jsonl"),
+        metrics=read_json_lines(path / "metrics.jsonl"),
         evaluations=_read_evaluations(path / "evaluation"),
-        journal=_read_lines(path / "journal.jsonl"),
+        journal=read_json_lines(path / "journal.jsonl"),
     )
 
 
@@ -116,19 +117,6 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no keys: it is not the configuration of a run")
     return text, settings or {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    *whole, _being_written = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}): the file is damaged") from error
-    return records
 
 
 def _read_evaluations(directory: Path) -> list[Evaluation]:

@@ -14,8 +14,9 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.errors import Fault, Interrupted, UserError
 
 # what a path of the user's can be that keeps it from being read or written
 _OF_A_PATH = (
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, sentence = told
         print(f"rloop: {sentence}", file=sys.stderr)
         return code
+    except Interrupted as why:
+        print(f"rloop: {why}; the same command goes on", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         return 130
 
@@ -58,9 +62,12 @@ def _run(arguments: list[str]) -> int:
     options = parse(arguments)
     # each command is imported when it is wanted: `rloop status` must not wait for what training needs
     if options.command == "train":
-        from rloop_mcore.main.train import train
+        from rloop_mcore.platform.process import handling
 
-        return train(options.overrides, options.force)
+        with handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), _interrupt):
+            from rloop_mcore.main.train import train
+
+            return train(options.overrides, options.force)
     if options.command == "plan":
         from rloop_mcore.main.plan import plan
 
@@ -115,6 +122,11 @@ def _unread() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # 0: errors alone
     return bool(poll.poll(0))
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """What asks a run to stop, while it is still to be started."""
+    raise Interrupted(f"{signal.Signals(number).name} came while no rank was running")
 
 
 def _told(error: OSError) -> tuple[int, str] | None:

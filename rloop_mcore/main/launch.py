@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
-from rloop_mcore.config import Config
+from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.problems import FILES, problem_sources
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory
+from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit

@@ -108,11 +108,11 @@ class Meeting:
 
     def wait_for_nodes(self, nodes: int, timeout_s: float) -> list[dict[str, str]]:
         """What nodes 1 .. `nodes` - 1 said in `hello`. Raises Fault that names those that said nothing."""
-        missing = range(1, nodes)
+        missing = list(range(1, nodes))
 
         def all_here() -> bool:
             nonlocal missing
-            missing = [node for node in missing if not (self.folder / f"node-{node}.json").exists()]  # type: ignore[assignment]
+            missing = [node for node in missing if not (self.folder / f"node-{node}.json").exists()]
             return not missing
 
         try:

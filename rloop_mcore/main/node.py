@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,8 +66,7 @@ def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
     try:
         work = _start(overrides, run, meeting, number)
     except (UserError, Fault, OSError) as error:
-        report = "" if isinstance(error, UserError) else traceback.format_exc()
-        run.write_ending(1 if report else 2, f"node {number} ({socket.gethostname()}): {error}", report)
+        run.write_error(error, f"node {number} ({socket.gethostname()}): ")
         _wait_for_the_first(meeting)
         raise
     return 0 if work is None else _follow(run, meeting, number, work)

@@ -11,6 +11,7 @@ from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed
+from rloop_mcore.platform.files import remove_abandoned
 from rloop_mcore.progress import ProgressDisplay
 
 NEWEST, PICKED = "last", "best"
@@ -71,11 +72,14 @@ def as_hf_folder(source: Source, keep_in: Path, display: ProgressDisplay) -> Pat
 
     keep_in.mkdir(parents=True, exist_ok=True)
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    remove_abandoned(target)
     try:
         conversion = mcore_to_hf.plan(source.path, target, threads=threads, config=_config_folder(source.path))
         display.message(f"converting {source.path} to {target}")
         conversion.run(lambda size: None)
     except OSError as error:
+        if target.exists():  # another evaluation of the checkpoint was quicker
+            return target
         gone = "" if source.path.exists() else " (its run has removed it meanwhile: try again)"
         raise Fault(f"{source.path} was not converted: {error}{gone}.") from error
     return target

@@ -34,13 +34,9 @@ class Place:
     port: int = 0
 
     def rendezvous(self) -> list[str]:
-        """torchrun's options. Ranks follow the nodes' numbers: its dynamic rendezvous might give rank 0 to any node."""
-        if self.nodes == 1:
-            return ["--standalone", "--local-addr=127.0.0.1"]
-        return [
-            *("--nnodes", str(self.nodes), "--node-rank", str(self.node)),
-            *("--master-addr", self.head, "--master-port", str(self.port)),
-        ]
+        """The options of `platform/torchrun.py`."""
+        endpoint = f"{self.head}:{self.port}"
+        return ["--nnodes", str(self.nodes), "--rdzv-conf", f"rank={self.node}", "--rdzv-endpoint", endpoint]
 
     def environment(self) -> dict[str, str]:
         """The interface by which the nodes reach each other: loopback where there is but one."""
@@ -52,7 +48,7 @@ def start_ranks(run: Path, place: Place, log: Path) -> subprocess.Popen[bytes]:
     """Start torchrun with `place.ranks` ranks of the run; what it says goes to `log`."""
     supervisor = os.getpid()
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", *place.rendezvous()),
+        *(sys.executable, "-m", "rloop_mcore.platform.torchrun", *place.rendezvous()),
         *("--nproc-per-node", str(place.ranks), "-m", "rloop_mcore.main.worker", str(run)),
     ]
     with open(log, "ab") as file:

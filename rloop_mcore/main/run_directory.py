@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore.compose import read_config
-from rloop_mcore.config import Config
-from rloop_mcore.errors import UserError
+from rloop_mcore.config import GENERATED_MODEL, Config
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
 from rloop_mcore.platform.files import passing_over_a_full_disk, try_lock, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
-GENERATED_MODEL = "countdown"  # as model.path
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
 
 
@@ -149,6 +149,14 @@ class RunDirectory:
             write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
             if report:
                 write_atomic(self.path / "fault.txt", report)
+
+    def write_error(self, error: BaseException, where: str = "") -> None:
+        """That the run ended with `error`, which was just caught: a mistake of the user's, else a fault."""
+        if isinstance(error, UserError):
+            self.write_ending(2, f"{where}{error}")
+        else:
+            kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
+            self.write_ending(1, f"{where}{kind}{error}", traceback.format_exc())
 
     def ending(self) -> dict[str, Any] | None:
         return read_json(self.path / "ending.json")

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rloop_mcore.errors import UserError
 from rloop_mcore.keeping import best
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
 _SAID_ABOVE = ("iteration", "phase", "step", "total", "time")
@@ -68,7 +68,7 @@ def read_status(run: RunDirectory, digest: bool = True) -> dict[str, Any]:
         "best": _best(run, records),
         "expert": [r["experts"] for r in records if r["event"] == "done" and r["phase"] == "select"],
         "guard": [{key: r[key] for key in _GUARD} for r in records if r["event"] == "guard"],
-        "metrics": _last_metrics(run.path / "metrics.jsonl"),
+        "metrics": next(reversed(read_json_lines(run.path / "metrics.jsonl")), {}),
     }
 
 
@@ -87,13 +87,3 @@ def _state(run: RunDirectory, finished: bool) -> str:
         return "finished"
     ending = run.ending()
     return "failed" if ending is not None and ending["code"] == 1 else "interrupted"
-
-
-def _last_metrics(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    *whole, _being_written = path.read_bytes().split(b"\n")
-    try:
-        return dict(json.loads(whole[-1])) if whole else {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}, line {len(whole)} is damaged ({error}): remove that line.") from error

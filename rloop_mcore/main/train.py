@@ -17,7 +17,7 @@ import psutil
 
 from rloop_mcore import platform, validate
 from rloop_mcore.compose import load_config, to_yaml
-from rloop_mcore.config import Config
+from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
@@ -31,12 +31,13 @@ from rloop_mcore.main.deadline import check_job_end, in_words, job_end
 from rloop_mcore.main.head import explain, first_place
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
-from rloop_mcore.main.run_directory import GENERATED_MODEL, RunDirectory, check_not_removed, log_tail
-from rloop_mcore.main.watchdog import STALLED, Watchdog, end_stalled
+from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
+from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.weights.tensor_files import catalogue
 
@@ -164,8 +165,8 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
     if meeting is not None:
         try:
             (place, keeper), log = first_place(config, run, meeting), meeting.log("torchrun-0")
-        except Fault as error:
-            run.write_ending(1, str(error), str(error))
+        except (UserError, Fault, OSError) as error:
+            run.write_error(error)
             raise
     watchdog = Watchdog(run, config)
     ranks = start_ranks(run.path, place, log)
@@ -202,8 +203,10 @@ def _watch(
         except subprocess.TimeoutExpired:
             if (why := watchdog.look()) is not None:
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = end_stalled(run, meeting, nodes)
+                kept = keep_all_stacks(run, meeting, nodes)
+                # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
+                kill_children()
             if meeting is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
                 log = meeting.log("engines-0")
                 run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
@@ -236,10 +239,5 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, *SCHEDULERS)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with handling((signal.SIGTERM, signal.SIGINT, *SCHEDULERS), handle):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

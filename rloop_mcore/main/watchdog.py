@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable
@@ -10,14 +9,15 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 
 from rloop_mcore.config import Config
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.stacks import collect
+from rloop_mcore.platform.files import read_json_lines
 
 STALLED = "stalled"  # an ending begins so
 
@@ -67,12 +67,10 @@ class Watchdog:
 
 def step_seconds(metrics: Path) -> float | None:
     """Median seconds between the last steps of the phase that is under way; None where there are not two."""
-    lines: list[dict[str, Any]] = []
-    with suppress(OSError):
-        for text in metrics.read_bytes().splitlines():
-            with suppress(ValueError):  # the last line may not be complete
-                lines.append(json.loads(text))
-    steps = [line for line in lines if line["total"]]
+    try:
+        steps = [line for line in read_json_lines(metrics) if line["total"]]
+    except (OSError, UserError):  # of a file server that is away, or of damage: not what a watchdog ends by
+        return None
     gaps = [
         after["time"] - before["time"]
         for before, after in pairwise(steps)
@@ -81,20 +79,21 @@ def step_seconds(metrics: Path) -> float | None:
     return median(gaps[-_LAST_STEPS:]) if gaps else None
 
 
-def end_stalled(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
-    """Keep the stacks of the run's processes, those on the other nodes of the job too, then kill this node's.
-
-    Returns, in words, where they are.
-    """
+def keep_all_stacks(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
+    """Write the stacks of the run's processes, on the other nodes of the job too; returns, in words, where they are."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kept = [keep_stacks(run, stamp)]
     if meeting is not None and nodes > 1:
         meeting.ask_for_stacks(stamp)
         kept += meeting.wait_for_stacks(nodes, _OTHERS_S)
+    return ", ".join(kept)
+
+
+def kill_children() -> None:
+    """This process's, and theirs."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()
-    return ", ".join(kept)
 
 
 def keep_stacks(run: RunDirectory, stamp: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,7 @@ import psutil
 from rloop_mcore import platform
 from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
-from rloop_mcore.errors import Fault, Interrupted, UserError
+from rloop_mcore.errors import Interrupted, UserError
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
@@ -52,12 +51,11 @@ def main() -> int:
     except Interrupted as why:
         run.write_ending(75, f"stopped: {str(why) or run.stop_reason()}; the same command goes on from here")
     except UserError as error:
-        run.write_ending(2, str(error))
+        run.write_error(error)
         return 1
     except BaseException as error:
         if run.ending() is None:  # the first rank to fall knows why
-            kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
-            run.write_ending(1, f"rank {rank}: {kind}{error}", traceback.format_exc())
+            run.write_error(error, f"rank {rank}: ")
         raise
     else:
         if rank == 0:

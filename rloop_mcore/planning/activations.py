@@ -14,12 +14,11 @@ from rloop_mcore.config import Config, LayoutConfig
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.parameters import Chunk, vocabulary_rows
 from rloop_mcore.planning.workload import longest_row, rows_of_update
+from rloop_mcore.platform import CHUNK_LOGITS, KEPT_LOGITS
 from rloop_mcore.platform.precision import RECIPES, element_bytes, token_multiple
 
 _FP32 = 4
 _INDEX = 8
-# Of actor/logprobs.py: logits of a chunk, and the number up to which they are kept instead of computed again.
-_CHUNK_LOGITS, _CPU_CHUNK_LOGITS, _KEPT_LOGITS = 1 << 28, 1 << 22, 1 << 24
 _OF_THE_LOSS = 4 * 9 + 2 * _INDEX + 1  # bytes of a response token: logprobs, entropy, ratios, weights; two indices
 
 
@@ -119,7 +118,7 @@ def chunk_bytes(
 
 def _kept_logits(model: Architecture, tp: int, tokens: int) -> int:
     logits = tokens * vocabulary_rows(model, tp)
-    return logits * _FP32 if logits <= _KEPT_LOGITS else 0
+    return logits * _FP32 if logits <= KEPT_LOGITS else 0
 
 
 def layer_working_bytes(
@@ -143,8 +142,8 @@ def loss_working_bytes(model: Architecture, layout: LayoutConfig, tokens: int, m
     """
     rows = vocabulary_rows(model, layout.tp)
     chunk = tokens * rows
-    if chunk > _KEPT_LOGITS:
-        chunk = min(chunk, max(rows, (_CHUNK_LOGITS if modules.fused else _CPU_CHUNK_LOGITS) // rows * rows))
+    if chunk > KEPT_LOGITS:
+        chunk = min(chunk, max(rows, CHUNK_LOGITS["cuda" if modules.fused else "cpu"] // rows * rows))
     logits = chunk * (2 * _FP32 + modules.element)
     weight = rows * model.hidden * _FP32
     return (

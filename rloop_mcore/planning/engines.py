@@ -9,14 +9,13 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters
-from rloop_mcore.platform.precision import element_bytes
+from rloop_mcore.platform.precision import FP8_BLOCK, element_bytes
 
 GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about
 _BESIDE = 4 * GIB  # activations, CUDA graphs, context: outside of the fraction (assumed)
 _ASLEEP = GIB  # what a sleeping engine keeps (assumed)
-_FP8_BLOCK = 128  # rows and columns of a matrix that have a scale
-_FP8_BYTES = 1 + 4 / _FP8_BLOCK**2  # a value, and its share of the scale
+_FP8_BYTES = 1 + 4 / FP8_BLOCK**2  # a value, and its share of the scale
 _MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _OF_A_GROUP = ("embedding", "linear_qkv", "linear_qkv.bias", "linear_proj")  # data parallel attention copies them
 
@@ -116,8 +115,8 @@ def check_engine(model: Architecture, rollout: RolloutConfig) -> None:
         "moe_intermediate_size" if model.experts else "intermediate_size": (ffn, ffn_tp),
     }
     for name, (size, ranks) in sides.items():
-        if size % (_FP8_BLOCK * ranks):
+        if size % (FP8_BLOCK * ranks):
             raise UserError(
-                f"rollout.quantization=fp8 works in blocks of {_FP8_BLOCK} x {_FP8_BLOCK}, and {name}={size} over "
+                f"rollout.quantization=fp8 works in blocks of {FP8_BLOCK} x {FP8_BLOCK}, and {name}={size} over "
                 f"{ranks} GPUs is no multiple: use fewer, or rollout.quantization=none."
             )

@@ -18,6 +18,10 @@ from rloop_mcore.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# of the policy's logits, in fp32 (actor/logprobs.py)
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # computed at once: enough to keep the GEMM busy
+KEPT_LOGITS = 1 << 24  # at most so many are one chunk, and kept for the backward pass: 64 MiB
+
 _device: torch.device | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rloop_mcore.errors import UserError
 
@@ -143,3 +145,20 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file atomically and durably."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file to which lines are still added: one that is not ended is none yet. None without a file.
+
+    Raises UserError that names a damaged line.
+    """
+    if not path.exists():
+        return []
+    *whole, _being_written = path.read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is no JSON object ({error}): the file is damaged.") from error
+    return objects

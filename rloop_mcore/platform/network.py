@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable
 
 import psutil
 
@@ -53,13 +52,14 @@ def address_of(interface: str) -> str:
 
 def free_port(address: str, seed: int) -> int:
     """A port of `address` that nobody listens on, the same for the same `seed` while it is free. Raises OSError."""
-    for port in _in_turn(seed):
+    first = usual_port(seed)
+    for port in (*range(first, _PORTS.stop), *range(_PORTS.start, first)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((address, port))
             return port
     raise OSError(f"no port of {address} from {_PORTS.start} to {_PORTS.stop - 1} is free")
 
 
-def _in_turn(seed: int) -> Iterable[int]:
-    first = seed * 101 % len(_PORTS)  # jobs that follow each other do not collide when one takes the next port
-    return (*_PORTS[first:], *_PORTS[:first])
+def usual_port(seed: int) -> int:
+    """The one that `free_port` tries first."""
+    return _PORTS[seed * 101 % len(_PORTS)]  # jobs that follow each other do not collide when one takes the next port

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 PRECISIONS = ("bf16", "fp32", *RECIPES)
+FP8_BLOCK = 128  # rows and columns of a matrix of an FP8 checkpoint that share a scale
 _TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}  # of a GEMM, as Transformer Engine keeps their scales
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import rloop_mcore
 from rloop_mcore import platform
-from rloop_mcore.config import Config
+from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import UserError
 
-_NO_MODEL = ("?", "countdown")  # as model.path: none was given; the run makes one
 _PATIENCE_S = 30.0
 _SGLANG = "from importlib.metadata import version; print(version('sglang'))"
 
@@ -71,7 +70,7 @@ def gather(config: Config) -> Facts:
         except OSError as error:
             trouble["run.dir" if folder == config.run.dir else folder] = f"{folder}: {error.strerror}"
     model = Path(config.model.path) / "config.json"
-    if config.model.path not in _NO_MODEL and not model.is_file():
+    if config.model.path not in ("?", GENERATED_MODEL) and not model.is_file():
         trouble["model"] = f"sees no {model}: model.path must be on a file system that all nodes share"
     return Facts(
         host=socket.gethostname(),

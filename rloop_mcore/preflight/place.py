@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.network import usual_port
 
-_PORTS = range(20000, 30000)  # below those that Linux gives away; the job's number picks one
 _ITEM = re.compile(r"[^,\[\]]*(?:\[[^\[\]]*\][^,\[\]]*)*")
 
 
@@ -52,7 +52,7 @@ def place_of(
     if master is None:
         if not (known and "SLURM_JOB_ID" in environment):
             raise UserError(f"--nodes {nodes} needs --master HOST:PORT, where node 0 can be reached.")
-        return Place(nodes, rank, known[0], _PORTS[int(environment["SLURM_JOB_ID"]) % len(_PORTS)], known)
+        return Place(nodes, rank, known[0], usual_port(int(environment["SLURM_JOB_ID"])), known)
     host, _, port = master.rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"--master {master}: write HOST:PORT, e.g. {known[0] if known else 'n1'}:29411.")

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rloop_mcore.platform.precision import FP8_BLOCK
+
 if TYPE_CHECKING:
     from rloop_mcore.protocols import NamedTensors
 
-BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 SCALE_SUFFIX = "_scale_inv"  # of the name of a matrix: what its values are multiplied by
 QUANTIZATION_CONFIG: Mapping[str, object] = {  # what config.json of such a checkpoint says
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
 }
 
 _LARGEST = torch.finfo(DTYPE).max  # 448
@@ -37,9 +38,9 @@ def quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     arXiv 2412.19437, section 3.3). Raises ValueError for a matrix that is not whole blocks.
     """
     rows, columns = matrix.shape
-    if rows % BLOCK or columns % BLOCK:
-        raise ValueError(f"FP8 wants matrices of whole blocks of {BLOCK} x {BLOCK}, got {rows} x {columns}")
-    blocks = matrix.detach().float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    if rows % FP8_BLOCK or columns % FP8_BLOCK:
+        raise ValueError(f"FP8 wants matrices of whole blocks of {FP8_BLOCK} x {FP8_BLOCK}, got {rows} x {columns}")
+    blocks = matrix.detach().float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
     scales = blocks.abs().amax(dim=(1, 3)).clamp(min=_SMALLEST) / _LARGEST
     values = (blocks / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST)  # the division may round above it
     return values.to(DTYPE).view(rows, columns), scales
@@ -48,7 +49,7 @@ def quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """bfloat16 [rows, columns] of what `quantize` gave: value times the scale of its block."""
     rows, columns = values.shape
-    blocks = values.float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    blocks = values.float().view(rows // FP8_BLOCK, FP8_BLOCK, columns // FP8_BLOCK, FP8_BLOCK)
     return (blocks * scales[:, None, :, None]).view(rows, columns).bfloat16()
 
 

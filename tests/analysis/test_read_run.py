@@ -49,7 +49,7 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_damage_is_located(rloop_run: Path) -> None:
     (rloop_run / "metrics.jsonl").write_text("{}\nnot json\n{}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no JSON object"):
         read_run(rloop_run)
 
 

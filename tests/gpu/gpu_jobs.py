@@ -109,7 +109,7 @@ def run(
     out = folder / f"{jobs[0]['name']}.{device}{processes}.pt"
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "rloop_mcore.platform.torchrun", "--nproc-per-node", str(processes)]
     # A compiler pool of as many processes as cores, each with torch, for a handful of small kernels: no.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= {"OMP_NUM_THREADS": "4", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rloop_mcore.main.arguments import parse
 from rloop_mcore.main.cli import main
+from rloop_mcore.main.run_directory import RunDirectory
 
 
 def refuse(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +120,22 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_pat
         patched.setattr(sys, "stdout", out)
         with pytest.raises(BrokenPipeError):
             main(["status", "run"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_stop_before_it_has_begun_wants_to_be_started_again(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Slurm's warning comes that early where a job has no more time than that."""
+    run = RunDirectory(tmp_path / "run")
+    command = [sys.executable, "-m", "rloop_mcore.main.cli", "train", "experiment=tiny", f"run.dir={run.path}"]
+    with run.lock(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lock = str(run.path / "lock")
+        while lock not in {file.path for file in psutil.Process(process.pid).open_files()}:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert said == f"rloop: {number.name} came while no rank was running; the same command goes on\n"
+    assert process.returncode == 75
+    assert run.ending() is None

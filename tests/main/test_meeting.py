@@ -75,6 +75,17 @@ def test_a_run_whose_nodes_do_not_come_says_why_it_failed(tmp_path: Path) -> Non
     assert (tmp_path / "fault.txt").exists()
 
 
+def test_a_first_node_without_the_jobs_interface_says_so_in_the_run_too(tmp_path: Path) -> None:
+    words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
+    run, meeting = RunDirectory(tmp_path), Meeting(tmp_path)
+    meeting.hello(1)
+    with pytest.raises(UserError):
+        _supervise(run, load_config([*words, "cluster.interface=ib7"]), meeting)
+    ending = run.ending()
+    assert ending is not None
+    assert (ending["code"], ending["message"][:24]) == (2, "cluster.interface=ib7 ha")
+
+
 def test_a_node_on_which_alone_something_is_wrong_does_not_keep_that_to_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +140,7 @@ def test_the_first_node_is_where_the_others_see_it() -> None:
 
 def test_torchrun_gets_fixed_numbers() -> None:
     options = Place(2, 1, 3, "127.0.0.1", "10.0.0.1", 4711).rendezvous()
-    assert options == ["--nnodes", "3", "--node-rank", "1", "--master-addr", "10.0.0.1", "--master-port", "4711"]
-    assert Place(2).rendezvous()[0] == "--standalone"
+    assert options == ["--nnodes", "3", "--rdzv-conf", "rank=1", "--rdzv-endpoint", "10.0.0.1:4711"]
     assert Place(2).environment() == {"GLOO_SOCKET_IFNAME": "lo"}
 
 

@@ -1,13 +1,21 @@
-"""Which policy `--policy` and `--step` mean."""
+"""Which policy `--policy` and `--step` mean, and a checkpoint's as an HF folder."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.policies import find_policy
+from rloop_mcore.main.cli import main
+from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
+from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.weights import mcore_to_hf
+from rloop_mcore.weights.conversion import Conversion
+from rloop_mcore.weights.digest import digest_of
 
 
 @pytest.fixture
@@ -70,3 +78,27 @@ def test_a_folder_has_no_steps(run: Path) -> None:
         find_policy(run / "policies" / "base", "last")
     with pytest.raises(UserError, match="was removed"):
         find_policy(run / "policies" / "i0_explore_000004", None)
+
+
+def test_two_evaluations_of_a_checkpoint_convert_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one takes the quicker one's folder, and what a killed one had begun goes."""
+    write_model(tmp_path / "base", seed=0)
+    assert main(["convert", str(tmp_path / "base"), str(tmp_path / "checkpoint")]) == 0
+    source, plan = Source(tmp_path / "checkpoint"), mcore_to_hf.plan
+    begun: list[Path] = []
+
+    def also_done_elsewhere(path: Path, target: Path, **options: Any) -> Conversion:
+        begun.append(target)
+        plan(path, target, **options).run(lambda size: None)
+        return plan(path, target, **options)
+
+    monkeypatch.setattr(mcore_to_hf, "plan", also_done_elsewhere)
+    folder = as_hf_folder(source, tmp_path / "first", ProgressDisplay())
+    assert digest_of(folder) == digest_of(tmp_path / "base")
+
+    monkeypatch.setattr(mcore_to_hf, "plan", plan)
+    left = tmp_path / "second" / f".tmp-1-{begun[0].name}"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    as_hf_folder(source, tmp_path / "second", ProgressDisplay())
+    assert not left.exists()

@@ -93,7 +93,7 @@ def test_damaged_metrics_are_a_sentence_and_a_line_that_is_being_written_is_none
     run = RunDirectory(tmp_path)
     run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line \d is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line \d is no JSON object"):
         status(tmp_path, as_json=True)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 1}\n{"b"')
     assert read_status(run)["metrics"] == {"a": 1}

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from simulated_fleet import SimulatedFleet, make_requests, run_virtually
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import RewardConfig, TrackingConfig
+from rloop_mcore.main import run_directory, train
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.stacks import collect
 from rloop_mcore.main.watchdog import Watchdog, step_seconds
@@ -104,6 +106,28 @@ def test_time_in_which_everything_was_stopped_does_not_count(tmp_path: Path) -> 
     clock.now += 3600.0  # Slurm suspends a job so
     assert watchdog.look() is None
     assert silent_for(watchdog, clock, 10) is not None
+
+
+def test_why_a_stalled_run_ends_stands_there_before_its_ranks_fall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank of another node, which loses them then, looks whether something stands there before it says so."""
+    run, seen = RunDirectory(tmp_path), []
+    write, watchdog = run_directory.write_atomic, watch(tmp_path)[0]
+    monkeypatch.setattr(train, "_LOOK_S", 0.05)
+    monkeypatch.setattr(watchdog, "look", lambda: "stalled")
+    monkeypatch.setattr(run_directory, "write_atomic", lambda *file: (time.sleep(0.5), write(*file)))  # a slow disk
+    with subprocess.Popen(["sleep", "60"]) as ranks:
+
+        def rank_elsewhere() -> None:
+            os.waitid(os.P_PID, ranks.pid, os.WEXITED | os.WNOWAIT)
+            seen.append(run.ending())
+
+        other = threading.Thread(target=rank_elsewhere)
+        other.start()
+        assert train._watch(run, ranks, None, watchdog, None, 1) == -9
+        other.join(20)
+    assert [ending["code"] for ending in seen if ending] == [75]
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def policy_logprobs(kept: int, of_entropy: float) -> dict[str, torch.Tensor]:
     group = parallel_state.get_tensor_model_parallel_group()
     shard = whole.chunk(2)[dist.get_rank()].clone().requires_grad_()
     mine = hidden.clone().requires_grad_()
-    logprobs._KEPT, logprobs._CHUNK["cpu"] = kept, 4 * len(shard)
+    logprobs.KEPT_LOGITS, logprobs.CHUNK_LOGITS["cpu"] = kept, 4 * len(shard)
     values, entropy = logprobs.token_logprobs(mine, shard, targets, VOCABULARY, TEMPERATURE, group)
     loss = (values * weights[0]).sum()
     (loss + (entropy * weights[1]).sum() if of_entropy else loss).backward()

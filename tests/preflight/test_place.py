@@ -33,7 +33,7 @@ def test_what_is_no_list(text: str) -> None:
 def test_slurms_variables() -> None:
     job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_NODEID": "0"}
     step = job | {"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[2-4]", "SLURM_NODEID": "2"}
-    assert place_of(None, None, None, None, step) == Place(3, 2, "n2", 22345, ("n2", "n3", "n4"))
+    assert place_of(None, None, None, None, step) == Place(3, 2, "n2", 30845, ("n2", "n3", "n4"))
     assert place_of(2, 1, "10.0.0.1:99", "a,b", step) == Place(2, 1, "10.0.0.1", 99, ("a", "b"))
     assert place_of(2, 1, "10.0.0.1:99", None, step) == Place(2, 1, "10.0.0.1", 99, ())
     with pytest.raises(UserError, match="the job has 4 nodes: write `srun --ntasks-per-node=1 rloop preflight"):

@@ -83,7 +83,7 @@ def tree(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
         except psutil.NoSuchProcess:  # it ended meanwhile, as helpers of the compiler and reward workers do
             continue
         for role, mark in (
-            ("torchrun", "torch.distributed.run"),
+            ("torchrun", "rloop_mcore.platform.torchrun"),
             ("rank", "rloop_mcore.main.worker"),
             ("engine", "rloop_mcore.rollout.embedded"),
             ("reward", "rloop_mcore.reward"),

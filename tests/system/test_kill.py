@@ -113,14 +113,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which a process can be called."""
+    with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
+        return {found.laddr.ip for found in process.net_connections() if found.status == psutil.CONN_LISTEN}
+    return set()
+
+
 def signalled(run_dir: Path, number: signal.Signals, place: str, condition: Condition) -> None:
     """Start the run and tell it to stop: SIGTERM to the supervisor, what schedulers send to every process."""
     process = runs.start(run_dir)
     runs.wait_for(place, lambda: condition(runs.records(run_dir)), process)
-    told = [psutil.Process(process.pid)]
-    if number != signal.SIGTERM:
-        told += told[0].children(recursive=True)
-    for each in told:
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert {place for each in everyone for place in listening(each)} == {"127.0.0.1"}
+    for each in everyone if number != signal.SIGTERM else everyone[:1]:
         with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
             each.send_signal(number)
     assert process.wait(runs.DEADLINE_S) == 75

@@ -43,7 +43,7 @@ def main() -> None:
 def run(model: Path, how: str, repeats: int) -> dict[str, float]:
     """The medians of one way that weights get to the engines: handles of shared memory, or broadcast."""
     ranks, out = Path(__file__).with_name("sync_ranks.py"), model.with_name("result.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ranks)]
+    command = [sys.executable, "-m", "rloop_mcore.platform.torchrun", "--nproc-per-node", "2", str(ranks)]
     subprocess.run([*command, str(model), str(out), str(repeats), how], check=True, timeout=DEADLINE_S)
     found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return found
