@@ -11,7 +11,7 @@ import numpy as np
 
 from rloop_mcore.analysis.answers import Answers, read_answers
 from rloop_mcore.analysis.coverage import distinct_solutions
-from rloop_mcore.analysis.curves import checkpoint_label, rl_step
+from rloop_mcore.analysis.curves import rl_step
 from rloop_mcore.analysis.forgetting import solved_matrix
 from rloop_mcore.analysis.read_run import Evaluation, Run
 from rloop_mcore.analysis.similarity import similarity_matrix
@@ -33,10 +33,11 @@ class _File:
 class Checkpoints:
     """Evaluated policies in the order of training; all sequences and first axes are [checkpoints].
 
-    `solved` is bool [checkpoints, problems]; `distinct` the mean number of different correct solutions a problem.
+    `places` are their short names: θ0, or iteration · step. `solved` is bool [checkpoints, problems]; `distinct` the
+    mean number of different correct solutions a problem.
     """
 
-    labels: list[str]
+    places: list[str]
     rl_steps: list[int]
     iterations: list[int]
     problems: list[str]
@@ -45,7 +46,7 @@ class Checkpoints:
     files: list[_File]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rl_steps)
 
     def similarity(self) -> tuple[list[int], int, list[float], np.ndarray]:
         """(checkpoints compared, number of problems, samples a problem of each checkpoint, S over them).
@@ -78,7 +79,7 @@ def _read(run: Run, evaluations: Sequence[Evaluation]) -> Checkpoints:
     summaries = [_summary(file) for _, file in there]
     problems, solved = solved_matrix([summary.verdicts for summary in summaries])
     return Checkpoints(
-        labels=[checkpoint_label(each) for each, _ in there],
+        places=["θ0" if each.phase == "base" else f"{each.iteration + 1} · {each.step}" for each, _ in there],
         rl_steps=[rl_step(run, each) for each, _ in there],
         iterations=[each.iteration for each, _ in there],
         problems=problems,

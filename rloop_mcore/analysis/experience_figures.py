@@ -13,7 +13,19 @@ import numpy as np
 from rloop_mcore.analysis import curves
 from rloop_mcore.analysis.hard_set import HardSet, hard_sets
 from rloop_mcore.analysis.lengths import QUANTILES, Lengths, length_drift
-from rloop_mcore.analysis.plots import DASHES, FROM_ZERO, PERCENT, RL_STEP, Figure, colour, layout, resets, shape_of
+from rloop_mcore.analysis.plots import (
+    DASHES,
+    FROM_ZERO,
+    PERCENT,
+    RL_STEP,
+    Figure,
+    colour,
+    fill,
+    layout,
+    resets,
+    shape_of,
+    stroke,
+)
 from rloop_mcore.analysis.read_run import Run
 from rloop_mcore.analysis.samples import read_samples, shard_paths
 
@@ -76,7 +88,7 @@ def hard_set_figures(runs: Sequence[Run]) -> list[Figure]:
             text = [f"{each.entered} came, {each.stayed} stayed, {each.left} went" for each in sets[1:]]
             bar = {"type": "bar", "name": escape(run.name), "x": x[1:], "y": y, "text": text, "textposition": "none"}
             hover = "%{y:.0%}: %{text}<extra></extra>"
-            turnover.append(bar | {"marker": {"color": colour(index)}, "hovertemplate": hover})
+            turnover.append(bar | {"marker": fill(index), "hovertemplate": hover})
     axes = layout("iteration", "turnover", {**PERCENT}) | {"barmode": "group"}
     axes["xaxis"] |= {"dtick": 1}
     caption = "1 − |hard now and in the iteration before| / |hard now or then|."
@@ -96,5 +108,5 @@ def _analysed(folder: Path, shards: tuple[str, ...], threshold: float) -> tuple[
 
 def _line(name: str, x: list[int], y: list[float], index: int, dash: str) -> dict[str, Any]:
     values = [None if np.isnan(value) else round(value, 3) for value in y]
-    line = {"color": colour(index), "dash": dash, "width": 2}
-    return {"type": "scatter", **shape_of(values), "name": escape(name), "x": x, "y": values, "line": line}
+    line = {"name": escape(name), "x": x, "y": values, "line": stroke(index, dash)}
+    return {"type": "scatter", **shape_of(values), **line}

@@ -9,7 +9,19 @@ from typing import Any
 from rloop_mcore.analysis import curves
 from rloop_mcore.analysis.experience_figures import hard_set_figures, length_figures
 from rloop_mcore.analysis.matrix_figures import diversity_figures, memory_figures
-from rloop_mcore.analysis.plots import FROM_ZERO, PERCENT, RL_STEP, Figure, Section, bars, colour, layout, lines, trace
+from rloop_mcore.analysis.plots import (
+    FROM_ZERO,
+    PATTERNS,
+    PERCENT,
+    RL_STEP,
+    Figure,
+    Section,
+    bars,
+    colour,
+    layout,
+    lines,
+    trace,
+)
 from rloop_mcore.analysis.read_run import Run, average_keys, pass_keys
 
 
@@ -158,7 +170,7 @@ def _stages(runs: Sequence[Run]) -> list[Figure]:
             "name": stage,
             "y": names,
             "x": [totals.get(stage, 0.0) for totals in seconds],
-            "marker": {"color": colour(index), "pattern": {"shape": ("", "/", "x", "-", ".", "+")[index % 6]}},
+            "marker": {"color": colour(index), "pattern": {"shape": PATTERNS[index % len(PATTERNS)]}},
         }
         for index, stage in enumerate(dict.fromkeys(stage for totals in seconds for stage in totals))
     ]

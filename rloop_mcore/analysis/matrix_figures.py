@@ -13,7 +13,19 @@ from rloop_mcore.analysis.compare import comparable
 from rloop_mcore.analysis.coverage import coverage
 from rloop_mcore.analysis.curves import Series
 from rloop_mcore.analysis.forgetting import block_averages, differential_matrix, forgetting_matrix, learning_matrix
-from rloop_mcore.analysis.plots import DASHES, PERCENT, RL_STEP, Figure, colour, layout, lines, matrix, resets, trace
+from rloop_mcore.analysis.plots import (
+    DASHES,
+    PERCENT,
+    RL_STEP,
+    Figure,
+    fill,
+    layout,
+    lines,
+    matrix,
+    resets,
+    stroke,
+    trace,
+)
 from rloop_mcore.analysis.read_run import Run
 from rloop_mcore.analysis.similarity import without_self_pairs
 
@@ -35,7 +47,7 @@ def memory_figures(runs: Sequence[Run]) -> list[Figure]:
                     f"Share of {len(each.problems)} validation problems {what}; solved: at least one correct sample."
                 )
                 title = f"{name}: {run.name}"
-                figures.append(matrix(title, caption, values, _places(each), each.iterations, largest))
+                figures.append(matrix(title, caption, values, each.places, each.iterations, largest))
     return [*figures, *_differences(runs, found)]
 
 
@@ -46,7 +58,7 @@ def diversity_figures(runs: Sequence[Run]) -> list[Figure]:
     largest = max((float(np.nanmax(values)) for _, problems, _, values in compared if problems), default=1.0)
     figures, within = [], []
     for run, each, (places, problems, samples, values) in zip(runs, found, compared, strict=True):
-        names = [_places(each)[place] for place in places]
+        names = [each.places[place] for place in places]
         some = "" if len(places) == len(each) else f" {len(places)} of {len(each)} checkpoints are shown."
         caption = f"Bigram Jaccard similarity of the solutions to {problems} validation problems, all pairs.{some}"
         iterations = [each.iterations[place] for place in places]
@@ -70,7 +82,7 @@ def _coverage(runs: Sequence[Run], found: Sequence[Checkpoints]) -> Figure:
         named = {"ever solved": shares.ever, "solved now": shares.now, "lost": shares.lost}
         for number, (name, values) in enumerate(named.items() if len(each) > 1 else ()):
             drawn = trace(Series(each.rl_steps, _known(values)), f"{run.name}: {name}", index, run)
-            drawn["line"] |= {"dash": DASHES[number], "color": colour(index)}
+            drawn["line"] = stroke(index, DASHES[number])
             data.append(drawn)
     axes = layout(RL_STEP, "share of problems", {**PERCENT}) | {"shapes": resets(runs)}
     caption = "Validation problems solved by an RL checkpoint until now, by this one, and by an earlier one only."
@@ -89,29 +101,18 @@ def _differences(runs: Sequence[Run], found: Sequence[Checkpoints]) -> list[Figu
             f"Share of problems that {vanilla} forgets minus the share that {rloop} does, between the same RL steps: "
             f"{_points(intra)} within an iteration, {_points(inter)} between iterations."
         )
-        names = [_places(found[other])[place] for place in aligned.places]
+        names = [found[other].places[place] for place in aligned.places]
         largest = float(np.nanmax(np.abs(values)))
         title = f"Differential forgetting: {vanilla} − {rloop}"
         figures.append(matrix(title, caption, values, names, aligned.iterations, largest, unit="+.1%", signed=True))
         for index, name, of in ((one, vanilla, aligned.vanilla), (other, rloop, aligned.rloop)):
             bar = {"type": "bar", "name": escape(name), "x": ["within an iteration", "between iterations"]}
             y = _known(block_averages(of, aligned.iterations))
-            blocks[name] = bar | {"y": y, "marker": {"color": colour(index)}}
+            blocks[name] = bar | {"y": y, "marker": fill(index)}
     axes = layout("", "mean forgetting", {**PERCENT}) | {"barmode": "group", "showlegend": True}
     caption = "Mean of the forgetting matrices over pairs of the same RL steps; vanilla RL's steps are cut alike."
     data = list(blocks.values())
     return [*figures, Figure("Forgetting within and between iterations", caption, {"data": data, "layout": axes})]
-
-
-def _places(found: Checkpoints) -> list[str]:
-    """Short names of checkpoints: θ0, or iteration · step."""
-    before = dict.fromkeys(found.iterations, 0)
-    for iteration, step in zip(found.iterations, found.rl_steps, strict=True):
-        before |= {later: max(before[later], step) for later in before if later > iteration}
-    return [
-        label if label.startswith("θ") else f"{iteration + 1} · {step - before[iteration]}"
-        for label, iteration, step in zip(found.labels, found.iterations, found.rl_steps, strict=True)
-    ]
 
 
 def _known(values: Sequence[float] | np.ndarray) -> list[float | None]:

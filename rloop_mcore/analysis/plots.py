@@ -17,6 +17,7 @@ from rloop_mcore.analysis.read_run import Run
 # Okabe and Ito's palette, told apart with any colour vision; dashes and symbols repeat the distinction.
 COLOURS = ("#0f83c9", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DIVERGING = [[0, "#0f83c9"], [0.5, "#f4f4f4"], [1, "#d55e00"]]
+PATTERNS = ("", "/", "x", "-", ".", "+")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 RL_STEP = "RL step (all iterations)"
 PERCENT: dict[str, Any] = {"tickformat": ".2~%", "rangemode": "tozero"}
@@ -48,7 +49,7 @@ def lines(
     y_title: str,
     y_axis: dict[str, Any],
 ) -> Figure:
-    """A curve of each run; those without a value are left out. Dotted lines are where the policy was reset."""
+    """A curve of each run; those without a value are left out. Dotted lines are where iterations begin."""
     drawn = [(index, run, each) for index, (run, each) in enumerate(zip(runs, series, strict=True)) if each]
     data = [trace(each, run.name, index, run) for index, run, each in drawn]
     axes = layout(x_title, y_title, y_axis)
@@ -77,7 +78,7 @@ def resets(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def bars(runs: Sequence[Run], series: Sequence[Series]) -> list[dict[str, Any]]:
     """A group of bars of each run that has any."""
     return [
-        {"type": "bar", "name": escape(run.name), "x": each.x, "y": each.y, "marker": {"color": colour(index)}}
+        {"type": "bar", "name": escape(run.name), "x": each.x, "y": each.y, "marker": fill(index)}
         for index, (run, each) in enumerate(zip(runs, series, strict=True))
         if any(each.y)
     ]
@@ -181,6 +182,16 @@ def layout(x_title: str, y_title: str, y_axis: dict[str, Any]) -> dict[str, Any]
 def _turn(index: int) -> int:
     """Of the index-th run's dash and symbol, shifted by one where the colours begin again: 36 runs differ."""
     return (index + index // len(COLOURS)) % len(COLOURS)
+
+
+def stroke(index: int, dash: str) -> dict[str, Any]:
+    """Of the index-th run's line where the dash says something else: thicker where the colours begin again."""
+    return {"color": colour(index), "dash": dash, "width": 2 + 1.5 * (index // len(COLOURS))}
+
+
+def fill(index: int) -> dict[str, Any]:
+    """Of the index-th run's bars: with another pattern where the colours begin again."""
+    return {"color": colour(index), "pattern": {"shape": PATTERNS[index // len(COLOURS) % len(PATTERNS)]}}
 
 
 def colour(index: int) -> str:

@@ -30,6 +30,9 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_file(str(files[0]))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
+        # transformers saves what the last call before asked for, and asks for neither where nobody says so
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.folder = folder
         self.config: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
         eos = self.stated("eos_token")

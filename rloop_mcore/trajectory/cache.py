@@ -107,7 +107,7 @@ class TrajectoryCache:
 
     def count_experts(self, query: ExpertQuery) -> int:
         """How many trajectories the query selects."""
-        return len(selection.select_experts(self.directory, self._shards, query))
+        return selection.count_experts(self.directory, self._shards, query)
 
     def visits(self) -> list[tuple[str, Visit]]:
         """How every problem (by id) went in every RL step, in the order of the steps."""

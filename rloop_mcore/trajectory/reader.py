@@ -60,14 +60,14 @@ class ShardFile:
             if wanted.true_count:
                 yield self._read([group], SCHEMA.names).filter(wanted)
 
-    def take(self, wanted: np.ndarray) -> pa.Table:
-        """All columns of the rows that are `wanted` [rows]; row groups without any are not read."""
-        pieces, start = [SCHEMA.empty_table()], 0
+    def take(self, wanted: np.ndarray, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+        """Some columns, or all, of the rows that are `wanted` [rows]; row groups without any are not read."""
+        pieces, start = [SCHEMA.empty_table().select(list(columns))], 0
         for group in range(self._metadata.num_row_groups):
             mine = wanted[start : start + self._metadata.row_group(group).num_rows]
             start += len(mine)
             if mine.any():
-                pieces.append(self._read([group], SCHEMA.names).filter(pa.array(mine)))
+                pieces.append(self._read([group], columns).filter(pa.array(mine)))
         return pa.concat_tables(pieces)
 
     def _read(self, groups: Sequence[int], columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:

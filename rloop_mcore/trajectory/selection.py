@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -78,27 +79,64 @@ def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery)
     """The trajectories that RFT takes, all columns, in KEY order.
 
     Small columns are read first, tokens only where a row group has a selected row: few do, as a shard has the rare
-    successes first (`writer.stored_order`).
+    successes first (`writer.stored_order`). They are all in memory: some 20 bytes a token.
     """
+    found = _found(directory, shards, query, ShardFile.take)
+    if found is None:
+        return SCHEMA.empty_table()
+    experts = with_large_lists(found).combine_chunks()  # Arrow would join the chunks for each `take`
+    del found
+    order = _taken(experts, _as_bytes(experts["response_ids"].combine_chunks()), query)
+    # Arrow's `take` has an index of each token: of a piece at a time
+    pieces = [experts.take(order[first : first + PIECE]).cast(SCHEMA) for first in range(0, len(order), PIECE)]
+    return pa.concat_tables([SCHEMA.empty_table(), *pieces])
+
+
+def count_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> int:
+    """How many trajectories `select_experts` gives, without their tokens: a shard's at a time, and to tell copies."""
+    columns = [*KEY, *(["response_ids"] if query.deduplicate else [])]
+
+    def hashed(file: ShardFile, wanted: np.ndarray) -> pa.Table:
+        table = file.take(wanted, columns)
+        if not query.deduplicate:
+            return table
+        responses = _as_bytes(with_large_lists(table.select(["response_ids"]))["response_ids"].combine_chunks())
+        hashes = pa.array([sha256(each.as_buffer()).digest() for each in responses], pa.binary())
+        return table.select(KEY).append_column("response", hashes)
+
+    found = _found(directory, shards, query, hashed)
+    if found is None:
+        return 0
+    found = found.combine_chunks()
+    return len(_taken(found, found["response"].combine_chunks() if query.deduplicate else None, query))
+
+
+def _found(
+    directory: Path,
+    shards: Sequence[Shard],
+    query: ExpertQuery,
+    take: Callable[[ShardFile, np.ndarray], pa.Table],
+) -> pa.Table | None:
+    """What `take` makes of the successes of hard problems, shard by shard; None where no shard has the iterations."""
     holding = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
     if not holding:
-        return SCHEMA.empty_table()
+        return None
     columns = [*_OUTCOME, *(["step"] if query.steps else []), *(["response_tokens"] if query.min_tokens else [])]
     with ThreadPoolExecutor(_threads()) as threads:
         outcomes = _Outcomes(threads, directory, holding, columns)
         masks = np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
-        found = pa.concat_tables(list(threads.map(ShardFile.take, outcomes.files, masks)))
-    experts = with_large_lists(found).combine_chunks()  # Arrow would join the chunks for each `take`
-    del found
-    order = pc.sort_indices(experts.select(KEY), sort_keys=[(name, "ascending") for name in KEY]).to_numpy()
+        return pa.concat_tables(list(threads.map(take, outcomes.files, masks)))
+
+
+def _taken(found: pa.Table, responses: pa.Array | None, query: ExpertQuery) -> np.ndarray:
+    """The rows of `found` that are left, in KEY order; `responses`: a value for each, the same for equal responses."""
+    order = pc.sort_indices(found.select(KEY), sort_keys=[(name, "ascending") for name in KEY]).to_numpy()
     if query.deduplicate:
-        order = _first_copies(experts, order)
+        order = _first_copies(found["problem_id"].combine_chunks(), responses, order)
     if query.max_per_problem or query.share < 1:
-        keys = list(zip(*(experts[name].take(order).to_pylist() for name in KEY), strict=True))
+        keys = list(zip(*(found[name].take(order).to_pylist() for name in KEY), strict=True))
         order = order[drawn(keys, query)]
-    # Arrow's `take` has an index of each token: of a piece at a time
-    pieces = [experts.take(order[first : first + PIECE]).cast(SCHEMA) for first in range(0, len(order), PIECE)]
-    return pa.concat_tables([SCHEMA.empty_table(), *pieces])
+    return order
 
 
 def _threads() -> int:
@@ -112,16 +150,18 @@ def _is_hard(successes: np.ndarray, samples: np.ndarray, threshold: float | None
     return np.divide(successes, samples, out=np.full(len(samples), np.inf), where=samples > 0) < threshold
 
 
-def _first_copies(table: pa.Table, order: np.ndarray) -> np.ndarray:
+def _as_bytes(lists: pa.LargeListArray) -> pa.Array:
+    """Each list's bytes: lists have no dictionary, these have."""
+    offsets = lists.offsets.to_numpy().astype(np.int64) * 4
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(lists.values.to_numpy())]
+    return pa.Array.from_buffers(pa.large_binary(), len(lists), buffers)
+
+
+def _first_copies(problems: pa.Array, responses: pa.Array, order: np.ndarray) -> np.ndarray:
     """Of the rows in `order`, the first of each (problem, response)."""
-    if not len(table):
+    if not len(order):
         return order
-    responses = table["response_ids"].combine_chunks()
-    # Lists have no dictionary; their bytes have.
-    offsets = responses.offsets.to_numpy().astype(np.int64) * 4
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(responses.values.to_numpy())]
-    as_bytes = pa.Array.from_buffers(pa.large_binary(), len(responses), buffers)
-    problem, response = (_codes(values) for values in (table["problem_id"].combine_chunks(), as_bytes))
+    problem, response = _codes(problems), _codes(responses)
     _, first = np.unique((problem << 32 | response)[order], return_index=True)
     return order[np.sort(first)]
 

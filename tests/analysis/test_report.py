@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_with_samples import add_samples
 
+from rloop_mcore.analysis.checkpoints import rl_checkpoints
+from rloop_mcore.analysis.read_run import read_run
 from rloop_mcore.analysis.report import write_report
 
 
@@ -97,6 +100,12 @@ def test_runs_of_the_same_name_are_told_apart(make_run: Callable[..., Path], tmp
     write_report(paths, tmp_path / "report.html")
     data = figures((tmp_path / "report.html").read_text())[0]["data"]
     assert [trace["name"] for trace in data] == ["seed0/run", "seed1/run"]
+
+
+def test_places_of_matrices_are_steps_of_their_iteration_also_where_responses_are_gone(rloop_run: Path) -> None:
+    kept = ["base", "i0_explore_000002", "i1_explore_000004"]  # not of the last checkpoint of iteration 0, at step 4
+    add_samples(rloop_run, 2, kept, seed=1)
+    assert rl_checkpoints(read_run(rloop_run)).places == ["θ0", "1 · 2", "2 · 4"]
 
 
 def test_a_run_without_anything_yet_makes_a_page(tmp_path: Path) -> None:

@@ -106,16 +106,54 @@ def test_a_dark_page_prints_in_light_colours(report: Path, chromium: Any, chosen
     wait_until("figures in ink", page, lambda: page.evaluate(inks) == ["rgb(28, 36, 48)"])
 
 
-def test_figures_of_many_runs_have_room_and_lines_of_their_own(rloop_run: Path, chromium: Any, tmp_path: Path) -> None:
-    runs = [tmp_path / f"rloop_without_something_or_other_{number}" for number in range(9)]
+def test_printed_figures_have_the_width_of_their_columns_and_are_as_before_afterwards(
+    report: Path, chromium: Any
+) -> None:
+    page = Watched(chromium, report.as_uri(), width=900).page
+    widths = (
+        "[...document.querySelectorAll('.plot')].map(plot => [plot.querySelector('svg').clientWidth, plot.clientWidth])"
+    )
+
+    def fits() -> bool:
+        return all(svg == box for svg, box in page.evaluate(widths))
+
+    before = page.evaluate(widths)
+    assert fits()
+    assert before[0][0] > 700
+    page.emulate_media(media="print")
+    wait_until("figures of the columns' width", page, lambda: fits() and page.evaluate(widths)[0][0] < 330)
+    page.emulate_media(media="screen")
+    wait_until("figures as before", page, lambda: page.evaluate(widths) == before)
+    page.set_viewport_size({"width": 700, "height": 900})
+    wait_until("figures of a smaller window", page, lambda: fits() and page.evaluate(widths)[0][0] < before[0][0])
+
+
+def test_figures_of_many_runs_have_room_and_colours_of_their_own(
+    rloop_run: Path, chromium: Any, tmp_path: Path
+) -> None:
+    add_samples(rloop_run, 2, RLOOP, seed=11)
+    runs = [tmp_path / f"rloop_without_something_or_other_{number}" for number in range(7)]
     for run in runs:
         shutil.copytree(rloop_run, run)
     write_report(runs, tmp_path / "report.html")
     page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(120_000)
     page.goto((tmp_path / "report.html").as_uri())
-    plot = figure(page, "Validation avg@32").locator(".plot")
-    assert plot.evaluate("plot => plot._fullLayout._size.h") > 150
-    assert len(set(plot.evaluate("plot => plot._fullData.map(trace => trace.line.color + trace.line.dash)"))) == 9
+    looks = (
+        "plot => plot._fullData.map(({line, marker}) => "
+        "[line?.color, line?.dash, line?.width, marker?.color, marker?.pattern?.shape].join())"
+    )
+    for title, traces in (
+        ("Validation avg@32", 7),
+        ("Coverage", 21),
+        ("Response length, right and wrong", 14),
+        ("Expert trajectories", 7),
+        ("Turnover of the hard problems", 7),
+    ):
+        plot = figure(page, title).locator(".plot")
+        assert plot.evaluate("plot => plot._fullLayout._size.h") > 150, title
+        assert plot.evaluate("({_fullLayout: {legend}}) => legend._height <= legend._effHeight"), title  # all of it
+        assert len(set(plot.evaluate(looks))) == traces, title
 
 
 def figure(page: Any, title: str) -> Any:
@@ -164,6 +202,12 @@ def test_hover_and_zoom(report: Path, chromium: Any) -> None:
     page.mouse.up()
     end = "plot => plot.layout.xaxis.range[1]"
     wait_until("the zoom", page, lambda: plot.evaluate(end) < before[1])
+    zoomed = plot.evaluate("plot => plot.layout.xaxis.range.slice()")
+    page.click("#theme")  # draws anew, as rloop report --live does when there is news
+    assert plot.evaluate("plot => plot.layout.xaxis.range.slice()") == zoomed
+    page.set_viewport_size({"width": 800, "height": 900})
+    wait_until("a wider figure", page, lambda: plot.evaluate("plot => plot._fullLayout.width") > 700)
+    assert plot.evaluate("plot => plot.layout.xaxis.range.slice()") == zoomed
 
 
 def held(runs: list[Path]) -> dict[str, Any]:

@@ -108,6 +108,19 @@ def test_bos_is_what_the_tokenizer_itself_adds(tmp_path: Path) -> None:
     assert prompts.example(problem).response_ids == (WORDS.index("3"), 1)  # none inside
 
 
+@pytest.mark.parametrize("asked", ["truncation", "padding"])
+def test_what_an_earlier_call_asked_of_a_saved_tokenizer_is_not_asked_again(tmp_path: Path, asked: str) -> None:
+    write_tokenizer(tmp_path)
+    file = str(tmp_path / "tokenizer.json")
+    saved = Tokenizer.from_file(file)
+    if asked == "truncation":
+        saved.enable_truncation(2)
+    else:
+        saved.enable_padding(length=9)
+    saved.save(file)
+    assert TextTokenizer(tmp_path).encode("7 7 7 ,") == (10, 10, 10, 2)
+
+
 def test_eos_may_be_described_by_an_object(tmp_path: Path) -> None:
     assert write_tokenizer(tmp_path, eos={"content": "</s>", "lstrip": False}).eos_id == 1
 

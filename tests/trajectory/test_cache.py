@@ -259,6 +259,25 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
     assert [groups for groups, tokens in read if tokens] == [[0]]
 
 
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_experts_are_counted_without_what_selecting_them_reads(tmp_path, monkeypatch, deduplicate):
+    rows = phases(3)
+    cache = fill(tmp_path / "cache", rows)
+    query, read = ExpertQuery((0,), None, deduplicate), set()
+    original = reader.ShardFile._read
+    monkeypatch.setattr(
+        reader.ShardFile,
+        "_read",
+        lambda self, groups, columns, dictionary=(): (
+            read.update(columns),
+            original(self, groups, columns, dictionary),
+        )[1],
+    )
+    assert cache.count_experts(query) == len(plain_experts(rows, query)) > 0
+    assert not read & {"prompt_ids", "logprobs"}
+    assert ("response_ids" in read) == deduplicate
+
+
 def test_digest_sees_content_and_not_versions_or_shards(tmp_path):
     rows = step_rows(0, 0) + step_rows(0, 1)
     digest = fill(tmp_path / "a", rows).digest()

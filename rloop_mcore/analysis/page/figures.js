@@ -8,11 +8,11 @@ function themedLayout(layout, traces) {
     automargin: true, ...given, title: {...given.title, standoff: 8}});
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 56, r: 12, t: 8, b: 44},
-    font: {color: colour("--ink"), family: "system-ui, sans-serif", size: 13}, hovermode: "closest",
+    font: {color: colour("--ink"), family: "system-ui, sans-serif", size: 13}, hovermode: "closest", uirevision: "kept",
     hoverlabel: {bgcolor: colour("--card"), bordercolor: colour("--line"), font: {color: colour("--ink")}},
     showlegend: traces.length > 1,
     modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent")},
-    ...layout, legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", ...layout.legend},
+    ...layout, legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", maxheight: 9999, ...layout.legend},
     xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
   };
 }
@@ -23,21 +23,25 @@ function themedTrace(trace) {
   return {...trace, colorscale: scale};
 }
 
-// So that a legend of many rows, as of many runs, leaves the figure its room.
+// So that a legend of many rows, as of many runs, leaves the figure its room. It has the width between the margins.
 function height(traces, width) {
   const shown = traces.filter(trace => trace.name && trace.showlegend !== false);
   const longest = Math.max(0, ...shown.map(trace => trace.name.length));
-  const rows = Math.ceil(shown.length / Math.max(1, Math.floor(width / (48 + 7 * longest))));
+  const rows = Math.ceil(shown.length / Math.max(1, Math.floor((width - 80) / (48 + 7 * longest))));
   return 330 + 20 * Math.max(0, rows - 2);
 }
 
 function draw() {
   const figures = read("figures");
+  const printed = matchMedia("print").matches;
   for (const plot of document.querySelectorAll(".plot")) {
     const {data, layout} = figures[plot.dataset.figure];
     const name = plot.closest("figure").querySelector("h3").textContent.replace(/[^\w]+/g, "_");
-    plot.style.height = `${height(data, plot.clientWidth)}px`;
-    Plotly.react(plot, data.map(themedTrace), themedLayout(layout, data), {responsive: true, displaylogo: false,
+    // A page that is about to be printed has no size yet; its columns have one.
+    const size = {width: printed ? 314 : plot.clientWidth};
+    size.height = height(data, size.width);
+    plot.style.height = `${size.height}px`;
+    Plotly.react(plot, data.map(themedTrace), {...themedLayout(layout, data), ...size}, {displaylogo: false,
       modeBarButtons: [["toImage"]], toImageButtonOptions: {format: "svg", filename: name}});
   }
 }
@@ -55,6 +59,8 @@ function setTheme(theme) {
 }
 document.getElementById("theme").addEventListener("click", event =>
   setTheme(themes[(themes.indexOf(event.currentTarget.dataset.theme) + 1) % themes.length]));
+let resized;
+window.addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(draw, 100); });
 for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", draw);
 
 function showEventKinds() {
