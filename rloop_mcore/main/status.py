@@ -94,6 +94,9 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         return {}
     *whole, _being_written = path.read_bytes().split(b"\n")
     try:
-        return dict(json.loads(whole[-1])) if whole else {}
-    except (ValueError, TypeError) as error:
+        last = json.loads(whole[-1]) if whole else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {len(whole)} is damaged ({error}): remove that line.") from error
+    if not isinstance(last, dict):
+        raise UserError(f"{path}, line {len(whole)} is damaged (it is no JSON object): remove that line.")
+    return last
