@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rloop_mcore import validate
@@ -56,10 +57,15 @@ def launch(options: argparse.Namespace) -> int:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
     kept = [folder / "job.sh" for folder in _folders(runs)]
-    for path in kept:
-        if not path.exists():  # else after it is accepted: a job that goes on may still submit the one that is there
-            write_atomic(path, script)
-    job = _submit(script)
+    new = [path for path in kept if not path.exists()]
+    for path in new:  # the others after it is accepted: a job that goes on may still submit the one that is there
+        write_atomic(path, script)
+    try:
+        job = _submit(script)
+    except UserError:
+        for path in new:
+            _remove(path)
+        raise
     print(f"submitted job {job}; its log is {_log_of(job, runs)}")
     for path in kept:
         write_atomic(path, script)
@@ -126,6 +132,14 @@ def _folders(runs: Sequence[Run]) -> list[Path]:
         directory.create()
         directory.jobs.mkdir(exist_ok=True)
     return [directory.jobs for directory in directories]
+
+
+def _remove(script: Path) -> None:
+    """Remove what a refused job leaves: its script, and the folders around it that hold nothing else."""
+    script.unlink()
+    with suppress(OSError):
+        script.parent.rmdir()
+        script.parent.parent.rmdir()
 
 
 def _submit(script: str) -> str:

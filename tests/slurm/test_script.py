@@ -524,6 +524,16 @@ def test_a_job_that_sbatch_refuses_leaves_the_script_of_the_one_before_it(
     assert saved.read_text() == script
 
 
+def test_a_first_job_that_sbatch_refuses_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in_for_sbatch(tmp_path / "bin", "exit 1", monkeypatch)
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/preflight.json").touch()
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
+
+
 def test_an_sbatch_that_does_not_answer_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
