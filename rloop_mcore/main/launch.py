@@ -24,6 +24,9 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
 
 _SUBMIT_S = 120.0
+_NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
+# options of commands that name what is read
+_READ = ("run", "runs", "first", "second", "policy", "data", "benchmark_files", "against", "source", "config", "file")
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -32,6 +35,9 @@ def launch(options: argparse.Namespace) -> int:
     if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
+        if config.cluster.slurm.container == "none":
+            for file in _unseen(options.inner_options):
+                print(f"rloop: warning: {file} {_NOT_HERE}", file=sys.stderr)
         script = command_script(config, options.inner)
     else:
         lines = {"": []} if options.sweep is None else _lines(options.sweep)
@@ -94,7 +100,16 @@ def _absent(config: Config) -> Iterator[str]:
         files["model.path"] = config.model.path
     for key, file in files.items():
         if not Path(file).exists():
-            yield f"{key}={file} does not exist here: the job ends at once unless its nodes see it."
+            yield f"{key}={file} {_NOT_HERE}"
+
+
+def _unseen(command: argparse.Namespace) -> Iterator[str]:
+    """What a command would read and that is not to be seen here."""
+    for name in _READ:
+        given = vars(command).get(name) or []
+        for path in given if isinstance(given, list) else [given]:
+            if not Path(path).exists() and (name != "data" or Path(path).suffix in FILES):
+                yield str(path)
 
 
 def _lines(file: Path) -> dict[str, list[str]]:

@@ -475,6 +475,16 @@ def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str]
     assert "--time=60" in directives(script)
 
 
+def test_what_another_command_reads_and_is_not_there_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    words = ["evaluate", "--policy", f"{tmp_path}/run", "--data", "hf:a/b", "--data", "x.jsonl", "--json", "out.json"]
+    assert main(["launch", "--dry-run", "--", *words]) == 0
+    warning = "does not exist here: the job ends at once unless its nodes see it."
+    assert capsys.readouterr().err == f"rloop: warning: x.jsonl {warning}\n"
+
+
 def test_without_slurm_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
