@@ -72,7 +72,7 @@ def step_seconds(metrics: Path) -> float | None:
         for text in metrics.read_bytes().splitlines():
             with suppress(ValueError):  # the last line may not be complete
                 lines.append(json.loads(text))
-    steps = [line for line in lines if line["total"]]
+    steps = [line for line in lines if isinstance(line, dict) and line.get("total")]
     gaps = [
         after["time"] - before["time"]
         for before, after in pairwise(steps)

@@ -93,6 +93,8 @@ def test_the_steps_of_another_phase_say_nothing(tmp_path: Path) -> None:
     log_steps(tmp_path, ("sft", 1, 0.0), ("sft", 2, 900.0), ("explore", 1, 1000.0))
     assert step_seconds(tmp_path / "metrics.jsonl") is None
     log_steps(tmp_path, ("explore", 1, 0.0), ("explore", 2, 7.0), ("explore", 2, 5000.0), ("explore", 3, 5009.0))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("3\n{}\n")  # damage
     assert step_seconds(tmp_path / "metrics.jsonl") == 8.0  # what a resume repeats is no step
     assert step_seconds(tmp_path / "none.jsonl") is None
 
