@@ -43,9 +43,18 @@ def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
     _check_keys(overrides, folder)
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            return _typed(compose("config", list(overrides)), absent)
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+            config = _typed(compose("config", list(overrides)), absent)
+            OmegaConf.structured(config)  # a list within a list of numbers passes up to here
+            return config
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_sentence(error)) from error
+    except RecursionError:
+        files = _files_of(overrides)
+        raise UserError(f"{files}: a file of the configuration holds itself, or is nested too deep.") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{_files_of(overrides)}: a file of the configuration holds no keys ({error}).") from error
 
 
 def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
@@ -153,6 +162,12 @@ def _unreadable(text: str) -> str:
     )
 
 
+def _files_of(overrides: Sequence[str]) -> str:
+    """The choices among `overrides` of what to read, where an error doesn't say which it is about."""
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    return ", ".join(text for text in overrides if text.partition("=")[0] in groups)
+
+
 def _check_folders(searchpath: Any) -> None:
     """Hydra would only warn of a folder that is not there, and say that what is in it is unknown."""
     for place in searchpath if isinstance(searchpath, list) else ():
@@ -183,6 +198,8 @@ def _sentence(error: Exception) -> str:
         return f"{where}the first line, # @package _global_, is missing (docs/configs.md)."
     if isinstance(cause, ConfigKeyError):
         return where + _unknown(str(key), set())
+    if not key and lines[0] == "Cannot merge DictConfig with ListConfig":
+        return f"{where}a list is where KEY: VALUE lines are wanted, or these where a list is."
     if key and "is not a ListConfig" in lines[0]:
         return f"{where}{key} is a list: write {key}=[A,B]."
     if key:

@@ -272,7 +272,7 @@ class SlurmConfig:
 
     job_name: str | None = None  # null: the name of run.dir
     partition: str | None = None
-    account: str | None = None
+    account: str | None = None  # in YAML with quotes where it begins with 0, which is octal there
     qos: str | None = None
     constraint: str | None = None
     time: str | None = None  # limit of one job of the chain, e.g. 04:00:00, in YAML with quotes; null: the partition's

@@ -246,7 +246,7 @@ class RLStep:
             for rows in mini_batches(len(experiences), updates, seed):
                 results.append(self.actor.update([experiences[i] for i in rows]))
                 beat()
-                if len(results) == 1 and not stale:
+                if len(results) == 1 and not stale and not _is_nothing(results[0]):
                     self._check_mismatch(step, results[0])
         tokens = max(sum(r["tokens"] for r in results), 1.0)
         metrics = {key: sum(r[key] * r["tokens"] / tokens for r in results) for key in results[0]}
@@ -307,6 +307,11 @@ class RLStep:
                 f"{rollout.mismatch_mean_gate}: the engine does not hold the trainer's weights, or computes in another "
                 "precision."
             )
+
+
+def _is_nothing(result: dict[str, float]) -> bool:
+    """Whether an update was skipped because the trainer's logprobs are NaN: that is for the guard to judge."""
+    return result["skipped"] > 0 and math.isnan(result["mismatch_max"])
 
 
 def _begun(completion: Completion | None, stop: Sequence[str]) -> Completion | None:

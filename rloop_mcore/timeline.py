@@ -14,6 +14,7 @@ from rloop_mcore.platform.files import passing_over_a_full_disk
 from rloop_mcore.platform.heartbeat import beat
 
 FILE = "timeline.jsonl"
+_SPAN: dict[str, type | tuple[type, ...]] = {"track": str, "name": str, "begin": (int, float), "seconds": (int, float)}
 
 
 class Timeline:
@@ -51,6 +52,17 @@ class Timeline:
             with suppress(OSError):  # of a full disk, as in `add`
                 self._file.close()
             self._file = None
+
+
+def read_spans(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `timeline.jsonl`, without what is none, such as the line that a kill cut short."""
+    spans = []
+    for text in path.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in _SPAN.items()):
+                spans.append(line)
+    return spans
 
 
 def chrome_trace(lines: list[dict[str, Any]]) -> dict[str, Any]:

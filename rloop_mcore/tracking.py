@@ -132,7 +132,7 @@ class Tracker:
         """Drop whatever was logged after a commit at `offset`.
 
         TensorBoard's files are written anew from what is left; W&B ignores the lines that it already has. Raises
-        UserError where the file is shorter than what was committed.
+        UserError where the file is shorter than what was committed, or holds something else.
         """
         size = self._file.seek(0, os.SEEK_END)
         if size < offset:
@@ -148,8 +148,8 @@ class Tracker:
         if self._tensorboard_dir is not None:
             self._close_tensorboard()
             shutil.rmtree(self._tensorboard_dir, ignore_errors=True)
-            for line in committed:
-                self._write_tensorboard(json.loads(line))
+            for number, line in enumerate(committed, start=1):
+                self._write_tensorboard(_committed(self.path, number, line))
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -189,6 +189,18 @@ class Tracker:
             with suppress(OSError):  # of a disk that was full: what there is can be written anew
                 self._tensorboard.close()
             self._tensorboard = None
+
+
+def _committed(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    """A line that was logged before. Raises UserError where it is none."""
+    line: Any = None
+    with suppress(ValueError, RecursionError):
+        line = json.loads(text)
+    if not (isinstance(line, dict) and {"iteration", "phase", "step", "global_step", "time"} <= line.keys()):
+        raise UserError(
+            f"{path}, line {number}, which the journal committed, is damaged: restore the file, or start a new run.dir"
+        )
+    return line
 
 
 def _curve(line: Mapping[str, Any]) -> tuple[str, int]:

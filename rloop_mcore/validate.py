@@ -110,6 +110,7 @@ _SHARES = (
     *("rft.share", "rollout.top_p", "evaluation.top_p", "algorithm.hard_threshold"),
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
+_MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
 
 
@@ -151,6 +152,8 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     for key in ("run.dir", "model.path", "data.train"):
         if not values[key].strip():
             raise UserError(f"{key} is empty: give {key}=VALUE.")
+    if (count := processes(config.layout)) > _MOST_PROCESSES:
+        raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
     if not 0 <= config.run.seed < 2**31:
         raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
     if config.reward.correct <= config.reward.wrong:
@@ -399,7 +402,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
     try:
         sizes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(sizes, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(sizes).__name__}.")

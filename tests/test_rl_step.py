@@ -75,9 +75,9 @@ class ScriptedRewards:
 
 
 class RecordingActor:
-    def __init__(self, mismatch: float = 0.0) -> None:
+    def __init__(self, mismatch: float = 0.0, skipped: float = 0.0) -> None:
         self.batches: list[list[Experience]] = []
-        self.mismatch = mismatch
+        self.mismatch, self.skipped = mismatch, skipped
 
     def logprobs(self, batch: Sequence[Trajectory], of_reference: bool) -> list[tuple[float, ...]]:
         assert batch, "there is nothing to pack"
@@ -93,11 +93,11 @@ class RecordingActor:
             "ratio_mean",
             "ratio_max",
             "tokens",
-            "skipped",
             "grad_norm",
             "lr",
         )
         return dict.fromkeys(names, 1.0) | {
+            "skipped": self.skipped,
             "mismatch_max": self.mismatch,
             "mismatch_mean": self.mismatch / 10,
             "mismatch_k3": 0.0,
@@ -222,6 +222,15 @@ def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
     with pytest.raises(MismatchError, match=r"step 7: .* 0\.02 .*rollout\.mismatch_gate=0\.01"):
         run(step, 0, 7, 0)
     step = make(first_only, RecordingActor(mismatch=float("nan")))
+    with pytest.raises(MismatchError):
+        run(step, 0, 0, 0)
+
+
+def test_a_first_update_that_is_skipped_for_nan_is_left_to_the_guard() -> None:
+    step = make(first_only, RecordingActor(mismatch=float("nan"), skipped=1.0))
+    _, metrics = run(step, 0, 0, 0)
+    assert metrics["skipped"] == metrics["updates"] > 0
+    step = make(first_only, RecordingActor(mismatch=0.02, skipped=1.0))  # for its gradient norm, say
     with pytest.raises(MismatchError):
         run(step, 0, 0, 0)
 

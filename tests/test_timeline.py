@@ -20,6 +20,9 @@ def test_a_trace_holds_every_span_once_on_its_track(tmp_path: Path) -> None:
         raise ValueError("x")  # a span that fails is recorded too
     timeline.close()
     with (tmp_path / "timeline.jsonl").open("ab") as file:
+        file.write(
+            b'3\n[1]\nnull\n{}\n{"track": 1, "name": "a", "begin": "b", "seconds": 0}\n' + b"[" * 100_000 + b"\n"
+        )
         file.write(b'{"track": "eng\xc3')  # a kill in mid-line
     assert trace(tmp_path, None) == 0
     found = json.loads((tmp_path / "trace.json").read_text())

@@ -98,6 +98,23 @@ def test_a_metrics_file_shorter_than_committed_is_reported(tmp_path: Path) -> No
     tracker.close()
 
 
+@pytest.mark.parametrize("damage", [b"\x00", b"3", b"{}"])
+def test_a_committed_line_that_is_damaged_is_reported(damage: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    config = TrackingConfig(tensorboard=True, progress=False)
+    tracker = Tracker(tmp_path, config)
+    for step in (1, 2):
+        tracker.log(0, "explore", step, step, {"a": 1.0})
+    committed = tracker.offset()
+    tracker.close()
+    first, second, _ = (tmp_path / "metrics.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "metrics.jsonl").write_bytes(first + b"\n" + damage.ljust(len(second)) + b"\n")
+    resumed = Tracker(tmp_path, config)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, which the journal committed, is damaged"):
+        resumed.rewind(committed)
+    resumed.close()
+
+
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     config = TrackingConfig(tensorboard=True, progress=False)

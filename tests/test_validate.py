@@ -40,6 +40,7 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("rollout.engines=0", ["rollout.engines=0"]),
         ("rollout.endpoints=[http://127.0.0.1:30000]", ["rollout.endpoints", "rollout.engine=sglang"]),
         ("run.seed=-1", ["run.seed=-1"]),
+        ("layout.tp=10000000000000", ["layout.* has 10000000000000 processes", "1000000"]),
         ("run.dir=''", ["run.dir"]),
         ("optimizer.beta1=1.5", ["optimizer.beta1=1.5"]),
         ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
@@ -267,6 +268,19 @@ def test_another_model_than_the_chosen_one_is_refused(
     with pytest.raises(UserError) as caught:
         check_model(load_config([*NEEDED, "model=qwen2.5_0.5b"]), tmp_path)
     assert all(word in str(caught.value) for word in [*words, str(tmp_path / "config.json")]), str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "num_attention_heads"])
+def test_a_size_that_is_a_text_is_refused(size: str, tmp_path: Path) -> None:
+    model(tmp_path, **{size: "896"})
+    with pytest.raises(UserError, match=rf"config\.json has no {size} above 0"):
+        check_model(load_config(NEEDED), tmp_path)
+
+
+def test_a_config_nested_without_end_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        check_model(load_config(NEEDED), tmp_path)
 
 
 def test_a_release_may_have_other_positions_than_its_size_and_leave_sizes_out(tmp_path: Path) -> None:

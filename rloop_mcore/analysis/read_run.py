@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import read_json_lines
+from rloop_mcore.platform.files import json_object, read_json_lines
 
+_PLACE = {"iteration": int, "phase": str, "step": int, "global_step": int}  # of every line of metrics.jsonl
+_METRIC_NAME = re.compile(r"(avg|pass|maj)@\d+")
 _CHECKPOINT_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
 
 
@@ -78,7 +80,7 @@ def read_run(path: Path) -> Run:
         path=path,
         config=config,
         settings=settings,
-        metrics=read_json_lines(path / "metrics.jsonl"),
+        metrics=_read_metrics(path / "metrics.jsonl"),
         evaluations=_read_evaluations(path / "evaluation"),
         journal=read_json_lines(path / "journal.jsonl"),
     )
@@ -119,6 +121,21 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, settings or {}
 
 
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Each line says of which step it is, and all else in it is numbers. Raises UserError where that is not so."""
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, start=1):
+        missing = [key for key, kind in _PLACE.items() if not isinstance(line.get(key), kind)]
+        strange = [key for key, value in line.items() if not (key == "phase" or value is None or _is_finite(value))]
+        for key in (missing + strange)[:1]:
+            raise UserError(f"{path}, line {number}: {key} is {line.get(key)!r:.40}: the file is damaged")
+    return lines
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _read_evaluations(directory: Path) -> list[Evaluation]:
     evaluations = [_read_evaluation(path) for path in directory.glob("*.json") if not path.name.startswith(".")]
     order = {"base": 0, "sft": 1, "explore": 2, "exploit": 3}
@@ -131,13 +148,20 @@ def _read_evaluation(path: Path) -> Evaluation | None:
     if path.stem != "base" and place is None:
         return None  # written by `rloop evaluate` under a name of the user's
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json_object(path.read_text(encoding="utf-8"))
         metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_of(record)
         problems = record.get("problem_digests", {})
         average_key(metrics)
-    except (ValueError, KeyError, StopIteration) as error:
-        raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r})") from error
+        of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in metrics.items())
+        if not (of_numbers and isinstance(policy, str | None) and isinstance(problems, dict)):
+            raise ValueError("metrics, policy or problem_digests is of another form")
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r:.200})") from error
     if place is None:
         return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions, problems)
     iteration, phase, step = int(place["iteration"]), place["phase"], int(place["step"])
     return Evaluation(path.stem, iteration, phase, step, policy, metrics, conditions, problems)
+
+
+def _is_interval(value: Any) -> bool:
+    return all(_is_finite(value[bound]) for bound in ("mean", "low", "high"))

@@ -48,7 +48,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise UserError(f"the chat template of {self._where} is not a Jinja template: {error}") from None
 
     def render(self, messages: Messages, variables: Mapping[str, Any], answered: bool = False) -> str:
@@ -59,8 +59,9 @@ class ChatTemplate:
         known = {**self._special_tokens, "tools": None, "documents": None, **variables}
         try:
             return self._template.render(messages=messages, add_generation_prompt=not answered, **known)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template of {self._where} refuses the messages: {error}") from None
+        except Exception as error:  # a template is a program, which can fail in any way
+            words = str(error) or type(error).__name__
+            raise UserError(f"the chat template of {self._where} refuses the messages: {words}") from None
 
     def end_of_answer(self, messages: Messages, variables: Mapping[str, Any]) -> tuple[int, str] | None:
         """The special token, id and text, that the template writes after an answer to `messages`; None for none."""

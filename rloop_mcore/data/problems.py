@@ -95,7 +95,7 @@ def parse_row(row: Any) -> Problem:
     if isinstance(meta, str):  # Parquet has no free-form objects: there meta may be a JSON string
         try:
             meta = json.loads(meta)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("meta is a string that is not JSON") from None
     if meta is not None and not isinstance(meta, dict):
         raise BadRow(f"meta must be an object, not {type(meta).__name__}")

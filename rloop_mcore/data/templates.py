@@ -12,15 +12,14 @@ Other variables are refused. One newline at the end of the file is not part of t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rloop_mcore.data.chat import ChatTemplate
-from rloop_mcore.data.tokenizer import TextTokenizer
+from rloop_mcore.data.tokenizer import TextTokenizer, read_object
 from rloop_mcore.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
@@ -53,8 +52,9 @@ class PromptTemplate:
             self.text = path.read_text(encoding="utf-8")
             self._template: Template = environment.from_string(self.text)
             trial = self._template.make_module({"problem": _TRIAL})
-        except (OSError, ValueError, TypeError, TemplateError) as error:
-            raise UserError(f"template {path}: {error}") from None
+        except Exception as error:  # a template is a program, which can fail in any way
+            raise UserError(f"template {path}: {_in_words(error)}") from None
+        self._path = path
         declared = getattr(trial, "stop", [])
         if not isinstance(declared, list) or not all(isinstance(text, str) and text for text in declared):
             raise UserError(f"template {path}: stop must be a list of non-empty strings, not {declared!r}")
@@ -71,8 +71,11 @@ class PromptTemplate:
         return self._chat is not None
 
     def render(self, problem: str) -> str:
-        """The prompt text for a problem's text. Raises UserError where a chat template refuses it."""
-        text = self._template.render(problem=problem)
+        """The prompt text for a problem's text. Raises UserError where the template, or a chat template, refuses it."""
+        try:
+            text = self._template.render(problem=problem)
+        except Exception as error:  # as above
+            raise UserError(f"template {self._path}: {_in_words(error)} (of the problem {problem!r:.80})") from None
         return text if self._chat is None else self._chat.render(self._messages(text), self._variables)
 
     def _set_chat(self, path: Path, chat: Any, system: Any, tokenizer: TextTokenizer) -> None:
@@ -96,11 +99,15 @@ class PromptTemplate:
         return [*system, {"role": "user", "content": text}]
 
 
+def _in_words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 def _end_tokens(model: Path) -> list[int]:
     """The ids at which every engine ends a response of this model by itself."""
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (model / name).is_file():
-            ids = json.loads((model / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ids = read_object(model / name).get("eos_token_id")
             found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return found

@@ -34,7 +34,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.folder = folder
-        self.config: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
+        self.config = read_object(files[1])
         eos = self.stated("eos_token")
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
         if eos_id is None:
@@ -44,7 +44,10 @@ class TextTokenizer:
     def stated(self, name: str) -> str | None:
         """The text of a special token by its name in tokenizer_config.json, which has it or a description of it."""
         token = self.config.get(name)
-        return token["content"] if isinstance(token, dict) else token
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str | None):
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {name} is {token!r:.60}; it must be a text")
+        return text
 
     def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text. `special_tokens`: with those (a BOS, say) that the tokenizer itself puts around it."""
@@ -61,3 +64,14 @@ class TextTokenizer:
         """The text of a special token, which `decode` drops; None for an id that is not one's."""
         added = self._tokenizer.get_added_tokens_decoder().get(token)
         return added.content if added is not None and added.special else None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder. Raises UserError for anything else."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} should hold a JSON object, not a {type(config).__name__}")
+    return config

@@ -23,15 +23,17 @@ in rloop_mcore/config.py; experiments are the files of {folder}.
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The command and its options; `inner` is what follows `--` in `rloop launch ... -- COMMAND...`.
+    """The command and its options; `inner` is what follows `--` in `rloop launch ... -- COMMAND...`, and
+    `inner_options` what that says (None without one).
 
     Overrides (KEY=VALUE) may stand between options. Leaves the process with 2 for what no command takes.
     """
     top = _parser()
     inner: Sequence[str] = ()
+    read: argparse.Namespace | None = None
     if words[:1] == ["launch"] and "--" in words:
         words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
-        parse(inner)  # its mistakes show here, not in the job
+        read = parse(inner)  # its mistakes show here, not in the job
     options, rest = top.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         top.error(f"{' '.join(unknown)}: not known to rloop {options.command}, see rloop {options.command} --help")
@@ -39,7 +41,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         top.error("--sweep and --force are for training runs, and what follows -- is another command")
     if rest:
         options.overrides += rest
-    options.inner = inner
+    options.inner, options.inner_options = inner, read
     return options
 
 

@@ -24,11 +24,18 @@ def read_result(path: Path) -> dict[str, Record]:
         result = json.loads(path.read_text(encoding="utf-8"))
         records = dict(result["benchmarks"]) if "benchmarks" in result else {result["name"]: result}
         for record in records.values():
-            if not record["scores"] or not isinstance(record["sampling"], dict):
+            if (
+                not record["scores"]
+                or not isinstance(record["sampling"], dict)
+                or not isinstance(record["policy"], str)
+            ):
                 raise ValueError("no scores")
+            for scores in record["scores"].values():  # now: what takes hours comes before they are compared
+                if not all(isinstance(scores[id], int | float) for id in dict(record["counts"])):
+                    raise ValueError("scores that are no numbers")
     except OSError as error:
         raise UserError(f"--against {path} cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(  # not repr(error): of a file that is not UTF-8 that is all of its bytes
             f"--against {path} is not what `rloop evaluate --json` of this version writes ({type(error).__name__}: "
             f"{error})."

@@ -63,7 +63,9 @@ class CrashRecord:
         return {"place": place, "error": error, "config": self._config, "times": []}
 
     def _read(self) -> dict[str, Any]:
-        return read_json(self._path) or {"place": None, "error": "", "config": "", "times": []}
+        nothing: dict[str, Any] = {"place": None, "error": "", "config": "", "times": []}
+        record = read_json(self._path)
+        return record if record is not None and record.keys() == nothing.keys() else nothing
 
 
 def _alike(error: str) -> str:

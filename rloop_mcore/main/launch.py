@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rloop_mcore import validate
@@ -23,6 +24,9 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
 
 _SUBMIT_S = 120.0
+_NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
+# options of commands that name what is read
+_READ = ("run", "runs", "first", "second", "policy", "data", "benchmark_files", "against", "source", "config", "file")
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -31,6 +35,9 @@ def launch(options: argparse.Namespace) -> int:
     if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
+        if config.cluster.slurm.container == "none":
+            for file in _unseen(options.inner_options):
+                print(f"rloop: warning: {file} {_NOT_HERE}", file=sys.stderr)
         script = command_script(config, options.inner)
     else:
         lines = {"": []} if options.sweep is None else _lines(options.sweep)
@@ -56,10 +63,15 @@ def launch(options: argparse.Namespace) -> int:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH here: run this where jobs are submitted, or add --dry-run.")
     kept = [folder / "job.sh" for folder in _folders(runs)]
-    for path in kept:
-        if not path.exists():  # else after it is accepted: a job that goes on may still submit the one that is there
-            write_atomic(path, script)
-    job = _submit(script)
+    new = [path for path in kept if not path.exists()]
+    for path in new:  # the others after it is accepted: a job that goes on may still submit the one that is there
+        write_atomic(path, script)
+    try:
+        job = _submit(script)
+    except UserError:
+        for path in new:
+            _remove(path)
+        raise
     print(f"submitted job {job}; its log is {_log_of(job, runs)}")
     for path in kept:
         write_atomic(path, script)
@@ -88,7 +100,16 @@ def _absent(config: Config) -> Iterator[str]:
         files["model.path"] = config.model.path
     for key, file in files.items():
         if not Path(file).exists():
-            yield f"{key}={file} does not exist here: the job ends at once unless its nodes see it."
+            yield f"{key}={file} {_NOT_HERE}"
+
+
+def _unseen(command: argparse.Namespace) -> Iterator[str]:
+    """What a command would read and that is not to be seen here."""
+    for name in _READ:
+        given = vars(command).get(name) or []
+        for path in given if isinstance(given, list) else [given]:
+            if not Path(path).exists() and (name != "data" or Path(path).suffix in FILES):
+                yield str(path)
 
 
 def _lines(file: Path) -> dict[str, list[str]]:
@@ -126,6 +147,14 @@ def _folders(runs: Sequence[Run]) -> list[Path]:
         directory.create()
         directory.jobs.mkdir(exist_ok=True)
     return [directory.jobs for directory in directories]
+
+
+def _remove(script: Path) -> None:
+    """Remove what a refused job leaves: its script, and the folders around it that hold nothing else."""
+    script.unlink()
+    with suppress(OSError):
+        script.parent.rmdir()
+        script.parent.parent.rmdir()
 
 
 def _submit(script: str) -> str:

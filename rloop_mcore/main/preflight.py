@@ -107,6 +107,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         else "no node is bad"
         if report["problems"]
         else f"{count} nodes are fit"
+        if count > 1
+        else "the node is fit"
     )
     rates = [f"{what} {report[key]:g} GB/s" for what, key in _RATES if report[key]]
     return [*lines, ", ".join([f"preflight: {fit} ({report['device']})", *rates, f"{report['seconds']:.1f} s"])]

@@ -159,7 +159,8 @@ class RunDirectory:
             self.write_ending(1, f"{where}{kind}{error}", traceback.format_exc())
 
     def ending(self) -> dict[str, Any] | None:
-        return read_json(self.path / "ending.json")
+        found = read_json(self.path / "ending.json")
+        return found if found is not None and {"code", "message"} <= found.keys() else None
 
     def previous_ending(self) -> dict[str, Any] | None:
         """How the process before this one ended; None where it left no word."""
@@ -177,9 +178,10 @@ class RunDirectory:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, or a damaged one."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def log_tail(log: Path) -> str:

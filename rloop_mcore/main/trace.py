@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import write_atomic
-from rloop_mcore.timeline import FILE, chrome_trace
+from rloop_mcore.timeline import FILE, chrome_trace, read_spans
 
 
 def trace(run: Path, out: Path | None) -> int:
@@ -15,12 +15,7 @@ def trace(run: Path, out: Path | None) -> int:
     path = run / FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the run directory of a training run.")
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # the line that a kill cut short
-            continue
+    lines = read_spans(path)
     out = out or run / "trace.json"
     write_atomic(out, json.dumps(chrome_trace(lines)))
     print(f"{out}: {len(lines)} spans; open it at https://ui.perfetto.dev or in chrome://tracing")

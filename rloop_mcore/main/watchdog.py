@@ -68,7 +68,7 @@ class Watchdog:
 def step_seconds(metrics: Path) -> float | None:
     """Median seconds between the last steps of the phase that is under way; None where there are not two."""
     try:
-        steps = [line for line in read_json_lines(metrics) if line["total"]]
+        steps = [line for line in read_json_lines(metrics) if line.get("total")]
     except (OSError, UserError):  # of a file server that is away, or of damage: not what a watchdog ends by
         return None
     gaps = [

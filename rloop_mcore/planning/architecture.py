@@ -95,8 +95,9 @@ def check_architecture(stated: ArchitectureConfig, found: Mapping[str, Any], fil
     values = dict(found)
     if values.get("num_experts") is None:  # transformers 5 writes num_local_experts
         values["num_experts"] = values.get("num_local_experts")
-    if values.get("head_dim") is None and values.get("hidden_size") and values.get("num_attention_heads"):
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if values.get("head_dim") is None and type(hidden) is type(heads) is int and heads:
+        values["head_dim"] = hidden // heads
     for name in SIZES:
         wanted, value = getattr(stated, name), values.get(name)
         if wanted is not None and value is not None and wanted != value:

@@ -147,6 +147,14 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises ValueError, or RecursionError, where it is something else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {json.dumps(value):.40}")
+    return value
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file to which lines are still added: one that is not ended is none yet. None without a file.
 
@@ -158,7 +166,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(whole, start=1):
         try:
-            objects.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            objects.append(json_object(line))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no JSON object ({error}): the file is damaged.") from error
     return objects

@@ -17,7 +17,7 @@ from rloop_mcore.types import Policy
 from rloop_mcore.weights.families import choose_family
 from rloop_mcore.weights.family import HfConfig, canonical_name
 from rloop_mcore.weights.gather import ScatteredTensor, scattered, shard_number
-from rloop_mcore.weights.hf_folder import TensorReader, write_folder
+from rloop_mcore.weights.hf_folder import TensorReader, check_finite, write_folder
 
 
 def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -53,7 +53,8 @@ class HfBridge:
     def load(self, chunks: Sequence[torch.nn.Module], path: Path) -> None:
         """Fill this rank's shards of every pipeline chunk from the safetensors of the HF folder `path`.
 
-        The folder is checked whole first: on a UserError no parameter has changed.
+        The folder is checked whole first: on a UserError no parameter has changed, but where a tensor holds NaN or an
+        infinity, which is found on the way.
         """
         config = HfConfig.read(path)
         if self._family.architecture(config) != self._architecture:
@@ -68,6 +69,7 @@ class HfBridge:
             shard = known[name].shard(reader.tensor, *shard_number(known[name]))
             if shard.shape != tensor.shape:
                 raise RuntimeError(f"{name}: read {tuple(shard.shape)} for a shard of {tuple(tensor.shape)}")
+            check_finite(", ".join(source.name for source in known[name].sources), shard, path)
             assign(tensor, shard)
 
     def export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -85,6 +86,12 @@ class TensorReader:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in host memory, row-major."""
     return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+
+
+def check_finite(names: str, tensor: torch.Tensor, source: Path) -> None:
+    """Raises UserError where a tensor of `source` holds NaN or an infinity: such a model says nothing."""
+    if tensor.numel() and not all(math.isfinite(float(bound)) for bound in tensor.aminmax()):
+        raise UserError(f"{source}: {names} holds NaN or infinity: the weights are damaged, get them anew.")
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

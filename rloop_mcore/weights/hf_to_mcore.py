@@ -29,7 +29,7 @@ from rloop_mcore.weights.conversion import (
     warnings,
 )
 from rloop_mcore.weights.family import Split
-from rloop_mcore.weights.hf_folder import TensorReader, write_config
+from rloop_mcore.weights.hf_folder import TensorReader, check_finite, write_config
 from rloop_mcore.weights.sections import Layout, Model, Section
 from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
 
@@ -160,6 +160,8 @@ class _Run:
         """Compare every HF tensor with what the checkpoint has of it."""
         for section in sections:
             dtype, box = self.dtypes[section.key], section.box()
+            for name in section.names:
+                check_finite(name, self.reader.tensor(name), self.reader.folder)
             for key in section.place.keys:
                 copies = section.interleaved + self._is_cast(section) + (not written.is_one_block(key, box))
                 with self.memory.of(section.elements * dtype.itemsize * copies):

@@ -25,7 +25,7 @@ from rloop_mcore.weights.conversion import (
     warnings,
 )
 from rloop_mcore.weights.family import Place, Split
-from rloop_mcore.weights.hf_folder import Plan, TensorReader, TensorWriter, files_of, write_config
+from rloop_mcore.weights.hf_folder import Plan, TensorReader, TensorWriter, check_finite, files_of, write_config
 from rloop_mcore.weights.sections import Model, Section
 from rloop_mcore.weights.torch_dist import BlockReader
 
@@ -160,6 +160,7 @@ class _Run:
             copies += not self.reader.is_one_block(section.key, section.box())
             with self.memory.of(section.elements * max(dtype.itemsize, stored.itemsize) * copies):
                 whole = self.reader.read(section.key, section.box()).view(section.parameter.shape(1))
+                check_finite(", ".join(section.names), whole, self.reader.folder)
                 whole = cast(", ".join(section.names), whole, dtype)
                 self.sums[number] = checksum(whole)
                 for name, tensor in zip(section.names, section.parameter.merge([whole]), strict=True):

@@ -53,6 +53,40 @@ def test_damage_is_located(rloop_run: Path) -> None:
         read_run(rloop_run)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("3", "[1]", "null", "{}", "[" * 100_000, '{"iteration": 0, "phase": 3, "step": 1, "global_step": 1}'),
+        '{"iteration": 0, "phase": "explore", "step": 1, "global_step": 1, "loss": NaN}',
+        '{"iteration": 0, "phase": "explore", "step": 1, "global_step": 1, "loss": "a"}',
+    ],
+    ids=lambda line: line[:12],
+)
+def test_a_line_of_metrics_that_is_of_no_step_is_located(line: str, rloop_run: Path) -> None:
+    with (rloop_run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    number = len((rloop_run / "metrics.jsonl").read_text().splitlines())
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line {number}"):
+        read_run(rloop_run)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("3", "null", "[" * 100_000, '{"metrics": [1]}', '{"metrics": null}', '{"metrics": {"avg@8": 1}}'),
+        '{"metrics": {"avg@x": {"mean": 0, "low": 0, "high": 1}}}',
+        '{"metrics": {"avg@8": {"mean": NaN, "low": 0, "high": 1}}}',
+        '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "policy": [1]}',
+        '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "problem_digests": null}',
+    ],
+    ids=lambda content: content[:40],
+)
+def test_an_evaluation_of_another_form_is_refused_by_its_name(content: str, rloop_run: Path) -> None:
+    (rloop_run / "evaluation" / "base.json").write_text(content)
+    with pytest.raises(UserError, match=r"base\.json is not an evaluation"):
+        read_run(rloop_run)
+
+
 @pytest.mark.parametrize("content", [b"[1]", b"a: [", b"caf\xe9: 1"])
 def test_a_configuration_that_is_none_is_located(content: bytes, rloop_run: Path) -> None:
     (rloop_run / "config.yaml").write_bytes(content)

@@ -169,6 +169,7 @@ def test_dapo_math_17k_as_published(tmp_path: Path, kind: str) -> None:
         ({"problem": " ", "answer": "3"}, "problem is blank"),
         ({"problem": "p", "answer": "3", "meta": 1}, "meta must be an object, not int"),
         ({"problem": "p", "answer": "3", "meta": "{"}, "meta is a string that is not JSON"),
+        ({"problem": "p", "answer": "3", "meta": "[" * 100_000}, "meta is a string that is not JSON"),
         ({"problem": "p", "answer": "3", "id": 7}, "id is int 7"),
         ('{"problem": "\\ud800", "answer": "3"}', "lone surrogate"),
         ({**ROWS[0], "problem": "other"}, r"id 'a' stands already at .*p\.jsonl:1"),

@@ -128,9 +128,14 @@ def test_eos_may_be_described_by_an_object(tmp_path: Path) -> None:
 def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         TextTokenizer(tmp_path)
-    for eos in (None, "<nothing>"):
+    for eos in (None, "<nothing>", 5, ["</s>"], {}, {"content": 5}):
         with pytest.raises(UserError, match="eos_token is"):
             write_tokenizer(tmp_path, eos=eos)
+    write_tokenizer(tmp_path)
+    for content in (b"", b"[]", b"\xff", b"[" * 100_000):
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json (is not valid JSON|should hold a JSON object)"):
+            TextTokenizer(tmp_path)
     with pytest.raises(UserError, match="cannot encode 'what"):
         write_tokenizer(tmp_path).encode("what ?")
     (tmp_path / "tokenizer.json").write_text("{}")

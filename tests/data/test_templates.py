@@ -54,6 +54,10 @@ def test_a_users_file(tmp_path: Path, tokenizer: TextTokenizer) -> None:
         ('{% set stop = "END" %}{{ problem }}', "stop must be a list of non-empty strings"),
         ("{% include 'x' %}", "no loader"),
         ("Solve it.", "does not use problem"),
+        ("{{ 1 / 0 }}{{ problem }}", "division by zero"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}{{ problem }}", "recursion"),
+        ("{% for i in range(1000000000) %}{% endfor %}{{ problem }}", "Range too big"),
+        ("{{ problem * 100000000000000000 }}", "MemoryError"),
     ],
 )
 def test_a_bad_template_is_refused_by_name(tmp_path: Path, tokenizer: TextTokenizer, text: str, message: str) -> None:
@@ -61,6 +65,14 @@ def test_a_bad_template_is_refused_by_name(tmp_path: Path, tokenizer: TextTokeni
     path.write_text(text)
     with pytest.raises(UserError, match=rf"bad\.jinja.*{message}"):
         PromptTemplate(str(path), tokenizer)
+
+
+def test_a_problem_that_a_template_fails_at_is_named(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% if problem == '2 + 2' %}{{ answer }}{% endif %}{{ problem }}")
+    template = PromptTemplate(str(path), tokenizer)
+    with pytest.raises(UserError, match=r"mine\.jinja: 'answer' is undefined \(of the problem '2 \+ 2'\)"):
+        template.render("2 + 2")
 
 
 def test_an_unknown_name_lists_the_known_ones(tokenizer: TextTokenizer) -> None:

@@ -65,6 +65,21 @@ def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
         read_result(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"scores": 3}, {"scores": {"avg@8": 3}}, {"scores": {"avg@8": {}}}, {"scores": {"avg@8": {"a": "x"}}}),
+        *({"counts": None}, {"counts": ["a"]}, {"policy": None}),
+    ],
+)
+def test_a_result_that_cannot_be_compared_is_refused_before_anything_is_sampled(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(record({"a": 0.5}) | changes))
+    with pytest.raises(UserError, match="is not what"):
+        read_result(tmp_path / "r.json")
+
+
 def test_the_bytes_of_another_file_are_not_shown(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_bytes(b"\xe0" * 10_000)
     with pytest.raises(UserError, match="is not what") as caught:

@@ -65,3 +65,8 @@ def test_a_changed_key_is_let_in_after_the_third(tmp_path: Path) -> None:
     record(tmp_path, "rollout.engines=2").check(force=False)
     with pytest.raises(UserError, match="before its first commit"):
         record(tmp_path).check(force=False)
+
+
+def test_a_damaged_record_is_none(tmp_path: Path) -> None:
+    (tmp_path / "crashes.json").write_text('{"times": 3}')
+    assert crash(tmp_path) is None

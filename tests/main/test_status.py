@@ -86,7 +86,9 @@ def test_only_json_has_the_digest_of_the_cache_which_takes_reading_it(
     assert "ddd" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"\xcc\xff\n", b'{"a": 1}\n{"b"\n', b"[1]\n"])
+@pytest.mark.parametrize(
+    "content", [b"\xcc\xff\n", b'{"a": 1}\n{"b"\n', b"[1]\n", b'[["a", 1]]\n', b"[" * 100_000 + b"\n"]
+)
 def test_damaged_metrics_are_a_sentence_and_a_line_that_is_being_written_is_none(
     content: bytes, tmp_path: Path
 ) -> None:
@@ -100,8 +102,9 @@ def test_damaged_metrics_are_a_sentence_and_a_line_that_is_being_written_is_none
 
 
 def test_a_damaged_last_word_is_none(tmp_path: Path) -> None:
-    (tmp_path / "ending.json").write_bytes(b"\xff")
-    assert RunDirectory(tmp_path).ending() is None
+    for content in (b"\xff", b"3", b"{}", b'[["code", 1], ["message", "a"]]', b"[" * 100_000):
+        (tmp_path / "ending.json").write_bytes(content)
+        assert RunDirectory(tmp_path).ending() is None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x00" * 500])

@@ -96,6 +96,9 @@ def test_the_steps_of_another_phase_say_nothing(tmp_path: Path) -> None:
     assert step_seconds(tmp_path / "metrics.jsonl") is None
     log_steps(tmp_path, ("explore", 1, 0.0), ("explore", 2, 7.0), ("explore", 2, 5000.0), ("explore", 3, 5009.0))
     assert step_seconds(tmp_path / "metrics.jsonl") == 8.0  # what a resume repeats is no step
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("{}\n3\n")
+    assert step_seconds(tmp_path / "metrics.jsonl") is None, "damage is for others to tell"
     assert step_seconds(tmp_path / "none.jsonl") is None
 
 

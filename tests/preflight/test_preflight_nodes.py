@@ -37,6 +37,11 @@ def test_fit_nodes_are_fit(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "run").create()  # a run may begin where a preflight was
 
 
+def test_a_node_alone_is_told_of_as_one(tmp_path: Path) -> None:
+    codes, _, printed = nodes.run(tmp_path, [Node()])
+    assert (codes, "preflight: the node is fit (cpu)" in printed) == ([0], True), printed
+
+
 def test_each_bad_node_is_named_with_what_is_bad(tmp_path: Path) -> None:
     """One is missing, one has another Megatron-Core, one another time, one another run.dir; two are fit."""
     site = tmp_path / "site" / "megatron_core-0.1.dist-info"

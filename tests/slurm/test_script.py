@@ -475,6 +475,16 @@ def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str]
     assert "--time=60" in directives(script)
 
 
+def test_what_another_command_reads_and_is_not_there_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    words = ["evaluate", "--policy", f"{tmp_path}/run", "--data", "hf:a/b", "--data", "x.jsonl", "--json", "out.json"]
+    assert main(["launch", "--dry-run", "--", *words]) == 0
+    warning = "does not exist here: the job ends at once unless its nodes see it."
+    assert capsys.readouterr().err == f"rloop: warning: x.jsonl {warning}\n"
+
+
 def test_without_slurm_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,6 +532,16 @@ def test_a_job_that_sbatch_refuses_leaves_the_script_of_the_one_before_it(
     assert main([*words, "cluster.slurm.partition=gup"]) == 2
     assert "sbatch refuses the job: invalid partition" in capsys.readouterr().err
     assert saved.read_text() == script
+
+
+def test_a_first_job_that_sbatch_refuses_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in_for_sbatch(tmp_path / "bin", "exit 1", monkeypatch)
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/preflight.json").touch()
+    assert main(["launch", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
 
 
 def test_an_sbatch_that_does_not_answer_is_a_sentence(

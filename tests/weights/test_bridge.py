@@ -209,6 +209,15 @@ def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
     assert_identical(gathered(bridge.export(chunks)), before)
 
 
+def test_weights_that_are_no_numbers_are_not_loaded(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "llama", kv_heads=1, ratio=1, tied=False)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = float("nan")
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

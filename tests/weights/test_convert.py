@@ -106,6 +106,21 @@ def test_a_value_that_float16_has_no_room_for_is_refused(
         assert not (tmp_path / "half").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(
+    value: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    edit_tensors(source, lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 2), value))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 2
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    monkeypatch.setattr(hf_to_mcore, "check_finite", lambda *ignored: None)
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
     mixed = {n: t.bfloat16() if n.endswith("_proj.weight") else t for n, t in tensors_of(source).items()}
     save_file(mixed, source / "model.safetensors")

@@ -15,6 +15,8 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 
+_GROUP_TIMEOUT_S = 300.0  # that a weight broadcast may take
+
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rloop_mcore.rollout.embedded", description=__doc__)
@@ -22,12 +24,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free port, reported in --port-file")
     parser.add_argument("--port-file", type=Path, help="where the port is written once the server answers")
-    parser.add_argument("--api-key-file", type=Path, help=f"file with the key; otherwise ${KEY_VARIABLE}")
     parser.add_argument("--max-running", type=int, default=256, help="responses decoded at once")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--group-timeout", type=float, default=300.0, help="seconds a weight broadcast may take")
     parser.add_argument("--parent", type=int, help="pid of the process this server must not outlive")
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ async def _serve(arguments: argparse.Namespace, api_key: str | None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = CausalModel(arguments.model_path, getattr(torch, arguments.dtype), arguments.device)
-    server = Server(model, arguments.max_running, api_key, arguments.group_timeout)
+    server = Server(model, arguments.max_running, api_key, _GROUP_TIMEOUT_S)
     runner = web.AppRunner(server.app(), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, arguments.host, arguments.port)
@@ -66,8 +66,6 @@ def main() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings reach every process; they are for the trainer
         signal.signal(number, signal.SIG_IGN)
     api_key = os.environ.pop(KEY_VARIABLE, None)
-    if arguments.api_key_file:
-        api_key = arguments.api_key_file.read_text().strip()
     try:
         asyncio.run(_serve(arguments, api_key or None))
     except UserError as error:
