@@ -176,7 +176,7 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
         chunk.load_state_dict(state[f"model{i}"])
         _restore_scales(found)  # an FP8 parameter that is given its value notes the greatest one
     optimizer.update, optimizer.steps = state["update"], state["steps"]
-    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+    for i, part in _parts(optimizer):
         with ExitStack() as stack:
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_step_left_alone(part))
@@ -200,7 +200,7 @@ def _state(
     for i, chunk in enumerate(chunks):
         _only_scales(chunk.module, models[f"model{i}"], saved)
     state["optimizer"] = {}
-    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+    for i, part in _parts(optimizer):
         with ExitStack() as stack:
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_bucket_padding_kept(part))
@@ -209,6 +209,16 @@ def _state(
     # experts over ep), and the groups' settings are those of the phase, which `begin` gave.
     dict_list_map_inplace(_kept_here, state["optimizer"])
     return state | models
+
+
+def _parts(optimizer: PolicyOptimizer) -> Iterator[tuple[int, Any]]:
+    """Megatron's optimizers by number, but for one of no weights: Megatron can't save or load that.
+
+    It is the experts', where they have one of their own, on a pipeline stage without layers.
+    """
+    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+        if part.buffers if isinstance(part, DistributedOptimizer) else part.get_parameters():
+            yield i, part
 
 
 def _extra_states(model: torch.nn.Module, state: Iterable[str]) -> dict[str, tuple[torch.nn.Module, int]]:
