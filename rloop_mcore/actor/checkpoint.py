@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded, count_in_parts
 from rloop_mcore.errors import DiskFull, Fault
@@ -37,6 +38,7 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,  # one replica gathers the state, over the CPUs
     "chained_optim_avoid_prefix": True,
 }
+_MAIN_WEIGHTS = "fp32_from_fp16_params"  # Megatron's name of them in a state
 # Megatron 0.19's default writer needs nvidia_resiliency_ext; 0.16 has only this one, and no argument to ask for it.
 _OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
@@ -176,11 +178,11 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
         chunk.load_state_dict(state[f"model{i}"])
         _restore_scales(found)  # an FP8 parameter that is given its value notes the greatest one
     optimizer.update, optimizer.steps = state["update"], state["steps"]
-    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+    for i, part in _parts(optimizer):
         with ExitStack() as stack:
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_step_left_alone(part))
-            part.load_state_dict(_with_steps(state["optimizer"][i], part, optimizer.steps))
+            part.load_state_dict(_completed(state["optimizer"][i], part, optimizer.steps))
         for parameter_state in part.optimizer.state.values():
             if "step" in parameter_state:  # Megatron leaves one tensor for all: steps would count double
                 parameter_state["step"] = parameter_state["step"].clone()
@@ -200,15 +202,28 @@ def _state(
     for i, chunk in enumerate(chunks):
         _only_scales(chunk.module, models[f"model{i}"], saved)
     state["optimizer"] = {}
-    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+    for i, part in _parts(optimizer):
         with ExitStack() as stack:
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_bucket_padding_kept(part))
-            state["optimizer"][i] = part.sharded_state_dict(models, is_loading=saved is not None, metadata=metadata)
+            found = part.sharded_state_dict(models, is_loading=saved is not None, metadata=metadata)
+        if _MAIN_WEIGHTS in found:  # lists, a group of parameters each: Megatron cannot load an empty one among them
+            found[_MAIN_WEIGHTS] = {number: group for number, group in enumerate(found[_MAIN_WEIGHTS]) if group}
+        state["optimizer"][i] = found
     # Only tensors travel. How parameters are grouped depends on the layout (Megatron has an optimizer of its own for
     # experts over ep), and the groups' settings are those of the phase, which `begin` gave.
     dict_list_map_inplace(_kept_here, state["optimizer"])
     return state | models
+
+
+def _parts(optimizer: PolicyOptimizer) -> Iterator[tuple[int, Any]]:
+    """Megatron's optimizers by number, but for a distributed one without weights: that can't be saved or loaded.
+
+    It is the experts', where they have one of their own, on a pipeline stage without layers.
+    """
+    for i, part in enumerate(optimizer.megatron.chained_optimizers):
+        if not isinstance(part, DistributedOptimizer) or part.buffers:
+            yield i, part
 
 
 def _extra_states(model: torch.nn.Module, state: Iterable[str]) -> dict[str, tuple[torch.nn.Module, int]]:
@@ -248,13 +263,19 @@ def _kept_here(value: Any) -> Any:
     return value if isinstance(value, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(value)
 
 
-def _with_steps(state: dict[str, Any], part: MegatronOptimizer, steps: int) -> dict[str, Any]:
-    """The state of one Megatron optimizer, with Adam's step count where that optimizer looks for it."""
+def _completed(state: dict[str, Any], part: MegatronOptimizer, steps: int) -> dict[str, Any]:
+    """The state of one Megatron optimizer with what `_state` and Megatron leave out: empty parts, and Adam's step count
+    where that optimizer looks for it."""
     inner = state.get("optimizer", state)
     for group in inner["param_groups"]:
         group["step"] = steps
-    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
-        inner["state"]["common_step"] = torch.tensor(float(steps))
+    if not isinstance(part, DistributedOptimizer):
+        inner.setdefault("state", {})
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            inner["state"]["common_step"] = torch.tensor(float(steps))
+        if isinstance(part, Float16OptimizerWithFloat16Params):
+            groups = state.get(_MAIN_WEIGHTS, {})
+            state[_MAIN_WEIGHTS] = [groups.get(number, []) for number in range(len(inner["param_groups"]))]
     return state
 
 

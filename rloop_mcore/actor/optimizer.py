@@ -77,6 +77,8 @@ class PolicyOptimizer:
         self.update += 1
         for group in self.megatron.param_groups:
             group["lr"] = rate
+            # Megatron leaves it to its own scheduler to honour this: 0 for norms and biases, 1 for the rest.
+            group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
         gate = math.inf if self._config.skip_grad is None else self._config.skip_grad

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from parity_model import TEMPERATURE, experiences
+from parity_model import TEMPERATURE, experiences, reference_update
 
 from rloop_mcore.types import Example, Experience
 
@@ -38,6 +38,8 @@ UPDATES: dict[str, dict[str, Any]] = {
         "off_policy_mask": MASKED_ABOVE,
     },
 }
+# eps far above the rounding errors of the gradients, of which Adam would make steps
+ADAM: dict[str, Any] = {"lr": 1e-2, "weight_decay": 1.0, "beta1": 0.8, "beta2": 0.95, "eps": 1e-2, "clip_grad": 0.5}
 
 
 def off_policy() -> list[Experience]:
@@ -111,6 +113,20 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
             sums[name] += values.sum().item() / sum(lengths)
     loss.backward()
     return sums | {"loss": loss.item()}
+
+
+def adam_reference(model: PreTrainedModel) -> list[float]:
+    """Three updates by torch's AdamW, of which norms and biases do not decay; returns the gradient norms."""
+    decays = {True: ADAM["weight_decay"], False: 0.0}
+    groups = [{"params": [p], "weight_decay": decays[p.dim() > 1]} for p in model.parameters()]
+    adam = torch.optim.AdamW(groups, ADAM["lr"], (ADAM["beta1"], ADAM["beta2"]), ADAM["eps"])
+    norms = []
+    for seed in range(3):
+        adam.zero_grad()
+        reference_update(model, experiences(seed))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["clip_grad"])))
+        adam.step()
+    return norms
 
 
 def fine_tuning_reference(model: PreTrainedModel, kind: str) -> float:

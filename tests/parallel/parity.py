@@ -47,6 +47,12 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "PP4": (BOTH, {"pp": 4, "stages": [1, 1, 1, 1]}, {}),
     "TP2 PP2": (DENSE, {"tp": 2, "pp": 2, "stages": [2, 2]}, {}),
     "TP2 PP2 SP": (MOE, {"tp": 2, "pp": 2, "sp": True, "stages": [2, 2]}, {}),
+    "PP2 EP2, one empty": (MOE, {"pp": 2, "ep": 2, "dp": 2, "stages": [4, 0]}, {}),
+    "PP2 EP2, one empty, plain": (
+        MOE,
+        {"pp": 2, "ep": 2, "dp": 2, "stages": [4, 0]},
+        {"distributed_optimizer": False},
+    ),
     "TP2 EP2 SP": (MOE, {"tp": 2, "ep": 2, "dp": 2, "sp": True}, {}),
     "EP2 ETP2 DP4": (MOE, {"dp": 4, "ep": 2, "etp": 2}, {}),
     "TP2 EP2 ETP2 SP": (MOE, {"tp": 2, "ep": 2, "etp": 2, "dp": 2, "sp": True}, {}),

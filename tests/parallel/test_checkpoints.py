@@ -14,6 +14,7 @@ from ranks import launch
 TWO_RANKS = {"TP2": {"tp": 2}, "PP2": {"pp": 2, "stages": [2, 2]}, "DP2": {"dp": 2}}
 OPTIMIZERS = {"": True, " plain": False}  # the distributed optimizer, and Megatron's other one
 TWO = [f"{layout}{optimizer}" for layout in TWO_RANKS for optimizer in OPTIMIZERS]
+EMPTY = [f"empty stage{optimizer}" for optimizer in OPTIMIZERS]  # its norms, none, are a group of Megatron's optimizer
 ONE = [f"TP1{optimizer}" for optimizer in OPTIMIZERS]
 TOLERANCE = 1e-5
 
@@ -22,11 +23,13 @@ TOLERANCE = 1e-5
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("checkpoints")
     write("dense", folder / "dense")
-    for ranks, layouts in ((2, TWO_RANKS), (1, {"TP1": {}})):
+    empty = {"empty stage": {"pp": 2, "stages": [0, 4]}}
+    for ranks, precision, layouts in ((2, "fp32", TWO_RANKS), (2, "bf16", empty), (1, "fp32", {"TP1": {}})):
         jobs = [
             {
                 "name": f"{name}{optimizer}",
                 "layout": layout,
+                "precision": precision,
                 "distributed_optimizer": distributed,
                 "resume": [] if ranks == 2 else [f"{other}{optimizer}.async" for other in TWO_RANKS],
             }
@@ -34,10 +37,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             for optimizer, distributed in OPTIMIZERS.items()
         ]
         launch(HERE / "worker_checkpoints.py", json.dumps(jobs), folder, processes=ranks)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in TWO + ONE}
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in TWO + EMPTY + ONE}
 
 
-@pytest.mark.parametrize("name", TWO + ONE)
+@pytest.mark.parametrize("name", TWO + EMPTY + ONE)
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_checkpoint_is_of_the_moment_it_was_started(results: dict[str, dict[str, Any]], name: str, kind: str) -> None:
     """To the bit, though all of `async` was written after two more updates; which the writing left alone in turn."""

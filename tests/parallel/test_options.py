@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from options import UPDATES, fine_tuning_reference, token_logprobs, update_reference
+from options import UPDATES, adam_reference, fine_tuning_reference, token_logprobs, update_reference
 from parity import HERE, by_number, tensor_distance
 from parity_model import TEMPERATURE, build, experiences, hub_named, reference_update, write
 from ranks import launch
@@ -50,6 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
     for layout_name, layout in LAYOUTS.items():
         add(f"{layout_name}, fine_tune", "fine_tune", dense, layout)
+        add(f"{layout_name}, decay", "decay", dense, layout)
         add(f"{layout_name}, gate", "gate", dense, layout)
         add(f"{layout_name}, phases", "phases", dense, layout, {"kl_coefficient": 0.1})
     for layout_name, option in WHAT:
@@ -91,6 +92,14 @@ def test_fine_tuning_is_that_of_its_formula(results: dict[str, dict[str, Any]], 
     result, model = results[f"{layout}, fine_tune"][loss], build("dense").double()
     assert result["metrics"]["loss"] == pytest.approx(fine_tuning_reference(model, loss), rel=TOLERANCE)
     assert tensor_distance(result["gradients"], gradients_of(model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adam_is_torchs_and_norms_and_biases_do_not_decay(results: dict[str, dict[str, Any]], layout: str) -> None:
+    result, model = results[f"{layout}, decay"], build("dense").double()
+    assert result["norms"] == pytest.approx(adam_reference(model), rel=1e-4)
+    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert tensor_distance(result["weights"], wanted) <= TOLERANCE
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

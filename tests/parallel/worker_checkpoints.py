@@ -1,7 +1,8 @@
 """Save while training goes on, load, and fail to save: `worker_checkpoints.py JOBS FOLDER`.
 
-JOBS is a JSON list of {"name", "layout", "distributed_optimizer", "resume": names of earlier jobs}; FOLDER holds the
-dense model of the parity suite in `dense` and gets the checkpoints and NAME.pt, what each job came to. TP2 also fails.
+JOBS is a JSON list of {"name", "layout", "precision", "distributed_optimizer", "resume": names of earlier jobs}; FOLDER
+holds the dense model of the parity suite in `dense` and gets the checkpoints and NAME.pt, what each job came to. TP2
+also fails.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Trainer:
     def __init__(self, job: dict[str, Any], folder: Path) -> None:
         config = Config(
             layout=LayoutConfig(**job["layout"]),
-            precision="fp32",
+            precision=job["precision"],
             actor=ActorConfig(micro_batch_tokens=40, distributed_optimizer=job["distributed_optimizer"]),
             cluster=ClusterConfig(collective_timeout_s=60.0),
         )

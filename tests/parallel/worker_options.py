@@ -19,7 +19,7 @@ platform.setup("cpu", 1)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from options import MAX_TOKENS, examples, off_policy  # noqa: E402
+from options import ADAM, MAX_TOKENS, examples, off_policy  # noqa: E402
 from parity_model import TEMPERATURE, experiences  # noqa: E402
 from worker_parity import whole, whole_gradients  # noqa: E402
 
@@ -38,6 +38,7 @@ from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
 LEARNING = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+DECAYING = OptimizerConfig(**ADAM)
 
 
 def update(actor: MegatronActor, folder: Path) -> dict[str, Any]:
@@ -55,6 +56,13 @@ def fine_tune(actor: MegatronActor, folder: Path) -> dict[str, Any]:
         metrics = actor.fine_tune(examples(), loss)
         result[loss] = {"metrics": metrics, "gradients": whole_gradients(actor)}
     return result
+
+
+def decay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
+    """Three updates of weights that decay fast."""
+    actor.begin(folder, DECAYING, 3)
+    norms = [actor.update(experiences(seed))["grad_norm"] for seed in range(3)]
+    return {"weights": whole(actor), "norms": norms}
 
 
 def phases(actor: MegatronActor, folder: Path) -> dict[str, Any]:
@@ -115,7 +123,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     return result | {"free": actor.logprobs([row.trajectory for row in batch], False)}
 
 
-TASKS = {task.__name__: task for task in (update, fine_tune, phases, gate, replay)}
+TASKS = {task.__name__: task for task in (update, fine_tune, decay, phases, gate, replay)}
 
 
 def main() -> None:
