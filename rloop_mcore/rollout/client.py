@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.together import together
 from rloop_mcore.rollout.versions import check_partial, has_update_sessions, routes_of
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -343,6 +344,7 @@ class EngineClient:
         if response.status != 200:  # a redirected POST would come as a GET
             moved = response.headers.get("Location")
             text = f"status {response.status}{f' to {moved}' if moved else ''}: {_short(raw)}"
+            text += f" (the key of running servers is {KEY_VARIABLE})" if response.status == 401 else ""
             raise self._error(path, text, response.status)
         return raw
 
