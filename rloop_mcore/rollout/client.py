@@ -107,6 +107,9 @@ class EngineClient:
     async def check_server(self, timeout_s: float) -> None:
         """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
         await self.health(timeout_s)
+        if (await self.server_info()).get("preferred_sampling_params"):
+            text = "it has --preferred-sampling-params, which hold where the run asks for nothing: start it without"
+            raise self._error("/server_info", text, 200)
         if self._partial:
             await self._of_version(check_partial)
         await together(*(self._check_route(path) for path in await self._of_version(routes_of)))
@@ -128,7 +131,9 @@ class EngineClient:
     async def server_info(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
         info = await self._json("GET", "/server_info", timeout_s=timeout_s)
-        return {k: v for k, v in info.items() if k not in _SECRET} if isinstance(info, dict) else info
+        if not isinstance(info, dict):
+            raise self._error("/server_info", f"the answer is not that of SGLang: {_short(info)}", 200)
+        return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
         return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))

@@ -306,6 +306,22 @@ def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, w
     assert caught.value.status is not None  # waiting would not help
 
 
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({"version": "0.5.23", "preferred_sampling_params": {"top_k": 20}}, r"/server_info: it has --preferred-sampl"),
+        (["0.5.23"], r"/server_info: the answer is not that of SGLang: \['0\.5\.23'\]"),
+    ],
+)
+def test_a_server_that_would_sample_otherwise_is_refused(info: object, words: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(info)
+
+    with pytest.raises(EngineError, match=words) as caught:
+        _ask(handler, lambda client: client.check_server(30.0))
+    assert caught.value.status == 200  # waiting would not help
+
+
 def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:
     with pytest.raises(EngineError, match=r"0\.5\.20 takes no .*: rollout\.partial=true needs 0\.5\.21") as caught:
         _ask(_server("0.5.20"), lambda client: client.check_server(30.0), partial=True)
