@@ -107,12 +107,13 @@ class EngineClient:
     async def check_server(self, timeout_s: float) -> None:
         """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
         await self.health(timeout_s)
-        if (await self.server_info()).get("preferred_sampling_params"):
+        info = await self.server_info()
+        if info.get("preferred_sampling_params"):
             text = "it has --preferred-sampling-params, which hold where the run asks for nothing: start it without"
             raise self._error("/server_info", text, 200)
         if self._partial:
-            await self._of_version(check_partial)
-        await together(*(self._check_route(path) for path in await self._of_version(routes_of)))
+            self._of_version(info, check_partial)
+        await together(*(self._check_route(path) for path in self._of_version(info, routes_of)))
 
     async def _check_route(self, path: str) -> None:
         """OPTIONS has no effect: 405 where the route is, 404 where it is not (SGLang's router, for one)."""
@@ -140,12 +141,12 @@ class EngineClient:
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
-        return await self._of_version(has_update_sessions)
+        return self._of_version(await self.server_info(), has_update_sessions)
 
-    async def _of_version(self, fact: Callable[[str], T]) -> T:
+    def _of_version(self, info: dict[str, Any], fact: Callable[[str], T]) -> T:
         """What `fact` says of the server's version. Raises EngineError where that is not a supported one."""
         path = "/server_info"
-        version = str(_get(await self.server_info(), "version", self.url + path))
+        version = str(_get(info, "version", self.url + path))
         try:
             return fact(version)
         except ValueError as error:
