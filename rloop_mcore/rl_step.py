@@ -317,12 +317,13 @@ def _is_nothing(result: dict[str, float]) -> bool:
 def _begun(completion: Completion | None, stop: Sequence[str]) -> Completion | None:
     """What an aborted answer leaves to go on from.
 
-    Engines look for stop strings in the tokens that they sample from there on: what may be the beginning of one, a
-    token a byte, is sampled anew.
+    Its last tokens are sampled anew: SGLang takes one more after it was told to abort, which may be the end token, the
+    last of a stop string (a token a byte) or of `rollout.max_tokens`, and answers "abort" all the same. Nor would it
+    look for a stop string that began before the tokens that it samples from there on.
     """
     if completion is None:
         return None
-    kept = len(completion.response_ids) - max((len(text.encode()) - 1 for text in stop), default=0)
+    kept = len(completion.response_ids) - max([1, *(len(text.encode()) for text in stop)])
     if kept <= 0:
         return None
     runs, left = [], kept

@@ -324,7 +324,7 @@ def test_replay_records_a_forward_pass_and_keeps_the_engines_logprobs() -> None:
 
 
 class SlowForP0(SeedEcho):
-    """Aborts the groups of p0 after one token while it may; what is asked again goes on to the end."""
+    """Aborts the groups of p0 after two tokens while it may; what is asked again goes on to the end."""
 
     def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         return [self._one(request) for request in requests]
@@ -335,7 +335,7 @@ class SlowForP0(SeedEcho):
             ids, runs = request.partial.response_ids, request.partial.weight_versions
             return Completion((*ids, 9), (-0.5,) * (len(ids) + 1), "stop", (*runs, (version, 1)))
         if request.prompt_ids == (0,) and request.seed % 2:
-            return Completion((request.seed,), (-0.5,), "abort", ((version, 1),))
+            return Completion((request.seed, 8), (-0.5,) * 2, "abort", ((version, 2),))
         return Completion((request.seed,), (-0.5,), "stop", ((version, 1),))
 
 
@@ -372,31 +372,55 @@ def test_a_problem_that_is_drawn_twice_in_a_row_is_two_groups() -> None:
     assert [request.group for request in step.rollout.requests] == [n for n in range(3) for _ in range(GROUP)]
 
 
-class EndsWithNewlines(SeedEcho):
-    """Aborts p0 once after the first of the two newlines at which a response ends; looks for them as engines do."""
+class LateToEnd(SeedEcho):
+    """Aborts p0 once after so many tokens of a response, the last of them perhaps the one that ends it, as SGLang does.
 
-    newline = 1
+    Looks for stops in the tokens that it samples itself, as engines do.
+    """
+
+    whole, versions = (5, 6, 1, 1), ((1, 2), (2, 2))
+
+    def __init__(self, tokens: int, left: Completion | None) -> None:
+        """left: what is to be left of that answer to go on from."""
+        super().__init__()
+        self.tokens, self.left = tokens, left
 
     def answer(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         return [self._one(request) for request in requests]
 
     def _one(self, request: SampleRequest) -> Completion:
-        whole = (5, 6, self.newline, self.newline)
-        versions = ((1, 2), (2, 2))
-        if request.prompt_ids == (0,) and request.partial is None and len(self.requests) <= 3 * GROUP:
-            return Completion(whole[:3], (-0.5,) * 3, "abort", ((1, 2), (2, 1)))
-        if request.partial is not None:
-            assert request.partial == Completion(whole[:2], (-0.5,) * 2, "abort", ((1, 2),))
-        return Completion(whole, (-0.5,) * 4, "stop", versions)
+        if request.prompt_ids == (0,):
+            if len(self.requests) <= 3 * GROUP:
+                versions = ((1, 2), (2, self.tokens - 2))
+                return Completion(self.whole[: self.tokens], (-0.5,) * self.tokens, "abort", versions)
+            assert request.partial == self.left
+        return Completion(self.whole, (-0.5,) * 4, "stop", self.versions)
 
 
-def test_a_response_goes_on_from_before_what_may_be_the_beginning_of_a_stop() -> None:
+LEFT = {kept: Completion((5, 6, 1)[:kept], (-0.5,) * kept, "abort", ((1, kept),)) for kept in (1, 2)}
+LEFT[3] = Completion((5, 6, 1), (-0.5,) * 3, "abort", ((1, 2), (2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "left"),
+    [
+        ((), 4, LEFT[3]),  # the last one may be the end token, or that of max_tokens
+        ((), 3, LEFT[2]),
+        (("\n\n",), 4, LEFT[2]),  # a whole stop string
+        (("\n\n",), 3, LEFT[1]),  # perhaps the beginning of one
+        (("</answer>",), 4, None),
+    ],
+)
+def test_a_response_goes_on_from_before_what_may_have_ended_it(
+    stop: tuple[str, ...], tokens: int, left: Completion | None
+) -> None:
     step = make(first_only, sampled_per_step=2, prompts_per_step=1, sampling_rounds=1)
     step.config.rollout.overprovision = 0.5
-    step.stop = ("\n\n",)
-    rollout = step.rollout = EndsWithNewlines()
+    step.stop = stop
+    rollout = step.rollout = LateToEnd(tokens, left)
     step.collect(0, 1, step.collect(0, 0, 0).position)
-    assert sum(request.partial is not None for request in rollout.requests) == GROUP
+    again = rollout.requests[3 * GROUP :]
+    assert sum(request.prompt_ids == (0,) for request in again) == GROUP
 
 
 class GroupByGroup(SeedEcho):

@@ -21,7 +21,7 @@ from rloop_mcore.platform.network import address_towards
 from rloop_mcore.platform.process import allow_many_files
 from rloop_mcore.rollout.controller import Server
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
-from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer
 from rloop_mcore.rollout.published import Publication, PublishedServer
 from rloop_mcore.rollout.router import engines_of
 
@@ -76,8 +76,16 @@ def with_engines_for_routers(config: Config) -> Config:
     """The configuration with a router's workers in its place among `rollout.endpoints`. Raises UserError."""
     if not config.rollout.endpoints:
         return config
-    engines = engines_of(config.rollout.endpoints, os.environ.get(KEY_VARIABLE))
+    engines = engines_of(config.rollout.endpoints, _key_of_endpoints())
     return replace(config, rollout=replace(config.rollout, endpoints=engines))
+
+
+def _key_of_endpoints() -> str | None:
+    """From the environment, less the newline of a file that it was read from. Raises UserError."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{KEY_VARIABLE} holds a character that cannot be sent: a key is printable ASCII.")
+    return key or None
 
 
 def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Server]:
@@ -85,7 +93,7 @@ def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Ser
     with `model`, still starting."""
     allow_many_files()  # a call is a socket, and there may be `rollout.max_running` calls an engine
     if config.rollout.endpoints:
-        return running_servers(config.rollout.endpoints)
+        return [RunningServer(url, _key_of_endpoints()) for url in config.rollout.endpoints]
     meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)
     if meeting is not None and roles(config).hosts:
         key = meeting.key()

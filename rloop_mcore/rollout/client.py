@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.together import together
 from rloop_mcore.rollout.versions import check_partial, has_update_sessions, routes_of
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -106,9 +107,13 @@ class EngineClient:
     async def check_server(self, timeout_s: float) -> None:
         """Raises EngineError unless the server answers, takes the key, is of a supported version and has its routes."""
         await self.health(timeout_s)
+        info = await self.server_info()
+        if info.get("preferred_sampling_params"):
+            text = "it has --preferred-sampling-params, which hold where the run asks for nothing: start it without"
+            raise self._error("/server_info", text, 200)
         if self._partial:
-            await self._of_version(check_partial)
-        await together(*(self._check_route(path) for path in await self._of_version(routes_of)))
+            self._of_version(info, check_partial)
+        await together(*(self._check_route(path) for path in self._of_version(info, routes_of)))
 
     async def _check_route(self, path: str) -> None:
         """OPTIONS has no effect: 405 where the route is, 404 where it is not (SGLang's router, for one)."""
@@ -127,19 +132,21 @@ class EngineClient:
     async def server_info(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
         info = await self._json("GET", "/server_info", timeout_s=timeout_s)
-        return {k: v for k, v in info.items() if k not in _SECRET} if isinstance(info, dict) else info
+        if not isinstance(info, dict):
+            raise self._error("/server_info", f"the answer is not that of SGLang: {_short(info)}", 200)
+        return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
         return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
-        return await self._of_version(has_update_sessions)
+        return self._of_version(await self.server_info(), has_update_sessions)
 
-    async def _of_version(self, fact: Callable[[str], T]) -> T:
+    def _of_version(self, info: dict[str, Any], fact: Callable[[str], T]) -> T:
         """What `fact` says of the server's version. Raises EngineError where that is not a supported one."""
         path = "/server_info"
-        version = str(_get(await self.server_info(), "version", self.url + path))
+        version = str(_get(info, "version", self.url + path))
         try:
             return fact(version)
         except ValueError as error:
@@ -174,6 +181,8 @@ class EngineClient:
                 "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
             )
         completions = [parse_completion(answer, where) for answer in answers]
+        if [answer["meta_info"].get("id") for answer in answers] != body["rid"]:
+            raise self._error("/generate", "the answers are not those of the prompts, in their order", 200)
         for completion in completions:
             if completion.response_ids and not self._knows(completion.response_ids):
                 raise self._error("/generate", f"an answer has an id outside the vocabulary of {self.vocabulary}", 200)
@@ -275,7 +284,7 @@ class EngineClient:
                 (_tp_rank(rank["parallelism_info"]), {str(k): str(v) for k, v in rank["checksums"].items()})
                 for rank in answer["ranks"]
             ]
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
+        except (TypeError, LookupError, ValueError, AttributeError) as error:
             raise self._error(path, f"the answer is not that of SGLang: {_short(answer)}") from error
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
@@ -290,7 +299,7 @@ class EngineClient:
         raw = await self._call(method, path, body, timeout_s)
         try:
             return json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(path, f"the answer is not JSON ({error}): {_short(raw)}", 200) from error
 
     async def _call(
@@ -329,15 +338,20 @@ class EngineClient:
         while True:
             timeout = aiohttp.ClientTimeout(total=max(deadline - time.monotonic(), _FILES_AGAIN_S))
             try:
-                async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                async with self._session.request(
+                    method, self.url + path, json=body, timeout=timeout, allow_redirects=False
+                ) as response:
                     raw = await response.read()
                 break
             except OSError as error:
                 if not _has_no_file(error) or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(_FILES_AGAIN_S)  # other calls give theirs back
-        if response.status != 200:
-            raise self._error(path, f"status {response.status}: {_short(raw)}", response.status)
+        if response.status != 200:  # a redirected POST would come as a GET
+            moved = response.headers.get("Location")
+            text = f"status {response.status}{f' to {moved}' if moved else ''}: {_short(raw)}"
+            text += f" (the key of running servers is {KEY_VARIABLE})" if response.status == 401 else ""
+            raise self._error(path, text, response.status)
         return raw
 
     def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
@@ -356,26 +370,26 @@ def _tp_rank(place: Any) -> int:
 
 def parse_completion(answer: Any, where: str) -> Completion:
     """A `Completion` from one /generate answer; raises EngineError when a field is missing or they contradict."""
-    meta = _get(answer, "meta_info", where)
-    ids = _get(answer, "output_ids", where)
-    entries = _get(meta, "output_token_logprobs", where)
-    reason = _get(_get(meta, "finish_reason", where), "type", where)
     try:
+        meta, ids = _get(answer, "meta_info", where), list(_get(answer, "output_ids", where))
+        entries = _get(meta, "output_token_logprobs", where)
+        reason = _get(_get(meta, "finish_reason", where), "type", where)
         logprobs = tuple(float(entry[0]) for entry in entries)
-        scored_ids = [int(entry[1]) for entry in entries]
-    except (TypeError, ValueError, IndexError) as error:
-        raise EngineError(f"{where}: output_token_logprobs is not [[logprob, id, text], ...]", 200) from error
-    if scored_ids != ids:
+        scored_ids = tuple(int(entry[1]) for entry in entries)
+        whole = [{"version": _get(meta, "weight_version", where), "start": 0, "end": len(ids)}]
+        versions = _versions(meta.get("weight_versions") or whole, len(ids), where)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise EngineError(f"{where}: the answer is not that of SGLang: {_short(answer)}", 200) from error
+    if list(scored_ids) != ids:
         counts = f"{len(ids)} output_ids and {len(scored_ids)} logprobs"
         raise EngineError(f"{where}: {counts} do not name the same tokens", 200)
     if not math.isfinite(sum(logprobs)):
         raise EngineError(f"{where}: a logprob is not finite", 200)
-    whole = [{"version": _get(meta, "weight_version", where), "start": 0, "end": len(ids)}]
-    return Completion(tuple(ids), logprobs, str(reason), _versions(meta.get("weight_versions") or whole, ids, where))
+    return Completion(scored_ids, logprobs, str(reason), versions)
 
 
-def _versions(spans: Any, ids: list[int], where: str) -> tuple[tuple[int, int], ...]:
-    """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not those of `ids`."""
+def _versions(spans: Any, tokens: int, where: str) -> tuple[tuple[int, int], ...]:
+    """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not of so many tokens."""
     runs: list[tuple[int, int]] = []
     end = 0
     for span in spans:
@@ -387,8 +401,8 @@ def _versions(spans: Any, ids: list[int], where: str) -> tuple[tuple[int, int], 
         if stop > end:
             runs.append((int(version), stop - end))
         end = stop
-    if end != len(ids):
-        raise EngineError(f"{where}: weight_versions {_short(spans)} are not those of {len(ids)} tokens", 200)
+    if end != tokens:
+        raise EngineError(f"{where}: weight_versions {_short(spans)} are not those of {tokens} tokens", 200)
     return tuple(runs)
 
 

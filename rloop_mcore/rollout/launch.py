@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import aiohttp
 
-from rloop_mcore.errors import UserError
 from rloop_mcore.platform.network import free_port
 from rloop_mcore.platform.process import OWN_PATH
 from rloop_mcore.rollout.client import EngineError
@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.05
 _STOP_S = 10.0
 _KILL_S = 60.0  # for the kernel to end a process, and a driver to free its memory
-_HEALTH_S = 30.0  # SGLang's /health generates a token
+_ANSWER_S = 10.0
 _LOG_LINES = 15
+_PORTS = itertools.count(secrets.randbits(32))  # seeds of ports: servers that this process starts get different ones
 
 STUBS_VARIABLE = "RLOOP_SGLANG_STUBS"  # a folder with a stub of sgl_kernel, for SGLang on a CPU (tests/sglang_cpu)
 
@@ -265,17 +266,17 @@ class SGLangServer(_ChildServer):
 
     def _start(self) -> subprocess.Popen[bytes]:
         # SGLang binds it half a minute later, so it is none that the kernel gives away
-        self.port = free_port(self.host, secrets.randbits(32))
+        self.port = free_port(self.host, next(_PORTS))
         with open(self.secrets, "w", opener=_private) as file:
             file.write(f'api-key: "{self.api_key}"\n')
         return self._spawn([*self.command, "--port", str(self.port)], self.environment)
 
     async def _answers(self) -> str | None:
-        url = f"http://{self.host}:{self.port}"
-        try:
+        url, headers = f"http://{self.host}:{self.port}", {"Authorization": f"Bearer {self.api_key}"}
+        try:  # by a route that wants the key: somebody else may have taken the port meanwhile
             async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_S)) as session,
-                session.get(f"{url}/health") as response,
+                aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=_ANSWER_S)) as session,
+                session.get(f"{url}/model_info") as response,
             ):
                 return url if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError):
@@ -294,11 +295,3 @@ def stop_all(servers: Sequence[Server]) -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def running_servers(urls: list[str]) -> list[RunningServer]:
-    """The servers of `rollout.endpoints`; their key comes from the environment. Raises UserError for a bad URL."""
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"rollout.endpoints: {url!r} is not a URL like http://host:30000")
-    return [RunningServer(url, os.environ.get(KEY_VARIABLE)) for url in urls]

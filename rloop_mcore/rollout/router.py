@@ -37,7 +37,8 @@ def engines_of(endpoints: Sequence[str], api_key: str | None) -> list[str]:
             raise UserError(f"rollout.endpoints: SGLang's router at {endpoint} has no workers yet: wait until it has.")
         log.info("%s is SGLang's router: the engines are its workers %s", endpoint, ", ".join(urls))
         found += urls
-    if len(set(found)) < len(found):
+    servers = {url.rstrip("/").lower().replace("//localhost", "//127.0.0.1") for url in found}
+    if len(servers) < len(found):
         raise UserError(f"rollout.endpoints leads to a server twice: {', '.join(sorted(found))}.")
     return found
 

@@ -27,6 +27,7 @@ GOOD = {
     "text": "",
     "output_ids": [4, 5],
     "meta_info": {
+        "id": "call-0",
         "finish_reason": {"type": "stop", "matched": 5},
         "weight_version": "3",
         "output_token_logprobs": [[-0.5, 4, None], [-1.5, 5, None]],
@@ -83,6 +84,7 @@ def test_generate_sends_and_reads_the_contract() -> None:
         (b'[{"output_ids": [4', "not JSON"),
         (b"[]", "1 prompts were sent"),
         (b'{"output_ids": []}', "not a list"),
+        (b"[" * 200_000, "not JSON"),
     ],
 )
 def test_answers_that_are_cut_or_of_the_wrong_shape(answer: bytes, words: str) -> None:
@@ -91,6 +93,29 @@ def test_answers_that_are_cut_or_of_the_wrong_shape(answer: bytes, words: str) -
 
     with pytest.raises(EngineError, match=rf"/generate: .*{words}"):
         _ask(handler, _generate)
+
+
+def test_answers_to_other_prompts_are_not_taken() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        answers = [GOOD | {"meta_info": GOOD["meta_info"] | {"id": name}} for name in ("call-1", "call-0")]  # type: ignore[operator]
+        return web.json_response(answers)
+
+    with pytest.raises(EngineError, match="/generate: the answers are not those of the prompts, in their order"):
+        _ask(handler, lambda client: client.generate([REQUEST, REQUEST], SAMPLING, "call"))
+
+
+@pytest.mark.parametrize("moved", ["/elsewhere", "https://127.0.0.1/pause_generation"])
+def test_who_sends_elsewhere_is_not_followed(moved: str) -> None:
+    """A POST would come there as a GET, without its body."""
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/elsewhere":
+            return web.json_response({})
+        raise web.HTTPFound(moved)
+
+    with pytest.raises(EngineError, match=f"/pause_generation: status 302 to {moved}: ") as caught:
+        _ask(handler, lambda client: client.pause("abort"))
+    assert caught.value.status == 302
 
 
 @pytest.mark.parametrize("wrong", [-1, 10])
@@ -111,7 +136,14 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("meta_info",), None, "lacks 'meta_info'"),
         (("meta_info", "output_token_logprobs"), None, "lacks 'output_token_logprobs'"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None]], "2 output_ids and 1 logprobs"),
-        (("meta_info", "output_token_logprobs"), [[None, 4, None]], "output_token_logprobs is not"),
+        (("meta_info", "output_token_logprobs"), [[None, 4, None]], "not that of SGLang: .*None"),
+        (("meta_info", "output_token_logprobs"), [{}, {}], "not that of SGLang"),
+        (("meta_info", "output_token_logprobs"), [[-0.5, math.inf, None]] * 2, "not that of SGLang"),
+        (("meta_info", "output_token_logprobs"), [[10**400, 4, None]] * 2, "not that of SGLang"),
+        (("output_ids",), 2, "not that of SGLang"),
+        (("meta_info", "weight_versions"), 1, "not that of SGLang"),
+        (("meta_info", "weight_versions"), [{"version": "3", "start": 0, "end": "2"}], "not that of SGLang"),
+        (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "not that of SGLang"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None], [-0.5, 6, None]], "same tokens"),
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "weight_version"), "default", "never synced"),
@@ -272,6 +304,22 @@ def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, w
     with pytest.raises(EngineError, match=words) as caught:
         _ask(_server(version, lacks), lambda client: client.check_server(30.0))
     assert caught.value.status is not None  # waiting would not help
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({"version": "0.5.23", "preferred_sampling_params": {"top_k": 20}}, r"/server_info: it has --preferred-sampl"),
+        (["0.5.23"], r"/server_info: the answer is not that of SGLang: \['0\.5\.23'\]"),
+    ],
+)
+def test_a_server_that_would_sample_otherwise_is_refused(info: object, words: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(info)
+
+    with pytest.raises(EngineError, match=words) as caught:
+        _ask(handler, lambda client: client.check_server(30.0))
+    assert caught.value.status == 200  # waiting would not help
 
 
 def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:

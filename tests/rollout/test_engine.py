@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from served_model import EOS, VOCABULARY, token_logprobs
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rloop_mcore.rollout.embedded.engine import Engine
 from rloop_mcore.rollout.embedded.generation import Generation
@@ -346,11 +346,12 @@ def test_end_token_is_kept_and_named(model: CausalModel) -> None:
         assert _ids(call)[row][-1] == EOS
 
 
-def test_the_end_tokens_of_both_files_end_a_response(model_path: Path, tmp_path: Path) -> None:
-    """As SGLang has them (`_get_hf_eos_token_id` of its 0.5.23)."""
+def test_the_end_tokens_of_all_files_end_a_response(model_path: Path, tmp_path: Path) -> None:
+    """As SGLang has them (`_get_hf_eos_token_id` and `_check_token_based_finish` of its 0.5.23)."""
     folder = shutil.copytree(model_path, tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert CausalModel(folder, torch.float32, "cpu").eos == (EOS, 5, 7)
+    AutoTokenizer.from_pretrained(folder, eos_token="<pad>").save_pretrained(folder)
+    assert CausalModel(folder, torch.float32, "cpu").eos == (EOS, 5, 7, 0)
 
 
 def test_ignore_eos_goes_on_to_the_limit(model: CausalModel) -> None:

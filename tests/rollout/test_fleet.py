@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
-from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer
 from rloop_mcore.rollout.sync import Buffers
 from rloop_mcore.types import SampleRequest, Sampling
 
@@ -165,17 +165,14 @@ def test_results_do_not_depend_on_the_number_of_engines(
     assert [c.response_ids for c in alone] == [c.response_ids for c in both]
 
 
-def test_running_servers_are_adopted(
-    servers: list[EmbeddedServer], reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_servers_are_adopted(servers: list[EmbeddedServer], reference: PreTrainedModel) -> None:
     endpoint = endpoint_of(servers[0])
-    monkeypatch.setenv("RLOOP_ENGINE_KEY", str(endpoint.key))
-    with make_fleet(running_servers([endpoint.url])) as fleet:
+    with make_fleet([RunningServer(endpoint.url, endpoint.key)]) as fleet:
         fleet.sync(_weights(reference), 1)
         assert len(fleet.generate(_requests(), SAMPLING)) == 15
     assert endpoint.request("/health")[0] == 200  # not ours to stop
-    monkeypatch.setenv("RLOOP_ENGINE_KEY", "wrong")
-    with make_fleet(running_servers([endpoint.url])) as fleet, pytest.raises(EngineError, match="status 401"):
+    words = r"/server_info: status 401: .* \(the key of running servers is RLOOP_ENGINE_KEY\)$"
+    with make_fleet([RunningServer(endpoint.url, "wrong")]) as fleet, pytest.raises(EngineError, match=words):
         fleet.wait_ready()
 
 

@@ -10,22 +10,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from aiohttp import web
 from served_model import START_S, make_fleet, start_server
 from transformers import PreTrainedModel
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.engines import meeting_address
+from rloop_mcore.main.engines import meeting_address, start_servers, with_engines_for_routers
 from rloop_mcore.platform.network import address_towards, free_port
 from rloop_mcore.rollout import launch
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
-from rloop_mcore.rollout.launch import EmbeddedServer, running_servers
+from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer
 from rloop_mcore.types import SampleRequest, Sampling
 from rloop_mcore.weights.channel import BroadcastChannel
 
@@ -152,9 +154,18 @@ def test_every_server_has_its_own_key(model_path: Path, tmp_path: Path) -> None:
     assert servers[0].api_key != servers[1].api_key
 
 
-def test_endpoints_must_be_urls() -> None:
-    with pytest.raises(UserError, match=r"rollout\.endpoints: 'host:30000'"):
-        running_servers(["host:30000"])
+@pytest.mark.parametrize("key", ["secret", "secret\n", "sec\nret", "schl\u00fcssel"])
+def test_a_key_that_no_header_can_hold_is_one_sentence(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    overrides = ["run.dir=r", "model.path=m", "data.train=d", "rollout.engine=sglang"]
+    config = load_config([*overrides, "rollout.endpoints=['http://127.0.0.1:1']"])
+    if key.strip() == "secret":
+        (server,) = start_servers(config, Path("m"), Path("r"))
+        assert asyncio.run(server.ready(1.0)) == ("http://127.0.0.1:1", "secret")
+        return
+    for use in (with_engines_for_routers, lambda config: start_servers(config, Path("m"), Path("r"))):
+        with pytest.raises(UserError, match=f"{KEY_VARIABLE} holds a character that cannot be sent"):
+            use(config)
 
 
 def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away() -> None:
@@ -168,7 +179,7 @@ def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away() -> None:
 
 
 def test_an_engine_on_another_address_is_adopted_and_meets_the_trainer_there(
-    model_path: Path, tmp_path: Path, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    model_path: Path, tmp_path: Path, reference: PreTrainedModel
 ) -> None:
     """As an engine of another host: neither end listens on loopback."""
     own = next((a.address for a in addresses() if a.address != "127.0.0.1"), None)
@@ -185,11 +196,11 @@ def test_an_engine_on_another_address_is_adopted_and_meets_the_trainer_there(
             assert process.poll() is None
             time.sleep(0.05)
         url = f"http://{own}:{port_file.read_text().strip()}"
-        monkeypatch.setenv(KEY_VARIABLE, "secret")
         overrides = ["run.dir=r", "model.path=m", "data.train=d", "rollout.engine=sglang"]
         address = meeting_address(load_config([*overrides, f"rollout.endpoints=['{url}']"]))
         assert address == own
-        with make_fleet(running_servers([url]), BroadcastChannel("gloo", "weights", 30.0, address)) as fleet:
+        adopted = RunningServer(url, "secret")
+        with make_fleet([adopted], BroadcastChannel("gloo", "weights", 30.0, address)) as fleet:
             fleet.sync(lambda: iter(reference.named_parameters()), 1)
             (completion,) = fleet.generate([SampleRequest((5, 6), 0)], Sampling(max_tokens=4))
             assert completion.weight_versions == ((1, len(completion.response_ids)),)
@@ -211,6 +222,57 @@ settings = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
 pathlib.Path("pids").write_text(f"{os.getpid()} {helper.pid}\\n{settings}")
 helper.wait()
 """
+HANGS = "import time; time.sleep(1000)"
+
+
+def _sglang(folder: Path, name: str) -> SGLangServer:
+    python = Path(sys.executable)
+    return SGLangServer(folder, folder, name, python=python, max_running=4, threads=1, dtype="float32", device="cuda")
+
+
+@pytest.fixture
+def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SGLangServer]]:
+    """For servers that take their time to start; those that are put into the list are stopped."""
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/launch_server.py").write_text(HANGS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    started: list[SGLangServer] = []
+    yield started
+    launch.stop_all(started)
+
+
+def test_a_server_that_has_taken_the_port_is_not_taken_for_ones_own(
+    tmp_path: Path, standin: list[SGLangServer]
+) -> None:
+    """SGLang binds its port half a minute after it was chosen."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=200 if request.path == "/health" else 401)
+
+    async def answers() -> str | None:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", server.port).start()
+        try:
+            return await server._answers()
+        finally:
+            await runner.cleanup()
+
+    server = _sglang(tmp_path, "late")
+    standin.append(server)
+    assert asyncio.run(answers()) is None
+
+
+def test_servers_of_one_process_choose_different_ports(
+    tmp_path: Path, standin: list[SGLangServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.randbits", lambda bits: 7)  # a collision by chance
+    standin += [_sglang(tmp_path, f"engine-{number}") for number in range(2)]
+    assert standin[0].port != standin[1].port
+
+
 SGLANG_PARENT = """
 import sys
 from pathlib import Path

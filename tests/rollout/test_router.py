@@ -77,6 +77,12 @@ def test_workers_that_can_be_no_engines_are_refused(router: str, workers: list[d
         engines_of([router], "secret")
 
 
+@pytest.mark.parametrize("second", ["http://localhost:9", "HTTP://127.0.0.1:9", "http://127.0.0.1:9/"])
+def test_a_server_under_two_names_is_refused(second: str) -> None:
+    with pytest.raises(UserError, match="leads to a server twice: "):
+        engines_of(["http://127.0.0.1:9", second], None)
+
+
 def test_a_proxy_of_the_site_is_not_asked_and_does_not_see_the_key(
     router: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,8 +31,8 @@ class CausalModel:
             raise UserError(f"model {path} uses sliding-window attention, which the embedded engine does not implement")
         self.layers: int = self.config.num_hidden_layers
         self.vocabulary: int = self.config.vocab_size
-        self.eos = _end_tokens(path, self.config.eos_token_id)
         self.tokenizer = _tokenizer(path)
+        self.eos = _end_tokens(path, self.config.eos_token_id, self.tokenizer)
 
     def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, context: object) -> torch.Tensor:
         return self.network.base_model(
@@ -90,11 +90,15 @@ def _parts(lengths: np.ndarray) -> Iterator[np.ndarray]:
             begin = end
 
 
-def _end_tokens(path: Path, from_config: int | list[int] | None) -> tuple[int, ...]:
-    """Those of config.json and those of generation_config.json, as in SGLang."""
+def _end_tokens(
+    path: Path, from_config: int | list[int] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """Those of config.json, of generation_config.json and of the tokenizer, as in SGLang."""
     stated = [from_config]
     if (path / "generation_config.json").is_file():
         stated.append(GenerationConfig.from_pretrained(path).eos_token_id)
+    if tokenizer is not None:
+        stated.append(tokenizer.eos_token_id)
     lists = [ids if isinstance(ids, list) else [ids] for ids in stated if ids is not None]
     return tuple(dict.fromkeys(chain.from_iterable(lists)))
 

@@ -28,6 +28,7 @@ from rloop_mcore.rollout.embedded.weights import WeightReceiver
 VERSION = "0.5.23+rloop.embedded"  # the contract's version, and whose implementation this is
 _MAX_BODY = 1 << 30
 _LOOK_S = 0.25  # between two looks whether a client is still there
+_GROUP_TIMEOUT_S = 300.0  # for all to join a weight update group, and for a broadcast
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,9 +36,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    def __init__(self, model: CausalModel, max_running: int, api_key: str | None, group_timeout_s: float) -> None:
+    def __init__(self, model: CausalModel, max_running: int, api_key: str) -> None:
         self.model, self.max_running, self.api_key = model, max_running, api_key
-        self.weights = WeightReceiver(model.network, group_timeout_s)
+        self.weights = WeightReceiver(model.network, _GROUP_TIMEOUT_S)
         self.weight_version = "default"
         self.worker = ThreadPoolExecutor(1, "engine")
         self.engine = Engine(model, max_running)
@@ -78,7 +79,7 @@ class Server:
     @web.middleware
     async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode()
-        open_to_all = self.api_key is None or request.path.startswith("/health")
+        open_to_all = request.path.startswith("/health")
         if not open_to_all and not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
             return web.json_response({"error": "Unauthorized"}, status=401)
         return await handler(request)
