@@ -57,6 +57,8 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: r"^{\circ}" if "o" in found[0] else "",
     ),
     (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
+    (re.compile(r"\\var(?=(?:phi|epsilon|theta|rho)(?![A-Za-z]))"), r"\\"),
+    (re.compile(r"\\(max|min|gcd)\s*\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
     (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),
     (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
@@ -110,10 +112,10 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
     (
         re.compile(
-            rf"\\frac\s*\{{\s*d\s*({_SQUARE})?({_VARIABLE})\s*\}}\s*\{{\s*d\s*(?:\\?[A-Za-z]+)\s*{_SQUARE}?\}}"
-            r"|(?<![A-Za-z\\])()d([A-Za-z])/d[a-z](?![A-Za-z])"
+            rf"\\frac\s*\{{\s*(?:d|(\\partial))\s*({_SQUARE})?({_VARIABLE})\s*\}}"
+            rf"\s*\{{\s*(?:d|\\partial)\s*(\\?[A-Za-z]+)\s*{_SQUARE}?\}}|(?<![A-Za-z\\])d([A-Za-z])/d[a-z](?![A-Za-z])"
         ),
-        lambda found: _derivative(found[2] or found[4], 2 if found[1] else 1),
+        lambda found: _derivative((found[3] or found[5]) + (f"_{found[4]}" if found[1] else ""), 2 if found[2] else 1),
     ),
     (
         re.compile(rf"({_VARIABLE})('+)(?![st](?![A-Za-z]))"),  # not Fermat's
