@@ -113,13 +113,13 @@ def _is_numeral(reading: Reading) -> bool:
 
 def cases_apart(gold: str, answer: str) -> tuple[str, str]:
     """Both texts, with other letters for capitals that occur beside their small letters: to a parser they are one.
-    So are I^2 and I, which is the identity to it.
+    So are I^2 and I, which is the identity to it; and E_1 is nothing.
 
     Not where the gold is but letters: choices, and x for X, are taken either way; as is C for the constant "+ c".
     """
     found_letters = (found[1] or found[2] for text in (gold, answer) for found in _LETTER.finditer(text))
     letters = {letter for letter in found_letters if letter}
-    capitals = [letter for letter in sorted(letters) if letter == "I" or letter.lower() in letters - {letter}]
+    capitals = [letter for letter in sorted(letters) if letter in "EI" or letter.lower() in letters - {letter}]
     if _CONSTANT.search(gold):
         capitals = [letter for letter in capitals if letter != "C"]
     if not capitals or all(re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(text)) for text in (gold, answer)):

@@ -57,6 +57,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: r"^{\circ}" if "o" in found[0] else "",
     ),
     (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
+    (re.compile(r"_\s*(?:\\odot(?![A-Za-z])|\{\s*\\odot\s*\})"), "_{sun}"),
     (re.compile(r"\\var(?=(?:phi|epsilon|theta|rho)(?![A-Za-z]))"), r"\\"),
     (re.compile(r"\\(max|min|gcd)\s*\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
     (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),

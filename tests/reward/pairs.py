@@ -2132,7 +2132,15 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\frac{e^{t}} {3}+c e^{-2 t}", r"\frac{1}{3} e^t + C e^{2t}", False),
         ("C_{1} e^{t}+C_{2} e^{-t}", "c_1 e^t + c_2 e^{-t}", True),
     ],
-    "gcd, maxima and the letter I": [
+    "gcd, maxima, the letters E and I": [
+        ("E_{1},E_{2}", "E_2, E_1", True),
+        ("E_{1},E_{2}", "E_2, E_3", False),
+        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{E_1+2E_2}{3}", True),
+        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{2E_1+E_2}{3}", False),
+        ("aE(X) + bE(X^2)", "bE(X^2)+aE(X)", True),
+        ("aE(X) + bE(X^2)", "aE(X) + bE(X)^2", False),
+        (r"2L_{\odot}", r"2 L_\odot", True),
+        (r"2L_{\odot}", "2L", False),
         (r"\gcd(n, p-1)", "1", False),
         (r"\gcd(n, p-1)", r"\gcd(p-1,n)", True),
         (r"\gcd(n, p-1)", r"\text{gcd}(n,p-1)", True),
