@@ -81,6 +81,13 @@ def _mixed_number(factors: list[Any]) -> Any | None:
 _derivative = _Latex2Sympy.convert_postfix_list  # the parser's own, which a derivative's sign is left to
 _Latex2Sympy.convert_postfix_list = _side_by_side
 
+# Euler's constant or the function to the parser, which takes \gamma_1 for 1 and \gamma^2 - 1 for infinity.
+_GAMMA = re.compile(r"(?<!(?:hat|bar|dot|vec|lde|ine)\{)\\(?:gamma(?![A-Za-z])|Gamma(?![A-Za-z]|\s*\())")
+# Of letters the parser takes them for polynomials: to it \gcd(m, n) is 1.
+_GCD = re.compile(
+    r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(gcd|lcm)\s*\}|\\?\b(gcd|lcm))\s*\(((?:[^()]|\([^()]*\))*)\)"
+)
+
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
@@ -103,8 +110,17 @@ def parse_answer(text: str) -> Parsed:
         parts = [parse_answer(part) for part in text.split(r"\land")]
         whole = all(len(part) == 1 and _is_inequality(part[0]) for part in parts)
         return (And(*(part[0] for part in parts)),) if whole else ()
-    found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
+    text = _both_signs(_GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
+    found = parse("\\boxed{" + text + "}", _EXTRACTION, parsing_timeout=None)
     return tuple(_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
+
+
+def _of_letters(found: re.Match[str]) -> str:
+    """gcd and lcm as functions without a value, of their arguments in one order, where they are not of numbers."""
+    name, arguments = found[1] or found[2], found[3].replace(" ", "").split(",")
+    if not re.search(r"[A-Za-z]", found[3]):
+        return rf"\operatorname{{{name}}}({found[3]})"
+    return rf"\hat{{{name[0]}}}({','.join(sorted(arguments))})"
 
 
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
@@ -216,8 +232,8 @@ def _region(item: Any) -> Any:
         return None
     if isinstance(item, Eq) and isinstance(item.rhs, Set):
         return item.rhs  # x in [1, 2]
-    if isinstance(item, FiniteSet) and item.args and all(_is_inequality(part) for part in item.args):
-        return Union(*(_region(part) for part in item.args))  # x < -1 or x > 1
+    if isinstance(item, FiniteSet) and any(map(_is_inequality, item.args)):
+        return Union(*(part.as_set() for part in item.args))  # x < -1 or x > 1
     if _is_inequality(item):
         return item.as_set()
     return item if isinstance(item, Set) and not isinstance(item, FiniteSet) else None

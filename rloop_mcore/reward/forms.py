@@ -18,20 +18,19 @@ _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 # What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
-    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|mathbf|mathcal|mathbb|operatorname|text|mathrm)(?![A-Za-z])
+    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|d?dot|math(?:bf|cal|bb|rm)|operatorname|text)(?![A-Za-z])
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
     | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
-    | (?<=[A-Za-z])\^\{-1\}(?=\() | (?<=[A-Za-z}])\ ?(?:[+/-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
+    | (?<=[A-Za-z])\^\{-1\}(?=\() | (?<=[A-Za-z0-9}])\ ?(?:[+/:-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
     | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
     | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\([^()]*\)|\[[^\[\]]*\])
-    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z'|\[\]{}\ ] )++
+    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )++
     | (?:10+\ ?[a-z]\ ?\+\ ?)+[a-z]""",
     re.VERBOSE,
 )
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
 _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
-_PRIMES = re.compile(r"(\\[A-Za-z]+|[A-Za-z])('*)")
-_CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
+_CONSTANT = re.compile(r"(?:^|\+)\s*[Cc](?=$|_|\s*(?:e\^|x\^|\)))")  # of integration
 _INDEXED = re.compile(r"[0-9]\s*_")
 _LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
@@ -75,7 +74,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     known = "?" not in (gold.unit, answer.unit)
     if gold.unit and answer.unit and known and gold.unit != answer.unit:
         return True
-    if _bases_conflict(gold, answer) or _primes_conflict(gold.text, answer.text):
+    if _bases_conflict(gold, answer):
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
         return True  # n \equiv 72, 72\ldots
@@ -94,6 +93,10 @@ def _is_product(word: str, gold: str) -> bool:
 
 def _bases_conflict(gold: Reading, answer: Reading) -> bool:
     """The gold's base need not be repeated; but a number without one is decimal: 45 is neither 45_8 nor 45_x."""
+    if _INDEXED.search(answer.text) and not _INDEXED.search(gold.text):
+        return True
+    if gold.base and not gold.text.isdigit() and gold.text != answer.text.upper():
+        return True  # 4B is not B4
     if gold.base and answer.base:
         return gold.base != answer.base
     if gold.base:
@@ -101,35 +104,25 @@ def _bases_conflict(gold: Reading, answer: Reading) -> bool:
     if answer.base and answer.base != "10":
         decimal = re.fullmatch(r"[0-9]{2,}|[0-9]*\.[0-9]+", gold.text)
         return decimal is not None or not _is_numeral(answer)
-    return _INDEXED.search(answer.text) is not None and _INDEXED.search(gold.text) is None
+    return False
 
 
 def _is_numeral(reading: Reading) -> bool:
     return not reading.base.isdigit() or all(int(d, 36) < int(reading.base) for d in reading.text if d != ".")
 
 
-def _primes_conflict(gold: str, answer: str) -> bool:
-    """f' is not f, nor is y' y: a parser drops the prime."""
-    if "'" not in gold + answer:
-        return False
-    marks: list[dict[str, set[str]]] = [{}, {}]
-    for text, found in zip((gold, answer), marks, strict=True):
-        for name, primes in _PRIMES.findall(text):
-            found.setdefault(name, set()).add(primes)
-    return any(marks[0][name] != marks[1][name] for name in marks[0].keys() & marks[1].keys())
-
-
 def cases_apart(gold: str, answer: str) -> tuple[str, str]:
     """Both texts, with other letters for capitals that occur beside their small letters: to a parser they are one.
+    So are I^2 and I, which is the identity to it; and E_1 is nothing.
 
     Not where the gold is but letters: choices, and x for X, are taken either way; as is C for the constant "+ c".
     """
     found_letters = (found[1] or found[2] for text in (gold, answer) for found in _LETTER.finditer(text))
     letters = {letter for letter in found_letters if letter}
-    capitals = [letter for letter in sorted(letters) if letter != letter.lower() and letter.lower() in letters]
+    capitals = [letter for letter in sorted(letters) if letter in "EI" or letter.lower() in letters - {letter}]
     if _CONSTANT.search(gold):
         capitals = [letter for letter in capitals if letter != "C"]
-    if not capitals or re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(gold)):
+    if not capitals or all(re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(text)) for text in (gold, answer)):
         return gold, answer
     free = [letter for letter in "qwzvyuthkmnpsxabrcjgf" if not {letter, letter.upper()} & letters]
     other = dict(zip(capitals, free, strict=False))
@@ -202,6 +195,8 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
         parts.reverse()
     first, *others = parts
     values = others if others and _NAMED.fullmatch(first) else parts
+    if values is parts and len(parts) == 2 and "," in parts[1] and not _SEVERAL.search(first):
+        return None  # x^2 = 1, 4
     if any(_SEVERAL.search(value) and not _THOUSANDS.fullmatch(value) for value in values):
         return answer
     if not all(values) or any(_EQUALS.search(_INDEX.sub("", value)) for value in values):

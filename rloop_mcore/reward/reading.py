@@ -16,7 +16,8 @@ from rloop_mcore.reward.units import split_unit
 
 _PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _CHOICE = re.compile(  # not where what follows is a choice too: it would be several
-    rf"{STYLE}\s*\{{\s*\(([A-J])\)[.:]?\s*\}}\s*(?=[-0-9A-Za-z\\(\[{{.$])(?!\(?[A-J]\)?$|.*{STYLE}\s*\{{\s*\([A-J]\))"
+    rf"(?:{STYLE}\s*\{{\s*(?:\(([A-J])\)[.:]?|([A-J])[.):])\s*\}}\s*|([A-J])[.):]\s*)"
+    rf"(?=[-0-9A-Za-z\\(\[{{.$])(?!\(?[A-J]\)?$|.*{STYLE}\s*\{{\s*\([A-J]\))"
 )
 _CURRENCY = re.compile(r"^(-?)\\?([$€£¥])\s*(?=[0-9.])|(?<=[0-9])\s*(?:([€£¥])|\\(\$))$")
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
@@ -32,9 +33,12 @@ _DEGREES = re.compile(
     r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])(?![A-Za-z])\s*\}?)?"
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_FILLER = r"(?:\\(?:text|mathrm)(?![A-Za-z])|\\[,;:! ]|[\s~(){}])*+"
 _BASE = re.compile(
-    r"\(?(?:\\text\{)?([0-9A-Fa-f.]*)\}?([0-9A-Fa-f.]*)\)?_\s*(?:\{?(-?[0-9]{1,2})\}?|\{\\text\{([0-9]{1,2}|[a-z]+)\}\})"
+    rf"\(?((?:\\(?:text|mathrm|overline)\s*\{{[0-9A-Fa-f.]+\}}|[0-9A-Fa-f.])+)\)?(?:_|{_FILLER}(?:in )?(?=base))"
+    rf"{_FILLER}(?:base\b{_FILLER})?(-?[0-9]{{1,2}}|[a-z]{{3,}}){_FILLER}"
 )
+_NO_DIGIT = re.compile(r"\\[a-z]+|[\s{}]")
 _BASE_NAMES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _BASE_NAMES |= {"ten": "10", "twelve": "12", "sixteen": "16"}
 _MIXED = re.compile(r"(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
@@ -70,7 +74,7 @@ def read(answer: str) -> Reading:
         return Reading(answer)
     text = one_spelling(answer)
     if found := _CHOICE.match(text):
-        return replace(_set_apart(text[found.end() :]), choice=found[1])
+        return replace(_set_apart(text[found.end() :]), choice=found[found.lastindex or 0])
     return _set_apart(text)
 
 
@@ -82,10 +86,8 @@ def _set_apart(text: str) -> Reading:
     percent = _PERCENT.search(text)
     if percent and percent.start():
         return Reading(_numbers(text[: percent.start()]), percent=True)
-    if based := _BASE.fullmatch(text):
-        digits = based[1] + based[2]
-        if digits:
-            return Reading(digits.upper(), base=based[3] or _BASE_NAMES.get(based[4], based[4]))
+    if (based := _BASE.fullmatch(text)) and (base := _BASE_NAMES.get(based[2], based[2])).strip("-").isdigit():
+        return Reading(_NO_DIGIT.sub("", based[1]).upper(), base=base)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"\\cdot\\frac{\\pi}{180}", text)
     degrees = _DEGREES.search(text)

@@ -29,7 +29,9 @@ _SPACE = re.compile(  # a tie or "\ "; before a unit's sign it stays, which it t
     r"(?<!\\)(?:\\ |~)(?!\s*(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*|[kM]\s*)?\\(?:Omega|mu)(?![A-Za-z]))"
 )
 _BRACES = re.compile(r"\\.|[{}]")
-_EDGES = re.compile(r"^(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s)++|(?:\\[,;:\\]|\\q?quad|\s)++\\?$|\\$")
+_EDGES = re.compile(
+    r"^(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s|=)++|(?:\\[,;:\\]|\\q?quad|\\text\s*\{\s*[.,]\s*\}|[\s,;])++\\?$|\\$"
+)
 _NOISE = re.compile(
     r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?"
     r"|(?:bf|bm|boldsymbol|ensuremath|underline|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
@@ -42,6 +44,8 @@ _UNITS = rf"((?:\\(?:text|mathrm)\s*\{{[^{{}}]*\}}(?:\^[0-9]|\^\{{-?[0-9]\}})?(?
 STYLE = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))"
 _UPRIGHT = r"\\(?:text(?:rm|normal)?|mathrm)\s*\{\s*"
 _UNIT_LETTER = r"[ghlms](?=\s*\})"  # after a number it is a unit
+_VARIABLE = r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?"
+_SQUARE = r"(?:\^\s*(?:2|\{\s*2\s*\})\s*)"
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
@@ -53,6 +57,9 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: r"^{\circ}" if "o" in found[0] else "",
     ),
     (re.compile(r"\\lg(?![A-Za-z])"), r"\\log_{10}"),
+    (re.compile(r"_\s*(?:\\odot(?![A-Za-z])|\{\s*\\odot\s*\})"), "_{sun}"),
+    (re.compile(r"\\var(?=(?:phi|epsilon|theta|rho)(?![A-Za-z]))"), r"\\"),
+    (re.compile(r"\\(max|min|gcd)\s*\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
     (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),
     (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
@@ -89,20 +96,32 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\{:\}|\\text\s*\{\s*:\s*\}|\\colon(?![A-Za-z])"), ":"),
     (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
     (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
-    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
+    (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
+    (re.compile(r"(?<![A-Za-z\\_])C\(\s*([0-9a-z]+)\s*,\s*([0-9a-z]+)\s*\)"), r"\\binom{\1}{\2}"),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
         re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top)(?![A-Za-z])"),
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
-    (re.compile(r"^([A-J])\)$"), r"\1"),
-    (re.compile(r"^\\text\s*\{\s*([A-J](?:(?:\s*,?\s+and\s+|\s*,\s*)[A-J])+)\s*\}$"), r"\1"),
+    (re.compile(r"^(?:\\text\s*\{\s*(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
+    (re.compile(r"^\\text\s*\{\s*([A-J](?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)[A-J])+)\s*\}$"), r"\1"),
     (re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})"), r"\\ln "),
-    (re.compile(r"(\\text(?:bf)?\s*\{\s*\([A-J]\))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
+    (re.compile(r"(\\text(?:bf)?\s*\{\s*(?:\([A-J]\)|[A-J][.):]))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
+    (
+        re.compile(
+            rf"\\frac\s*\{{\s*(?:d|(\\partial))\s*({_SQUARE})?({_VARIABLE})\s*\}}"
+            rf"\s*\{{\s*(?:d|\\partial)\s*(\\?[A-Za-z]+)\s*{_SQUARE}?\}}|(?<![A-Za-z\\])d([A-Za-z])/d[a-z](?![A-Za-z])"
+        ),
+        lambda found: _derivative((found[3] or found[5]) + (f"_{found[4]}" if found[1] else ""), 2 if found[2] else 1),
+    ),
+    (
+        re.compile(rf"({_VARIABLE})('+)(?![st](?![A-Za-z]))"),  # not Fermat's
+        lambda found: _derivative(found[1], len(found[2])),
+    ),
     (re.compile(r"(\\sqrt\s*\[[^\[\]]*\])\s*([0-9a-z])"), r"\1{\2}"),
     (re.compile(r"\\binom\s*([0-9])\s*([0-9])"), r"\\binom{\1}{\2}"),
     (re.compile(rf"\\frac\s*({_TOKEN})"), r"\\frac{\1}"),
@@ -113,7 +132,6 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<=[0-9])\.(?=\s*[/)])"), ""),
     (re.compile(r"\{,\}|(?<!\\);"), ","),
     (re.compile(r"^([0-9]+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*([0-9]+)$"), r"\1:\2"),
-    (re.compile(r"^([0-9A-F]+)\s*\\text\s*\{\s*\(?base ([0-9]{1,2}|[a-z]+)\)?\s*\}$"), r"\1_{\\text{\2}}"),
     (re.compile(r"(?<=[0-9])\s*/\s*\\text\s*\{"), r"\\text{/"),
     (
         re.compile(r"^([\[\]])([^\[\](){},]+,[^\[\](){},]+)([\[\]])$"),
@@ -132,12 +150,15 @@ _LOOSE_SPACE = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
 _LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
+_FOR_ALL = re.compile(  # what is said of the letters in it
+    r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)[^=]{0,80}$"
+    r"|,\s*[A-Za-z]\s*\\in\s*\\mathbb\{R\}$"
+)
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
 _CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\neq?(?![A-Za-z])")
 _RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
-_THAT = re.compile(
-    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*((?:(?!\\[{}]).)+)\\\}"
-)
+_UNEQUAL = re.compile(r"([A-Za-z])\s*\\neq?(?![A-Za-z])")
+_THAT = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\||:)\s*((?:(?!\\[{}]).)+)\\\}")
 
 
 def one_spelling(answer: str) -> str:
@@ -147,6 +168,8 @@ def one_spelling(answer: str) -> str:
     text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
+    if _FOR_ALL.search(text, 1):
+        text = _FOR_ALL.sub("", text)
     before = None
     while text != before:
         before = text
@@ -164,9 +187,18 @@ def one_spelling(answer: str) -> str:
         text = that[2].strip().replace(",", " and ")
     if _LOGIC.search(text) and all(_RELATION.search(part) for part in _LOGIC.sub("\0", text).split("\0")):
         text = _LOGIC.sub(lambda found: " or " if found[1] else " and ", text)
+    if (unequal := _UNEQUAL.search(text)) and "=" not in text:  # x \ne 1, 2 and x > 0, x \ne 1 are one condition
+        parts = [part for part in re.split(r",|\\land", _OR.sub(",", text)) if not part.endswith(r"\in \mathbb{R}")]
+        if all(part.count("(") == part.count(")") for part in parts):
+            return r" \land ".join(part if _CONDITION.search(part) else unequal[0] + part for part in parts)
     if _INEQUALITY.search(text):  # there "and" and "or" are not the same
         return _OR.sub(lambda found: "," if "or" in found.groups() else r" \land ", text)
     return _OR.sub(lambda found: ", " if text[found.end() :][:1].isdigit() else ",", text)
+
+
+def _derivative(name: str, order: int) -> str:
+    """A name of its own: a parser drops the prime of y', and takes dy/dt for 0."""
+    return rf"\dot{{{name}}}" if order == 1 else rf"\ddot{{{name}}}" + (f"_{order}" if order > 2 else "")
 
 
 def _inside(text: str) -> str:

@@ -88,7 +88,7 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
             continue
         name = _lookup(spelling)
         if name is None or (not spaced and len(spelling) < 3 and spelling not in _UNSPACED):
-            if known_only or len(spelling) < 3:
+            if known_only or (len(spelling) < 3 and spelling != "of"):  # 20 cups of feed
                 return ""
             known = False
             name = spelling
