@@ -24,7 +24,7 @@ in rloop_mcore/config.py; experiments are the files of {folder}.
     "launch": """
   rloop launch experiment=rloop_qwen2.5_math_7b model.path=/models/Qwen2.5-Math-7B run.dir=/shared/runs/7b --dry-run
   rloop launch experiment=rloop_qwen2.5_math_7b model.path=/models/Qwen2.5-Math-7B --sweep sweep.txt
-  rloop launch cluster.slurm.time=60 -- evaluate --policy runs/7b --data aime24.jsonl
+  rloop launch cluster=h100_8 cluster.slurm.time=60 -- evaluate --policy runs/7b --data aime24.jsonl
 """,
     "plan": """
   rloop plan experiment=qwen2.5_72b cluster=h100_64
