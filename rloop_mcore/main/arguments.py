@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, examples in _EXAMPLES.items():
         command = commands.choices[name]
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.description = textwrap.fill(command.description, 100)
+        command.description = textwrap.fill(command.description or "", 100)
         command.epilog = "examples:" + examples.format(folder=config_folder() / "experiment")
     return top
 
