@@ -59,8 +59,8 @@ def test_keys_are_in_the_schema(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_lines_can_be_typed(page: Path) -> None:
     """Those without a placeholder (`...`, [OPTION], KEY=VALUE) are parsed, and their keys composed."""
-    blocks = re.findall(r"^```\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^ *```\n(.*?)^ *```", text_of(page), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in lines:
         if (found := re.match(r"(?:\.venv/bin/)?rloop (.+)", line)) is None or re.search(r"\.\.\.|\[[^=]*\]|KEY", line):
             continue
