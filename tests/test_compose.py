@@ -151,7 +151,11 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
     [
         (b"run: [", "broken.yaml"),
         (b"caf\xe9: 1", "UTF-8"),
-        (b"run: {seed: 1}", "# @package _global_"),
+        (b"run: {seed: 1}", "'experiment/broken': the first line must be # @package _global_"),
+        (
+            b"# mine\n# @package _global_\ndefaults: [{override /model: qwen3_8b}]",
+            "'experiment/broken': the first line must be # @package _global_",
+        ),
         (
             b"# @package _global_\nrun: {sed: 1}",
             r"'experiment/broken': run\.sed is not a key of .* did you mean run\.seed\?",
