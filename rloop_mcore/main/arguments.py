@@ -93,7 +93,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="rloop", description="RL on verifiable rewards, in iterations (arXiv 2511.04285)."
+        prog="rloop",
+        description="RL on verifiable rewards, in iterations (arXiv 2511.04285).",
+        epilog="Begin with: rloop train experiment=tiny run.dir=runs/tiny. rloop COMMAND --help has more examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
