@@ -194,8 +194,8 @@ def _sentence(error: Exception) -> str:
         return f"{group}={name}: did you mean {near}? There are {', '.join(cause.options)}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = getattr(cause, "full_key", None)
-    if where and key == "experiment":
-        return f"{where}the first line, # @package _global_, is missing (docs/configs.md)."
+    if "@experiment." in lines[0] or (where and key == "experiment"):
+        return f"{str(error).partition(':')[0]}: the first line must be # @package _global_ (docs/configs.md)."
     if isinstance(cause, ConfigKeyError):
         return where + _unknown(str(key), set())
     if not key and lines[0] == "Cannot merge DictConfig with ListConfig":

@@ -151,7 +151,11 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
     [
         (b"run: [", "broken.yaml"),
         (b"caf\xe9: 1", "UTF-8"),
-        (b"run: {seed: 1}", "# @package _global_"),
+        (b"run: {seed: 1}", "'experiment/broken': the first line must be # @package _global_"),
+        (
+            b"# mine\n# @package _global_\ndefaults: [{override /model: qwen3_8b}]",
+            "'experiment/broken': the first line must be # @package _global_",
+        ),
         (b"5", r"experiment=broken: a file of the configuration holds no keys \(.* int\)"),
         (b"# @package _global_\n[1, 2]", "'experiment/broken': a list is where KEY: VALUE lines are wanted"),
         (b"run: &a\n  dir: *a", "experiment=broken: a file of the configuration holds itself"),

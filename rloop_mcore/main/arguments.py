@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -11,15 +12,62 @@ from typing import Any
 
 from rloop_mcore.compose import config_folder
 
-_TRAIN_EXAMPLES = """
-examples:
-  rloop train experiment=tiny run.dir=runs/tiny        a run of seconds, to see every phase
+_EXAMPLES = {  # of each command's --help; formatted with `folder`
+    "train": """
+  rloop train experiment=tiny run.dir=runs/tiny        every phase in a minute or less
   rloop train experiment=quickstart_base               the quickstart's base model; then experiment=quickstart
   rloop train model.path=/models/Qwen2.5-Math-7B data.train=dapo.jsonl data.validation=aime24.jsonl run.dir=runs/7b
 
 The same command again goes on where the run stands, after any kill. Every key, with its default and what it means, is
 in rloop_mcore/config.py; experiments are the files of {folder}.
-"""
+""",
+    "launch": """
+  rloop launch experiment=rloop_qwen2.5_math_7b model.path=/models/Qwen2.5-Math-7B run.dir=/shared/runs/7b --dry-run
+  rloop launch experiment=rloop_qwen2.5_math_7b model.path=/models/Qwen2.5-Math-7B --sweep sweep.txt
+  rloop launch cluster=h100_8 cluster.slurm.time=60 -- evaluate --policy runs/7b --data aime24.jsonl
+""",
+    "plan": """
+  rloop plan experiment=qwen2.5_72b cluster=h100_64
+  rloop plan model=qwen2.5_7b cluster=h100_8 layout=tp4 layout.dp=2 rollout=sglang_colocated rollout.engines=8 --search
+""",
+    "preflight": """
+  rloop preflight experiment=tiny                                               this machine alone
+  srun --ntasks-per-node=1 rloop preflight experiment=tiny run.dir=/shared/run  in an allocation
+""",
+    "status": """
+  rloop status runs/tiny
+  rloop status runs/tiny --json
+""",
+    "evaluate": """
+  rloop evaluate --policy runs/7b --step best --benchmarks aime24,math500
+  rloop evaluate --policy /models/Qwen2.5-Math-7B --data my.jsonl --samples 8 --k 1,8 --json base.json
+  rloop evaluate --policy runs/7b --step last --data my.jsonl --samples 8 --k 1,8 --against base.json
+""",
+    "report": """
+  rloop report runs/7b runs/dapo --out both.html
+  rloop report runs/7b --live --port 8000
+""",
+    "compare": """
+  rloop compare runs/dapo runs/7b --json differences.json
+""",
+    "cache": """
+  rloop cache runs/7b
+  rloop cache runs/7b --iteration 0 --problem q1 --show 16
+  rloop cache runs/7b --export rows.jsonl
+""",
+    "trace": """
+  rloop trace runs/7b
+""",
+    "convert": """
+  rloop convert /models/Qwen2.5-7B checkpoint --dtype bf16 --tp 4
+  rloop convert checkpoint folder
+""",
+    "grade": """
+  rloop grade answers.jsonl --json graded.jsonl
+
+answers.jsonl has a row a line, such as {{"id": "q1", "gold": "42", "pred": "so it is \\\\boxed{{42}}"}}.
+""",
+}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -47,7 +95,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="rloop", description="RL on verifiable rewards, in iterations (arXiv 2511.04285)."
+        prog="rloop",
+        description="RL on verifiable rewards, in iterations (arXiv 2511.04285).",
+        epilog="Begin with: rloop train experiment=tiny run.dir=runs/tiny. rloop COMMAND --help has more examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
@@ -66,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         _node,
     ):
         add(commands)
+    for name, examples in _EXAMPLES.items():
+        command = commands.choices[name]
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.description = textwrap.fill(command.description or "", 100)
+        command.epilog = "examples:" + examples.format(folder=config_folder() / "experiment")
     return top
 
 
@@ -107,8 +162,6 @@ def _train(commands: Any) -> None:
         "train",
         help="run RLoop (or plain DAPO, or SFT), or resume it",
         description="Run, or resume, one training run in run.dir.",
-        epilog=_TRAIN_EXAMPLES.format(folder=config_folder() / "experiment"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, e.g. algorithm.rl_steps=100"
@@ -123,6 +176,7 @@ def _train(commands: Any) -> None:
 def _launch(commands: Any) -> None:
     command = commands.add_parser(
         "launch",
+        usage="rloop launch [-h] [--dry-run] [--force] [--sweep FILE] [KEY=VALUE ...] [-- COMMAND ...]",
         help="submit a run, or another command, as a Slurm job",
         description="Check a run, write its batch script (cluster.* says what it asks for) and submit it; it starts "
         "itself again until it is done. After `--`: another rloop command to run as a job, e.g. -- evaluate ...",
@@ -295,7 +349,12 @@ def _grade(commands: Any) -> None:
     command.add_argument(
         "--json", type=_new_file, metavar="OUT.jsonl", help="the rows with correct, reason and seconds"
     )
-    command.add_argument("--answer-format", choices=("boxed", "answer_line"), default="boxed")
+    command.add_argument(
+        "--answer-format",
+        choices=("boxed", "answer_line"),
+        default="boxed",
+        help=r"where the answer stands: the last \boxed{} (default), or the last line that begins with Answer:",
+    )
 
 
 def _node(commands: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 
+from rloop_mcore.compose import load_config
 from rloop_mcore.main.arguments import parse
 
 
@@ -56,9 +60,19 @@ def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> N
     assert "node" not in listed
 
 
-@pytest.mark.parametrize("command", ["train", "launch", "plan", "evaluate", "report", "compare", "cache", "convert"])
-def test_help_is_printed_as_it_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+COMMANDS = ("train", "launch", "plan", "preflight", "status", "evaluate", "report", "compare", "cache", "trace")
+COMMANDS += ("convert", "grade")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_printed_as_it_reads_with_examples_that_work(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse([command, "--help"])
     assert caught.value.code == 0
-    assert "%%" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "%%" not in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    examples = re.findall(rf"\brloop ({command} .*?)(?:  .*)?$", printed.partition("examples:")[2], re.MULTILINE)
+    assert examples
+    for example in examples:
+        load_config(getattr(parse(shlex.split(example)), "overrides", []), absent="(not given)")
