@@ -5,7 +5,6 @@ Each mistake raises a UserError of one sentence that names the key; what is lega
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from rloop_mcore.planning.architecture import Architecture, check_architecture
 from rloop_mcore.planning.engines import check_engine
 from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, processes
 from rloop_mcore.planning.nodes import idle_gpus, split_groups
+from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -396,17 +396,11 @@ def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an HF folder. Raises UserError when there is none, or it isn't JSON."""
+    """`config.json` of an HF folder. Raises UserError when there is none, or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
-    try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(sizes, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(sizes).__name__}.")
-    return sizes
+    return read_json(path)
 
 
 def warnings(config: Config, problems: int) -> list[str]:

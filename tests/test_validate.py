@@ -279,7 +279,7 @@ def test_a_size_that_is_a_text_is_refused(size: str, tmp_path: Path) -> None:
 
 def test_a_config_nested_without_end_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"config\.json is no JSON object"):
         check_model(load_config(NEEDED), tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_routing_replay_needs_experts(tmp_path: Path) -> None:
 
 def test_a_config_json_that_holds_no_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="JSON object, not a list"):
+    with pytest.raises(UserError, match=r"no JSON object \(it is \[1\]\)"):
         read_hf_config(tmp_path)
 
 

@@ -19,8 +19,9 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rloop_mcore.data.chat import ChatTemplate
-from rloop_mcore.data.tokenizer import TextTokenizer, read_object
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json
 
 FOLDER = Path(__file__).parent / "templates"
 
@@ -108,6 +109,6 @@ def _end_tokens(model: Path) -> list[int]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (model / name).is_file():
-            ids = read_object(model / name).get("eos_token_id")
+            ids = read_json(model / name).get("eos_token_id")
             found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return found

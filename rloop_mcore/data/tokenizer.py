@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json
 
 
 class TextTokenizer:
@@ -34,7 +33,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.folder = folder
-        self.config = read_object(files[1])
+        self.config = read_json(files[1])
         eos = self.stated("eos_token")
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
         if eos_id is None:
@@ -64,14 +63,3 @@ class TextTokenizer:
         """The text of a special token, which `decode` drops; None for an id that is not one's."""
         added = self._tokenizer.get_added_tokens_decoder().get(token)
         return added.content if added is not None and added.special else None
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder. Raises UserError for anything else."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} should hold a JSON object, not a {type(config).__name__}")
-    return config

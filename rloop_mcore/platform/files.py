@@ -155,6 +155,18 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where it is missing or something else."""
+    try:
+        return json_object(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON object ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file to which lines are still added: one that is not ended is none yet. None without a file.
 

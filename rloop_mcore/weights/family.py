@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json
 from rloop_mcore.weights.hf_folder import DTYPES, TensorReader
-from rloop_mcore.weights.tensor_files import read_json
 
 
 class Split(Enum):

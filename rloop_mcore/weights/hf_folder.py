@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import new_directory
+from rloop_mcore.platform.files import new_directory, read_json
 from rloop_mcore.types import Policy
 from rloop_mcore.weights.digest import combine
-from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue, read_json
+from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SHARD_BYTES = 4 << 30

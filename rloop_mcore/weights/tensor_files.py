@@ -7,9 +7,9 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json
 
 # of an element
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -46,21 +46,6 @@ def catalogue(folder: Path) -> dict[str, TensorEntry]:
             "safetensors first."
         )
     raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError when it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
-    return value
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

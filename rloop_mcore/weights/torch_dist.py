@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
 from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler
 from rloop_mcore.weights.hf_folder import DTYPES, bytes_of
-from rloop_mcore.weights.tensor_files import read_json
 
 _METADATA, _COMMON, _BACKEND = ".metadata", "common.pt", "metadata.json"
 _NAMES = {

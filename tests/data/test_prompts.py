@@ -134,7 +134,7 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     for content in (b"", b"[]", b"\xff", b"[" * 100_000):
         (tmp_path / "tokenizer_config.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"tokenizer_config\.json (is not valid JSON|should hold a JSON object)"):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json is no JSON object"):
             TextTokenizer(tmp_path)
     with pytest.raises(UserError, match="cannot encode 'what"):
         write_tokenizer(tmp_path).encode("what ?")

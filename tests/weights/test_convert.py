@@ -288,7 +288,7 @@ MALFORMED_FOLDERS = {
         "has its weights in .bin files, which are pickles",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "has neither config.json nor metadata.json"),
-    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON object"),
 }
 
 

@@ -140,7 +140,7 @@ def broken(folder: Path, how: str) -> None:
         ("missing shard", r"names model-9\.safetensors, which is not in the folder"),
         ("wrong shard", "places tensor zzz in model.safetensors, which does not hold it"),
         ("outside", "weight_map has to name files of its own folder"),
-        ("bad index", r"index\.json is not valid JSON"),
+        ("bad index", r"index\.json is no JSON object"),
     ],
 )
 def test_broken_folders(tmp_path: Path, how: str, sentence: str) -> None:
