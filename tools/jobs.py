@@ -11,19 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.platform.process import die_with_parent
+from rloop_mcore.progress import duration, seconds_left
 
 DEADLINE_S = 3600.0  # of jobs that run together
+PLAIN_EVERY_S = 30.0  # lines where there is no terminal to draw bars on
 
 
 def progress_view() -> Progress:
     """Bars for `run_together`."""
     columns = (TextColumn("{task.description:28}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=Console())
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    return Progress(*columns, *times, TextColumn("{task.fields[note]}"), console=Console(soft_wrap=True))
 
 
 @dataclass
@@ -78,7 +81,8 @@ def run_together(view: Progress, jobs: Sequence[Job]) -> None:
     for job in jobs:
         job.start()
         bars[view.add_task(job.title, total=job.total, note="starting")] = job
-    deadline = time.monotonic() + DEADLINE_S
+    begun = told = time.monotonic()
+    deadline = begun + DEADLINE_S
     while bars:
         if time.monotonic() > deadline:
             raise SystemExit(f"{', '.join(job.title for job in bars.values())}: not done in {DEADLINE_S:.0f} s")
@@ -89,6 +93,13 @@ def run_together(view: Progress, jobs: Sequence[Job]) -> None:
                 view.update(bar, completed=job.total, note="done")
                 view.stop_task(bar)
                 del bars[bar]
+        if not view.console.is_terminal and time.monotonic() - told > PLAIN_EVERY_S:
+            told = time.monotonic()
+            for task in (task for task in view.tasks if task.id in bars):
+                done, total = int(task.completed), int(task.total or 0)
+                left = seconds_left(told - begun, done, total - done)
+                words = [time.strftime("%H:%M:%S"), task.description, f"{done}/{total}", task.fields["note"]]
+                view.console.print("  ".join([*words, f"{duration(left)} left" if left is not None else ""]).rstrip())
         time.sleep(0.5)
 
 
