@@ -119,6 +119,7 @@ def fail_to_save(trainer: Trainer) -> dict[str, Any]:
             trainer.actor._pending_save._written.result(60.0)
         trainer.actor._config.cluster.collective_timeout_s = 2.0
         said.append(failure(trainer))
+        trainer.actor._config.cluster.collective_timeout_s = 60.0
     with writer_to_a_full_disk() as kind:
         trainer.call("start_save", folder / "no_space")
         said.append(failure(trainer, kind))
@@ -130,7 +131,6 @@ def fail_to_save(trainer: Trainer) -> dict[str, Any]:
     with full_for_rank_0("replace") as kind:
         said.append(failure(trainer, kind))
     left = sorted(path.name for path in folder.iterdir())
-    trainer.actor._config.cluster.collective_timeout_s = 60.0
     dist.barrier()
     trainer.call("start_save", folder / "well")
     trainer.call("finish_save")
