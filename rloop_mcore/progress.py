@@ -45,13 +45,12 @@ class ProgressDisplay:
     def show(self, place: str, done: int, total: int, eta_s: float | None, metrics: Mapping[str, float | None]) -> None:
         """Show `done` of `total` of the phase named `place`, the seconds left (None: unknown) and the metrics."""
         figures = figures_text(metrics)
-        left = f"{duration(eta_s)} left" if eta_s is not None else ""
+        left = left_text(eta_s)
         if self._console.is_terminal:
             self._redraw(place, done, total, left, figures)
         elif done in (0, total) or self._clock() - self._last_line >= PLAIN_EVERY_S:
             self._last_line = self._clock()
-            words = [time.strftime("%H:%M:%S"), place, f"{done}/{total}", figures, left]
-            self.message("  ".join(word for word in words if word))
+            self.message(plain_line(place, done, total, figures, left))
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
@@ -86,6 +85,16 @@ def figures_text(metrics: Mapping[str, float | None]) -> str:
     """The few figures worth a glance, in words."""
     known = [(metrics[key], form) for key, form in _FIGURES.items() if key in metrics]
     return "  ".join(form.format(value) for value, form in known if value is not None)
+
+
+def plain_line(place: str, done: int, total: int, figures: str, left: str) -> str:
+    """A line of a log that says how far something is; what is empty is left out."""
+    words = [time.strftime("%H:%M:%S"), place, f"{done}/{total}", figures, left]
+    return "  ".join(word for word in words if word)
+
+
+def left_text(eta_s: float | None) -> str:
+    return f"{duration(eta_s)} left" if eta_s is not None else ""
 
 
 def duration(seconds: float) -> str:

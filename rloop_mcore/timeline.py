@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.platform.files import passing_over_a_full_disk
+from rloop_mcore.platform.files import json_object, passing_over_a_full_disk
 from rloop_mcore.platform.heartbeat import beat
 
 FILE = "timeline.jsonl"
@@ -59,8 +59,8 @@ def read_spans(path: Path) -> list[dict[str, Any]]:
     spans = []
     for text in path.read_bytes().splitlines():
         with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in _SPAN.items()):
+            line = json_object(text)
+            if all(isinstance(line.get(key), kind) for key, kind in _SPAN.items()):
                 spans.append(line)
     return spans
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rloop_mcore.config import TrackingConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import is_disk_full, passing_over_a_full_disk
+from rloop_mcore.platform.files import is_disk_full, json_object, passing_over_a_full_disk
 from rloop_mcore.platform.heartbeat import beat
 from rloop_mcore.progress import ProgressDisplay, seconds_left
 from rloop_mcore.wandb_run import WandbRun
@@ -193,10 +193,10 @@ class Tracker:
 
 def _committed(path: Path, number: int, text: bytes) -> dict[str, Any]:
     """A line that was logged before. Raises UserError where it is none."""
-    line: Any = None
+    line: dict[str, Any] = {}
     with suppress(ValueError, RecursionError):
-        line = json.loads(text)
-    if not (isinstance(line, dict) and {"iteration", "phase", "step", "global_step", "time"} <= line.keys()):
+        line = json_object(text)
+    if not {"iteration", "phase", "step", "global_step", "time"} <= line.keys():
         raise UserError(
             f"{path}, line {number}, which the journal committed, is damaged: restore the file, or start a new run.dir"
         )

@@ -64,7 +64,8 @@ def test_command_lines_can_be_typed(page: Path) -> None:
     for line in lines:
         if (found := re.match(r"(?:\.venv/bin/)?rloop (.+)", line)) is None or re.search(r"\.\.\.|\[[^=]*\]|KEY", line):
             continue
-        load_config(getattr(parse(shlex.split(found[1], comments=True)), "overrides", []), absent="(not given)")
+        overrides = getattr(parse(shlex.split(found[1], comments=True)), "overrides", [])
+        assert isinstance(load_config(overrides, absent="(not given)"), Config), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rloop_mcore.compose import load_config
 from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.platform.process import die_with_parent
-from rloop_mcore.progress import duration, seconds_left
+from rloop_mcore.progress import left_text, plain_line, seconds_left
 
 DEADLINE_S = 3600.0  # of jobs that run together
 PLAIN_EVERY_S = 30.0  # lines where there is no terminal to draw bars on
@@ -95,12 +95,18 @@ def run_together(view: Progress, jobs: Sequence[Job]) -> None:
                 del bars[bar]
         if not view.console.is_terminal and time.monotonic() - told > PLAIN_EVERY_S:
             told = time.monotonic()
-            for task in (task for task in view.tasks if task.id in bars):
-                done, total = int(task.completed), int(task.total or 0)
-                left = seconds_left(told - begun, done, total - done)
-                words = [time.strftime("%H:%M:%S"), task.description, f"{done}/{total}", task.fields["note"]]
-                view.console.print("  ".join([*words, f"{duration(left)} left" if left is not None else ""]).rstrip())
+            for line in _lines(view, bars, told - begun):
+                view.console.print(line)
         time.sleep(0.5)
+
+
+def _lines(view: Progress, bars: Container[TaskID], elapsed_s: float) -> Iterator[str]:
+    """What the bars would show of the jobs that are at work."""
+    for task in view.tasks:
+        if task.id in bars:
+            done, total = int(task.completed), int(task.total or 0)
+            left = left_text(seconds_left(elapsed_s, done, total - done))
+            yield plain_line(task.description, done, total, task.fields["note"], left)
 
 
 def training(title: str, overrides: Sequence[str], log: Path) -> Job:

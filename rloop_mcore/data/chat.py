@@ -28,6 +28,11 @@ _ANSWER = "ANSWER"
 Messages = Sequence[Mapping[str, str]]
 
 
+def in_words(error: Exception) -> str:
+    """What a template's failure says of itself; some say nothing."""
+    return str(error) or type(error).__name__
+
+
 class ChatTemplate:
     """The chat template of a tokenizer's folder: `chat_template.jinja`, else that of tokenizer_config.json.
 
@@ -60,8 +65,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=not answered, **known)
         except Exception as error:  # a template is a program, which can fail in any way
-            words = str(error) or type(error).__name__
-            raise UserError(f"the chat template of {self._where} refuses the messages: {words}") from None
+            raise UserError(f"the chat template of {self._where} refuses the messages: {in_words(error)}") from None
 
     def end_of_answer(self, messages: Messages, variables: Mapping[str, Any]) -> tuple[int, str] | None:
         """The special token, id and text, that the template writes after an answer to `messages`; None for none."""

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rloop_mcore.data.chat import ChatTemplate
+from rloop_mcore.data.chat import ChatTemplate, in_words
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import read_json
@@ -54,7 +54,7 @@ class PromptTemplate:
             self._template: Template = environment.from_string(self.text)
             trial = self._template.make_module({"problem": _TRIAL})
         except Exception as error:  # a template is a program, which can fail in any way
-            raise UserError(f"template {path}: {_in_words(error)}") from None
+            raise UserError(f"template {path}: {in_words(error)}") from None
         self._path = path
         declared = getattr(trial, "stop", [])
         if not isinstance(declared, list) or not all(isinstance(text, str) and text for text in declared):
@@ -76,7 +76,7 @@ class PromptTemplate:
         try:
             text = self._template.render(problem=problem)
         except Exception as error:  # as above
-            raise UserError(f"template {self._path}: {_in_words(error)} (of the problem {problem!r:.80})") from None
+            raise UserError(f"template {self._path}: {in_words(error)} (of the problem {problem!r:.80})") from None
         return text if self._chat is None else self._chat.render(self._messages(text), self._variables)
 
     def _set_chat(self, path: Path, chat: Any, system: Any, tokenizer: TextTokenizer) -> None:
@@ -98,10 +98,6 @@ class PromptTemplate:
     def _messages(self, text: str) -> list[dict[str, str]]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         return [*system, {"role": "user", "content": text}]
-
-
-def _in_words(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _end_tokens(model: Path) -> list[int]:

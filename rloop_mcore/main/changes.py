@@ -12,7 +12,7 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.run_directory import RunDirectory, read_json
+from rloop_mcore.main.run_directory import RunDirectory, read_if_sound
 from rloop_mcore.platform.files import write_atomic
 
 
@@ -116,7 +116,7 @@ def take_inputs(run: RunDirectory, config: Config, digests: Mapping[str, str], f
 
     Raises UserError where one holds something else now, the key being the same, unless forced; keeps the digests.
     """
-    before, values = read_json(run.inputs) or {}, flat(config)
+    before, values = read_if_sound(run.inputs) or {}, flat(config)
     changed = [key for key, digest in digests.items() if before.get(key, digest) != digest]
     if changed and any(record["event"] != "started" for record in Journal(run.journal).records):
         with run.lock("lock.rank0"):  # as in `take_changes`

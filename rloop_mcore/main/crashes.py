@@ -16,7 +16,7 @@ from rloop_mcore.compose import flat
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.main.run_directory import RunDirectory, read_json
+from rloop_mcore.main.run_directory import RunDirectory, read_if_sound
 from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
 
 ENOUGH = 3
@@ -64,7 +64,7 @@ class CrashRecord:
 
     def _read(self) -> dict[str, Any]:
         nothing: dict[str, Any] = {"place": None, "error": "", "config": "", "times": []}
-        record = read_json(self._path)
+        record = read_if_sound(self._path)
         return record if record is not None and record.keys() == nothing.keys() else nothing
 
 

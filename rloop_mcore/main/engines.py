@@ -93,7 +93,8 @@ def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Ser
     with `model`, still starting."""
     allow_many_files()  # a call is a socket, and there may be `rollout.max_running` calls an engine
     if config.rollout.endpoints:
-        return [RunningServer(url, _key_of_endpoints()) for url in config.rollout.endpoints]
+        key = _key_of_endpoints()
+        return [RunningServer(url, key) for url in config.rollout.endpoints]
     meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)
     if meeting is not None and roles(config).hosts:
         key = meeting.key()

@@ -17,7 +17,7 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.keeping import best, removed
-from rloop_mcore.platform.files import passing_over_a_full_disk, try_lock, write_atomic
+from rloop_mcore.platform.files import json_object, passing_over_a_full_disk, try_lock, write_atomic
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
@@ -159,12 +159,12 @@ class RunDirectory:
             self.write_ending(1, f"{where}{kind}{error}", traceback.format_exc())
 
     def ending(self) -> dict[str, Any] | None:
-        found = read_json(self.path / "ending.json")
+        found = read_if_sound(self.path / "ending.json")
         return found if found is not None and {"code", "message"} <= found.keys() else None
 
     def previous_ending(self) -> dict[str, Any] | None:
         """How the process before this one ended; None where it left no word."""
-        return read_json(self.path / "previous_ending.json")
+        return read_if_sound(self.path / "previous_ending.json")
 
     def clear_ending(self) -> None:
         """Make way for this process's ending; the one before it is the previous one."""
@@ -175,13 +175,12 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_if_sound(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, or a damaged one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def log_tail(log: Path) -> str:

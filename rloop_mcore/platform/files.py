@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file to which lines are still added: one that is not ended is none yet. None without a file.
+    """The objects of a file to which lines are still added: one that is not ended is none yet. Empty without a file.
 
     Raises UserError that names a damaged line.
     """
