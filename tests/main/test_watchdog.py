@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -121,9 +122,11 @@ def test_why_a_stalled_run_ends_stands_there_before_its_ranks_fall(
     monkeypatch.setattr(watchdog, "look", lambda: "stalled")
     monkeypatch.setattr(run_directory, "write_atomic", lambda *file: (time.sleep(0.5), write(*file)))  # a slow disk
     with subprocess.Popen(["sleep", "60"]) as ranks:
+        fallen = os.pidfd_open(ranks.pid)
 
         def rank_elsewhere() -> None:
-            os.waitid(os.P_PID, ranks.pid, os.WEXITED | os.WNOWAIT)
+            select.select([fallen], [], [])  # whoever reaps the process
+            os.close(fallen)
             seen.append(run.ending())
 
         other = threading.Thread(target=rank_elsewhere)
