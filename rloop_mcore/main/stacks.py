@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,7 @@ class _Asked:
     def __init__(self, pid: int, file: Path) -> None:
         self._file = os.open(file, os.O_RDONLY)
         self._before = self.size()
+        self._process = os.pidfd_open(pid)
         for number in (STACKS_SIGNAL, signal.SIGCONT):
             os.kill(pid, number)
 
@@ -65,11 +67,15 @@ class _Asked:
         return os.fstat(self._file).st_size
 
     def answered(self) -> bool:
-        return self.size() > self._before
+        """Whether something is there that doesn't end within a line, where a busy machine may have it pause."""
+        size = self.size()
+        ended = bool(select.select([self._process], [], [], 0)[0])
+        return size > self._before and (ended or os.pread(self._file, 1, size - 1) == b"\n")
 
     def answer(self) -> str:
         words = os.pread(self._file, self.size() - self._before, self._before).decode(errors="replace")
         os.close(self._file)
+        os.close(self._process)
         return words or f"no answer within {_ANSWER_S:g} s\n"
 
 

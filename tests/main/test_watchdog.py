@@ -259,14 +259,29 @@ def test_of_a_process_that_does_not_answer_the_kernel_is_heard(tmp_path: Path, m
     assert text.endswith("\nno answer within 0.5 s\n")
 
 
+def answering(does: str) -> str:
+    """A program that hangs and, asked for its stacks, does this instead; `file` is where they would go."""
+    return (
+        "import faulthandler, os, signal, time\nfrom rloop_mcore.platform.process import STACKS_SIGNAL\n"
+        "faulthandler.register = lambda *args, file, **kwargs: signal.signal(\n"
+        f"    STACKS_SIGNAL, lambda *_: ({does}))\n{HANGS}"
+    )
+
+
 def test_what_a_process_wrote_before_it_ended_is_kept(tmp_path: Path) -> None:
-    ends = "import faulthandler, os, signal\nfrom rloop_mcore.platform.process import STACKS_SIGNAL\n"
-    ends += "faulthandler.register = lambda *args, file, **kwargs: signal.signal(\n"
-    ends += "    STACKS_SIGNAL, lambda *_: (os.write(file, b'my last words'), os._exit(1)))\n"
-    with there(ends + HANGS) as process:
+    with there(answering("os.write(file, b'my last words'), os._exit(1)")) as process:
         (name,) = collect([psutil.Process(process.pid)], tmp_path)
         assert process.wait(60) == 1
     assert (tmp_path / name).read_text().endswith("my last words")
+
+
+def test_a_process_that_pauses_within_a_line_is_not_done(tmp_path: Path) -> None:
+    """As on a machine that has other work: it was taken for an answer, and the last stacks were missing."""
+    with there(
+        answering("os.write(file, b'the first '), time.sleep(1.0), os.write(file, b'and the last\\n')")
+    ) as process:
+        (name,) = collect([psutil.Process(process.pid)], tmp_path)
+    assert (tmp_path / name).read_text().endswith("the first and the last\n")
 
 
 def test_a_process_that_has_ended_meanwhile_is_passed_over(hanging: subprocess.Popen[str], tmp_path: Path) -> None:
