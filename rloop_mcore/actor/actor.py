@@ -56,8 +56,7 @@ class MegatronActor(Conducted):
         self._routing: RoutingReplay | None = None
         if config.actor.routing_replay == "first_forward":
             transformer = architecture["transformer"]
-            sizes = (transformer[key] for key in ("num_layers", "moe_router_topk", "num_moe_experts"))
-            self._routing = RoutingReplay(*sizes)
+            self._routing = RoutingReplay(self._chunks, transformer["moe_router_topk"], transformer["num_moe_experts"])
 
     @collective
     def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:

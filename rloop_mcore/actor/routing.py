@@ -6,7 +6,7 @@ the importance ratio measures the policy and not the router (Ma et al., arXiv 25
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,61 +18,76 @@ from rloop_mcore import platform
 from rloop_mcore.actor.packing import MicroBatch, Row
 from rloop_mcore.types import Key, Trajectory
 
+_AT_ONCE = 1 << 28  # bytes that travel between the ranks
+
 
 class RoutingReplay:
-    """The experts [positions, layers, top-k] of each trajectory of the current step, whole on every rank."""
+    """The experts [positions, layers, top-k] of each trajectory of the current step, in this rank's host memory.
 
-    def __init__(self, layers: int, top_k: int, experts: int) -> None:
-        self._shape = layers, top_k
+    The layers are those of this pipeline stage. A step's choices may be as many bytes as the policy has: they are never
+    on the device at once.
+    """
+
+    def __init__(self, chunks: Iterable[torch.nn.Module], top_k: int, experts: int) -> None:
+        layers = [layer for chunk in chunks for layer, _ in _routers(chunk)]
+        self._columns = {layer: column for column, layer in enumerate(layers)}
+        self._shape = len(layers), top_k
         self._dtype = torch.uint8 if experts <= 256 else torch.int32
         self._kept: dict[Key, torch.Tensor] = {}
 
     def recording(self, rows: Sequence[Row]) -> Recording:
         """For a forward pass over `rows`."""
-        return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=self._dtype, device=platform.device()))
+        return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=self._dtype), self._columns)
 
     def keep(self, recording: Recording, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> None:
-        """Collective: put together what the ranks recorded, in place of what was kept before."""
-        dist.all_reduce(recording.experts)  # a token's choice of a layer is on one rank only
-        parts = recording.experts.cpu().split([len(row) for row in rows])
+        """Collective: put together what the stage's ranks recorded, in place of what was kept before."""
+        if self._columns:
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            for part in recording.experts.split(max(1, _AT_ONCE // recording.experts[0].nbytes)):
+                whole = part.to(platform.device())
+                dist.all_reduce(whole, group=group)  # a token's choice of a layer is on one rank only
+                part.copy_(whole)
+        parts = recording.experts.split([len(row) for row in rows])
         self._kept = {t.key: part for t, part in zip(trajectories, parts, strict=True)}
 
     def replaying(self, trajectories: Sequence[Trajectory]) -> Replaying:
         """For an update on trajectories of the step that was recorded."""
-        return Replaying(torch.cat([self._kept[t.key] for t in trajectories]).to(platform.device()))
+        experts = torch.cat([self._kept[t.key] for t in trajectories]).to(platform.device())
+        return Replaying(experts, self._columns)
 
 
 class Recording:
     """Around a chunk's forward pass: notes what its routers choose."""
 
-    def __init__(self, experts: torch.Tensor) -> None:
+    def __init__(self, experts: torch.Tensor, columns: Mapping[int, int]) -> None:
         self.experts = experts
+        self._columns = columns
 
     def before(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
         for _, router in _routers(chunk):
             router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
 
     def after(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
-        places = _places(batch)
-        real = (places >= 0).nonzero().squeeze(1)  # once: its size has to come from the GPU
-        places = places[real]
+        places = _places(batch).to(self.experts.device)
+        real = places >= 0
         for layer, router in _routers(chunk):
-            chosen = router.router_replay.get_recorded_indices()
-            self.experts[places, layer] = chosen[real].to(self.experts.dtype)
+            chosen = router.router_replay.get_recorded_indices().to(self.experts)
+            self.experts[places[real], self._columns[layer]] = chosen[real]
             _forget(router)
 
 
 class Replaying:
     """Around a chunk's forward pass: has its routers choose as noted, in a recomputation too."""
 
-    def __init__(self, experts: torch.Tensor) -> None:
+    def __init__(self, experts: torch.Tensor, columns: Mapping[int, int]) -> None:
         self._experts = experts
+        self._columns = columns
 
     def before(self, chunk: torch.nn.Module, batch: MicroBatch) -> None:
         places = _places(batch)
         padding = torch.arange(self._experts.size(-1), device=places.device)
         for layer, router in _routers(chunk):
-            chosen = self._experts[places, layer].long()
+            chosen = self._experts[places, self._columns[layer]].long()
             router.router_replay.set_target_indices(torch.where(places[:, None] >= 0, chosen, padding))
             router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 

@@ -191,6 +191,9 @@ def test_an_update_repeats_the_recorded_choice_of_experts(results: dict[str, dic
     reference_update(model, batch[1:])
     assert tensor_distance(gradients_of(model), wanted) > 0.1
     assert result["held"] == 1  # the choices of one micro-batch a router, however many there are
+    positions = sum(len(row.trajectory.prompt_ids) + len(row.trajectory.response_ids) - 1 for row in batch)
+    layers = 4 // REPLAY[layout][0].get("pp", 1)
+    assert result["kept"] == positions * layers * 2  # bytes: the two experts of a token, of this stage's layers only
 
 
 def logprobs_of(model: PreTrainedModel) -> list[list[float]]:

@@ -112,6 +112,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
 
     actor.begin(folder, FROZEN, 1)
     recorded = actor.logprobs([row.trajectory for row in batch], False)
+    kept = sum(experts.nbytes for experts in actor._routing._kept.values())
     with torch.no_grad():
         for module in (m for chunk in actor._chunks for m in chunk.modules()):
             if isinstance(module, TopKRouter):
@@ -119,7 +120,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
                 module.register_forward_hook(note)
     actor.update(batch[:0:-1])
     gradients = whole_gradients(actor)
-    result = {"recorded": recorded, "gradients": gradients, "held": max(held)}
+    result = {"recorded": recorded, "gradients": gradients, "held": max(held), "kept": kept}
     return result | {"free": actor.logprobs([row.trajectory for row in batch], False)}
 
 
