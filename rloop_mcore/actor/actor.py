@@ -174,11 +174,6 @@ class MegatronActor(Conducted):
         # Half: a rank that waited in vain can still tell the others, who wait for it.
         pending.finish(self._config.cluster.collective_timeout_s / 2)
 
-    def save(self, path: Path) -> None:
-        """`start_save` and `finish_save`."""
-        self.start_save(path)
-        self.finish_save()
-
     @collective
     def load(self, path: Path) -> None:
         """Restore what was saved, at any layout; `begin` came before, with the phase's optimizer and length."""

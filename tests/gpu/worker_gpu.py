@@ -42,6 +42,7 @@ from rloop_mcore.config import (  # noqa: E402
     LayoutConfig,
     OptimizerConfig,
     RolloutConfig,
+    RunConfig,
 )
 from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer  # noqa: E402
@@ -65,6 +66,11 @@ SGLANG_FLAGS += ("--disable-cuda-graph", "--mem-fraction-static", "0.3", "--skip
 def everywhere(method: str, actor: MegatronActor, *arguments: object) -> Any:
     """Call a collective method on every rank at once."""
     return getattr(MegatronActor, method).__wrapped__(actor, *arguments)
+
+
+def saved(actor: MegatronActor, path: Path) -> None:
+    everywhere("start_save", actor, path)
+    everywhere("finish_save", actor)
 
 
 def exported(actor: MegatronActor, *of: Any) -> dict[str, torch.Tensor]:
@@ -104,7 +110,7 @@ def train(job: dict[str, Any], actor: MegatronActor, folder: Path) -> dict[str, 
     first = losses(1)
     one = exported(actor)
     first += losses(updates // 2 - 1)
-    actor.save(checkpoint)
+    saved(actor, checkpoint)
     rest = losses(updates - updates // 2)
     everywhere("begin", actor, folder, LEARNING, updates)
     everywhere("load", actor, checkpoint)
@@ -141,7 +147,7 @@ def checkpointed(job: dict[str, Any], actor: MegatronActor, folder: Path) -> dic
     else:
         for part in (batch[:4], batch[4:8], batch[8:]):
             everywhere("update", actor, part)
-        actor.save(Path(job["save"]))
+        saved(actor, Path(job["save"]))
     weights = exported(actor)
     everywhere("update", actor, batch)
     return {"weights": weights, "next": exported(actor)}
@@ -244,6 +250,7 @@ TASKS = {task.__name__: task for task in (update, train, clip, not_finite, check
 def configuration(job: dict[str, Any]) -> Config:
     sections = job.get("config", {})
     return Config(
+        run=RunConfig(**sections.get("run", {})),
         precision=sections.get("precision", "bf16"),
         fp8=Fp8Config(**sections.get("fp8", {})),
         layout=LayoutConfig(**sections.get("layout", {})),

@@ -76,7 +76,8 @@ def train(job: dict[str, Any], out: Path) -> dict[str, Any]:
     actor.begin(folder, LEARNING, 3)
     for batch in batches[:2]:
         actor.update(batch)
-    actor.save(out / f"{job['name']}.checkpoint")
+    actor.start_save(out / f"{job['name']}.checkpoint")
+    actor.finish_save()
     actor.update(batches[2])
     result["weights"] = whole(actor)
 
