@@ -48,6 +48,13 @@ def test_two_ranks_agree_with_one(alone: Results, together: Results, name: str) 
     assert relative(two["gradients"], one["gradients"]) < 0.025
 
 
+def test_stages_of_several_parts_agree_with_one(alone: Results, together: Results, folder: Path) -> None:
+    parts = job("PP2 VPP2", folder, pp=2, vpp=2, stages=[1, 1, 1, 1])
+    one, two = alone["alone"], run([parts], folder, processes=2)["PP2 VPP2"]
+    assert rms(two["logprobs"], one["logprobs"]) < 0.01
+    assert relative(two["gradients"], one["gradients"]) < 0.025
+
+
 def test_experts_on_two_ranks_agree_with_one(together: Results, tmp_path: Path) -> None:
     folder = write_model("moe", tmp_path / "moe")
     one = run([job("experts alone", folder, model="moe")], folder)["experts alone"]

@@ -60,6 +60,19 @@ def test_the_optimizers_options_train_and_resume_alike(plain: Results, folder: P
     assert relative(change, {name: wanted["end"][name] - start for name, start in wanted["start"].items()}) < 0.1
 
 
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_a_deterministic_run_repeats_to_the_bit(tmp_path: Path, model: str) -> None:
+    """In another process, where kernels are chosen anew; and in the process that goes on from a checkpoint."""
+    folder, trained = write_model(model, tmp_path), []
+    for name in ("once", "again"):
+        again = job(name, "train", folder, updates=UPDATES)
+        again |= {"model": model, "config": {"run": {"deterministic": True}}}
+        trained.append(run([again], folder)[name])
+    assert trained[0]["losses"] == trained[1]["losses"]
+    assert relative(trained[0]["one"], trained[1]["one"]) == 0.0
+    assert all(result["resumed"] == result["losses"][UPDATES // 2 :] for result in trained)
+
+
 # How far the next updates may be apart: in bf16 a token near two experts goes to the other one on the other device.
 @pytest.mark.parametrize(("model", "noise"), [("dense", 0.2), ("moe", 0.5)])
 @pytest.mark.parametrize(("source", "target"), [("cpu", "cuda"), ("cuda", "cpu")])
