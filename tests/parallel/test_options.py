@@ -34,6 +34,7 @@ REPLAY: dict[str, tuple[dict[str, Any], str]] = {
     "CP2": ({"cp": 2}, "none"),
     "TP2 SP, recompute full": ({"tp": 2, "sp": True}, "full"),
     "PP2 VPP2": ({"pp": 2, "vpp": 2, "stages": [1, 1, 1, 1]}, "none"),
+    "PP2, one empty": ({"pp": 2, "stages": [4, 0]}, "none"),
 }
 
 
@@ -192,7 +193,8 @@ def test_an_update_repeats_the_recorded_choice_of_experts(results: dict[str, dic
     assert tensor_distance(gradients_of(model), wanted) > 0.1
     assert result["held"] == 1  # the choices of one micro-batch a router, however many there are
     positions = sum(len(row.trajectory.prompt_ids) + len(row.trajectory.response_ids) - 1 for row in batch)
-    layers = 4 // REPLAY[layout][0].get("pp", 1)
+    split = REPLAY[layout][0]
+    layers = sum(split.get("stages", [4])[:: split.get("pp", 1)])
     assert result["kept"] == positions * layers * 2  # bytes: the two experts of a token, of this stage's layers only
 
 

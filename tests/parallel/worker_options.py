@@ -120,7 +120,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
                 module.register_forward_hook(note)
     actor.update(batch[:0:-1])
     gradients = whole_gradients(actor)
-    result = {"recorded": recorded, "gradients": gradients, "held": max(held), "kept": kept}
+    result = {"recorded": recorded, "gradients": gradients, "held": max(held, default=0), "kept": kept}
     return result | {"free": actor.logprobs([row.trajectory for row in batch], False)}
 
 
