@@ -62,11 +62,14 @@ def test_fp32_agrees_with_transformers(on_gpu: Results, wanted: dict[str, Any]) 
     assert relative(on_gpu["fp32"]["gradients"], wanted["gradients"]) < 0.005
 
 
-def test_mixture_of_experts_agrees_with_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "actor", [{}, {"routing_replay": "first_forward", "recompute": "full"}], ids=["plain", "routing replay"]
+)
+def test_mixture_of_experts_agrees_with_transformers(tmp_path: Path, actor: dict[str, Any]) -> None:
     """In fp32: in bf16 near ties of the router fall the other way, and a token's gradient is another one."""
     folder = write_model("moe", tmp_path / "moe")
     try:
-        gpu = run([job("moe", "moe", folder, precision="fp32")], folder)["moe"]
+        gpu = run([job("moe", "moe", folder, precision="fp32", actor=actor)], folder)["moe"]
     except pytest.fail.Exception as failure:
         if "cublasLtGroupedMatrixLayout" in str(failure):
             pytest.skip("grouped GEMM needs a newer cuBLAS than torch brings")
