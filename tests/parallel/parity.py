@@ -23,10 +23,10 @@ from parity_model import MODELS, write  # noqa: E402
 from ranks import launch  # noqa: E402
 
 QUANTITIES = ("logprobs", "loss", "gradients", "weights", "resumed")
-BOTH, DENSE, MOE, EVERY = ("dense", "moe"), ("dense",), ("moe",), ("dense", "qk norm", "moe")
+BOTH, DENSE, MOE, SPARSE, EVERY = ("dense", "moe"), ("dense",), ("moe",), ("sparse",), ("dense", "qk norm", "moe")
 # name: (models, layout, actor settings). Megatron trains mixture-of-experts models over TP with SP only.
 LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
-    "TP1 PP1": (EVERY, {}, {}),
+    "TP1 PP1": ((*EVERY, *SPARSE), {}, {}),
     "recompute selective": (BOTH, {}, {"recompute": "selective"}),
     "recompute full": (BOTH, {}, {"recompute": "full"}),
     "one micro-batch": (BOTH, {}, {"micro_batch_tokens": 4096}),
@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "DP2": (BOTH, {"dp": 2}, {"distributed_optimizer": False}),
     "DP2, distributed optimizer": (BOTH, {"dp": 2}, {}),
     "EP2": (MOE, {"dp": 2, "ep": 2}, {}),
+    "CP2 EP2": (SPARSE, {"cp": 2, "ep": 2}, {}),
     "TP2 ETP2 SP": (MOE, {"tp": 2, "etp": 2, "sp": True}, {}),
     "TP4": (DENSE, {"tp": 4}, {}),
     "TP4 SP": (BOTH, {"tp": 4, "sp": True}, {}),
@@ -54,6 +55,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
         {"distributed_optimizer": False},
     ),
     "TP2 EP2 SP": (MOE, {"tp": 2, "ep": 2, "dp": 2, "sp": True}, {}),
+    "PP2 VPP2 EP2": (SPARSE, {"pp": 2, "vpp": 2, "dp": 2, "ep": 2, "stages": [0, 2, 2, 0]}, {}),
     "EP2 ETP2 DP4": (MOE, {"dp": 4, "ep": 2, "etp": 2}, {}),
     "TP2 EP2 ETP2 SP": (MOE, {"tp": 2, "ep": 2, "etp": 2, "dp": 2, "sp": True}, {}),
     "TP2 CP2 SP": (BOTH, {"tp": 2, "cp": 2, "sp": True}, {}),

@@ -49,6 +49,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    # Most experts get no token of a micro-batch.
+    "sparse": _SIZES
+    | {
+        "model_type": "qwen3_moe",
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 32,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+    },
 }
 TEMPERATURE, CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 0.8, 0.2, 0.28, 10.0
 ROWS = 7  # an odd number: replicas and micro-batches get unequal shares
