@@ -220,19 +220,21 @@ class Fleet:
     ) -> T:
         """`work` with the engines that `pick` gives, told those that failed; anew where some did, without them.
 
+        An attempt that an engine spoils by dying for the first time is not counted: nodes may go one after the other.
         A refusal (400) ends it at once only when it comes again and every engine lives: SGLang answers so to whatever
         goes wrong with weights, a broadcast that broke since another engine died among it.
         """
         failed: set[Engine] = set()
-        attempt, refusal = 0, ""
+        attempts, refusal = 0, ""
         while True:
-            attempt += 1
             clients = {engine: _client(engine) for engine in pick(failed)}
             try:
                 return work(clients)
             except (EngineError, TimeoutError) as error:
-                lost = self._lose_culprits(clients, error)
-                if attempt == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
+                died = self._died(clients)
+                lost = died | self._lose_named(clients, error, died)
+                attempts += not died - failed
+                if attempts == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
                     raise
                 failed |= lost
                 refusal = str(error) if _is_refusal(error) else ""
@@ -250,20 +252,23 @@ class Fleet:
             if self._news.done():
                 self._news = Future()
 
-    def _lose_culprits(self, clients: dict[Engine, EngineClient], error: Exception) -> set[Engine]:
-        """Fence the engines that don't answer, and the one that `error` names; returns all that were lost meanwhile.
-
-        An engine that answered with an error is spared where another is lost: a broadcast fails for all its members.
-        One that refuses (400) is spared always: it may be right, these are no weights for it.
-        """
+    def _died(self, clients: dict[Engine, EngineClient]) -> set[Engine]:
+        """Fence the engines that don't answer; returns all that were lost meanwhile."""
         self._submit(self._controller.check_health()).result()
-        culprits = {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
-        if not _is_refusal(error) and (not culprits or getattr(error, "status", None) is None):
-            named = getattr(error, "engine", None)
-            for engine in [e for e, client in clients.items() if e not in culprits and client.url == named]:
-                self._lose(engine, str(error))
-                culprits.add(engine)
-        return culprits
+        return {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
+
+    def _lose_named(self, clients: dict[Engine, EngineClient], error: Exception, died: set[Engine]) -> set[Engine]:
+        """Fence the engine that `error` names; returns it.
+
+        One that answered with an error is spared where another died: a broadcast fails for all its members. One that
+        refuses (400) is spared always: it may be right, these are no weights for it.
+        """
+        if _is_refusal(error) or (died and getattr(error, "status", None) is not None):
+            return set()
+        named = {e for e, c in clients.items() if e not in died and c.url == getattr(error, "engine", None)}
+        for engine in named:
+            self._lose(engine, str(error))
+        return named
 
     def _lose(self, engine: Engine, reason: str) -> None:
         async def lose() -> None:

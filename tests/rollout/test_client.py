@@ -322,6 +322,27 @@ def test_a_server_that_would_sample_otherwise_is_refused(info: object, words: st
     assert caught.value.status == 200  # waiting would not help
 
 
+def test_a_server_with_a_key_of_its_own_for_what_changes_it_is_refused_at_once() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/abort_request" and request.method == "POST":  # one of the routes that it guards
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await _server("0.5.23")(request)
+
+    with pytest.raises(EngineError, match=r"it has --admin-api-key, .*: start it with --api-key alone$") as caught:
+        _ask(handler, lambda client: client.check_server(30.0))
+    assert caught.value.status == 401  # waiting would not help
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [("7", 7.0), ("", 0.0), ("Fri, 31 Dec 2100 23:59:59 GMT", 0.0)])
+def test_a_server_that_has_no_room_says_when_to_come_back(asked: str, seconds: float) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=429, headers={"Retry-After": asked})
+
+    with pytest.raises(EngineError, match="/generate: status 429") as caught:
+        _ask(handler, _generate)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, seconds)
+
+
 def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:
     with pytest.raises(EngineError, match=r"0\.5\.20 takes no .*: rollout\.partial=true needs 0\.5\.21") as caught:
         _ask(_server("0.5.20"), lambda client: client.check_server(30.0), partial=True)
