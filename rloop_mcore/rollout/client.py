@@ -78,12 +78,6 @@ class EngineClient:
         self._stamped: str | None = None  # the weight version that was set last
         self._released: set[str] = set()  # what it has given up its memory of
 
-    async def __aenter__(self) -> EngineClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -142,9 +136,6 @@ class EngineClient:
             if error.status != 405:
                 raise
 
-    async def model_info(self) -> dict[str, Any]:
-        return await self._json("GET", "/model_info")
-
     async def server_info(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
         info = await self._json("GET", "/server_info", timeout_s=timeout_s)
@@ -153,7 +144,7 @@ class EngineClient:
         return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
-        return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
+        return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""

@@ -327,9 +327,7 @@ class Controller:
             if not engine.told:
                 engine.told = True
                 log.warning("engine %d has no room, and is asked again later (said once): %s", engine.number, no_room)
-            with contextlib.suppress(
-                EngineError, OSError
-            ):  # samples of a batch that it had room for: nobody waits for them
+            with contextlib.suppress(EngineError, OSError):  # those of the samples that it had room for
                 await client.abort(call.rid, len(call.requests))
             longest = min(2 * longest, _LONGEST_PAUSE_S)
             call.waited_s += pause

@@ -70,7 +70,7 @@ class Fleet:
             limit=0 if deterministic else max_running,  # 0: an engine has one call at a time, whole
             start_timeout_s=start_timeout_s,
             probe=probe or Probe(),
-            on_waiting=self._tell,
+            on_waiting=self._announce,
         )
         self._generating: set[Future[list[Completion]]] = set()
         self._started = False
@@ -182,7 +182,7 @@ class Fleet:
     def _bring(
         self, clients: dict[Engine, EngineClient], export: Callable[[], NamedTensors], version: int
     ) -> dict[str, float]:
-        self._submit(self._expect(version)).result()
+        self._on_loop(self._controller.expect, version)
         metrics = self._sync.run(list(clients.values()), export(), version, self._submit)
         self._submit(self._promote(clients, version)).result()
         return metrics
@@ -213,7 +213,7 @@ class Fleet:
             named = getattr(error, "engine", None)
             for engine in self._controller.in_state("waiting"):
                 if named in (None, _client(engine).url):  # the others are brought when it is back, or by the next sync
-                    self._lose(engine, str(error))
+                    self._on_loop(self._controller.lose, engine, str(error))
 
     def _persist(
         self, pick: Callable[[set[Engine]], list[Engine]], work: Callable[[dict[Engine, EngineClient]], T]
@@ -267,17 +267,8 @@ class Fleet:
             return set()
         named = {e for e, c in clients.items() if e not in died and c.url == getattr(error, "engine", None)}
         for engine in named:
-            self._lose(engine, str(error))
+            self._on_loop(self._controller.lose, engine, str(error))
         return named
-
-    def _lose(self, engine: Engine, reason: str) -> None:
-        async def lose() -> None:
-            self._controller.lose(engine, reason)
-
-        self._submit(lose()).result()
-
-    async def _expect(self, version: int) -> None:
-        self._controller.expect(version)
 
     async def _promote(self, clients: dict[Engine, EngineClient], version: int) -> None:
         """One that was lost since, and is back, has another client, and other weights."""
@@ -288,7 +279,13 @@ class Fleet:
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _tell(self) -> None:
+    def _on_loop(self, method: Callable[..., None], *arguments: Any) -> None:
+        async def tell() -> None:
+            method(*arguments)
+
+        self._submit(tell()).result()
+
+    def _announce(self) -> None:
         if not self._news.done():
             self._news.set_result(None)
 

@@ -7,8 +7,8 @@ import json
 import math
 import os
 import resource
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -35,6 +35,14 @@ GOOD = {
 }
 
 
+@asynccontextmanager
+async def closing(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 def _ask(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     call: Callable[[EngineClient], Awaitable[Any]],
@@ -51,7 +59,7 @@ def _ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            async with EngineClient(url, "key", 10, timeout_s, partial) as client:
+            async with closing(EngineClient(url, "key", 10, timeout_s, partial)) as client:
                 return await call(client)
         finally:
             await runner.cleanup()
@@ -224,7 +232,7 @@ def _few_files(spare: int) -> Iterator[None]:
 
 def test_calls_wait_for_a_file_of_this_process(endpoint: Endpoint) -> None:
     async def calls() -> None:
-        async with EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0) as client:
+        async with closing(EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0)) as client:
             await client.health()
             with _few_files(4):
                 await asyncio.gather(*(client.health() for _ in range(20)))
