@@ -32,10 +32,13 @@ _SECRET = ("api_key", "admin_api_key", "launch_command")
 class EngineError(Fault):
     """A server that does not answer, or not as the contract says. The message names the server and the endpoint."""
 
-    def __init__(self, message: str, status: int | None = None, engine: str | None = None) -> None:
-        """status: of the HTTP answer, if there was one; engine: URL of the server whose fault it is, if it is one's."""
+    def __init__(
+        self, message: str, status: int | None = None, engine: str | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        """status: of the HTTP answer, if there was one; engine: URL of the server whose fault it is, if it is one's;
+        retry_after_s: how long a server that has no room wants to be left alone."""
         super().__init__(message)
-        self.status, self.engine = status, engine
+        self.status, self.engine, self.retry_after_s = status, engine, retry_after_s
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,6 @@ class EngineClient:
         self._stamped: str | None = None  # the weight version that was set last
         self._released: set[str] = set()  # what it has given up its memory of
 
-    async def __aenter__(self) -> EngineClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -114,6 +111,19 @@ class EngineClient:
         if self._partial:
             self._of_version(info, check_partial)
         await together(*(self._check_route(path) for path in self._of_version(info, routes_of)))
+        await self._check_admin()
+
+    async def _check_admin(self) -> None:
+        """Whether it takes the key for what changes it too: by the end of a sample that nobody asked for."""
+        try:
+            await self.abort("none", 1)
+        except EngineError as error:
+            if error.status not in (401, 403):
+                raise
+            text = (
+                "it has --admin-api-key, and takes no other key for pauses and weights: start it with --api-key alone"
+            )
+            raise self._error("/abort_request", text, error.status) from None
 
     async def _check_route(self, path: str) -> None:
         """OPTIONS has no effect: 405 where the route is, 404 where it is not (SGLang's router, for one)."""
@@ -126,9 +136,6 @@ class EngineClient:
             if error.status != 405:
                 raise
 
-    async def model_info(self) -> dict[str, Any]:
-        return await self._json("GET", "/model_info")
-
     async def server_info(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
         info = await self._json("GET", "/server_info", timeout_s=timeout_s)
@@ -137,7 +144,7 @@ class EngineClient:
         return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
-        return str(_get(await self.model_info(), "weight_version", f"{self.url}/model_info"))
+        return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
@@ -196,13 +203,14 @@ class EngineClient:
         await together(*(self._call("POST", "/abort_request", {"rid": f"{rid}-{n}"}) for n in range(count)))
 
     def _check_ids(self, requests: Sequence[SampleRequest]) -> None:
-        """An id outside the vocabulary kills an SGLang server, so none is sent."""
+        """An id outside the vocabulary kills an SGLang server, so none is sent. No engine's fault."""
         for prompt in {r.prompt_ids for r in requests}:
             if not prompt:
-                raise self._error("/generate", "a prompt is empty", 400)
+                raise EngineError(f"{self.url}/generate: a prompt is empty", 400)
             if not self._knows(prompt):
                 wrong = next(i for i in prompt if not 0 <= i < self.vocabulary)
-                raise self._error("/generate", f"id {wrong} is outside the vocabulary of {self.vocabulary}", 400)
+                text = f"id {wrong} is outside the vocabulary of {self.vocabulary}"
+                raise EngineError(f"{self.url}/generate: {text}", 400)
 
     def _knows(self, ids: Sequence[int]) -> bool:
         """Are these ids, one at least, of the vocabulary?"""
@@ -351,11 +359,12 @@ class EngineClient:
             moved = response.headers.get("Location")
             text = f"status {response.status}{f' to {moved}' if moved else ''}: {_short(raw)}"
             text += f" (the key of running servers is {KEY_VARIABLE})" if response.status == 401 else ""
-            raise self._error(path, text, response.status)
+            asked = response.headers.get("Retry-After", "")  # or a date, by a clock that may be another
+            raise self._error(path, text, response.status, float(asked) if asked.isdecimal() else 0.0)
         return raw
 
-    def _error(self, path: str, text: str, status: int | None = None) -> EngineError:
-        return EngineError(f"{self.url}{path}: {text}", status, self.url)
+    def _error(self, path: str, text: str, status: int | None = None, retry_after_s: float = 0.0) -> EngineError:
+        return EngineError(f"{self.url}{path}: {text}", status, self.url, retry_after_s)
 
 
 def _has_no_file(error: BaseException) -> bool:

@@ -13,8 +13,10 @@ again under its old connection, so no late answer can slip in, and it rejoins wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
+import random
 import time
 import uuid
 from collections import deque
@@ -36,7 +38,10 @@ _FAILURES = 3  # calls in a row that an engine may fail (with 500s, broken answe
 _RESTARTS = 3  # restarts in a row without a good answer before an engine is dead
 _POLL_S = 0.2
 _ABORT_AGAIN_S = 2.0  # an abort that overtakes its call is lost
-_FAULTS_OF_THE_REQUEST = (400, 401, 403, 404, 413, 422)
+_FAULTS_OF_THE_REQUEST = (400, 401, 403, 404, 413, 422)  # where two engines say so
+_NO_ROOM = (429, 503)  # a full queue, SGLang's or that of a proxy
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # before an engine that has no room is asked again
+_JITTER = random.Random()  # not the one that a run seeds
 _NOTHING = Completion((), (), "abort", ())  # of a request that no engine was asked
 
 
@@ -71,6 +76,7 @@ class Engine:
     running: int = 0  # samples it was asked for and has not answered
     failures: int = 0
     restarts: int = 0
+    told: bool = False  # that it has no room, in the log
     heard: float = 0.0  # when it last answered
     asked: bool = False  # for its health, now
 
@@ -79,7 +85,10 @@ class Engine:
 class _Call:
     requests: list[SampleRequest]
     name: str
-    rid: str = ""  # of the last attempt; SGLang refuses one that it still knows, of an attempt that failed
+    rid: str = ""  # of the last time it was sent; SGLang refuses one that it still knows, of a time that failed
+    sent: int = 0  # how often
+    waited_s: float = 0.0  # for engines that had no room
+    refused: bool = False  # by an engine, as a fault of the request
     granted: asyncio.Future[Engine | None] | None = None  # done while in the queue: cancelled or aborted there
     engine: Engine | None = None
     failed_by: Engine | None = None  # the last one
@@ -264,12 +273,11 @@ class Controller:
             oldest = self._versions[0]
             call.engine, client = engine, engine.client
             assert client is not None
-            call.rid = f"{call.name}.{attempt}"
             started, begun = time.time(), time.monotonic()
             try:
                 if call.aborted:
                     return
-                answer = await client.generate(call.requests, sampling, call.rid)
+                answer = await self._ask(engine, client, call, sampling)
                 for request, completion in zip(call.requests, answer, strict=True):
                     self._check(client.url, request, completion, sampling, oldest)
                     if completion.finish_reason == "abort" and not call.aborted:
@@ -285,9 +293,12 @@ class Controller:
                 return
             except EngineError as error:
                 if error.status in _FAULTS_OF_THE_REQUEST:
-                    raise
+                    if error.engine is None or call.refused:
+                        raise
+                    call.refused = True
                 engine.failures += 1
-                if error.status is None or engine.failures >= _FAILURES or engine.server.failure() is not None:
+                died = error.status is None or engine.server.failure() is not None
+                if engine.client is client and (died or engine.failures >= _FAILURES):
                     self.lose(engine, str(error))
                 if call.aborted:
                     return
@@ -299,6 +310,32 @@ class Controller:
             finally:
                 call.engine = None
                 self._release(engine, call)
+
+    async def _ask(self, engine: Engine, client: EngineClient, call: _Call, sampling: Sampling) -> list[Completion]:
+        """The engine's answer. One that has no room is asked again, ever later, while the call's time lasts."""
+        longest = _FIRST_PAUSE_S
+        while True:
+            call.sent += 1
+            call.rid = f"{call.name}.{call.sent}"
+            try:
+                return await client.generate(call.requests, sampling, call.rid)
+            except EngineError as error:
+                pause = error.retry_after_s + _JITTER.uniform(0.5, 1.0) * longest
+                if error.status not in _NO_ROOM or call.waited_s + pause > client.generate_timeout_s:
+                    raise
+                no_room = error
+            if not engine.told:
+                engine.told = True
+                log.warning("engine %d has no room, and is asked again later (said once): %s", engine.number, no_room)
+            with contextlib.suppress(EngineError, OSError):  # those of the samples that it had room for
+                await client.abort(call.rid, len(call.requests))
+            longest = min(2 * longest, _LONGEST_PAUSE_S)
+            call.waited_s += pause
+            until = asyncio.get_running_loop().time() + pause
+            while (left := until - asyncio.get_running_loop().time()) > 0:
+                if call.aborted or engine.client is not client or engine.state != "serving":
+                    raise no_room
+                await asyncio.sleep(min(left, _POLL_S))
 
     async def _acquire(self, call: _Call, first: bool) -> Engine | None:
         """The engine that is to serve `call`; None where the call was aborted before one was free."""

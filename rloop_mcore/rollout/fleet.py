@@ -70,7 +70,7 @@ class Fleet:
             limit=0 if deterministic else max_running,  # 0: an engine has one call at a time, whole
             start_timeout_s=start_timeout_s,
             probe=probe or Probe(),
-            on_waiting=self._tell,
+            on_waiting=self._announce,
         )
         self._generating: set[Future[list[Completion]]] = set()
         self._started = False
@@ -182,7 +182,7 @@ class Fleet:
     def _bring(
         self, clients: dict[Engine, EngineClient], export: Callable[[], NamedTensors], version: int
     ) -> dict[str, float]:
-        self._submit(self._expect(version)).result()
+        self._on_loop(self._controller.expect, version)
         metrics = self._sync.run(list(clients.values()), export(), version, self._submit)
         self._submit(self._promote(clients, version)).result()
         return metrics
@@ -213,26 +213,28 @@ class Fleet:
             named = getattr(error, "engine", None)
             for engine in self._controller.in_state("waiting"):
                 if named in (None, _client(engine).url):  # the others are brought when it is back, or by the next sync
-                    self._lose(engine, str(error))
+                    self._on_loop(self._controller.lose, engine, str(error))
 
     def _persist(
         self, pick: Callable[[set[Engine]], list[Engine]], work: Callable[[dict[Engine, EngineClient]], T]
     ) -> T:
         """`work` with the engines that `pick` gives, told those that failed; anew where some did, without them.
 
+        An attempt that an engine spoils by dying for the first time is not counted: nodes may go one after the other.
         A refusal (400) ends it at once only when it comes again and every engine lives: SGLang answers so to whatever
         goes wrong with weights, a broadcast that broke since another engine died among it.
         """
         failed: set[Engine] = set()
-        attempt, refusal = 0, ""
+        attempts, refusal = 0, ""
         while True:
-            attempt += 1
             clients = {engine: _client(engine) for engine in pick(failed)}
             try:
                 return work(clients)
             except (EngineError, TimeoutError) as error:
-                lost = self._lose_culprits(clients, error)
-                if attempt == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
+                died = self._died(clients)
+                lost = died | self._lose_named(clients, error, died)
+                attempts += not died - failed
+                if attempts == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
                     raise
                 failed |= lost
                 refusal = str(error) if _is_refusal(error) else ""
@@ -250,29 +252,23 @@ class Fleet:
             if self._news.done():
                 self._news = Future()
 
-    def _lose_culprits(self, clients: dict[Engine, EngineClient], error: Exception) -> set[Engine]:
-        """Fence the engines that don't answer, and the one that `error` names; returns all that were lost meanwhile.
-
-        An engine that answered with an error is spared where another is lost: a broadcast fails for all its members.
-        One that refuses (400) is spared always: it may be right, these are no weights for it.
-        """
+    def _died(self, clients: dict[Engine, EngineClient]) -> set[Engine]:
+        """Fence the engines that don't answer; returns all that were lost meanwhile."""
         self._submit(self._controller.check_health()).result()
-        culprits = {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
-        if not _is_refusal(error) and (not culprits or getattr(error, "status", None) is None):
-            named = getattr(error, "engine", None)
-            for engine in [e for e, client in clients.items() if e not in culprits and client.url == named]:
-                self._lose(engine, str(error))
-                culprits.add(engine)
-        return culprits
+        return {e for e, client in clients.items() if e.state in ("lost", "dead") or e.client is not client}
 
-    def _lose(self, engine: Engine, reason: str) -> None:
-        async def lose() -> None:
-            self._controller.lose(engine, reason)
+    def _lose_named(self, clients: dict[Engine, EngineClient], error: Exception, died: set[Engine]) -> set[Engine]:
+        """Fence the engine that `error` names; returns it.
 
-        self._submit(lose()).result()
-
-    async def _expect(self, version: int) -> None:
-        self._controller.expect(version)
+        One that answered with an error is spared where another died: a broadcast fails for all its members. One that
+        refuses (400) is spared always: it may be right, these are no weights for it.
+        """
+        if _is_refusal(error) or (died and getattr(error, "status", None) is not None):
+            return set()
+        named = {e for e, c in clients.items() if e not in died and c.url == getattr(error, "engine", None)}
+        for engine in named:
+            self._on_loop(self._controller.lose, engine, str(error))
+        return named
 
     async def _promote(self, clients: dict[Engine, EngineClient], version: int) -> None:
         """One that was lost since, and is back, has another client, and other weights."""
@@ -283,7 +279,13 @@ class Fleet:
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _tell(self) -> None:
+    def _on_loop(self, method: Callable[..., None], *arguments: Any) -> None:
+        async def tell() -> None:
+            method(*arguments)
+
+        self._submit(tell()).result()
+
+    def _announce(self) -> None:
         if not self._news.done():
             self._news.set_result(None)
 

@@ -180,12 +180,10 @@ class WeightSync:
             await _each(self._members, lambda c: c.end_update())
         begun = time.monotonic()
         by_rank = {kept: checksums.by_rank() for kept, checksums in expected.items()}
-        wanted = [by_rank[kept] for kept in self._kept]
-        pairs = zip(self._members, wanted, strict=True)
-        await together(*(_verify(client, sums, self.timeout_s) for client, sums in pairs))
+        pairs = zip(self._members, self._kept, strict=True)
+        await together(*(_verify(client, by_rank[kept], self.timeout_s) for client, kept in pairs))
         seconds = time.monotonic() - begun
-        await _each(self._members, lambda c: c.set_weight_version(str(version)))
-        await _each(self._members, lambda c: _check_version(c, version))
+        await _each(self._members, lambda c: _stamp(c, version))
         await _each(self._members, lambda c: c.wake("kv_cache"))
         await _each(self._members, lambda c: c.resume())
         return seconds
@@ -241,7 +239,8 @@ async def _verify(client: EngineClient, expected: list[dict[str, str]], timeout_
             )
 
 
-async def _check_version(client: EngineClient, version: int) -> None:
+async def _stamp(client: EngineClient, version: int) -> None:
+    await client.set_weight_version(str(version))
     found = await client.weight_version()
     if found != str(version):
         raise EngineError(f"{client.url}: holds weight version {found} after a sync to {version}", engine=client.url)

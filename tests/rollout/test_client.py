@@ -7,8 +7,8 @@ import json
 import math
 import os
 import resource
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -35,6 +35,14 @@ GOOD = {
 }
 
 
+@asynccontextmanager
+async def closing(client: EngineClient) -> AsyncIterator[EngineClient]:
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 def _ask(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     call: Callable[[EngineClient], Awaitable[Any]],
@@ -51,7 +59,7 @@ def _ask(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            async with EngineClient(url, "key", 10, timeout_s, partial) as client:
+            async with closing(EngineClient(url, "key", 10, timeout_s, partial)) as client:
                 return await call(client)
         finally:
             await runner.cleanup()
@@ -224,7 +232,7 @@ def _few_files(spare: int) -> Iterator[None]:
 
 def test_calls_wait_for_a_file_of_this_process(endpoint: Endpoint) -> None:
     async def calls() -> None:
-        async with EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0) as client:
+        async with closing(EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0)) as client:
             await client.health()
             with _few_files(4):
                 await asyncio.gather(*(client.health() for _ in range(20)))
@@ -320,6 +328,27 @@ def test_a_server_that_would_sample_otherwise_is_refused(info: object, words: st
     with pytest.raises(EngineError, match=words) as caught:
         _ask(handler, lambda client: client.check_server(30.0))
     assert caught.value.status == 200  # waiting would not help
+
+
+def test_a_server_with_a_key_of_its_own_for_what_changes_it_is_refused_at_once() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/abort_request" and request.method == "POST":  # one of the routes that it guards
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await _server("0.5.23")(request)
+
+    with pytest.raises(EngineError, match=r"it has --admin-api-key, .*: start it with --api-key alone$") as caught:
+        _ask(handler, lambda client: client.check_server(30.0))
+    assert caught.value.status == 401  # waiting would not help
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [("7", 7.0), ("", 0.0), ("Fri, 31 Dec 2100 23:59:59 GMT", 0.0)])
+def test_a_server_that_has_no_room_says_when_to_come_back(asked: str, seconds: float) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=429, headers={"Retry-After": asked})
+
+    with pytest.raises(EngineError, match="/generate: status 429") as caught:
+        _ask(handler, _generate)
+    assert (caught.value.status, caught.value.retry_after_s) == (429, seconds)
 
 
 def test_calls_over_a_sync_need_a_version_that_has_them_wait() -> None:

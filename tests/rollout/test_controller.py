@@ -174,6 +174,93 @@ def test_a_call_that_one_engine_failed_goes_to_another_though_that_has_more_to_d
     run_virtually(work())
 
 
+@pytest.mark.parametrize("full_s", [5.0, 120.0])
+def test_an_engine_that_has_no_room_is_asked_again_ever_later(full_s: float, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=8) as fleet:
+            server, requests = fleet.servers[0], make_requests(4, 4)
+            server.fault = "full"
+            asyncio.get_running_loop().call_later(full_s, setattr, server, "fault", None)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            for tries in fleet.sent.values():
+                assert len(tries) <= 12
+            counters = fleet.controller.counters
+            assert (counters.retries, counters.lost) == (0, 0)
+            _assert_idle(fleet)
+
+    run_virtually(work())
+    assert caplog.text.count("engine 0 has no room, and is asked again later (said once)") == 1
+
+
+def test_an_engine_that_never_has_room_is_an_error_when_the_time_of_the_call_is_over() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            for server in fleet.servers:
+                server.fault = "full"
+            with pytest.raises(EngineError, match="status 503"):
+                await fleet.controller.generate(make_requests(1, 4), SAMPLING)
+            assert 500.0 < _now() < 700.0
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_a_call_that_waits_for_room_can_be_aborted() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2, limit=4) as fleet:
+            fleet.servers[0].fault = "full"
+            requests = make_requests(groups=3, size=4)
+            completions = await fleet.controller.generate(requests, SAMPLING, enough=2)
+            assert [c.finish_reason for c in completions[:4]] == ["abort"] * 4
+            _assert_idle(fleet)
+            fleet.servers[0].fault = None
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+
+    run_virtually(work())
+
+
+def test_a_call_that_waits_for_room_at_an_engine_that_dies_goes_to_another() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            fleet.servers[0].fault = "full"
+            requests = make_requests(groups=2, size=4)
+            running = asyncio.ensure_future(fleet.controller.generate(requests, SAMPLING))
+            await asyncio.sleep(100.0)
+            fleet.servers[0].fail("dead")
+            _assert_answered(requests, await running, 4)
+            assert _now() < 140.0
+            assert fleet.controller.counters.lost == 1
+            await asyncio.sleep(300.0)
+            assert fleet.controller.engines[0].state == "serving"
+
+    run_virtually(work())
+
+
+def test_what_one_engine_alone_refuses_is_answered_by_another() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3, limit=8) as fleet:
+            fleet.servers[0].fault = "refuses"
+            requests = make_requests(groups=12, size=4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            assert fleet.controller.counters.lost == 1  # the third in a row
+
+    run_virtually(work())
+
+
+def test_what_two_engines_refuse_is_an_error() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3) as fleet:
+            for server in fleet.servers:
+                server.fault = "refuses"
+            with pytest.raises(EngineError, match="status 400"):
+                await fleet.controller.generate(make_requests(1, 4), SAMPLING)
+            ((first, second),) = fleet.sent.values()
+            assert first[1] != second[1]
+            assert fleet.controller.counters.lost == 0
+
+    run_virtually(work())
+
+
 def test_an_engine_that_fails_now_and_then_is_kept() -> None:
     async def work() -> None:
         async with SimulatedFleet(1) as fleet:

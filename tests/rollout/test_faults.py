@@ -24,6 +24,7 @@ import pytest
 import torch
 from aiohttp import web
 from faulty_proxy import (
+    Fault,
     FaultyProxy,
     Forward,
     after,
@@ -421,6 +422,32 @@ def test_a_node_of_engines_that_dies_does_not_fail_the_sync(endpoints: list[Endp
             fleet.wait_ready()
             for proxy in proxies[1:]:
                 proxy.faults["*"] = reset_the_connection
+            assert fleet.sync(weights(policy), 8)["engines_serving"] == 1
+            assert_all_serve(fleet, policy, 8)
+    finally:
+        for proxy in proxies:
+            proxy.stop()
+
+
+def test_engines_that_die_one_after_the_other_do_not_fail_the_sync(
+    endpoints: list[Endpoint], policy: PreTrainedModel
+) -> None:
+    """Each takes an attempt with it, and there are more of them than attempts."""
+    proxies = [FaultyProxy(endpoints[0].url, endpoints[0].key) for _ in range(5)]
+
+    def dies_at(proxy: FaultyProxy, attempt: int) -> Fault:
+        async def pause(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+            if proxy.calls.count("/pause_generation") < attempt:
+                return web.json_response(await forward(body))
+            proxy.faults["*"] = reset_the_connection
+            return await reset_the_connection(request, body, forward)
+
+        return pause
+
+    try:
+        with within(60), fleet_of(proxies, "rolling", start_timeout_s=10.0) as fleet:
+            for attempt, proxy in enumerate(proxies[1:], 1):
+                proxy.faults["/pause_generation"] = dies_at(proxy, attempt)
             assert fleet.sync(weights(policy), 8)["engines_serving"] == 1
             assert_all_serve(fleet, policy, 8)
     finally:

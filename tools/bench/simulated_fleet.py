@@ -33,6 +33,7 @@ T = TypeVar("T")
 SIGMA, MEDIAN_SHARE = 0.8, 0.25
 TOKENS_PER_S, HALVED_BY = 100.0, 128  # of one sample alone; so many beside it halve its speed
 FAULTS = ("dead", "hung", "errors")
+_STATUSES = {"errors": 500, "full": 503, "refuses": 400}
 _RESTART_S, _CATCH_UP_S = 180.0, 10.0  # until an engine that failed is back; until it holds the weights
 _TIMEOUT_S = 600.0  # of a call
 _SHARES = np.minimum(np.random.default_rng(0).lognormal(math.log(MEDIAN_SHARE), SIGMA, 2**16), 1.0).tolist()
@@ -177,7 +178,7 @@ class SimulatedServer:
     """The process of an engine, which a test can break.
 
     fault: dead (connections fail at once), hung (it answers nothing, health neither), stuck (health only), errors (it
-    answers 500), or None.
+    answers 500), full (503), refuses (400), or None.
     """
 
     def __init__(self, number: int, tokens_per_s: float) -> None:
@@ -220,7 +221,7 @@ class SimulatedClient:
     """What the controller uses of `EngineClient`, without the HTTP."""
 
     def __init__(self, server: SimulatedServer, sent: Callable[[str, int], None]) -> None:
-        self.url, self.server, self._sent = server.url, server, sent
+        self.url, self.server, self._sent, self.generate_timeout_s = server.url, server, sent, _TIMEOUT_S
         self._jobs: dict[str, _Job] = {}
         self._known: set[str] = set()
         self._waiting: set[asyncio.Future[None]] = set()
@@ -232,9 +233,10 @@ class SimulatedClient:
             raise EngineError(f"{self.url}/generate: Duplicate request ID detected: {rid}", 400)
         self._known.add(rid)
         self._sent(rid, self.server.number)
-        if self.server.fault == "errors":
+        status = _STATUSES.get(self.server.fault or "")
+        if status is not None:
             await asyncio.sleep(0.01)
-            raise EngineError(f"{self.url}/generate: status 500", 500, self.url)
+            raise EngineError(f"{self.url}/generate: status {status}", status, self.url)
         if requests[0].prompt_ids[0] < 0:
             raise EngineError(f"{self.url}/generate: id {requests[0].prompt_ids[0]} is outside the vocabulary", 400)
         job = _Job(requests, sampling.max_tokens, 0.0, asyncio.get_running_loop().create_future())
