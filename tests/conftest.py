@@ -10,13 +10,16 @@ import pytest
 from rloop_mcore.platform.process import importing
 
 # A file is one worker's (`--dist loadfile`): the longest come first, lest one worker has them when the other is done.
-LONGEST = ["system/test_kill.py", "parallel", "system", "weights", "rollout", "platform"]
+LONGEST = [
+    *("system/test_kill.py", "parallel", "system", "reward/test_math.py", "test_loop.py"),
+    *("weights", "rollout", "platform"),
+]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What the test files import, torch and transformers among it, is no garbage: to look for it there took a sixth of
-    the workers' time."""
+    """What the test files import, torch and transformers among it, is no garbage: to look for it there took up to a
+    sixth of the CPU time of a worker."""
     with importing():
         return (yield)
 
