@@ -1,4 +1,4 @@
-"""Which files the workers take first, and what they don't look for garbage in."""
+"""Which files the workers take first, what they don't look for garbage in, and that no example has a deadline."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rloop_mcore.platform.process import importing
 
@@ -14,6 +15,9 @@ LONGEST = [
     *("system/test_kill.py", "parallel", "system", "reward/test_math.py", "test_loop.py"),
     *("weights", "rollout", "platform"),
 ]
+
+settings.register_profile("patient", deadline=None)  # on a busy machine an example may wait longer than 200 ms
+settings.load_profile("patient")
 
 
 @pytest.hookimpl(wrapper=True)
