@@ -1,13 +1,31 @@
-"""Which files the workers take first."""
+"""Which files the workers take first, what they don't look for garbage in, and that no example has a deadline."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from rloop_mcore.platform.process import importing
 
 # A file is one worker's (`--dist loadfile`): the longest come first, lest one worker has them when the other is done.
-LONGEST = ["system/test_kill.py", "parallel", "system", "weights", "rollout", "platform"]
+LONGEST = [
+    *("system/test_kill.py", "parallel", "system", "reward/test_math.py", "test_loop.py"),
+    *("weights", "rollout", "platform"),
+]
+
+settings.register_profile("patient", deadline=None)  # on a busy machine an example may wait longer than 200 ms
+settings.load_profile("patient")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What the test files import, torch and transformers among it, is no garbage: to look for it there took up to a
+    sixth of the CPU time of a worker."""
+    with importing():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from rloop_mcore.main.arguments import parse  # here, as whatever takes time, for Ctrl-C
+    from rloop_mcore.platform.process import handling, importing
 
     options = parse(arguments)
     # each command is imported when it is wanted: `rloop status` must not wait for what training needs
     if options.command == "train":
-        from rloop_mcore.platform.process import handling
-
         with handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), _interrupt):
-            from rloop_mcore.main.train import train
+            with importing():
+                from rloop_mcore.main.train import train
 
             return train(options.overrides, options.force)
     if options.command == "plan":
@@ -81,7 +81,8 @@ def _run(arguments: list[str]) -> int:
 
         return node(options.overrides, options.force)
     if options.command == "evaluate":
-        from rloop_mcore.main.evaluate import evaluate
+        with importing():
+            from rloop_mcore.main.evaluate import evaluate
 
         return evaluate(options)
     if options.command == "convert":

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 
-from torch.distributed import run
-from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters, rendezvous_handler_registry
-from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from rloop_mcore.platform.process import importing
 
-from rloop_mcore.platform.process_group import host_store
+with importing():
+    from torch.distributed import run
+    from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters, rendezvous_handler_registry
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    from rloop_mcore.platform.process_group import host_store
 
 BACKEND = "one_address"  # as --rdzv-backend
 
