@@ -158,26 +158,36 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
 
 
 def _apart(gold: Any, answer: Any) -> bool:
-    """Do two formulas in letters differ wherever they are tried? To find that by algebra may take minutes."""
-    if not all(isinstance(item, Expr) and not item.has(*_NO_FORMULA) for item in (gold, answer)):
-        return False
-    letters = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    if not letters or isinstance(gold, Symbol) or isinstance(answer, Symbol):
-        return False
+    """Do two formulas differ wherever they are tried? To find that by algebra may take minutes."""
+    return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
+
+
+def _tried(one: Any, other: Any) -> set[bool]:
+    """Are two formulas in letters equal, at some points? Empty where they have no values."""
+    if not all(isinstance(item, Expr) and not item.has(*_NO_FORMULA) for item in (one, other)):
+        return set()
+    letters = sorted(one.free_symbols | other.free_symbols, key=str)
+    equal = set()
     try:
-        for point in _POINTS:
+        for point in _POINTS if letters else ():
             values = {letter: point + Rational(n, 13) for n, letter in enumerate(letters)}
-            one, other = (complex(item.evalf(15, subs=values, maxn=60)) for item in (gold, answer))
-            if not abs(one - other) > 1e-6 * max(abs(one), abs(other)) > 0:
-                return False
+            first, second = (complex(item.evalf(15, subs=values, maxn=60)) for item in (one, other))
+            equal.add(not abs(first - second) > 1e-6 * max(abs(first), abs(second)))
     except Exception:  # SymPy raises many kinds for what has no value
-        return False
-    return True
+        return set()
+    return equal
 
 
 def is_one_value(answer: Parsed) -> bool:
     """Is every reading of the answer a number or an expression, not several, nor a condition?"""
     return bool(answer) and all(isinstance(item, Expr) for item in answer)
+
+
+def as_tuple(answer: Parsed) -> Parsed:
+    """A vector that is written as a matrix of one row or column, as a tuple; else the answer as it is."""
+    if len(answer) == 1 and isinstance(answer[0], MatrixBase) and min(answer[0].shape) == 1 < max(answer[0].shape):
+        return (Tuple(*answer[0]),)
+    return answer
 
 
 def _both_signs(text: str) -> str:
@@ -243,7 +253,7 @@ def _magnitude(number: Any) -> float:
 
 def _says_nothing(item: Any) -> bool:
     """An identity, such as AB = BA of numbers: whatever else is one would be equal to it."""
-    return isinstance(item, Eq) and item.lhs == item.rhs
+    return isinstance(item, Eq) and (item.lhs == item.rhs or _tried(item.lhs, item.rhs) == {True})
 
 
 def _is_solved(item: Any) -> bool:
