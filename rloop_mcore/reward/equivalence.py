@@ -20,12 +20,15 @@ from latex2sympy2_extended.antlr_parser import PSParser  # type: ignore[import-u
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy  # type: ignore[import-untyped]
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import (  # type: ignore[import-untyped]
+    Abs,
     Basic,
+    Derivative,
     Eq,
     Expr,
     FiniteSet,
     Float,
     I,
+    Limit,
     MatrixBase,
     Rational,
     Set,
@@ -34,6 +37,8 @@ from sympy import (  # type: ignore[import-untyped]
     Union,
     preorder_traversal,
 )
+from sympy.concrete.expr_with_limits import ExprWithLimits  # type: ignore[import-untyped]
+from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 from sympy.core.relational import (  # type: ignore[import-untyped]
     GreaterThan,
     LessThan,
@@ -83,6 +88,8 @@ _Latex2Sympy.convert_postfix_list = _side_by_side
 
 # Euler's constant or the function to the parser, which takes \gamma_1 for 1 and \gamma^2 - 1 for infinity.
 _GAMMA = re.compile(r"(?<!(?:hat|bar|dot|vec|lde|ine)\{)\\(?:gamma(?![A-Za-z])|Gamma(?![A-Za-z]|\s*\())")
+# Of a named function the parser takes it for the reciprocal.
+_INVERSE = re.compile(r"(?<![A-Za-z\\])([fghFGH])\s*\^\s*\{\s*-1\s*\}\s*(?=\()")
 # Of letters the parser takes them for polynomials: to it \gcd(m, n) is 1.
 _GCD = re.compile(
     r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(gcd|lcm)\s*\}|\\?\b(gcd|lcm))\s*\(((?:[^()]|\([^()]*\))*)\)"
@@ -98,6 +105,8 @@ _ROUNDING, _PRECISION = 6, 15  # math-verify's: decimal places of floats, digits
 _SMALLEST = 10**9  # bits after the point: 2^{-2^{2001}} has an exponent that is no float
 _MOST_ZEROS = 20_000  # beyond which only the same expression is equal
 _ORDERED = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
+_NO_FORMULA = (AppliedUndef, Derivative, ExprWithLimits, Limit)  # their values, if any, may take minutes
+_POINTS = (Rational(3, 7), Rational(19, 11), Rational(29, 5))  # where two formulas are tried
 _MOST_DIGITS = 2000  # of a large number, that a difference is looked for in
 
 Parsed = tuple[Any, ...]
@@ -110,9 +119,10 @@ def parse_answer(text: str) -> Parsed:
         parts = [parse_answer(part) for part in text.split(r"\land")]
         whole = all(len(part) == 1 and _is_inequality(part[0]) for part in parts)
         return (And(*(part[0] for part in parts)),) if whole else ()
-    text = _both_signs(_GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
-    found = parse("\\boxed{" + text + "}", _EXTRACTION, parsing_timeout=None)
-    return tuple(_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
+    text = _INVERSE.sub(r"\\tilde{\1}", _GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
+    found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
+    items = (_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
+    return tuple(item for item in items if not _says_nothing(item))
 
 
 def _of_letters(found: re.Match[str]) -> str:
@@ -127,6 +137,9 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
     if any(map(_is_inequality, gold)) and all(isinstance(item, FiniteSet) for item in answer):
         answer = tuple(item for item in answer if all(map(_is_inequality, item.args)))  # 1,3 is not 1 < x < 3
+    solved = all(map(_is_solved, gold))
+    answer = tuple(item for item in answer if _is_solved(item) or not solved)
+    answer = tuple(item for item in answer if not all(_apart(one, item) for one in gold))
     items = [*gold, *answer]
     magnitudes = [_magnitude(part) for item in items for part in _parts(item)]
     zeros = _zeros(magnitudes)
@@ -141,12 +154,40 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
         timeout_seconds=None,
     ):
         return True
-    return any(_same_region(one, other) for one in gold for other in answer)
+    return any(_same_region(one, other) for one in gold for other in answer if _is_solved(other))
+
+
+def _apart(gold: Any, answer: Any) -> bool:
+    """Do two formulas differ wherever they are tried? To find that by algebra may take minutes."""
+    return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
+
+
+def _tried(one: Any, other: Any) -> set[bool]:
+    """Are two formulas in letters equal, at some points? Empty where they have no values."""
+    if not all(isinstance(item, Expr) and not item.has(*_NO_FORMULA) for item in (one, other)):
+        return set()
+    letters = sorted(one.free_symbols | other.free_symbols, key=str)
+    equal = set()
+    try:
+        for point in _POINTS if letters else ():
+            values = {letter: point + Rational(n, 13) for n, letter in enumerate(letters)}
+            first, second = (complex(item.evalf(15, subs=values, maxn=60)) for item in (one, other))
+            equal.add(not abs(first - second) > 1e-6 * max(abs(first), abs(second)))
+    except Exception:  # SymPy raises many kinds for what has no value
+        return set()
+    return equal
 
 
 def is_one_value(answer: Parsed) -> bool:
     """Is every reading of the answer a number or an expression, not several, nor a condition?"""
     return bool(answer) and all(isinstance(item, Expr) for item in answer)
+
+
+def as_tuple(answer: Parsed) -> Parsed:
+    """A vector that is written as a matrix of one row or column, as a tuple; else the answer as it is."""
+    if len(answer) == 1 and isinstance(answer[0], MatrixBase) and min(answer[0].shape) == 1 < max(answer[0].shape):
+        return (Tuple(*answer[0]),)
+    return answer
 
 
 def _both_signs(text: str) -> str:
@@ -208,6 +249,29 @@ def _magnitude(number: Any) -> float:
     if not mantissa:
         return 0
     return math.log10(mantissa) + max(-_SMALLEST, min(exponent, _SMALLEST)) * math.log10(2)
+
+
+def _says_nothing(item: Any) -> bool:
+    """An identity, such as AB = BA of numbers: whatever else is one would be equal to it."""
+    return isinstance(item, Eq) and (item.lhs == item.rhs or _tried(item.lhs, item.rhs) == {True})
+
+
+def _is_solved(item: Any) -> bool:
+    """Not an inequality that is still to be solved: 2x > 10 for x > 5, or x^2 < 4."""
+    if isinstance(item, (And, FiniteSet)):
+        return all(map(_is_solved, item.args))
+    if not isinstance(item, _ORDERED):
+        return True
+    sides = [(item.lhs, item.rhs), (item.rhs, item.lhs)]
+    return any(
+        isinstance(side, (Symbol, AppliedUndef)) or _is_size(side)
+        for side, other in sides
+        if not side.free_symbols & other.free_symbols
+    )
+
+
+def _is_size(side: Any) -> bool:
+    return isinstance(side, Abs) and isinstance(side.args[0], Symbol)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:

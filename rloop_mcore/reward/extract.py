@@ -16,6 +16,10 @@ _BRACES = re.compile(
     r"\\+boxed(?:\s*(?P<box>\{)|[ ]+(?P<number>-?[0-9]++(?:[.,/][0-9]++)*+)(?=[ ]*(?:\$|\\[)\]])))|(?:\\\\)+|\\.|[{}]",
     re.DOTALL,
 )
+# What stands between the boxes of one answer: \boxed{2} or \boxed{3}, $x = \boxed{2}$ and $x = \boxed{3}$.
+_JOINED = re.compile(
+    r"[\s$,\\()\[\]]*+(?:text\s*\{)?\s*(or|and)(?![A-Za-z])[\s$}\\()\[\]]*+(?:[A-Za-z](?:_[0-9])?\s*=\s*)?"
+)
 _ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
 
 
@@ -37,25 +41,28 @@ def extract_answer(response: str, truncated: bool, answer_format: str) -> tuple[
 def last_box(response: str, truncated: bool = False) -> str:
     r"""Content of the last complete `\boxed{}`, whatever follows it; "" if there is none or it is empty.
 
-    `\boxed 5$` is complete too: MATH's solutions have such. Of nested boxes the outermost counts. One pass over the
-    text, whatever the braces do, from the first box on: no brace before it closes one.
+    `\boxed 5$` is complete too: MATH's solutions have such. Of nested boxes the outermost counts. Boxes with nothing
+    but "or" or "and" between them are one answer, with that word in it. One pass over the text, whatever the braces do,
+    from the first box on: no brace before it closes one.
     """
     first = response.find(r"\boxed")
     if first < 0:
         return ""
-    open_braces: list[tuple[bool, int]] = []  # (is a box, where its content starts)
-    answer = ""
+    open_braces: list[tuple[int, int]] = []  # (where its box begins, -1 if it has none; where its content starts)
+    answer, end = "", 0
     for token in _BRACES.finditer(response, first):
+        begin, content = token.start(), token["number"]
         if token["box"]:
-            open_braces.append((True, token.end()))
-        elif token["number"]:
-            answer = token["number"]
+            open_braces.append((begin, token.end()))
         elif token[0] == "{":
-            open_braces.append((False, token.end()))
+            open_braces.append((-1, token.end()))
         elif token[0] == "}" and open_braces:
-            is_box, start = open_braces.pop()
-            if is_box:
-                answer = response[start : token.start()].strip()
+            begin, start = open_braces.pop()
+            content = response[start : token.start()].strip() if begin >= 0 else None
+        if content is not None:
+            joined = _JOINED.fullmatch(response, end, begin) if answer and content != answer else None
+            answer = rf"{answer} \text{{ {joined[1]} }} {content}" if joined and content else content
+            end = token.end()
     return answer
 
 

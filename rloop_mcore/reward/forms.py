@@ -3,7 +3,8 @@ r"""What two answers look like, where a parser would see one thing in two: words
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import permutations
 
 from rloop_mcore.reward.reading import Reading
 
@@ -13,6 +14,9 @@ _WORD = re.compile(r"[A-Za-z]{3,}")
 _FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt max min gcd lcm mod"
 _MATHEMATICAL = frozenset(_FUNCTIONS.split()) | {"and", "inf", "infinity"}
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+")
+_DETAILS = re.compile(
+    r"[\s.,\"'`]|(?<=[0-9]):00(?=\s*[ap]\.?\s?m)|(?<=[a-z]\s[0-9])(?:st|nd|rd|th)\b|(?<=[a-z]\s[0-9]{2})(?:st|nd|rd|th)\b"
+)
 _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "pm"})
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
@@ -30,7 +34,16 @@ _NAMED = re.compile(
 )
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
 _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
-_CONSTANT = re.compile(r"(?:^|\+)\s*[Cc](?=$|_|\s*(?:e\^|x\^|\)))")  # of integration
+_LIMIT = re.compile(r"\\lim\s*_\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_MATRICES = re.compile(r"[A-Z]\s*\^\s*\{(?:\(T\)|-1)\}")
+_CAPITAL = re.compile(r"(?<![a-z\\])[A-Z](?:\s*\^\s*\{[^{}]*\})?")
+_UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
+_SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
+# Of integration; and of a function that an equation was solved for: f(x) = cx.
+_CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
+_FUNCTION = re.compile(r"([fgh])\(([a-z])\)\s*=(.*)")
+_ANY_CONSTANT = re.compile(r"[A-DKacdk](?:_[0-9])?")
+_MOST_CONSTANTS = 4
 _INDEXED = re.compile(r"[0-9]\s*_")
 _LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
@@ -50,7 +63,7 @@ def words_of(answer: str) -> set[str]:
 def plain_text(answer: str) -> str:
     """The words of a text answer: no text commands, spaces, periods or leading article, lower case."""
     text = re.sub(r"\\[,;:! ]|[~$]", " ", _TEXT.sub(r" \1 ", answer)).strip().casefold()
-    return re.sub(r"[\s.,\"'`]|(?<=[0-9]):00(?=\s*[ap]\.?\s?m)", "", _ARTICLE.sub("", text))
+    return _DETAILS.sub("", _ARTICLE.sub("", text))
 
 
 def same_text(gold: str, answer: str) -> bool | None:
@@ -64,6 +77,8 @@ def same_text(gold: str, answer: str) -> bool | None:
         return one == other
     if one and one == other and words_of(gold):
         return True
+    if "=" in gold and sorted(re.sub(r"\s", "", gold).split("=")) == sorted(re.sub(r"\s", "", answer).split("=")):
+        return True  # AB = BA, which says nothing to a parser
     if both[0] and not _COMMAND.search(_TEXT.sub("", gold)):
         return False
     return None
@@ -80,6 +95,10 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True  # n \equiv 72, 72\ldots
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
+    if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):
+        return True  # to a parser the limit of a_n is a_n, wherever it is taken
+    if _MATRICES.search(gold.text) and _capitals(gold.text) != _capitals(answer.text):
+        return True  # B^{-1}A^{-1} is not A^{-1}B^{-1}
     names = _ASSIGNED.findall(answer.text)
     if is_tuple(gold.text) and names != sorted(names):
         return True  # y = 3, x = 4 is not (3, 4)
@@ -89,6 +108,15 @@ def conflict(gold: Reading, answer: Reading) -> bool:
 def _is_product(word: str, gold: str) -> bool:
     """Is a word nothing but variables of the gold: mgl where that has m, g and l?"""
     return set(word) <= {found[2].casefold() for found in _LETTER.finditer(gold) if found[2]}
+
+
+def _limits(text: str) -> list[str]:
+    return [re.sub(r"\s", "", place.replace("rightarrow", "to")) for place in _LIMIT.findall(text)]
+
+
+def _capitals(text: str) -> list[str]:
+    capitals = [capital.replace(" ", "") for capital in _CAPITAL.findall(text)]
+    return capitals if len(capitals) > 1 else []
 
 
 def _bases_conflict(gold: Reading, answer: Reading) -> bool:
@@ -115,13 +143,11 @@ def cases_apart(gold: str, answer: str) -> tuple[str, str]:
     """Both texts, with other letters for capitals that occur beside their small letters: to a parser they are one.
     So are I^2 and I, which is the identity to it; and E_1 is nothing.
 
-    Not where the gold is but letters: choices, and x for X, are taken either way; as is C for the constant "+ c".
+    Not where the gold is but letters: choices, and x for X, are taken either way.
     """
     found_letters = (found[1] or found[2] for text in (gold, answer) for found in _LETTER.finditer(text))
     letters = {letter for letter in found_letters if letter}
     capitals = [letter for letter in sorted(letters) if letter in "EI" or letter.lower() in letters - {letter}]
-    if _CONSTANT.search(gold):
-        capitals = [letter for letter in capitals if letter != "C"]
     if not capitals or all(re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(text)) for text in (gold, answer)):
         return gold, answer
     free = [letter for letter in "qwzvyuthkmnpsxabrcjgf" if not {letter, letter.upper()} & letters]
@@ -131,6 +157,36 @@ def cases_apart(gold: str, answer: str) -> tuple[str, str]:
         return other.get(found[0], found[0])
 
     return _LETTER.sub(renamed, gold), _LETTER.sub(renamed, answer)
+
+
+def in_letters_of(gold: str, answer: str) -> Iterator[str]:
+    """The answer, and that with its constants (and its function's argument) named as the gold's are, in every order.
+
+    C e^{2x} is A e^{2x}, and f(n) = n + 2 is f(x) = x + 2; C_1 and C_2 may change places.
+    """
+    yield answer
+    one, other = _FUNCTION.fullmatch(gold), _FUNCTION.fullmatch(answer)
+    if one and other and one[1] == other[1] and one[2] != other[2] and one[2] not in other[3]:
+        answer = _with_symbols(answer, {other[2]: one[2]})
+        yield answer
+    in_gold = _symbols(gold)
+    ours, theirs = set(in_gold), set(_symbols(answer))
+    constants = {name for name in _CONSTANT.findall(gold) if len(ours) > 1 and in_gold.count(name) == 1}
+    if one:
+        constants |= {name for name in ours - theirs - {one[1]} if _ANY_CONSTANT.fullmatch(name)}
+    named = sorted(name for name in theirs if name in constants or name not in ours)
+    if len(named) == len(constants) <= _MOST_CONSTANTS and all(map(_ANY_CONSTANT.fullmatch, named)):
+        for order in permutations(sorted(constants)):
+            if named != list(order):
+                yield _with_symbols(answer, dict(zip(named, order, strict=True)))
+
+
+def _symbols(text: str) -> list[str]:
+    return [found[1] for found in _SYMBOL.finditer(text) if found[1]]
+
+
+def _with_symbols(text: str, names: dict[str, str]) -> str:
+    return _SYMBOL.sub(lambda found: names.get(found[0], found[0]), text)
 
 
 def _ratios_conflict(gold: str, answer: str) -> bool:
@@ -191,6 +247,8 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
     parts = _sides(answer)
     if len(_sides(gold)) > 1 or "=" not in answer:
         return answer
+    if len(parts) == 2 and _UNORDERED.fullmatch(parts[0]) and is_tuple(parts[1]):
+        return _in_order(*parts)
     if len(parts) == 2 and _NAMED.fullmatch(parts[1]) and not _NAMED.fullmatch(parts[0]):
         parts.reverse()
     first, *others = parts
@@ -202,6 +260,12 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
     if not all(values) or any(_EQUALS.search(_INDEX.sub("", value)) for value in values):
         return None
     return values[-1] if all(equal(values[-1], value) for value in values[:-1]) else None
+
+
+def _in_order(names: str, value: str) -> str:
+    """(1, 2) of (y, x) = (1, 2) is (2, 1)."""
+    named = sorted(zip(names[1:-1].split(","), entries(value[1:-1]), strict=False))
+    return f"({','.join(entry for _, entry in named)})"
 
 
 def _sides(equation: str) -> list[str]:

@@ -14,9 +14,17 @@ from functools import lru_cache
 
 from sympy import Rational  # type: ignore[import-untyped]
 
-from rloop_mcore.reward.equivalence import equivalent, is_one_value, parse_answer
+from rloop_mcore.reward.equivalence import as_tuple, equivalent, is_one_value, parse_answer
 from rloop_mcore.reward.extract import extract_answer
-from rloop_mcore.reward.forms import cases_apart, conflict, entries, is_tuple, same_text, value_of_equation
+from rloop_mcore.reward.forms import (
+    cases_apart,
+    conflict,
+    entries,
+    in_letters_of,
+    is_tuple,
+    same_text,
+    value_of_equation,
+)
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read
 from rloop_mcore.reward.restated import restates
@@ -36,7 +44,11 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
     if reason:
         return Verdict(False, reason)
     verdict = compare(problem.answer, answer)
-    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer) else verdict
+
+    def right(formula: str) -> bool:
+        return compare(problem.answer, formula).correct
+
+    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer, right) else verdict
 
 
 @lru_cache(maxsize=4096)
@@ -73,23 +85,28 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
         read_answer = replace(inner, unit=unit, percent=percent, choice=read_answer.choice)
     if conflict(read_gold, read_answer):
         return WRONG
-    gold, answer = cases_apart(read_gold.text, read_answer.text)
-    read_gold, read_answer = replace(read_gold, text=gold), replace(read_answer, text=answer)
-    if not read_answer.readable or not parse_answer(answer):
+    if not read_answer.readable:
         return UNPARSABLE
-    return _verdict(_equal_with_percent(read_gold, read_answer))
+    verdict = UNPARSABLE
+    for named in in_letters_of(read_gold.text, read_answer.text):
+        gold, answer = cases_apart(read_gold.text, named)
+        if parse_answer(answer):
+            verdict = _verdict(_equal_with_percent(replace(read_gold, text=gold), replace(read_answer, text=answer)))
+        if verdict.correct:
+            break
+    return verdict
 
 
 def _rounded(gold: str, answer: str) -> str | None:
     r"""What "\frac{10}{3} \approx 3.33" says the value is: 3.33 for a decimal gold, else 10/3; None if not near.
 
-    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too. An answer that is not a number and its rounding
-    comes back as it is.
+    To a decimal gold "\approx 3.33" and "x \approx 3.33" say so too, to another they say nothing. An answer that is not
+    a number and its rounding comes back as it is.
     """
     exactly, sign, decimal = (part.strip() for part in answer.partition(r"\approx"))
     decimal_gold = "." in gold and exact(gold) is not None
-    if sign and decimal_gold and (not exactly or exactly.isalpha()):
-        return decimal
+    if sign and (not exactly or exactly.isalpha()):
+        return decimal if decimal_gold else None
     value, rounded = parse_answer(exactly) if exactly else (), exact(decimal)
     if not is_one_value(value) or not value[0].is_number or rounded is None:
         return answer
@@ -112,6 +129,8 @@ def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
 
 def _equal(gold: str, answer: str) -> bool:
     one, other = parse_answer(gold), parse_answer(answer)
+    if is_tuple(gold) != is_tuple(answer):
+        one, other = map(as_tuple, (one, other))
     if is_tuple(gold) != is_tuple(answer) and any(is_one_value(side) for side in (one, other)):
         return False  # [7,7] is a pair, or an interval, and not 7
     if is_tuple(answer) and not is_tuple(gold) and "," in gold:  # a list is a tuple only in that order

@@ -19,8 +19,8 @@ _CHOICE = re.compile(  # not where what follows is a choice too: it would be sev
     rf"(?:{STYLE}\s*\{{\s*(?:\(([A-J])\)[.:]?|([A-J])[.):])\s*\}}\s*|([A-J])[.):]\s*)"
     rf"(?=[-0-9A-Za-z\\(\[{{.$])(?!\(?[A-J]\)?$|.*{STYLE}\s*\{{\s*\([A-J]\))"
 )
-_CURRENCY = re.compile(r"^(-?)\\?([$€£¥])\s*(?=[0-9.])|(?<=[0-9])\s*(?:([€£¥])|\\(\$))$")
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
+_CURRENCY = re.compile(r"^(-?)\\?([$€£¥₹])\s*(?=[0-9.])|(?<=[0-9])\s*(?:([€£¥₹])|\\(\$))$")
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 _SPACED_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:(?:\s|~|,\s?\\!|\\[,!;: ])\s*[0-9]{3})+(?:\.[0-9]+)?")
 _WITH_THOUSANDS = r"-?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?"
 _LIST = re.compile(rf"{_WITH_THOUSANDS}(?:,\s+{_WITH_THOUSANDS})+")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 # Without what is but looks, and without brackets; \dfrac is \frac.
@@ -22,18 +23,34 @@ _WORKED_OUT = re.compile(
 )
 
 
-def restates(problem: str, gold: str, answer: str) -> bool:
-    """Is the answer a formula of the problem, or a side of one, and the gold made of other numbers, letters, functions?
+def restates(problem: str, gold: str, answer: str, right: Callable[[str], bool]) -> bool:
+    """Is the right answer a formula of the problem, or a side of one, and the gold made of other numbers, letters,
+    functions? It is that formula in another order too, or with more in it than in a formula that is `right` itself
+    ("\\tan 60^\\circ + 0").
 
     Not where nothing is left to do in it: a number, a letter, or a condition such as x > 0 may well be the answer.
     """
-    if all(_WORKED_OUT.fullmatch(part) for part in _RELATION.split(answer)):
+    if _worked_out(answer):
         return False
     value = _tokens(answer.rpartition("=")[2])
     if Counter(value) == Counter(_tokens(gold.rpartition("=")[2])):
         return False
     formulas = (found[found.lastindex or 0] for found in _FORMULA.finditer(problem))
-    return any(value == _tokens(side) for formula in formulas for side in formula.split("="))
+    sides = {side: _tokens(side) for formula in formulas for side in formula.split("=")}
+    return any(
+        value == tokens or (tokens and _within(tokens, value) and not _worked_out(side) and right(side))
+        for side, tokens in sides.items()
+    )
+
+
+def _within(tokens: list[str], value: list[str]) -> bool:
+    """Are they all there, in that order or with no other?"""
+    rest = iter(value)
+    return all(token in rest for token in tokens) or Counter(tokens) == Counter(value)
+
+
+def _worked_out(formula: str) -> bool:
+    return all(_WORKED_OUT.fullmatch(part) for part in _RELATION.split(formula))
 
 
 def _tokens(formula: str) -> list[str]:

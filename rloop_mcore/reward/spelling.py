@@ -99,10 +99,22 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
     (re.compile(r"(?<![A-Za-z\\_])C\(\s*([0-9a-z]+)\s*,\s*([0-9a-z]+)\s*\)"), r"\\binom{\1}{\2}"),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
-        re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top)(?![A-Za-z])"),
+        re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"),
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (
+        re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge|\\geq|\\geqslant)\s*0)\s*\}?$"),
+        lambda found: "(-\\infty,0)" if found[1] == "-" else ("[" if "g" in found[1] else "(") + "0,\\infty)",
+    ),
+    (re.compile(r"^\\text\s*\{\s*no (?:real )?solutions?\s*\}$", re.IGNORECASE), r"\\emptyset "),
+    (
+        re.compile(
+            r"^(?:\\(?:text|mathrm)\s*\{\s*)?(Rs|INR|USD?|EUR)(?:\.|(?<=US)\\?\$)?[\s~}]*(?:\\[ ,;:]\s*)?(?=[0-9.])"
+        ),
+        lambda found: {"Rs": "₹", "INR": "₹", "EUR": "€"}.get(found[1], r"\$"),
+    ),
+    (re.compile(r"\\[pb]?mod\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))"), r"\\pmod{\1\2}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
     (re.compile(r"^(?:\\text\s*\{\s*(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
     (re.compile(r"^\\text\s*\{\s*([A-J](?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)[A-J])+)\s*\}$"), r"\1"),

@@ -19,7 +19,7 @@ mph; kmh kmph; rpm; degree deg; radian rad; ml milliliter millilitre; L l liter 
 cup; acre; hectare ha; Hz hertz; kHz; MHz; GHz; THz; N newton; kN; dyn dyne; J joule; kJ kilojoule; MJ; mJ; erg
 eV; keV; MeV; GeV; cal calorie; kcal; W watt; mW; kW kilowatt; MW; GW; V volt; mV; kV; A ampere; mA; µA; ohm; kohm; Mohm
 Pa pascal; kPa; MPa; GPa; atm; C coulomb; F farad; T tesla; K kelvin; mol mole; mmol; M molar; dB decibel
-bit; byte; kB KB; MB; GB; cent; dollar; euro; rupee; unit
+bit; byte; kB KB; MB; GB; cent; dollar USD; euro EUR; rupee INR Rs; unit
 """
 _NAME = {
     spelling: names.split()[0] for line in _NAMES.split("\n") for names in line.split(";") for spelling in names.split()

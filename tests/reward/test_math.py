@@ -141,7 +141,15 @@ def test_verdict_on_a_whole_response(response: str, truncated: bool, answer_form
         (r"The sum $S = \sum_{k=1}^{4} k$.", "10", r"S = \sum_{k=1}^{4} k", False),
         (r"The sum $S = \sum_{k=1}^{4} k$.", "10", r"S = \sum_{k=1}^{4} k = 10", True),
         (r"Rationalize $\sqrt{\frac23}$.", r"\frac{\sqrt6}{3}", r"\sqrt{\frac{2}{3}}", False),
-        (r"Solve $\frac15|9+2a|<1$.", "(-7,-2)", r"\frac{1}{5}|9+2a| < 1", False),
+        (r"Solve $|x|<3$.", "(-3,3)", "|x| < 3", False),
+        (r"Compute $\tan 60^\circ$.", r"\sqrt3", r"\tan 60^\circ+0", False),
+        (r"Compute $\tan 60^\circ$.", r"\sqrt3", r"\frac{\tan(60^\circ)}{1}", False),
+        (r"Compute $\tan 60^\circ$.", r"\sqrt3", r"\frac{3}{\sqrt3}", True),
+        (r"Expand $(x+2)(x+3)$.", "x^2+5x+6", "(x+3)(x+2)", False),
+        (r"Expand $(x+2)(x+3)$.", "x^2+5x+6", "(x+2+0)(x+3)", False),
+        (r"Expand $x(x+2)$.", "x^2+2x", r"x^2+2\cdot x", True),
+        (r"Let $f(x)=x+1$. Find $f(x)^2$.", "x^2+2x+1", "(x+1)^2", True),
+        (r"What is $2^{10}$ minus one?", "1023", "2^{10}-1", True),
         (r"Write $0.\overline{3}$ as a fraction.", r"\frac13", r"0.\overline{3}", False),
         (r"Let $x \ge 0$.", r"[0,\infty)", r"x \geq 0", True),
         (r"Let $0 \le \theta < \frac{\pi}{2}$.", r"[0,\pi/2)", r"0 \le \theta < \frac{\pi}{2}", True),
@@ -161,5 +169,5 @@ def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: 
 @pytest.mark.parametrize("answer", ["(" * 2000 + "+", " " * 3000 + "!", "0" * 3000 + "+1", "a" * 3000 + "!"])
 def test_a_long_answer_is_looked_for_in_one_pass(answer: str) -> None:
     start = time.process_time()
-    assert not restates("Compute $x+1$.", "5", answer)
+    assert not restates("Compute $x+1$.", "5", answer, lambda _: True)
     assert time.process_time() - start < 1  # of 0.01
