@@ -65,9 +65,10 @@ def overfitting_gap(run: Run) -> Series:
             continue
         first = before[1] if before[0] == evaluation.iteration else 0
         rates = [
-            line["success_rate"]
+            rate
             for line in _explore_lines(run)
             if line["iteration"] == evaluation.iteration and first < line["step"] <= evaluation.step
+            if (rate := line.get("success_rate")) is not None
         ]
         before = evaluation.iteration, evaluation.step
         if rates:
