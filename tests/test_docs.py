@@ -16,6 +16,7 @@ from rloop_mcore.main.arguments import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = {"small", "mine"}  # experiments that a reader is told to write
 FILES = {".py", ".md", ".json", ".jsonl", ".txt", ".yaml", ".safetensors"}  # which a word with a dot may be
 
 
@@ -54,6 +55,13 @@ def test_keys_are_in_the_schema(page: Path) -> None:
     named = re.findall(rf"`(?:(?:{sections})\.[a-z_0-9.]+)(?=[`=])", text_of(page))
     for key in (name.strip("`") for name in named):
         assert key in known or Path(key).suffix in FILES, key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_choices_of_groups_are_there(page: Path) -> None:
+    groups = "|".join(folder.name for folder in (ROOT / "configs").iterdir() if folder.is_dir())
+    for group, choice in re.findall(rf"(?<=[` ])({groups})=([a-z][a-z0-9_.]*)(?=[`, ])", text_of(page)):
+        assert choice in OWN or (ROOT / "configs" / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

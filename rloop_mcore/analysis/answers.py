@@ -14,6 +14,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.platform.parquet import open_parquet
 
 _COLUMNS = ["problem_id", "response_ids", "correct"]
+_NO_TOKENS = np.empty(0, np.int32)  # an empty slice of some would keep them all in memory
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class Answers:
             problems=[self.problems[index] for index in wanted],
             problem=np.searchsorted(wanted, self.problem[rows]),
             correct=self.correct[rows],
-            tokens=np.concatenate(pieces) if pieces else self.tokens[:0],
+            tokens=np.concatenate(pieces) if pieces else _NO_TOKENS,
             starts=np.concatenate([[0], np.cumsum(lengths)]),
         )
 
     def without_tokens(self) -> Answers:
         """The verdicts alone: every response is empty."""
-        return Answers(self.problems, self.problem, self.correct, self.tokens[:0], np.zeros_like(self.starts))
+        return Answers(self.problems, self.problem, self.correct, _NO_TOKENS, np.zeros_like(self.starts))
 
 
 def make_answers(rows: Sequence[tuple[str, Sequence[int], bool]]) -> Answers:
@@ -91,12 +92,8 @@ def from_table(table: pa.Table) -> Answers:
 
 def read_answers(path: Path) -> Answers:
     """The responses in an evaluation's Parquet file. Raises UserError for a damaged one."""
-    return from_table(read_evaluation(path, _COLUMNS))
-
-
-def read_evaluation(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Some columns of an evaluation's Parquet file, or all. Raises UserError for a damaged one."""
     with open_parquet(path) as file:
         if missing := set(_COLUMNS).difference(file.schema_arrow.names):
             raise UserError(f"{path} is no evaluation's: it has no column {', '.join(sorted(missing))}.")
-        return file.read(columns=columns)
+        table = file.read(columns=_COLUMNS)
+    return from_table(table)

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from rloop_mcore.analysis import curves
-from rloop_mcore.analysis.answers import from_table, read_evaluation
+from rloop_mcore.analysis.answers import read_answers
 from rloop_mcore.analysis.checkpoints import spread
 from rloop_mcore.analysis.maths import Formulas
 from rloop_mcore.analysis.read_run import Run
-from rloop_mcore.analysis.samples import read_samples, read_tokens
+from rloop_mcore.analysis.samples import read_rows, read_samples
 from rloop_mcore.analysis.showcase import PROBLEMS, Wanted, interesting, telling, within
 from rloop_mcore.analysis.training_problems import TrainingProblems
 
 STEPS = 96  # RL steps that responses are taken from
 VISITS = 12  # of a problem: steps, or checkpoints
-_TOKENS = ["prompt_ids", "response_ids", "reason", "finish_reason"]
+_COLUMNS = ["sample", "correct", "reward", "prompt_ids", "response_ids", "reason", "finish_reason"]
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,14 @@ def _add_training(held: dict[str, Any], run: Run, words: Words, formulas: Formul
     kept = within(wanted, characters)
     texts: dict[int, dict[str, Any]] = {}
     for shard in {int(samples.shard[each.row]) for each in kept}:
-        rows = np.sort([each.row for each in kept if samples.shard[each.row] == shard])
-        table = read_tokens(samples.shards[shard], samples.row[rows].tolist(), _TOKENS)
-        texts |= dict(zip(rows.tolist(), table.to_pylist(), strict=True))
+        rows = [each.row for each in kept if samples.shard[each.row] == shard]
+        there = read_rows(samples.shards[shard], samples.row[rows].tolist(), _COLUMNS)
+        texts |= {row: there[int(samples.row[row])] for row in rows}
     for each in kept:
         found = texts[each.row]
         held["problems"][each.problem].setdefault("prompt", formulas.mark(words.text(found["prompt_ids"])))
-        held["responses"].append(
-            {
-                "problem": each.problem,
-                "visit": each.visit,
-                "sample": int(samples.sample[each.row]),
-                "correct": bool(samples.correct[each.row]),
-                "reward": round(float(samples.reward[each.row]), 4),
-                "tokens": each.length,
-                "reason": found["reason"],
-                "finish": found["finish_reason"],
-                "rft": int(problems.trained[each.row]) + 1,
-                "text": formulas.mark(words.text(found["response_ids"])),
-            }
-        )
+        text = formulas.mark(words.text(found["response_ids"]))
+        held["responses"].append(_response(each, found, text, int(problems.trained[each.row]) + 1))
     return len(samples)
 
 
@@ -99,8 +87,7 @@ def _add_validation(held: dict[str, Any], run: Run, words: Words, formulas: Form
     there = [(evaluation, path) for evaluation, path in paths if path.exists()]
     shown, numbers = spread(len(there), VISITS), dict[str, int]()
     for place, (evaluation, path) in enumerate(there):
-        table, visit, step = read_evaluation(path), len(held["visits"]), curves.rl_step(run, evaluation)
-        answers = from_table(table)
+        answers, visit, step = read_answers(path), len(held["visits"]), curves.rl_step(run, evaluation)
         held["visits"].append({"label": curves.checkpoint_label(evaluation), "kind": "validation", "step": step})
         for name in answers.problems:
             if name not in numbers:
@@ -119,25 +106,30 @@ def _add_validation(held: dict[str, Any], run: Run, words: Words, formulas: Form
                 Wanted(rank, numbers[name], visit, row, len(answers.response(row))) for rank, row in enumerate(told)
             ]
         kept = within(wanted, characters // len(shown))
-        for each, found in zip(kept, table.take([each.row for each in kept]).to_pylist(), strict=True):
+        texts = read_rows(path, [each.row for each in kept])
+        for each in kept:
+            found = texts[each.row]
             prompt = found.get("prompt_ids")
             statement = words.text(prompt) if prompt else words.statements.get(found["problem_id"], "")
             held["problems"][each.problem].setdefault("prompt", formulas.mark(statement))
             text = words.text(found["response_ids"]) if words.decode or "text" not in found else found["text"]
-            held["responses"].append(
-                {
-                    "problem": each.problem,
-                    "visit": each.visit,
-                    "sample": found["sample"],
-                    "correct": found["correct"],
-                    "reward": float(found.get("reward", found["correct"])),
-                    "tokens": each.length,
-                    "reason": found["reason"],
-                    "finish": found["finish_reason"],
-                    "rft": 0,
-                    "text": formulas.mark(text),
-                }
-            )
+            held["responses"].append(_response(each, found, formulas.mark(text)))
+
+
+def _response(each: Wanted, found: Mapping[str, Any], text: str, rft: int = 0) -> dict[str, Any]:
+    """As the page takes it; `rft` is the iteration, from 1, whose RFT was trained on it, or 0."""
+    return {
+        "problem": each.problem,
+        "visit": each.visit,
+        "sample": found["sample"],
+        "correct": found["correct"],
+        "reward": round(float(found.get("reward", found["correct"])), 4),
+        "tokens": each.length,
+        "reason": found["reason"],
+        "finish": found["finish_reason"],
+        "rft": rft,
+        "text": text,
+    }
 
 
 def _count(facts: dict[str, Any], visit: int, step: int, right: int, asked: int) -> None:

@@ -65,9 +65,10 @@ def overfitting_gap(run: Run) -> Series:
             continue
         first = before[1] if before[0] == evaluation.iteration else 0
         rates = [
-            line["success_rate"]
+            rate
             for line in _explore_lines(run)
             if line["iteration"] == evaluation.iteration and first < line["step"] <= evaluation.step
+            if (rate := line.get("success_rate")) is not None
         ]
         before = evaluation.iteration, evaluation.step
         if rates:
@@ -110,30 +111,21 @@ def seconds_by_stage(run: Run) -> dict[str, float]:
     """Seconds spent in each stage ("generate", "grade", "update", ...) over all logged steps."""
     totals: dict[str, float] = {}
     for line in run.metrics:
-        for key, value in line.items():
-            if key.startswith("seconds_") and value is not None:
-                stage = key.removeprefix("seconds_")
-                totals[stage] = totals.get(stage, 0.0) + value
+        for stage, seconds in _seconds(line).items():
+            totals[stage] = totals.get(stage, 0.0) + seconds
     return totals
 
 
 def fine_tuning_share(run: Run) -> dict[str, float]:
     """RFT's share of the tokens trained on and of the seconds spent, each in [0, 1]; a key is left out if unknown."""
-    shares = {}
-    for name, prefix in {"tokens": "tokens", "seconds": "seconds_"}.items():
-        by_phase = {
-            phase: sum(
-                value
-                for line in run.metrics
-                if line["phase"] == phase
-                for key, value in line.items()
-                if value is not None and (key == prefix or (prefix.endswith("_") and key.startswith(prefix)))
-            )
-            for phase in ("explore", "exploit")
-        }
-        if all(by_phase.values()):
-            shares[name] = by_phase["exploit"] / sum(by_phase.values())
-    return shares
+
+    def totals(phase: str) -> dict[str, float]:
+        lines = [line for line in run.metrics if line["phase"] == phase]
+        seconds = sum(sum(_seconds(line).values()) for line in lines)
+        return {"tokens": sum(line.get("tokens") or 0 for line in lines), "seconds": seconds}
+
+    rl, rft = totals("explore"), totals("exploit")
+    return {name: rft[name] / (rl[name] + rft[name]) for name in rl if rl[name] and rft[name]}
 
 
 def rl_steps(run: Run) -> int:
@@ -186,6 +178,12 @@ def _steps_by_iteration(run: Run) -> dict[int, int]:
     for line in _explore_lines(run):
         steps[line["iteration"]] = max(line["step"], steps.get(line["iteration"], 0))
     return steps
+
+
+def _seconds(line: dict[str, Any]) -> dict[str, float]:
+    """Of a step, by stage."""
+    stages = {key.removeprefix("seconds_"): value for key, value in line.items() if key.startswith("seconds_")}
+    return {stage: value for stage, value in stages.items() if value is not None}
 
 
 def _explore_lines(run: Run) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ COLOURS = ("#0f83c9", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DIVERGING = [[0, "#0f83c9"], [0.5, "#f4f4f4"], [1, "#d55e00"]]
 PATTERNS = ("", "/", "x", "-", ".", "+")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_DASH_LENGTHS = ("", "9 9", "3 3", "9 3 3 3", "15 15", "15 6 3 6")  # of these, as Plotly draws them at width 2
 RL_STEP = "RL step (all iterations)"
 PERCENT: dict[str, Any] = {"tickformat": ".2~%", "rangemode": "tozero"}
 FROM_ZERO: dict[str, Any] = {"rangemode": "tozero"}
@@ -192,6 +193,11 @@ def stroke(index: int, dash: str) -> dict[str, Any]:
 def fill(index: int) -> dict[str, Any]:
     """Of the index-th run's bars: with another pattern where the colours begin again."""
     return {"color": colour(index), "pattern": {"shape": PATTERNS[index // len(COLOURS) % len(PATTERNS)]}}
+
+
+def dash_lengths(index: int) -> str:
+    """Of the index-th run's line, as SVG has them."""
+    return _DASH_LENGTHS[_turn(index)]
 
 
 def colour(index: int) -> str:

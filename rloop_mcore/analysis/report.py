@@ -23,7 +23,7 @@ from rloop_mcore.analysis.events import environments, events
 from rloop_mcore.analysis.figures import sections, validation_metrics
 from rloop_mcore.analysis.maths import Formulas
 from rloop_mcore.analysis.pick import pick
-from rloop_mcore.analysis.plots import colour
+from rloop_mcore.analysis.plots import colour, dash_lengths
 from rloop_mcore.analysis.read_run import Run, read_run
 from rloop_mcore.analysis.table import results_table, to_html, validation_table
 from rloop_mcore.analysis.thin import thin
@@ -133,7 +133,7 @@ def _overview(run: Run, index: int) -> dict[str, Any]:
         "RFT's share of tokens": f"{shares['tokens']:.1%}" if "tokens" in shares else "–",
         "RFT's share of time": f"{shares['seconds']:.1%}" if "seconds" in shares else "–",
     }
-    return {"Run": run.name, "colour": colour(index), "facts": facts}
+    return {"Run": run.name, "colour": colour(index), "dashes": dash_lengths(index), "facts": facts}
 
 
 def _rl_steps(run: Run) -> str:

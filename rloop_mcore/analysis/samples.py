@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow as pa
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.parquet import open_parquet, read_footer
 
+_BATCH = 1024  # rows
 _SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),
@@ -21,7 +23,6 @@ _SCHEMA = pa.schema(
         ("problem_id", pa.string()),
         ("sample", pa.int32()),
         ("correct", pa.bool_()),
-        ("reward", pa.float64()),
         ("response_tokens", pa.int32()),
     ]
 )
@@ -44,7 +45,6 @@ class Samples:
     problem: np.ndarray
     sample: np.ndarray
     correct: np.ndarray
-    reward: np.ndarray
     length: np.ndarray
 
     def __len__(self) -> int:
@@ -87,17 +87,22 @@ def read_samples(folder: Path) -> Samples:
     )
 
 
-def read_tokens(path: Path, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
-    """Some columns of some rows of a shard, in their order; only the row groups that hold them are read."""
-    wanted, pieces, start = np.sort(np.asarray(rows)), [], 0
+def read_rows(path: Path, rows: Sequence[int], columns: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
+    """Some columns of some rows of a Parquet file, or all columns, by row.
+
+    Only the row groups that hold them are read, a batch at a time: a file may be larger than the memory.
+    """
+    wanted, found, start = np.unique(rows), dict[int, dict[str, Any]](), 0
     with open_parquet(path) as file:
         for group in range(file.metadata.num_row_groups):
             end = start + file.metadata.row_group(group).num_rows
-            mine = wanted[(wanted >= start) & (wanted < end)] - start
-            if len(mine):
-                pieces.append(file.read_row_group(group, columns=list(columns)).take(pa.array(mine)))
+            held = ((wanted >= start) & (wanted < end)).any()
+            for batch in file.iter_batches(_BATCH, [group], columns) if held else ():
+                mine = wanted[(wanted >= start) & (wanted < start + len(batch))]
+                found.update(zip(mine.tolist(), batch.take(pa.array(mine - start)).to_pylist(), strict=True))
+                start += len(batch)
             start = end
-    return pa.concat_tables(pieces)
+    return found
 
 
 def _read(path: Path, footer: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The results in the shape of the paper's Table 1, for the terminal, Markdown and HTML."""
+"""The results in the shape of the paper's Table 1, for the terminal and HTML."""
 
 from __future__ import annotations
 
@@ -87,16 +87,6 @@ def to_rich(table: Table) -> RichTable:
             shown.add_row(Text(row.label), Text(row.checkpoint), *(Text(cell) for cell in _cells(row, table.columns)))
         shown.add_section()
     return shown
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table with its title above and its note below."""
-    lines = [["Policy", "Checkpoint", *map(_heading, table.columns)], ["---", "---", *["---:"] * len(table.columns)]]
-    for row in [*table.rows, *table.others]:
-        words = [text.replace("|", "\\|") for text in (row.label, row.checkpoint)]
-        lines.append([*words, *_cells(row, table.columns)])
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{table.title}**\n\n{body}\n\n{table.note}\n"
 
 
 def to_html(table: Table) -> str:

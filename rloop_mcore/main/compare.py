@@ -56,7 +56,10 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
 
 
 def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
-    """Per metric the mean difference second - first over the problems that both answered, its interval and p-value."""
+    """Per metric the mean difference second - first over the problems that both answered, its interval and p-value.
+
+    The metric is "avg" and not "avg@N" where the numbers of samples differ: each side is the mean of all it has.
+    """
     evaluations = [_ROLES[role](run.evaluations) for run in runs]
     answers = [_answers(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
     if answers[0] is None or answers[1] is None:
@@ -65,10 +68,10 @@ def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
     if not problems:
         return {}
     counts = [_counts(each, problems) for each in answers if each is not None]
-    samples = min(int(asked.min()) for _, asked in counts)
+    numbers = {int(number) for _, asked in counts for number in asked}  # of samples, of the problems of both
     known = {key for each in evaluations if each is not None for key in each.metrics}
-    ks = [k for key in pass_keys(dict.fromkeys(known)) if (k := int(key.removeprefix("pass@"))) <= samples]
-    values = {f"avg@{samples}": [average(*each) for each in counts]}
+    ks = [k for key in pass_keys(dict.fromkeys(known)) if (k := int(key.removeprefix("pass@"))) <= min(numbers)]
+    values = {f"avg@{min(numbers)}" if len(numbers) == 1 else "avg": [average(*each) for each in counts]}
     values |= {f"pass@{k}": [pass_at_k(*each, k) for each in counts] for k in ks}
     found = {name: compare_paired(b, a, _SEED) for name, (a, b) in values.items()}
     return {
@@ -106,6 +109,8 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     table.caption = "95 % bootstrap intervals over problems; p: two-sided sign-flip permutation test."
     table.add_column("policies")
     columns = list(dict.fromkeys(name for found in result["paired"].values() for name in found))
+    if "avg" in columns:
+        table.caption += " avg: of all samples, of which there are different numbers."
     for name in columns:
         table.add_column(name, justify="right")
     for role, found in result["paired"].items():

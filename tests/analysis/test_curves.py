@@ -81,6 +81,14 @@ def test_the_gap_is_of_the_steps_before_each_checkpoint(rloop_run: Path) -> None
     assert gap.y == pytest.approx([(0.325 + 0.55) / 2 - 0.10, (0.775 + 1.0) / 2 - 0.14, 2.65 / 4 - 0.20])
 
 
+def test_a_step_without_a_success_rate_is_not_in_the_gap(rloop_run: Path) -> None:
+    path = rloop_run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    second = json.loads(lines[1]) | {"success_rate": None}
+    path.write_text("\n".join([lines[0], json.dumps(second), *lines[2:]]) + "\n")
+    assert curves.overfitting_gap(read_run(rloop_run)).y[0] == pytest.approx(0.325 - 0.10)
+
+
 def test_by_iteration(rloop_run: Path) -> None:
     run = read_run(rloop_run)
     thetas, endpoints = curves.thetas(run, "avg@32"), curves.rl_endpoints(run, "avg@32")

@@ -154,6 +154,9 @@ def test_figures_of_many_runs_have_room_and_colours_of_their_own(
         assert plot.evaluate("plot => plot._fullLayout._size.h") > 150, title
         assert plot.evaluate("({_fullLayout: {legend}}) => legend._height <= legend._effHeight"), title  # all of it
         assert len(set(plot.evaluate(looks))) == traces, title
+    drawn = "lines => lines.map(getComputedStyle).map(style => [style.stroke, style.strokeDasharray].join())"
+    curves = figure(page, "Training success").locator(".scatterlayer .js-line").evaluate_all(drawn)
+    assert page.locator(".swatch line").evaluate_all(drawn) == curves  # the overview's are those of the figures
 
 
 def figure(page: Any, title: str) -> Any:
@@ -292,6 +295,11 @@ def test_by_keyboard(report: Path, chromium: Any) -> None:
     assert page.inner_text("#problem h3") == first
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('#problem') !== null")
+    page.locator(".pane button").first.focus()
+    for number in (2, 3):
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.textContent") == f"{number} of 4 ›"
+    page.get_by_role("region", name="Response on the left").focus()
 
 
 def test_colours_and_events(report: Path, chromium: Any) -> None:

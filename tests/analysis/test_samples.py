@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rloop_mcore.analysis import samples as samples_module
 from rloop_mcore.analysis.hard_set import hard_problems, hard_sets
 from rloop_mcore.analysis.lengths import QUANTILES, length_drift
-from rloop_mcore.analysis.samples import read_samples, read_tokens
+from rloop_mcore.analysis.samples import read_rows, read_samples
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.schema import SCHEMA
 from rloop_mcore.types import ExpertQuery, Trajectory
 
 THRESHOLD = 0.25
@@ -89,18 +91,18 @@ def test_lengths_by_step(cache: Path, rows: list[Trajectory]) -> None:
             assert mean == pytest.approx(np.mean([len(row.response_ids) for row in mine if row.correct == correct]))
 
 
-def test_tokens_of_single_rows(cache: Path, rows: list[Trajectory]) -> None:
+def test_single_rows(cache: Path, rows: list[Trajectory], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "_BATCH", 4)
     samples = read_samples(cache)
     by_key = {row.key: row for row in rows}
-    wanted = np.flatnonzero(samples.shard == 7)[[3, 0, 11]]
-    table = read_tokens(samples.shards[7], samples.row[wanted].tolist(), ["response_ids", "prompt_ids"])
-    for row, (response, prompt) in zip(
-        np.sort(wanted),
-        zip(table["response_ids"].to_pylist(), table["prompt_ids"].to_pylist(), strict=True),
-        strict=True,
-    ):
+    wanted = np.flatnonzero(samples.shard == 7)[[3, 0, 11, 3]]
+    found = read_rows(samples.shards[7], samples.row[wanted].tolist(), ["response_ids", "prompt_ids"])
+    assert found.keys() == set(samples.row[wanted].tolist())
+    for row in wanted:
         key = (samples.iteration[row], samples.step[row], samples.problems[samples.problem[row]], samples.sample[row])
-        assert (tuple(response), tuple(prompt)) == (by_key[key].response_ids, by_key[key].prompt_ids)
+        expected = {"prompt_ids": list(by_key[key].prompt_ids), "response_ids": list(by_key[key].response_ids)}
+        assert found[samples.row[row]] == expected
+    assert set(read_rows(samples.shards[7], [1])[1]) == set(SCHEMA.names)
 
 
 def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_flipped_bit_is_said_or_changes_nothing(cache: Path) -> None:
         samples = read_samples(cache)
         columns = [getattr(samples, name).tolist() for name in ("problem", "step", "sample", "correct", "length")]
         rows = np.flatnonzero(samples.shard == 0)
-        return [samples.problems, *columns, read_tokens(samples.shards[0], samples.row[rows], ["response_ids"])]
+        return [samples.problems, *columns, read_rows(samples.shards[0], samples.row[rows].tolist(), ["response_ids"])]
 
     path, expected, said = cache / "shard-000000.parquet", content(), 0
     sound = path.read_bytes()

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,3 +108,14 @@ def test_one_long_id_costs_no_memory_for_the_others() -> None:
     assert answers.problems == ["a", "x" * 10_000]
     assert answers.problem.tolist() == [1, *[0] * 1_999]
     assert peak < 5e6  # a fixed width would take 80 MB
+
+
+def test_verdicts_hold_no_tokens() -> None:
+    """A report keeps those of every checkpoint: with the tokens it took gigabytes."""
+    before = pa.total_allocated_bytes()
+    answers = make_answers([(f"p{number}", list(range(1000)), True) for number in range(100)])
+    kept = answers.without_tokens(), answers.only([])
+    assert pa.total_allocated_bytes() - before > 400_000
+    del answers
+    assert pa.total_allocated_bytes() - before < 10_000
+    assert [len(each.tokens) for each in kept] == [0, 0]

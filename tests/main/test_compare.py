@@ -14,8 +14,8 @@ from rloop_mcore.main.compare import compare
 METRIC = {"mean": 0.5, "low": 0.4, "high": 0.6}
 
 
-def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]]) -> Path:
-    """Evaluations {name: {problem: correct samples of 4}}, at RL steps 2 and 4 in all."""
+def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]], samples: int = 4) -> Path:
+    """Evaluations {name: {problem: correct samples}}, at RL steps 2 and 4 in all."""
     (path / "evaluation").mkdir(parents=True)
     steps = 4 // iterations
     lines = [
@@ -26,14 +26,15 @@ def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]]) ->
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "config.yaml").write_text(f"algorithm: {{iterations: {iterations}}}\n")
     for name, counts in solved.items():
-        rows = [(problem, sample, [1, 2], sample < right) for problem, right in counts.items() for sample in range(4)]
+        drawn = range(samples)
+        rows = [(problem, sample, [1, 2], sample < right) for problem, right in counts.items() for sample in drawn]
         columns = dict(zip(("problem_id", "sample", "response_ids", "correct"), zip(*rows, strict=True), strict=True))
         table = pa.table({key: list(values) for key, values in columns.items()})
         more = {"text": [""] * len(rows), "reason": ["wrong"] * len(rows), "finish_reason": ["stop"] * len(rows)}
         for key, values in more.items():
             table = table.append_column(key, [values])
         pq.write_table(table, path / "evaluation" / f"{name}.parquet")
-        record = {"metrics": {"avg@4": METRIC, "pass@2": METRIC}, "policy": name}
+        record = {"metrics": {f"avg@{samples}": METRIC, "pass@2": METRIC}, "policy": name}
         (path / "evaluation" / f"{name}.json").write_text(json.dumps(record))
     return path
 
@@ -59,6 +60,18 @@ def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert "forgets 0.0 % of the problems within an iteration, 50.0 % between iterations" in capsys.readouterr().out
     assert "Differential forgetting: dapo − rloop" in (tmp_path / "out.html").read_text()
+
+
+def test_averages_of_different_numbers_of_samples_are_not_called_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = write_run(tmp_path / "four", 1, {"base": {"a": 2, "b": 0}})
+    eight = write_run(tmp_path / "eight", 1, {"base": {"a": 6, "b": 0}}, samples=8)
+    assert compare(four, eight, tmp_path / "out.html", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())["paired"]["base"]
+    assert list(found) == ["avg", "pass@2"]
+    assert found["avg"]["mean"] == pytest.approx((6 / 8 - 2 / 4) / 2)
+    assert "avg: of all samples" in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_in_common_is_said(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_plans_of_the_documentation_are_what_is_printed(capsys: pytest.Captu
 
 def test_the_layouts_that_the_documentation_advises_fit(capsys: pytest.CaptureFixture[str]) -> None:
     advised = re.findall(r"`rloop (plan [^`]+=[^`]+)`", (DOCS / "howto.md").read_text(encoding="utf-8"))
-    assert len(advised) == 6
+    assert len(advised) == 7
     for command in advised:
         assert main(shlex.split(command)) == 0, command
         assert "\nfits, with" in capsys.readouterr().out

@@ -144,7 +144,7 @@ function badges(problem) {
 
 function visitBars(problem) {
   const run = library.runs[chosen.run];
-  const made = element("div", {className: "history"});
+  const made = element("div", {className: "history", role: "group"});
   made.ariaLabel = "Success rate visit by visit";
   for (const [visit, right, asked] of problem.history ?? []) {
     const label = `${run.visits[visit].label}: ${right} of ${asked} correct`;
@@ -163,15 +163,20 @@ function visitBars(problem) {
   return made;
 }
 
+// A text that the keyboard scrolls.
+function scrolled(kind, label, text, query) {
+  return element("div", {className: `prose ${kind}`, tabIndex: 0, role: "region", ariaLabel: label}, ...prose(text, query));
+}
+
 function showProblem() {
   const place = byId("problem");
+  const controls = () => [...place.querySelectorAll("button, select, [tabindex]")];
+  const focused = controls().indexOf(document.activeElement);
   if (chosen.problem === null) return place.replaceChildren(element("p", {textContent: "No problem fits the filters."}));
   const problem = library.runs[chosen.run].problems[chosen.problem], query = filters().text;
   const parts = [element("h3", {textContent: problem.id}), badges(problem), visitBars(problem)];
   if (problem.prompt) {
-    const prompt = element("div", {className: "prose prompt"}, ...prose(problem.prompt, query));
-    prompt.tabIndex = 0;
-    parts.push(prompt);
+    parts.push(scrolled("prompt", "Prompt", problem.prompt, query));
   }
   if (visitsOf(chosen.problem).length) {
     parts.push(element("div", {className: "pair"}, ...chosen.panes.map((pane, side) => showPane(pane, side, query))));
@@ -179,6 +184,7 @@ function showProblem() {
     parts.push(element("p", {textContent: "No response to it is held in this page, or none fits the filters: rloop cache RUN --problem ID --show N has all."}));
   }
   place.replaceChildren(...parts);
+  if (focused >= 0) controls()[focused]?.focus({preventScroll: true});  // which was another element until now
 }
 
 function showPane(pane, side, query) {
@@ -201,8 +207,7 @@ function showPane(pane, side, query) {
     element("span", {className: "badge", textContent: `${response.tokens} tokens${response.finish === "length" ? ", cut off" : ""}`}),
     element("span", {className: "badge", textContent: `sample ${response.sample}`}));
   if (response.rft) tags.append(element("span", {className: "badge rft", textContent: `RFT ${response.rft} was trained on it`}));
-  const text = element("div", {className: "prose response"}, ...prose(response.text, query));
-  text.tabIndex = 0;
+  const text = scrolled("response", side ? "Response on the right" : "Response on the left", response.text, query);
   return element("div", {className: "pane"}, element("div", {className: "filters"}, select, next), tags, text);
 }
 
@@ -216,8 +221,9 @@ function fillChoices() {
       visit.kind === kind ? [element("option", {value: i, textContent: visit.label})] : [])));
   byId("f-step").replaceChildren(element("option", {value: "", textContent: "any"}), ...groups);
   const run = library.runs[chosen.run];
-  byId("shown").textContent = `${run.responses.length} responses are held in this page, of ${run.trajectories} sampled in training `
-    + "and of those to validation problems; success rates are over all.";
+  const count = number => number.toLocaleString("en");
+  byId("shown").textContent = `${count(run.trajectories)} responses were sampled in training. Success rates count all of them, and all to `
+    + `validation problems; this page holds the texts of ${count(run.responses.length)}.`;
 }
 
 function moveChoice(event) {
