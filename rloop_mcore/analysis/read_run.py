@@ -114,7 +114,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a YAML file ({error}): the file is damaged") from None
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no keys: it is not the configuration of a run")
@@ -155,7 +155,7 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in metrics.items())
         if not (of_numbers and isinstance(policy, str | None) and isinstance(problems, dict)):
             raise ValueError("metrics, policy or problem_digests is of another form")
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r:.200})") from error
     if place is None:
         return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions, problems)

@@ -179,7 +179,7 @@ def read_if_sound(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, or a damaged one."""
     try:
         return json_object(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
