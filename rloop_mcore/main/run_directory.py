@@ -21,6 +21,8 @@ from rloop_mcore.platform.files import json_object, passing_over_a_full_disk, tr
 
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
+_FOLDERS = {"cache", "checkpoints", "evaluation", "experts", "model", "policies", "tensorboard"}
+_FILES = {"config.yaml", "journal.jsonl", "metrics.jsonl", "timeline.jsonl", "heartbeat", "stop", "ending.json"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ class RunDirectory:
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
+        for name in sorted(names & (_FOLDERS | _FILES)):
+            if (self.path / name).is_dir() != (name in _FOLDERS):
+                kind = "folder" if name in _FOLDERS else "file"
+                raise UserError(
+                    f"{self.path / name} has to be a {kind} of the run's: move what is there out of its way."
+                )
         self.open_journal()
 
     def open_journal(self) -> Journal:

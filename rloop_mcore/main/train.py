@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -58,13 +58,20 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
-    with _generated_model(config, run):
-        problems, digests = _check_inputs(config, run.model(config))
+    model = run.model(config)
+    made_here = config.model.path == GENERATED_MODEL and not model.exists()
+    with TemporaryDirectory() as folder:  # until the run is not refused, and it is this start that has its directory
+        checked = Path(folder) / GENERATED_MODEL if made_here else model
+        if made_here:
+            write_model(checked, seed=0)
+        problems, digests = _check_inputs(config, checked)
     with run.lock():
         changed = take_changes(run, config, force)
         take_inputs(run, config, digests, force)
         crashes = CrashRecord(run, config)
         crashes.check(force)
+        if made_here and not model.exists():
+            write_model(model, seed=0)
         write_atomic(run.config, to_yaml(config))
         if not changed and _finished(run, config):  # a changed key may ask for less to be kept
             print(
@@ -86,24 +93,6 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         if message:
             print(f"rloop: {message}", file=sys.stderr)
         return code
-
-
-@contextmanager
-def _generated_model(config: Config, run: RunDirectory) -> Iterator[None]:
-    """Make the generated task's untrained model, where that is what is trained; a refused run leaves nothing of it."""
-    model = run.model(config)
-    if config.model.path != GENERATED_MODEL or model.exists():
-        yield
-        return
-    run.create()
-    write_model(model, seed=0)
-    try:
-        yield
-    except UserError:
-        shutil.rmtree(model)
-        with suppress(OSError):  # what was there before stays
-            run.path.rmdir()
-        raise
 
 
 def _finished(run: RunDirectory, config: Config) -> bool:
