@@ -16,9 +16,9 @@ from pathlib import Path
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.keeper import start_keeper
-from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
+from rloop_mcore.main.meeting import Meeting
 from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure, start_ranks
-from rloop_mcore.main.run_directory import RunDirectory, log_tail
+from rloop_mcore.main.run_directory import FOLDER_VARIABLE, RunDirectory, log_tail
 from rloop_mcore.main.train import train
 from rloop_mcore.main.watchdog import keep_stacks
 from rloop_mcore.planning.nodes import roles

@@ -54,6 +54,22 @@ def test_a_first_node_that_ends_releases_the_others(tmp_path: Path) -> None:
     assert Meeting(tmp_path).wait_for_head(20) is None
 
 
+def test_a_node_that_was_cut_off_says_nothing_of_a_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, word = RunDirectory(tmp_path), "node 1: the connection was lost"
+    for later in ("slurm/7.1", None):  # without: it was not a job that went on
+        monkeypatch.delenv("RLOOP_JOB_FOLDER", raising=False)
+        if later is not None:
+            monkeypatch.setenv("RLOOP_JOB_FOLDER", later)
+        with run.lock():
+            monkeypatch.setenv("RLOOP_JOB_FOLDER", "slurm/7.0")
+            run.write_ending(1, word)
+            assert run.ending() is None
+    monkeypatch.setenv("RLOOP_JOB_FOLDER", "slurm/7.0")
+    with run.lock():
+        run.write_ending(1, word)
+    assert run.ending() == {"code": 1, "message": word}
+
+
 def test_nodes_that_do_not_come_are_named(tmp_path: Path) -> None:
     meeting = Meeting(tmp_path)
     meeting.hello(1)
