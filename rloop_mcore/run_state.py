@@ -15,7 +15,7 @@ from rloop_mcore.commits import Commits, remove
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.errors import Fault, Interrupted
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import removable, removed
+from rloop_mcore.kept_policies import removable, removed
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.space import Space, bytes_of
 from rloop_mcore.timeline import Timeline

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_towards
 from rloop_mcore.platform.process import allow_many_files
@@ -58,9 +58,9 @@ def meeting_address(config: Config) -> str:
 
     Raises UserError for an endpoint on a host that is unknown or that no route leads to.
     """
-    meeting = Meeting.of_this_job()
-    if meeting is not None and roles(config).hosts:
-        return meeting.head().address
+    job = JobFolder.of_this_job()
+    if job is not None and roles(config).hosts:
+        return job.head().address
     for endpoint in config.rollout.endpoints:
         host = urlsplit(endpoint).hostname or ""
         try:
@@ -95,10 +95,10 @@ def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Ser
     if config.rollout.endpoints:
         key = _key_of_endpoints()
         return [RunningServer(url, key) for url in config.rollout.endpoints]
-    meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)
-    if meeting is not None and roles(config).hosts:
-        key = meeting.key()
-        return [PublishedServer(Publication(meeting.folder, number), key) for number in engines]
+    job, engines = JobFolder.of_this_job(), range(config.rollout.engines)
+    if job is not None and roles(config).hosts:
+        key = job.key()
+        return [PublishedServer(Publication(job.folder, number), key) for number in engines]
     return [start_engine(config, model, log_folder, number, engines) for number in engines]
 
 

@@ -16,7 +16,7 @@ from rloop_mcore.compose import read_config
 from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import best, removed
+from rloop_mcore.kept_policies import best, removed
 from rloop_mcore.platform.files import json_object, passing_over_a_full_disk, try_lock, write_atomic
 
 FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # of a start of a Slurm job: the batch script makes the folder and names it

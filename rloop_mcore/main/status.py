@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rloop_mcore.keeping import best
+from rloop_mcore.kept_policies import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.trajectory.cache import TrajectoryCache

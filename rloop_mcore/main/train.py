@@ -28,9 +28,9 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import take_changes, take_inputs
 from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
-from rloop_mcore.main.head import explain, first_place
-from rloop_mcore.main.meeting import Meeting
-from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
+from rloop_mcore.main.head import explain, first_rendezvous
+from rloop_mcore.main.job_folder import JobFolder
+from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
 from rloop_mcore.planning.architecture import Architecture
@@ -46,15 +46,15 @@ _GRACE_S = 60.0
 _LEAST_GIB = 0.3  # of a process with torch
 
 
-def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None) -> int:
+def train(overrides: Sequence[str], force: bool, job: JobFolder | None = None) -> int:
     """Run or resume one training run; returns the exit code. `force` takes unsafe changes.
 
-    meeting: of the job whose first node this is. Raises UserError, and Fault where the other nodes don't come.
+    job: whose first node this is. Raises UserError, and Fault where the other nodes don't come.
     """
     config = load_config(overrides)
     validate.check_values(config)
     roles(config)
-    if meeting is None and config.cluster.nodes > 1:
+    if job is None and config.cluster.nodes > 1:
         raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
@@ -86,7 +86,7 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         print(
             f"rloop: starting the ranks and engines of {run.path}; its *.log files say how", file=sys.stderr, flush=True
         )
-        code, message = _supervise(run, config, meeting)
+        code, message = _supervise(run, config, job)
         if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
             code, message = 1, f"{message}; {enough}"
             run.write_ending(code, message)
@@ -139,7 +139,7 @@ def _check_memory(config: Config) -> None:
         )
 
 
-def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tuple[int, str]:
+def _supervise(run: RunDirectory, config: Config, job: JobFolder | None) -> tuple[int, str]:
     """Run the ranks to their end; the exit code, and what is to be said."""
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
@@ -150,19 +150,19 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
         )
         run.write_ending(75, message)
         return 75, message
-    place, log, keeper = Place(roles(config).ranks), run.log, None
-    if meeting is not None:
+    rendezvous, log, keeper = Rendezvous(roles(config).ranks), run.log, None
+    if job is not None:
         try:
-            (place, keeper), log = first_place(config, run, meeting), meeting.log("torchrun-0")
+            (rendezvous, keeper), log = first_rendezvous(config, run, job), job.log("torchrun-0")
         except (UserError, Fault, OSError) as error:
             run.write_error(error)
             raise
     watchdog = Watchdog(run, config)
-    ranks = start_ranks(run.path, place, log)
+    ranks = start_ranks(run.path, rendezvous, log)
     with _stop_signals(run, ranks):
-        code = _watch(run, ranks, keeper, watchdog, meeting, config.cluster.nodes)
-    if meeting is not None:
-        explain(run, meeting, config.cluster.nodes)
+        code = _watch(run, ranks, keeper, watchdog, job, config.cluster.nodes)
+    if job is not None:
+        explain(run, job, config.cluster.nodes)
     ending = run.ending()
     if ending is not None:
         return int(ending["code"]), str(ending["message"])
@@ -180,7 +180,7 @@ def _watch(
     ranks: subprocess.Popen[bytes],
     keeper: subprocess.Popen[bytes] | None,
     watchdog: Watchdog,
-    meeting: Meeting | None,
+    job: JobFolder | None,
     nodes: int,
 ) -> int:
     """Wait for the end of this node's ranks, and bring it about where they stall, where nobody keeps its engines any
@@ -192,12 +192,12 @@ def _watch(
         except subprocess.TimeoutExpired:
             if (why := watchdog.look()) is not None:
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = keep_all_stacks(run, meeting, nodes)
+                kept = keep_all_stacks(run, job, nodes)
                 # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
                 kill_children()
-            if meeting is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
-                log = meeting.log("engines-0")
+            if job is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
+                log = job.log("engines-0")
                 run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
             if ended is None and (run.ending() or {"code": 0})["code"] != 0:
                 ended = time.monotonic()

@@ -42,7 +42,7 @@ def test_what_starts_a_finished_run(
     if code is not None:
         run.write_ending(code, "")
     begun: list[RunDirectory] = []
-    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: begun.append(run) or (0, ""))
     assert train.train([*tiny, override], force=False) == 0
     assert bool(begun) == starts
     assert ("rloop: starting" in capsys.readouterr().err) == starts
@@ -55,7 +55,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_prompt(
     data.write_text('{"problem": "1,2,3=6", "answer": "6", "id": "a"}\n')
     template.write_text("{{ problem }},")
     command = ["experiment=tiny", f"run.dir={tmp_path / 'run'}", f"data.train={data}", f"data.template={template}"]
-    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: (0, ""))
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: (0, ""))
     assert train.train(command, force=False) == 0
     Journal(RunDirectory(tmp_path / "run").journal).record("commit", iteration=0, phase="sft", step=1)
     for file, key in ((data, r"data\.train"), (template, r"data\.template")):
@@ -76,7 +76,7 @@ def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
 def test_a_refused_start_takes_no_model_from_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They begin at the same moment in one new directory, and one of them is a mistake."""
     command = ["experiment=tiny", f"run.dir={tmp_path / 'run'}"]
-    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: (0, ""))
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: (0, ""))
     check = train._check_inputs
 
     def meanwhile(config: Config, model: Path) -> NoReturn:

@@ -33,12 +33,12 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class JobFolder:
     folder: Path
 
     @classmethod
-    def of_this_job(cls) -> Meeting | None:
-        """The meeting of the job that this process belongs to."""
+    def of_this_job(cls) -> JobFolder | None:
+        """Of the start that this process belongs to."""
         folder = os.environ.get(FOLDER_VARIABLE)
         return cls(Path(folder)) if folder else None
 
