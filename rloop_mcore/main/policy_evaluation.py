@@ -82,16 +82,16 @@ class PolicyEvaluation:
 
     def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Graded]:
         """The wanted samples in the order of the problems; every batch that is drawn is kept at once."""
-        samples, at_once = self._config.evaluation.samples, 2 * self._config.rollout.max_running
+        samples = self._config.evaluation.samples
         wanted = still_wanted(prompts.prompts, samples, kept.rows)
         drawn: list[Graded] = []
         if wanted:
             total = len(prompts.prompts) * samples
-            sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, conditions.seed)
+            at_once, seed = 2 * self._config.rollout.max_running, conditions.seed
+            sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, seed, at_once)
             show = _progress(self._display, name, total - len(wanted), total)
             show(drawn)
-            for start in range(0, len(wanted), at_once):
-                batch = sampler.draw(wanted[start : start + at_once])
+            for batch in sampler.batches(wanted):
                 kept.add(batch)
                 drawn += map(Graded.of, batch)
                 show(drawn)
