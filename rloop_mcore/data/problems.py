@@ -207,6 +207,8 @@ def _generated_rows(source: str) -> Iterator[Row]:
 
 
 def _require_columns(source: str, names: list[str]) -> None:
+    if twice := [name for name in COLUMNS + DAPO_COLUMNS if names.count(name) > 1]:
+        raise UserError(f"{source} has several columns called {twice[0]}: leave one")
     if {"prompt", "reward_model"} <= set(names):
         return
     missing = [column for column in ("problem", "answer") if column not in names]

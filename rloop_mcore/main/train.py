@@ -21,6 +21,7 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
+from rloop_mcore.data.prompts import check_lengths, solution_of
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
@@ -117,12 +118,17 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     if device == "cuda" and config.cluster.gpu.memory_gib:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
-    template = PromptTemplate(config.data.template, TextTokenizer(model))
+    tokenizer = TextTokenizer(model)
+    template = PromptTemplate(config.data.template, tokenizer)
     load_verifier(config.reward.verifier)
     if config.data.sampler is not None:
         load_sampler(config.data.sampler)
     sources = problem_sources(config)
     problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items()}
+    for key in sources.keys() - {"sft.demonstrations"}:
+        check_lengths(problems[key], tokenizer, template, config.data.max_prompt_tokens)
+    for demonstration in problems.get("sft.demonstrations", ()):
+        solution_of(demonstration)
     digests = {key: digest_of_problems(found) for key, found in problems.items()}
     return len(problems["data.train"]), digests | {"data.template": sha256(template.text.encode()).hexdigest()[:16]}
 

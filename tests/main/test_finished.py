@@ -99,3 +99,18 @@ def test_what_stands_where_a_run_writes_is_found_before_it_starts(name: str, tmp
     place.mkdir() if "." in name else place.touch()
     with pytest.raises(UserError, match=f"{name} has to be a {'file' if '.' in name else 'folder'}"):
         train.train(["experiment=tiny", f"run.dir={tmp_path}"], force=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.max_prompt_tokens=2", r"all \d+ prompts are longer than data.max_prompt_tokens=2"),
+        ("sft.demonstrations=countdown3:validation", "has no text in meta.solution"),
+    ],
+)
+def test_prompts_and_demonstrations_are_looked_at_before_the_ranks_start(
+    override: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", override], force=False)
+    assert not (tmp_path / "run").exists()
