@@ -100,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Begin with: rloop train experiment=tiny run.dir=runs/tiny. rloop COMMAND --help has more examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, _launch, _plan, _preflight, _status, _evaluate, _report, _compare, _cache, _trace, _convert):
+    for add in (
+        *(_train, _launch, _plan, _preflight, _status, _evaluate),
+        *(_report, _compare, _cache, _trace, _convert, _grade, _node),
+    ):
         add(commands)
-    _grade(commands)
-    _node(commands)
     for name, examples in _EXAMPLES.items():
         command = commands.choices[name]
         command.formatter_class = argparse.RawDescriptionHelpFormatter

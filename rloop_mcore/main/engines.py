@@ -24,8 +24,10 @@ from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer
 from rloop_mcore.rollout.published import Publication, PublishedServer
 from rloop_mcore.rollout.router import engines_of
+from rloop_mcore.validate import read_hf_config
 
 if TYPE_CHECKING:
+    from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.weights.channel import BroadcastChannel
 
 _FP32_BYTES = 4
@@ -50,6 +52,28 @@ def weight_channel(config: Config, largest: int) -> BroadcastChannel | None:
     from rloop_mcore.weights.channel import BroadcastChannel  # torch, which the keeper of the engines does without
 
     return BroadcastChannel(backend, "weights", rollout.start_timeout_s, meeting_address(config))
+
+
+def fleet_of(
+    config: Config, servers: Sequence[Server], channel: BroadcastChannel | None, model: Path, deterministic: bool
+) -> Fleet:
+    """The engines behind `servers`, which start with the folder `model` and get weights by `channel`."""
+    from rloop_mcore.rollout.fleet import Fleet  # torch: while the servers import theirs
+    from rloop_mcore.rollout.served import ServedModel
+
+    rollout = config.rollout
+    return Fleet(
+        servers,
+        channel,
+        model=ServedModel.of(read_hf_config(model), model, fp8=rollout.quantization == "fp8"),
+        bucket_mib=rollout.bucket_mib,
+        start_timeout_s=rollout.start_timeout_s,
+        request_timeout_s=rollout.request_timeout_s,
+        backend=channel.backend if channel is not None else "gloo",
+        deterministic=deterministic,
+        max_running=rollout.max_running,
+        partial=rollout.partial,
+    )
 
 
 def meeting_address(config: Config) -> str:

@@ -84,6 +84,7 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
     config.model.path = str(source.path)
     config.rollout.quantization = "none"  # what is measured is the policy as its folder has it
+    config.rollout.partial = False  # no sync comes: any version of SGLang will do
     config.algorithm.overlong_buffer = 0  # of training's reward alone: it must not bound rollout.max_tokens here
     if options.samples is not None:
         config.evaluation.samples = options.samples
