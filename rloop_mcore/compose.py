@@ -80,6 +80,8 @@ def read_config(path: Path) -> Config:
         return cast(Config, OmegaConf.to_object(tree))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_sentence(error)}") from error
+    except RecursionError:
+        raise UserError(f"{path} is nested too deep to be read.") from None
 
 
 def to_yaml(config: Config) -> str:

@@ -15,12 +15,12 @@ from rloop_mcore.commits import Commits, remove
 from rloop_mcore.config import Config, OptimizerConfig
 from rloop_mcore.errors import Fault, Interrupted
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import removable, removed
+from rloop_mcore.kept_policies import removable, removed
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
 from rloop_mcore.space import Space, bytes_of
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
-from rloop_mcore.types import Example, ExpertQuery, Policy
+from rloop_mcore.types import Example, ExpertQuery, Policy, PolicyName
 
 # What a run itself makes in its folders: all else there is somebody's, a policy that was converted, say.
 _OURS = re.compile(r"\.tmp-.+|(base|theta_\d+|i\d+(_[a-z]+_\d+)?)(\.json|\.parquet)?")
@@ -129,12 +129,12 @@ class RunState:
         if not (needed_now or kept or step % self.config.checkpoint.every == 0):
             return
         self.commits.settle()
-        name = f"checkpoints/i{iteration}_{phase}_{step:06d}"
+        name = f"checkpoints/{PolicyName(iteration, phase, step)}"
         known = set(self.journal.shards())
         shards = self.space.write("the trajectory cache", self.cache.seal)
         policy = {}
         if kept and not measured_next and step < total:  # else it is measured, and kept for that
-            saved = self.save_policy(_measurement(phase, iteration, step))
+            saved = self.save_policy(str(PolicyName(iteration, phase, step)))
             policy = {"path": self._name(saved.path), "digest": saved.digest}
         commit = {
             "iteration": iteration,
@@ -241,13 +241,13 @@ class RunState:
 
     def endpoint(self, iteration: int) -> Policy:
         """The RL policy at the end of an exploration phase that is done."""
-        name = _measurement("explore", iteration, self._steps_explored()[iteration])
+        name = str(PolicyName(iteration, "explore", self._steps_explored()[iteration]))
         record = next(r for r in self.journal.records if r["event"] == "measured" and r["name"] == name)
         return Policy(self.directory / record["path"], record["digest"])
 
     def measure(self, iteration: int, phase: str, step: int, policy: Policy | None = None) -> None:
         """Keep a policy (the actor's own, unless given) and evaluate it on the validation problems, once."""
-        name = _measurement(phase, iteration, step)
+        name = str(PolicyName(iteration, phase, step))
         if self._has("measured", {"name": name}):
             return
         if policy is None:
@@ -323,7 +323,3 @@ def expert_query(config: Config, iteration: int) -> ExpertQuery:
         share=rft.share,
         seed=config.run.seed,
     )
-
-
-def _measurement(phase: str, iteration: int, step: int) -> str:
-    return "base" if phase == "base" else f"i{iteration}_{phase}_{step:06d}"

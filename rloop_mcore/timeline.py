@@ -58,7 +58,7 @@ def read_spans(path: Path) -> list[dict[str, Any]]:
     """The lines of a `timeline.jsonl`, without what is none, such as the line that a kill cut short."""
     spans = []
     for text in path.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError):
             line = json_object(text)
             if all(isinstance(line.get(key), kind) for key, kind in _SPAN.items()):
                 spans.append(line)

@@ -194,7 +194,7 @@ class Tracker:
 def _committed(path: Path, number: int, text: bytes) -> dict[str, Any]:
     """A line that was logged before. Raises UserError where it is none."""
     line: dict[str, Any] = {}
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError):
         line = json_object(text)
     if not {"iteration", "phase", "step", "global_step", "time"} <= line.keys():
         raise UserError(

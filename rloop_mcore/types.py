@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Key = tuple[int, int, str, int]  # of a trajectory: iteration, step, problem_id, sample
+
+_POLICY_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
+
+
+class PolicyName(NamedTuple):
+    """What a policy, its checkpoint and its evaluation are called: "base", or by the phase's steps it was made in.
+
+    str(PolicyName(1, "explore", 100)) is i1_explore_000100, and i1_exploit_000000 is theta_2.
+    """
+
+    iteration: int
+    phase: str
+    step: int
+
+    @classmethod
+    def of(cls, name: str) -> PolicyName | None:
+        """From its text; None where that is no such name."""
+        if name == "base":
+            return cls(0, "base", 0)
+        found = _POLICY_NAME.fullmatch(name)
+        return cls(int(found["iteration"]), found["phase"], int(found["step"])) if found else None
+
+    def __str__(self) -> str:
+        return "base" if self.phase == "base" else f"i{self.iteration}_{self.phase}_{self.step:06d}"
 
 
 @dataclass(frozen=True, slots=True)

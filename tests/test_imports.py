@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).parents[1] / "rloop_mcore"
 ROOMS = {"actor", "rollout", "weights", "trajectory", "reward", "data", "evaluation", "analysis", "planning"}
 ROOMS |= {"preflight", "slurm"}
 SHARED = {"types", "protocols", "config", "errors", "algorithm", "platform"}
-RUN = {"commits", "feed", "grading", "journal", "keeping", "timeline", "tracking", "progress", "rl_step", "run_state"}
+RUN = {
+    "commits",
+    "feed",
+    "grading",
+    "journal",
+    "kept_policies",
+    "timeline",
+    "tracking",
+    "progress",
+    "rl_step",
+    "run_state",
+}
 RUN |= {"space"}
 ALLOWED = {
     "errors": set(),
@@ -26,7 +37,7 @@ ALLOWED = {
     **dict.fromkeys(ROOMS, SHARED),
     "evaluation": SHARED | {"grading"},
     "journal": SHARED,
-    "keeping": SHARED | {"journal"},
+    "kept_policies": SHARED | {"journal"},
     "commits": SHARED | {"journal", "space", "timeline"},
     "progress": set(),
     "tracking": SHARED | {"progress", "wandb_run"},

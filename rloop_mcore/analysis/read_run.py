@@ -12,10 +12,10 @@ import yaml
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import json_object, read_json_lines
+from rloop_mcore.types import PolicyName
 
 _PLACE = {"iteration": int, "phase": str, "step": int, "global_step": int}  # of every line of metrics.jsonl
 _METRIC_NAME = re.compile(r"(avg|pass|maj)@\d+")
-_CHECKPOINT_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a YAML file ({error}): the file is damaged") from None
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no keys: it is not the configuration of a run")
@@ -144,8 +144,8 @@ def _read_evaluations(directory: Path) -> list[Evaluation]:
 
 
 def _read_evaluation(path: Path) -> Evaluation | None:
-    place = _CHECKPOINT_NAME.fullmatch(path.stem)
-    if path.stem != "base" and place is None:
+    place = PolicyName.of(path.stem)
+    if place is None:
         return None  # written by `rloop evaluate` under a name of the user's
     try:
         record = json_object(path.read_text(encoding="utf-8"))
@@ -155,12 +155,9 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in metrics.items())
         if not (of_numbers and isinstance(policy, str | None) and isinstance(problems, dict)):
             raise ValueError("metrics, policy or problem_digests is of another form")
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r:.200})") from error
-    if place is None:
-        return Evaluation(path.stem, 0, "base", 0, policy, metrics, conditions, problems)
-    iteration, phase, step = int(place["iteration"]), place["phase"], int(place["step"])
-    return Evaluation(path.stem, iteration, phase, step, policy, metrics, conditions, problems)
+    return Evaluation(path.stem, *place, policy, metrics, conditions, problems)
 
 
 def _is_interval(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import parse_json
 from rloop_mcore.platform.parquet import open_parquet, read_footer
 
 _BATCH = 1024  # rows
@@ -62,7 +62,7 @@ def _footers(folder: Path) -> dict[Path, str]:
     if not manifest.exists():
         return {}
     try:
-        entries = json.loads(manifest.read_bytes())["shards"]
+        entries = parse_json(manifest.read_bytes())["shards"]
         return {folder / entry["name"]: entry["footer"] for entry in entries if not entry.get("lost")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is not the manifest of a trajectory cache ({error!r})") from error

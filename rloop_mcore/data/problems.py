@@ -18,6 +18,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.countdown import standard_splits
 from rloop_mcore.data.dapo import from_dapo_row, is_dapo_row
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import parse_json
 from rloop_mcore.types import Problem
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ def parse_row(row: Any) -> Problem:
     meta = row.get("meta")
     if isinstance(meta, str):  # Parquet has no free-form objects: there meta may be a JSON string
         try:
-            meta = json.loads(meta)
-        except (ValueError, RecursionError):
+            meta = parse_json(meta)
+        except ValueError:
             raise BadRow("meta is a string that is not JSON") from None
     if meta is not None and not isinstance(meta, dict):
         raise BadRow(f"meta must be an object, not {type(meta).__name__}")
@@ -159,10 +160,10 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             row: Any
             try:
-                row = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
+                row = parse_json(line.decode("utf-8-sig"))  # some editors begin a file with a mark
             except UnicodeDecodeError as error:
                 row = BadRow(f"not UTF-8 (byte {error.start} of the line)")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 row = BadRow(f"not JSON ({error})")
             yield f"{path}:{number}", row
 
@@ -206,6 +207,8 @@ def _generated_rows(source: str) -> Iterator[Row]:
 
 
 def _require_columns(source: str, names: list[str]) -> None:
+    if twice := [name for name in COLUMNS + DAPO_COLUMNS if names.count(name) > 1]:
+        raise UserError(f"{source} has several columns called {twice[0]}: leave one")
     if {"prompt", "reward_model"} <= set(names):
         return
     missing = [column for column in ("problem", "answer") if column not in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from rloop_mcore.data.templates import PromptTemplate
@@ -61,10 +62,7 @@ class TemplatePrompts:
 
     def example(self, problem: Problem) -> Example:
         """The demonstration in `problem.meta["solution"]`, ended as the template says; raises UserError without one."""
-        solution = problem.meta.get("solution")
-        if not isinstance(solution, str) or not solution.strip():
-            raise UserError(f"problem {problem.id} has no text in meta.solution, which a demonstration needs")
-        response = (*self.tokenizer.encode(solution, special_tokens=False), self.template.end)
+        response = (*self.tokenizer.encode(solution_of(problem), special_tokens=False), self.template.end)
         return Example(prompt_ids=self.prompt(problem).ids, response_ids=response)
 
     def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
@@ -101,3 +99,22 @@ class TemplatePrompts:
             return hashlib.sha256(text.encode()).digest()
 
         return sorted(range(len(self.prompts)), key=key)
+
+
+def solution_of(problem: Problem) -> str:
+    """The demonstration that comes with a problem. Raises UserError where none does."""
+    solution = problem.meta.get("solution")
+    if not isinstance(solution, str) or not solution.strip():
+        raise UserError(f"problem {problem.id} has no text in meta.solution, which a demonstration needs")
+    return solution
+
+
+def check_lengths(
+    problems: Sequence[Problem], tokenizer: TextTokenizer, template: PromptTemplate, max_prompt_tokens: int
+) -> None:
+    """Raises UserError where all prompts are too long; looks no further than the first that is not."""
+    for problem in problems:
+        with suppress(UserError):
+            TemplatePrompts([problem], tokenizer, template, 0, max_prompt_tokens)
+            return
+    TemplatePrompts(problems, tokenizer, template, 0, max_prompt_tokens)

@@ -39,9 +39,8 @@ class EngineEvaluator:
     """protocols.Evaluator over a fixed list of problems.
 
     Every evaluation uses the same seeds, so that two checkpoints differ by their policies and not by their luck.
-    `at_once` requests are sampled and graded in one go: enough to fill the engines, few enough to show progress.
-    `progress` is called with (responses done, responses in all). `conditions` are recorded as they are: see
-    `conditions_of`.
+    `at_once` requests are sampled and graded in one go; then `progress` is called with (responses done, responses in
+    all). `conditions` are recorded as they are: see `conditions_of`.
     """
 
     rollout: Rollout
@@ -88,12 +87,12 @@ class EngineEvaluator:
         return {key: interval["mean"] for key, interval in metrics.items()}
 
     def _sample(self, sampling: Sampling) -> list[Graded]:
-        sampler = Sampler(self.rollout, self.rewards, self.decode, sampling, self.seed)
+        sampler = Sampler(self.rollout, self.rewards, self.decode, sampling, self.seed, self.at_once)
         wanted = [(prompt, sample) for prompt in self.prompts for sample in range(self.config.samples)]
         rows: list[Graded] = []
         self.progress(0, len(wanted))
-        for start in range(0, len(wanted), self.at_once):
-            rows += map(Graded.of, sampler.draw(wanted[start : start + self.at_once]))
+        for batch in sampler.batches(wanted):
+            rows += map(Graded.of, batch)
             self.progress(len(rows), len(wanted))
         return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rloop_mcore.algorithm.seeds import derive_seed
@@ -46,6 +46,12 @@ class Sampler:
     decode: Callable[[Sequence[int]], str]
     sampling: Sampling
     seed: int
+    at_once: int
+
+    def batches(self, wanted: Sequence[Wanted]) -> Iterator[list[Trajectory]]:
+        """What `draw` gives, `at_once` samples at a time: enough to fill the engines, few enough to keep and show."""
+        for start in range(0, len(wanted), self.at_once):
+            yield self.draw(wanted[start : start + self.at_once])
 
     def draw(self, wanted: Sequence[Wanted]) -> list[Trajectory]:
         """One graded response a (prompt, sample), in order."""

@@ -101,19 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _train,
-        _launch,
-        _plan,
-        _preflight,
-        _status,
-        _evaluate,
-        _report,
-        _compare,
-        _cache,
-        _trace,
-        _convert,
-        _grade,
-        _node,
+        *(_train, _launch, _plan, _preflight, _status, _evaluate),
+        *(_report, _compare, _cache, _trace, _convert, _grade, _node),
     ):
         add(commands)
     for name, examples in _EXAMPLES.items():

@@ -14,6 +14,8 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
 from typing import Any
 
 from rloop_mcore.errors import Fault, Interrupted, UserError
@@ -23,6 +25,16 @@ _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
+# `rloop NAME` is the function NAME of main/NAME.py: what these take of their options; the others take all
+_TAKEN = {
+    "train": ("overrides", "force"),
+    "node": ("overrides", "force"),
+    "plan": ("overrides", "json", "search"),
+    "status": ("run", "json"),
+    "trace": ("run", "out"),
+    "compare": ("first", "second", "out", "json"),
+    "grade": ("file", "json", "answer_format"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,61 +73,14 @@ def _run(arguments: list[str]) -> int:
     from rloop_mcore.platform.process import handling, importing
 
     options = parse(arguments)
-    # each command is imported when it is wanted: `rloop status` must not wait for what training needs
-    if options.command == "train":
-        with handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), _interrupt):
-            with importing():
-                from rloop_mcore.main.train import train
-
-            return train(options.overrides, options.force)
-    if options.command == "plan":
-        from rloop_mcore.main.plan import plan
-
-        return plan(options.overrides, options.json, options.search)
-    if options.command == "launch":
-        from rloop_mcore.main.launch import launch
-
-        return launch(options)
-    if options.command == "node":
-        from rloop_mcore.main.node import node
-
-        return node(options.overrides, options.force)
-    if options.command == "evaluate":
-        with importing():
-            from rloop_mcore.main.evaluate import evaluate
-
-        return evaluate(options)
-    if options.command == "convert":
-        from rloop_mcore.main.convert import convert
-
-        return convert(options)
-    if options.command == "report":
-        from rloop_mcore.main.report import report
-
-        return report(options)
-    if options.command == "compare":
-        from rloop_mcore.main.compare import compare
-
-        return compare(options.first, options.second, options.out, options.json)
-    if options.command == "preflight":
-        from rloop_mcore.main.preflight import preflight
-
-        return preflight(options)
-    if options.command == "status":
-        from rloop_mcore.main.status import status
-
-        return status(options.run, options.json)
-    if options.command == "cache":
-        from rloop_mcore.main.cache import cache
-
-        return cache(options)
-    if options.command == "trace":
-        from rloop_mcore.main.trace import trace
-
-        return trace(options.run, options.out)
-    from rloop_mcore.main.grade import grade
-
-    return grade(options.file, options.json, options.answer_format)
+    with ExitStack() as stack:
+        if options.command == "train":
+            stack.enter_context(handling((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), _interrupt))
+        with importing():  # when it is wanted: `rloop status` must not wait for what training needs
+            module = import_module(f"rloop_mcore.main.{options.command}")
+        command = getattr(module, options.command)
+        taken = [vars(options)[name] for name in _TAKEN.get(options.command, ())]
+        return int(command(*(taken or [options])))
 
 
 def _unread() -> bool:

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from rloop_mcore.config import ClusterConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.run_directory import RunDirectory
 
 _SLURM_VARIABLE = "SLURM_JOB_END_TIME"
@@ -61,13 +61,13 @@ def stop_requests(cluster: ClusterConfig, run: RunDirectory) -> Callable[[], boo
 
     The end is a date only when this is called: clocks that are set later change nothing.
     """
-    end, meeting = job_end(cluster), Meeting.of_this_job()
+    end, job = job_end(cluster), JobFolder.of_this_job()
     deadline = None if end is None else Deadline(end - time.time(), cluster.stop_margin_s)
 
     def reason() -> str | None:
         if end is not None and deadline is not None and deadline.near():
             return in_words(end)
-        return "Slurm warned the job" if meeting is not None and meeting.stop_flag.exists() else None
+        return "Slurm warned the job" if job is not None and job.stop_flag.exists() else None
 
     def must_stop() -> bool:
         why = reason()

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_towards
 from rloop_mcore.platform.process import allow_many_files
@@ -24,8 +24,10 @@ from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer
 from rloop_mcore.rollout.published import Publication, PublishedServer
 from rloop_mcore.rollout.router import engines_of
+from rloop_mcore.validate import read_hf_config
 
 if TYPE_CHECKING:
+    from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.weights.channel import BroadcastChannel
 
 _FP32_BYTES = 4
@@ -52,15 +54,37 @@ def weight_channel(config: Config, largest: int) -> BroadcastChannel | None:
     return BroadcastChannel(backend, "weights", rollout.start_timeout_s, meeting_address(config))
 
 
+def fleet_of(
+    config: Config, servers: Sequence[Server], channel: BroadcastChannel | None, model: Path, deterministic: bool
+) -> Fleet:
+    """The engines behind `servers`, which start with the folder `model` and get weights by `channel`."""
+    from rloop_mcore.rollout.fleet import Fleet  # torch: while the servers import theirs
+    from rloop_mcore.rollout.served import ServedModel
+
+    rollout = config.rollout
+    return Fleet(
+        servers,
+        channel,
+        model=ServedModel.of(read_hf_config(model), model, fp8=rollout.quantization == "fp8"),
+        bucket_mib=rollout.bucket_mib,
+        start_timeout_s=rollout.start_timeout_s,
+        request_timeout_s=rollout.request_timeout_s,
+        backend=channel.backend if channel is not None else "gloo",
+        deterministic=deterministic,
+        max_running=rollout.max_running,
+        partial=rollout.partial,
+    )
+
+
 def meeting_address(config: Config) -> str:
     """Where the engines meet the trainer for the weight broadcast: on loopback, where `rollout.endpoints` reach it, or
     where the other nodes of the job do.
 
     Raises UserError for an endpoint on a host that is unknown or that no route leads to.
     """
-    meeting = Meeting.of_this_job()
-    if meeting is not None and roles(config).hosts:
-        return meeting.head().address
+    job = JobFolder.of_this_job()
+    if job is not None and roles(config).hosts:
+        return job.head().address
     for endpoint in config.rollout.endpoints:
         host = urlsplit(endpoint).hostname or ""
         try:
@@ -95,10 +119,10 @@ def start_servers(config: Config, model: Path, log_folder: Path) -> Sequence[Ser
     if config.rollout.endpoints:
         key = _key_of_endpoints()
         return [RunningServer(url, key) for url in config.rollout.endpoints]
-    meeting, engines = Meeting.of_this_job(), range(config.rollout.engines)
-    if meeting is not None and roles(config).hosts:
-        key = meeting.key()
-        return [PublishedServer(Publication(meeting.folder, number), key) for number in engines]
+    job, engines = JobFolder.of_this_job(), range(config.rollout.engines)
+    if job is not None and roles(config).hosts:
+        key = job.key()
+        return [PublishedServer(Publication(job.folder, number), key) for number in engines]
     return [start_engine(config, model, log_folder, number, engines) for number in engines]
 
 

@@ -17,10 +17,10 @@ from rloop_mcore.data.benchmarks import load_benchmark
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
-from rloop_mcore.main.comparison import compare, read_result
-from rloop_mcore.main.evaluation import PolicyEvaluation
+from rloop_mcore.main.against import compare, read_result
 from rloop_mcore.main.evaluation_tables import print_comparison, print_results
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
+from rloop_mcore.main.policy_evaluation import PolicyEvaluation
 from rloop_mcore.planning.nodes import on_one_node
 from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
@@ -84,6 +84,7 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=?"])
     config.model.path = str(source.path)
     config.rollout.quantization = "none"  # what is measured is the policy as its folder has it
+    config.rollout.partial = False  # no sync comes: any version of SGLang will do
     config.algorithm.overlong_buffer = 0  # of training's reward alone: it must not bound rollout.max_tokens here
     if options.samples is not None:
         config.evaluation.samples = options.samples

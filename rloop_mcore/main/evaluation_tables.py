@@ -35,11 +35,9 @@ def print_results(records: Sequence[Record], together: Mapping[str, Mapping[str,
         f"{sampling['samples']} responses a problem, temperature {sampling['temperature']}, top-p {sampling['top_p']}, "
         f"at most {sampling['max_tokens']} tokens; template {records[0]['template']}, answers "
         f"{records[0]['answer_format']}, verifier {records[0]['verifier']}",
-        highlight=False,
-        markup=False,
     )
     for record in records:
-        console.print(f"samples: {record['samples']}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"samples: {record['samples']}", soft_wrap=True)
 
 
 def print_comparison(against: Record) -> None:
@@ -61,15 +59,9 @@ def print_comparison(against: Record) -> None:
         console.print(table)
         if found["problems"] < max(found["problems_each"]):
             mine, theirs = found["problems_each"]
-            console.print(
-                f"only the problems in both count: {found['problems']} of {mine} and {theirs}",
-                highlight=False,
-                markup=False,
-            )
+            console.print(f"only the problems in both count: {found['problems']} of {mine} and {theirs}")
         for key, (mine, theirs) in found["differing"].items():
-            console.print(
-                f"warning: {key} differs: {mine} here, {theirs} there", highlight=False, markup=False, soft_wrap=True
-            )
+            console.print(f"warning: {key} differs: {mine} here, {theirs} there", soft_wrap=True)
 
 
 _LOG_WIDTH = 160
@@ -85,8 +77,8 @@ _ROWS = {
 
 def _console() -> Console:
     """In a log as wide as four benchmarks need."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_LOG_WIDTH)
+    width = None if Console().is_terminal else _LOG_WIDTH
+    return Console(width=width, highlight=False, markup=False)  # names may be anybody's, brackets included
 
 
 def _groups(record: Record, kind: str, groups: Mapping[str, Record]) -> Table:

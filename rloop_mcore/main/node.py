@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.main.keeper import start_keeper
-from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
-from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure, start_ranks
-from rloop_mcore.main.run_directory import RunDirectory, log_tail
+from rloop_mcore.main.engine_keeper import start_keeper
+from rloop_mcore.main.job_folder import JobFolder
+from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, first_failure, start_ranks
+from rloop_mcore.main.run_directory import FOLDER_VARIABLE, RunDirectory, log_tail
 from rloop_mcore.main.train import train
 from rloop_mcore.main.watchdog import keep_stacks
 from rloop_mcore.planning.nodes import roles
@@ -37,50 +37,50 @@ def node(overrides: Sequence[str], force: bool) -> int:
 
     Raises UserError outside of a job.
     """
-    meeting = Meeting.of_this_job()
-    if meeting is None or "SLURM_PROCID" not in os.environ:
+    job = JobFolder.of_this_job()
+    if job is None or "SLURM_PROCID" not in os.environ:
         raise UserError(f"`rloop node` is for the jobs of `rloop launch`, which set {FOLDER_VARIABLE}.")
     number = int(os.environ["SLURM_PROCID"])
-    return _first(overrides, force, meeting) if number == 0 else _other(overrides, meeting, number)
+    return _first(overrides, force, job) if number == 0 else _other(overrides, job, number)
 
 
-def _first(overrides: Sequence[str], force: bool, meeting: Meeting) -> int:
+def _first(overrides: Sequence[str], force: bool, job: JobFolder) -> int:
     code = 1
     try:
-        meeting.new_key()
-        code = train(overrides, force, meeting)
+        job.new_key()
+        code = train(overrides, force, job)
     except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     finally:
-        meeting.end(code)
+        job.end(code)
     return code
 
 
-def _other(overrides: Sequence[str], meeting: Meeting, number: int) -> int:
+def _other(overrides: Sequence[str], job: JobFolder, number: int) -> int:
     for signum in SCHEDULERS:  # the first node's to heed
         signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s node {number} %(levelname)s %(name)s: %(message)s")
-    meeting.hello(number)
-    run = RunDirectory(meeting.folder.parent.parent)  # as the batch script made it: the configuration may be wrong
+    job.hello(number)
+    run = RunDirectory(job.folder.parent.parent)  # as the batch script made it: the configuration may be wrong
     try:
-        work = _start(overrides, run, meeting, number)
+        work = _start(overrides, run, job, number)
     except (UserError, Fault, OSError) as error:
         run.write_error(error, f"node {number} ({socket.gethostname()}): ")
-        _wait_for_the_first(meeting)
+        _wait_for_the_first(job)
         raise
-    return 0 if work is None else _follow(run, meeting, number, work)
+    return 0 if work is None else _follow(run, job, number, work)
 
 
-def _start(overrides: Sequence[str], run: RunDirectory, meeting: Meeting, number: int) -> dict[str, Work] | None:
+def _start(overrides: Sequence[str], run: RunDirectory, job: JobFolder, number: int) -> dict[str, Work] | None:
     """Start what this node has of the job; None where the first node has ended. Raises UserError, Fault and OSError."""
     try:
         config = load_config(overrides)
     except UserError:
-        if meeting.wait_for_head(_FIRST_WAIT_S) is None:
+        if job.wait_for_head(_FIRST_WAIT_S) is None:
             return None  # the first node has said it
         raise  # only here is it wrong
-    head = meeting.wait_for_head(config.cluster.start_timeout_s)
+    head = job.wait_for_head(config.cluster.start_timeout_s)
     if head is None:
         return None
     interface = config.cluster.interface
@@ -88,25 +88,25 @@ def _start(overrides: Sequence[str], run: RunDirectory, meeting: Meeting, number
     nodes = roles(config)
     work: dict[str, Work] = {}
     if number in nodes.hosts:
-        keeper = start_keeper(run.path, meeting, number, address)
-        work["keeper of the engines"] = keeper, meeting.log(f"engines-{number}")
+        keeper = start_keeper(run.path, job, number, address)
+        work["keeper of the engines"] = keeper, job.log(f"engines-{number}")
     if number < nodes.trainers:
-        log = meeting.log(f"torchrun-{number}")
-        place = Place(nodes.ranks, number, nodes.trainers, address, head.address, head.port)
-        work["ranks"] = start_ranks(run.path, place, log), log
+        log = job.log(f"torchrun-{number}")
+        rendezvous = Rendezvous(nodes.ranks, number, nodes.trainers, address, head.address, head.port)
+        work["ranks"] = start_ranks(run.path, rendezvous, log), log
     return work
 
 
-def _follow(run: RunDirectory, meeting: Meeting, number: int, work: dict[str, Work]) -> int:
+def _follow(run: RunDirectory, job: JobFolder, number: int, work: dict[str, Work]) -> int:
     """Wait for this node's processes to end, or the first node; meanwhile keep stacks where it asks for them."""
-    while not meeting.ended() and all(process.poll() is None for process, _ in work.values()):
-        if (stamp := meeting.stacks_asked(number)) is not None:
-            meeting.stacks_kept(number, keep_stacks(run, stamp))
+    while not job.ended() and all(process.poll() is None for process, _ in work.values()):
+        if (stamp := job.stacks_asked(number)) is not None:
+            job.stacks_kept(number, keep_stacks(run, stamp))
         time.sleep(_POLL_S)
     ended = {name: log for name, (process, log) in work.items() if process.poll()}
-    if ended and not meeting.ended():
-        _tell(run, meeting, number, *next(iter(ended.items())))
-    _wait_for_the_first(meeting)
+    if ended and not job.ended():
+        _tell(run, job, number, *next(iter(ended.items())))
+    _wait_for_the_first(job)
     if "ranks" in work:
         work["ranks"][0].terminate()
     for process, _ in work.values():
@@ -115,16 +115,16 @@ def _follow(run: RunDirectory, meeting: Meeting, number: int, work: dict[str, Wo
     return 1 if ended else 0
 
 
-def _wait_for_the_first(meeting: Meeting) -> None:
+def _wait_for_the_first(job: JobFolder) -> None:
     """So that it is the first node whose exit code Slurm sees."""
     deadline = time.monotonic() + _LAST_WAIT_S
-    while not meeting.ended() and time.monotonic() < deadline:
+    while not job.ended() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
-def _tell(run: RunDirectory, meeting: Meeting, number: int, name: str, log: Path) -> None:
+def _tell(run: RunDirectory, job: JobFolder, number: int, name: str, log: Path) -> None:
     """What has ended on this node, for the first node to explain."""
     if (failure := first_failure(log)) is not None:
-        meeting.write_failure(number, failure)
+        job.write_failure(number, failure)
     if run.ending() is None:
         run.write_ending(1, f"the {name} of node {number} ended without a word", log_tail(log))

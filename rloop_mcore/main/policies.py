@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import best, removed
+from rloop_mcore.kept_policies import best, removed
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
 from rloop_mcore.progress import ProgressDisplay

@@ -23,7 +23,7 @@ _ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+
 
 
 @dataclass(frozen=True)
-class Place:
+class Rendezvous:
     """Where this node's ranks stand among the job's, and where they meet: on this host alone, or at the first node."""
 
     ranks: int
@@ -33,7 +33,7 @@ class Place:
     head: str = "127.0.0.1"
     port: int = 0
 
-    def rendezvous(self) -> list[str]:
+    def options(self) -> list[str]:
         """The options of `platform/torchrun.py`."""
         endpoint = f"{self.head}:{self.port}"
         return ["--nnodes", str(self.nodes), "--rdzv-conf", f"rank={self.node}", "--rdzv-endpoint", endpoint]
@@ -44,12 +44,12 @@ class Place:
         return {"GLOO_SOCKET_IFNAME": interface} | ({"NCCL_SOCKET_IFNAME": interface} if self.nodes > 1 else {})
 
 
-def start_ranks(run: Path, place: Place, log: Path) -> subprocess.Popen[bytes]:
-    """Start torchrun with `place.ranks` ranks of the run; what it says goes to `log`."""
+def start_ranks(run: Path, rendezvous: Rendezvous, log: Path) -> subprocess.Popen[bytes]:
+    """Start torchrun with `rendezvous.ranks` ranks of the run; what it says goes to `log`."""
     supervisor = os.getpid()
     command = [
-        *(sys.executable, "-m", "rloop_mcore.platform.torchrun", *place.rendezvous()),
-        *("--nproc-per-node", str(place.ranks), "-m", "rloop_mcore.main.worker", str(run)),
+        *(sys.executable, "-m", "rloop_mcore.platform.torchrun", *rendezvous.options()),
+        *("--nproc-per-node", str(rendezvous.ranks), "-m", "rloop_mcore.main.worker", str(run)),
     ]
     with open(log, "ab") as file:
         # a session of its own: Ctrl-C reaches only the supervisor, which asks the run to stop at a step's end
@@ -57,7 +57,7 @@ def start_ranks(run: Path, place: Place, log: Path) -> subprocess.Popen[bytes]:
             command,
             stderr=file,
             start_new_session=True,
-            env={**os.environ, **OWN_PATH, **place.environment(), SUPERVISOR_VARIABLE: str(supervisor)},
+            env={**os.environ, **OWN_PATH, **rendezvous.environment(), SUPERVISOR_VARIABLE: str(supervisor)},
             preexec_fn=lambda: work_for(supervisor),
         )
 

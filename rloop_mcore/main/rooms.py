@@ -21,7 +21,7 @@ from rloop_mcore.evaluation.evaluate import EngineEvaluator, conditions_of
 from rloop_mcore.journal import Journal
 from rloop_mcore.loop import RLoop
 from rloop_mcore.main.deadline import stop_requests
-from rloop_mcore.main.engines import weight_channel
+from rloop_mcore.main.engines import fleet_of, weight_channel
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.start_record import start_record
 from rloop_mcore.main.training_problems import training_problems
@@ -29,14 +29,11 @@ from rloop_mcore.protocols import Actor, Rewards, Rollout
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.rl_step import RLStep
 from rloop_mcore.rollout.controller import Server
-from rloop_mcore.rollout.fleet import Fleet
-from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.run_state import RunState
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Policy, Problem
-from rloop_mcore.validate import read_hf_config
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
 
@@ -49,22 +46,7 @@ def conduct(config: Config, run: RunDirectory, servers: Sequence[Server]) -> Non
         channel = weight_channel(config, bridge.largest)
         with (
             conducted_actor(config, bridge) as actor,
-            Fleet(
-                servers,
-                channel,
-                model=ServedModel.of(
-                    read_hf_config(Path(config.model.path)),
-                    Path(config.model.path),
-                    fp8=config.rollout.quantization == "fp8",
-                ),
-                bucket_mib=config.rollout.bucket_mib,
-                start_timeout_s=config.rollout.start_timeout_s,
-                request_timeout_s=config.rollout.request_timeout_s,
-                backend=channel.backend if channel is not None else "gloo",
-                deterministic=deterministic,
-                max_running=config.rollout.max_running,
-                partial=config.rollout.partial,
-            ) as fleet,
+            fleet_of(config, servers, channel, Path(config.model.path), deterministic) as fleet,
         ):
             run_algorithm(config, run, actor, fleet, rewards)
 

@@ -16,11 +16,14 @@ from rloop_mcore.compose import read_config
 from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import best, removed
+from rloop_mcore.kept_policies import best, removed
 from rloop_mcore.platform.files import json_object, passing_over_a_full_disk, try_lock, write_atomic
 
+FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # of a start of a Slurm job: the batch script makes the folder and names it
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
+_FOLDERS = {"cache", "checkpoints", "evaluation", "experts", "model", "policies", "tensorboard"}
+_FILES = {"lock", "config.yaml", "journal.jsonl", "metrics.jsonl", "timeline.jsonl", "heartbeat", "stop", "ending.json"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class RunDirectory:
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
+        for name in sorted(names & (_FOLDERS | _FILES)):
+            if (self.path / name).is_dir() != (name in _FOLDERS):
+                kind = "folder" if name in _FOLDERS else "file"
+                raise UserError(
+                    f"{self.path / name} has to be a {kind} of the run's: move what is there out of its way."
+                )
         self.open_journal()
 
     def open_journal(self) -> Journal:
@@ -105,7 +114,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
-        """Hold the directory: one run at a time. Raises UserError when another process keeps it."""
+        """Hold the directory: one run at a time; the file says whose. Raises UserError where another has it."""
         self.create()
         descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT)
         try:
@@ -114,6 +123,9 @@ class RunDirectory:
                 if time.monotonic() > deadline:
                     raise UserError(f"run.dir={self.path} is in use by another run: wait for it, or choose another.")
                 time.sleep(0.1)
+            with passing_over_a_full_disk():
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _this_start().encode())
             yield
         finally:
             os.close(descriptor)
@@ -143,8 +155,10 @@ class RunDirectory:
     def write_ending(self, code: int, message: str, report: str = "") -> None:
         """How the run ended; `report` (a traceback) makes it a fault that people can read about.
 
-        Nothing is said where the disk is full.
+        Nothing is said where the disk is full, and none of a later start by a node of a job that was cut off.
         """
+        if self._is_of_a_later_start():
+            return
         with passing_over_a_full_disk():
             write_atomic(self.path / "ending.json", json.dumps({"code": code, "message": message}))
             if report:
@@ -157,6 +171,12 @@ class RunDirectory:
         else:
             kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
             self.write_ending(1, f"{where}{kind}{error}", traceback.format_exc())
+
+    def _is_of_a_later_start(self) -> bool:
+        """Whether another start has taken the directory from the one that this process is of."""
+        with suppress(FileNotFoundError):
+            return (self.path / "lock").read_text(errors="replace") not in ("", _this_start())
+        return False
 
     def ending(self) -> dict[str, Any] | None:
         found = read_if_sound(self.path / "ending.json")
@@ -175,11 +195,16 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
 
+def _this_start() -> str:
+    """A start of a job has a folder of its own; outside of jobs nothing outlives its supervisor."""
+    return os.environ.get(FOLDER_VARIABLE, "no job")
+
+
 def read_if_sound(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, or a damaged one."""
     try:
         return json_object(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from rloop_mcore.keeping import best
+from rloop_mcore.kept_policies import best
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.platform.files import read_json_lines
+from rloop_mcore.progress import figures_text
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
 _SAID_ABOVE = ("iteration", "phase", "step", "total", "time")
@@ -31,7 +32,8 @@ def status(path: Path, as_json: bool) -> int:
         last = state["metrics"]  # of a step that may not be committed yet
         if last.get("total") and all(last.get(key) == state[key] for key in ("iteration", "phase")):
             state["step"] = f"{state['step']} of {last['total']}"
-        state["metrics"] = {key: value for key, value in last.items() if key not in _SAID_ABOVE}
+        others = {key: value for key, value in last.items() if key not in _SAID_ABOVE}
+        state["metrics"] = figures_text(last) or others  # of a step there are dozens: --json has them all
         for key, value in state.items():
             if value not in (None, [], {}):
                 # the last words of a run may be anybody's, brackets included

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
+from rloop_mcore.data.prompts import check_lengths, solution_of
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
@@ -28,9 +29,9 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import take_changes, take_inputs
 from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.deadline import check_job_end, in_words, job_end
-from rloop_mcore.main.head import explain, first_place
-from rloop_mcore.main.meeting import Meeting
-from rloop_mcore.main.ranks import SCHEDULERS, Place, start_ranks
+from rloop_mcore.main.head import explain, first_rendezvous
+from rloop_mcore.main.job_folder import JobFolder
+from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
 from rloop_mcore.planning.architecture import Architecture
@@ -46,25 +47,32 @@ _GRACE_S = 60.0
 _LEAST_GIB = 0.3  # of a process with torch
 
 
-def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None) -> int:
+def train(overrides: Sequence[str], force: bool, job: JobFolder | None = None) -> int:
     """Run or resume one training run; returns the exit code. `force` takes unsafe changes.
 
-    meeting: of the job whose first node this is. Raises UserError, and Fault where the other nodes don't come.
+    job: whose first node this is. Raises UserError, and Fault where the other nodes don't come.
     """
     config = load_config(overrides)
     validate.check_values(config)
     roles(config)
-    if meeting is None and config.cluster.nodes > 1:
+    if job is None and config.cluster.nodes > 1:
         raise UserError(f"cluster.nodes={config.cluster.nodes}: `rloop launch` starts a run on more than one node.")
     check_job_end(config.cluster)
     run = RunDirectory(Path(config.run.dir))
-    with _generated_model(config, run):
-        problems, digests = _check_inputs(config, run.model(config))
+    model = run.model(config)
+    made_here = config.model.path == GENERATED_MODEL and not model.exists()
+    with TemporaryDirectory() as folder:  # until the run is not refused, and it is this start that has its directory
+        checked = Path(folder) / GENERATED_MODEL if made_here else model
+        if made_here:
+            write_model(checked, seed=0)
+        problems, digests = _check_inputs(config, checked)
     with run.lock():
         changed = take_changes(run, config, force)
         take_inputs(run, config, digests, force)
         crashes = CrashRecord(run, config)
         crashes.check(force)
+        if made_here and not model.exists():
+            write_model(model, seed=0)
         write_atomic(run.config, to_yaml(config))
         if not changed and _finished(run, config):  # a changed key may ask for less to be kept
             print(
@@ -79,31 +87,13 @@ def train(overrides: Sequence[str], force: bool, meeting: Meeting | None = None)
         print(
             f"rloop: starting the ranks and engines of {run.path}; its *.log files say how", file=sys.stderr, flush=True
         )
-        code, message = _supervise(run, config, meeting)
+        code, message = _supervise(run, config, job)
         if (code == 1 or message.startswith(STALLED)) and (enough := crashes.note(message)):
             code, message = 1, f"{message}; {enough}"
             run.write_ending(code, message)
         if message:
             print(f"rloop: {message}", file=sys.stderr)
         return code
-
-
-@contextmanager
-def _generated_model(config: Config, run: RunDirectory) -> Iterator[None]:
-    """Make the generated task's untrained model, where that is what is trained; a refused run leaves nothing of it."""
-    model = run.model(config)
-    if config.model.path != GENERATED_MODEL or model.exists():
-        yield
-        return
-    run.create()
-    write_model(model, seed=0)
-    try:
-        yield
-    except UserError:
-        shutil.rmtree(model)
-        with suppress(OSError):  # what was there before stays
-            run.path.rmdir()
-        raise
 
 
 def _finished(run: RunDirectory, config: Config) -> bool:
@@ -128,12 +118,17 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     if device == "cuda" and config.cluster.gpu.memory_gib:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
     catalogue(model)
-    template = PromptTemplate(config.data.template, TextTokenizer(model))
+    tokenizer = TextTokenizer(model)
+    template = PromptTemplate(config.data.template, tokenizer)
     load_verifier(config.reward.verifier)
     if config.data.sampler is not None:
         load_sampler(config.data.sampler)
     sources = problem_sources(config)
     problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items()}
+    for key in sources.keys() - {"sft.demonstrations"}:
+        check_lengths(problems[key], tokenizer, template, config.data.max_prompt_tokens)
+    for demonstration in problems.get("sft.demonstrations", ()):
+        solution_of(demonstration)
     digests = {key: digest_of_problems(found) for key, found in problems.items()}
     return len(problems["data.train"]), digests | {"data.template": sha256(template.text.encode()).hexdigest()[:16]}
 
@@ -150,7 +145,7 @@ def _check_memory(config: Config) -> None:
         )
 
 
-def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tuple[int, str]:
+def _supervise(run: RunDirectory, config: Config, job: JobFolder | None) -> tuple[int, str]:
     """Run the ranks to their end; the exit code, and what is to be said."""
     run.clear_ending()
     end, margin_s = job_end(config.cluster), config.cluster.stop_margin_s
@@ -161,19 +156,19 @@ def _supervise(run: RunDirectory, config: Config, meeting: Meeting | None) -> tu
         )
         run.write_ending(75, message)
         return 75, message
-    place, log, keeper = Place(roles(config).ranks), run.log, None
-    if meeting is not None:
+    rendezvous, log, keeper = Rendezvous(roles(config).ranks), run.log, None
+    if job is not None:
         try:
-            (place, keeper), log = first_place(config, run, meeting), meeting.log("torchrun-0")
+            (rendezvous, keeper), log = first_rendezvous(config, run, job), job.log("torchrun-0")
         except (UserError, Fault, OSError) as error:
             run.write_error(error)
             raise
     watchdog = Watchdog(run, config)
-    ranks = start_ranks(run.path, place, log)
+    ranks = start_ranks(run.path, rendezvous, log)
     with _stop_signals(run, ranks):
-        code = _watch(run, ranks, keeper, watchdog, meeting, config.cluster.nodes)
-    if meeting is not None:
-        explain(run, meeting, config.cluster.nodes)
+        code = _watch(run, ranks, keeper, watchdog, job, config.cluster.nodes)
+    if job is not None:
+        explain(run, job, config.cluster.nodes)
     ending = run.ending()
     if ending is not None:
         return int(ending["code"]), str(ending["message"])
@@ -191,7 +186,7 @@ def _watch(
     ranks: subprocess.Popen[bytes],
     keeper: subprocess.Popen[bytes] | None,
     watchdog: Watchdog,
-    meeting: Meeting | None,
+    job: JobFolder | None,
     nodes: int,
 ) -> int:
     """Wait for the end of this node's ranks, and bring it about where they stall, where nobody keeps its engines any
@@ -203,12 +198,12 @@ def _watch(
         except subprocess.TimeoutExpired:
             if (why := watchdog.look()) is not None:
                 print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = keep_all_stacks(run, meeting, nodes)
+                kept = keep_all_stacks(run, job, nodes)
                 # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
                 run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
                 kill_children()
-            if meeting is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
-                log = meeting.log("engines-0")
+            if job is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
+                log = job.log("engines-0")
                 run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
             if ended is None and (run.ending() or {"code": 0})["code"] != 0:
                 ended = time.monotonic()

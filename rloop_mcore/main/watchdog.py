@@ -14,7 +14,7 @@ import psutil
 
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.stacks import collect
 from rloop_mcore.platform.files import read_json_lines
@@ -79,13 +79,13 @@ def step_seconds(metrics: Path) -> float | None:
     return median(gaps[-_LAST_STEPS:]) if gaps else None
 
 
-def keep_all_stacks(run: RunDirectory, meeting: Meeting | None, nodes: int) -> str:
+def keep_all_stacks(run: RunDirectory, job: JobFolder | None, nodes: int) -> str:
     """Write the stacks of the run's processes, on the other nodes of the job too; returns, in words, where they are."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     kept = [keep_stacks(run, stamp)]
-    if meeting is not None and nodes > 1:
-        meeting.ask_for_stacks(stamp)
-        kept += meeting.wait_for_stacks(nodes, _OTHERS_S)
+    if job is not None and nodes > 1:
+        job.ask_for_stacks(stamp)
+        kept += job.wait_for_stacks(nodes, _OTHERS_S)
     return ", ".join(kept)
 
 

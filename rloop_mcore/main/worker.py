@@ -15,7 +15,7 @@ from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Interrupted, UserError
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import stages
@@ -29,8 +29,8 @@ def main() -> int:
     _die_with_the_run()
     show_stacks_when_asked()
     run, rank = RunDirectory(Path(sys.argv[1])), int(os.environ["RANK"])
-    if (meeting := Meeting.of_this_job()) is not None:
-        _log_to(meeting.log(f"rank-{rank}"), progress=rank == 0)
+    if (job := JobFolder.of_this_job()) is not None:
+        _log_to(job.log(f"rank-{rank}"), progress=rank == 0)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",

@@ -147,9 +147,17 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value that `text` is. Raises ValueError where it is none, or is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises ValueError, or RecursionError, where it is something else."""
-    value = json.loads(text)
+    """The JSON object that `text` is. Raises ValueError where it is something else."""
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"it is {json.dumps(value):.40}")
     return value
@@ -161,7 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return json_object(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is no JSON object ({error}).") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
@@ -179,6 +187,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         try:
             objects.append(json_object(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path}, line {number} is no JSON object ({error}): the file is damaged.") from error
     return objects

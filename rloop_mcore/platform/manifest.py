@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.platform.files import parse_json
 
 _MANIFEST = "manifest.json"
 _PICKLES = (".metadata", "common.pt")  # of Megatron's torch_dist; the rest is looked at for its size only
@@ -33,7 +34,7 @@ def check_manifest(folder: Path, trust: bool) -> None:
             "should hold (`rloop convert --trust` takes it all the same)."
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
         files, digests = dict(manifest["files"]), dict(manifest["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no manifest of a checkpoint ({type(error).__name__}: {error}).") from error

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rloop_mcore.config import RewardConfig
-from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
+from rloop_mcore.platform.files import parse_json, passing_over_a_full_disk, write_atomic
 from rloop_mcore.reward.math import compare_symbolically
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.types import Problem, Verdict
@@ -48,7 +48,7 @@ def verify_gold(problem: Problem, response: str, truncated: bool, answer_format:
 def _read(kept: Path, problems: Sequence[Problem], config: RewardConfig) -> dict[str, str] | None:
     """What an earlier start found; None where that is missing, damaged, or of something else."""
     try:
-        record = json.loads(kept.read_bytes())
+        record = parse_json(kept.read_bytes())
         found = dict(record["unverifiable"])
         return found if record["digest"] == _digest(found, problems, config) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,7 +11,7 @@ from typing import Any
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.platform.files import parse_json, write_atomic
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.types import Problem
 
@@ -72,8 +72,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _read_row(line: bytes, where: str) -> dict[str, Any]:
     wanted = 'want {"id": ..., "gold": "the right answer", "pred": "the whole response"}'
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); {wanted}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; {wanted}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import fsync_path, write_atomic
+from rloop_mcore.platform.files import fsync_path, parse_json, write_atomic
 
 NAME = "manifest.json"
 QUARANTINE = "quarantine"
@@ -58,7 +58,7 @@ def read_manifest(directory: Path) -> list[Shard]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         entries = content["shards"]
         intact = content["check"] == _check(entries)
     except (ValueError, KeyError, TypeError):

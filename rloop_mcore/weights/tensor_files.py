@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import read_json
+from rloop_mcore.platform.files import parse_json, read_json
 
 # of an element
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -58,7 +57,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise UserError(f"{file} is not a whole safetensors file: its header does not fit in its {size} bytes.")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         entries = {
             name: TensorEntry(
                 file,
@@ -69,7 +68,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is not a safetensors file: its header is unreadable ({error}).") from None
     end = max((entry.end for entry in entries.values()), default=0)
     if end > size:

@@ -87,7 +87,9 @@ def test_an_evaluation_of_another_form_is_refused_by_its_name(content: str, rloo
         read_run(rloop_run)
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"a: [", b"caf\xe9: 1"])
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"a: [", b"caf\xe9: 1", b"[" * 100_000], ids=["list", "half", "latin-1", "nested"]
+)
 def test_a_configuration_that_is_none_is_located(content: bytes, rloop_run: Path) -> None:
     (rloop_run / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml"):

@@ -18,6 +18,12 @@ from rloop_mcore.types import ExpertQuery, Trajectory
 THRESHOLD = 0.25
 
 
+def test_a_manifest_nested_without_end_is_none(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"manifest\.json is not the manifest of a trajectory cache"):
+        read_samples(tmp_path)
+
+
 def trajectory(iteration: int, step: int, problem: int, sample: int, correct: bool, length: int) -> Trajectory:
     return Trajectory(
         iteration=iteration,

@@ -71,6 +71,10 @@ def test_parquet_errors_name_the_row_and_the_missing_column(tmp_path: Path) -> N
     pq.write_table(pa.table({"question": ["x"], "answer": ["1"]}), path)
     with pytest.raises(UserError, match="no column problem; it has question, answer"):
         load_problems(str(path))
+    twice = pa.Table.from_arrays([pa.array([cell]) for cell in ("x", "1", "2")], ["problem", "answer", "answer"])
+    pq.write_table(twice, path)
+    with pytest.raises(UserError, match="several columns called answer"):
+        load_problems(str(path))
     path.write_text("not parquet")
     with pytest.raises(UserError, match="not a Parquet file"):
         load_problems(str(path))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import train
@@ -40,7 +42,7 @@ def test_what_starts_a_finished_run(
     if code is not None:
         run.write_ending(code, "")
     begun: list[RunDirectory] = []
-    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: begun.append(run) or (0, ""))
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: begun.append(run) or (0, ""))
     assert train.train([*tiny, override], force=False) == 0
     assert bool(begun) == starts
     assert ("rloop: starting" in capsys.readouterr().err) == starts
@@ -53,7 +55,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_prompt(
     data.write_text('{"problem": "1,2,3=6", "answer": "6", "id": "a"}\n')
     template.write_text("{{ problem }},")
     command = ["experiment=tiny", f"run.dir={tmp_path / 'run'}", f"data.train={data}", f"data.template={template}"]
-    monkeypatch.setattr(train, "_supervise", lambda run, config, meeting: (0, ""))
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: (0, ""))
     assert train.train(command, force=False) == 0
     Journal(RunDirectory(tmp_path / "run").journal).record("commit", iteration=0, phase="sft", step=1)
     for file, key in ((data, r"data\.train"), (template, r"data\.template")):
@@ -68,4 +70,47 @@ def test_a_run_does_not_go_on_with_other_data_or_another_prompt(
 def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nope\.jsonl does not exist"):
         train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", "data.train=nope.jsonl"], force=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_start_takes_no_model_from_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin at the same moment in one new directory, and one of them is a mistake."""
+    command = ["experiment=tiny", f"run.dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(train, "_supervise", lambda run, config, job: (0, ""))
+    check = train._check_inputs
+
+    def meanwhile(config: Config, model: Path) -> NoReturn:
+        monkeypatch.setattr(train, "_check_inputs", check)
+        assert train.train(command, force=False) == 0
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(train, "_check_inputs", meanwhile)
+    with pytest.raises(UserError, match="a mistake"):
+        train.train(command, force=False)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["timeline.jsonl", "metrics.jsonl", "journal.jsonl", "cache", "policies", "tensorboard"]
+)
+def test_what_stands_where_a_run_writes_is_found_before_it_starts(name: str, tmp_path: Path) -> None:
+    run, place = RunDirectory(tmp_path), tmp_path / name
+    run.config.touch()
+    place.mkdir() if "." in name else place.touch()
+    with pytest.raises(UserError, match=f"{name} has to be a {'file' if '.' in name else 'folder'}"):
+        train.train(["experiment=tiny", f"run.dir={tmp_path}"], force=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.max_prompt_tokens=2", r"all \d+ prompts are longer than data.max_prompt_tokens=2"),
+        ("sft.demonstrations=countdown3:validation", "has no text in meta.solution"),
+    ],
+)
+def test_prompts_and_demonstrations_are_looked_at_before_the_ranks_start(
+    override: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", override], force=False)
     assert not (tmp_path / "run").exists()

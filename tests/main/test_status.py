@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,23 @@ def test_a_step_is_told_with_how_many_its_phase_has(tmp_path: Path, capsys: pyte
     run = RunDirectory(tmp_path)
     run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
     Journal(run.journal).record("commit", iteration=0, phase="explore", step=7)
-    logged = {"iteration": 0, "phase": "explore", "step": 8, "total": 300, "loss": 0.5}
+    logged = {"iteration": 0, "phase": "explore", "step": 8, "total": 300, "loss": 0.5, "lr": 1e-6}
     for phase, step in (("explore", "7 of 300"), ("exploit", "7")):  # which is not committed yet
         (tmp_path / "metrics.jsonl").write_text(json.dumps(logged | {"phase": phase}) + "\n")
         status(tmp_path, as_json=False)
         printed = capsys.readouterr().out.splitlines()
         assert f"step           {step}" in printed
-        assert "metrics        loss 0.5" in printed
+        assert "metrics        loss 0.500" in printed  # and nothing of the learning rate
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "cache/manifest.json"])
+def test_a_file_nested_without_end_is_damage(name: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
+    run.cache.mkdir()
+    (tmp_path / name).write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}")):
+        read_status(run)
 
 
 def test_a_lost_journal_is_said_as_a_start_would_say_it(tmp_path: Path) -> None:

@@ -58,7 +58,16 @@ def test_another_version_of_a_verifier_grades_again(kept: Path, monkeypatch: pyt
 def test_a_damaged_file_grades_again(kept: Path) -> None:
     whole = kept.read_bytes()
     other = json.dumps(json.loads(whole) | {"unverifiable": {"good": "unparsable"}}).encode()
-    for damaged in (b"", whole[: len(whole) // 2], b"[]", b"3", b'{"unverifiable": 3}', b"\xff\xfe", other):
+    for damaged in (
+        b"",
+        whole[: len(whole) // 2],
+        b"[]",
+        b"3",
+        b"[" * 10**5,
+        b'{"unverifiable": 3}',
+        b"\xff\xfe",
+        other,
+    ):
         kept.write_bytes(damaged)
         with pytest.raises(RuntimeError):
             unverifiable(PROBLEMS, RewardConfig(), kept)

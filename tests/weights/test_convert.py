@@ -390,6 +390,11 @@ def evil_metadata(folder: Path) -> None:
 MALFORMED_CHECKPOINTS = {
     "a file missing": (drop("*.distcp"), [], "which its manifest.json lists"),
     "a file cut off": (cut_file, [], "it is not what was written"),
+    "a manifest nested without end": (
+        lambda f: (f / "manifest.json").write_text("[" * 100_000),
+        [],
+        "manifest.json is no manifest of a checkpoint",
+    ),
     "metadata changed": (
         lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:-1] + b"x"),
         [],

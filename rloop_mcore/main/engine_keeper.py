@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rloop_mcore.config import Config
 from rloop_mcore.main.engines import start_engine
-from rloop_mcore.main.meeting import Meeting
+from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.ranks import work_for
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
@@ -29,23 +29,23 @@ _BACKOFF_S = (1.0, 5.0, 15.0, 60.0)  # after so many starts in a row that never 
 log = logging.getLogger(__name__)
 
 
-def _keep_engines(config: Config, run: RunDirectory, meeting: Meeting, node: int, address: str) -> None:
+def _keep_engines(config: Config, run: RunDirectory, job: JobFolder, node: int, address: str) -> None:
     """Run the engines of `node`, reached at `address`, until the job has ended. Call it on the main thread."""
     interface = interface_of(address)  # for the weight broadcast
     os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    here, key = roles(config).engines_of(node), meeting.key()
-    servers = [start_engine(config, run.model(config), meeting.folder, k, here, address, key) for k in here]
+    here, key = roles(config).engines_of(node), job.key()
+    servers = [start_engine(config, run.model(config), job.folder, k, here, address, key) for k in here]
     try:
-        asyncio.run(_keep_all(meeting, dict(zip(here, servers, strict=True)), config.rollout.start_timeout_s))
+        asyncio.run(_keep_all(job, dict(zip(here, servers, strict=True)), config.rollout.start_timeout_s))
     finally:
         stop_all(servers)
 
 
-def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subprocess.Popen[bytes]:
+def start_keeper(run: Path, job: JobFolder, node: int, address: str) -> subprocess.Popen[bytes]:
     """Keep the engines of `node`, reached at `address`, in a process that ends with this one."""
     parent = os.getpid()
-    command = [sys.executable, "-m", "rloop_mcore.main.keeper", str(run), str(node), address]
-    with open(meeting.log(f"engines-{node}"), "ab") as output:
+    command = [sys.executable, "-m", "rloop_mcore.main.engine_keeper", str(run), str(node), address]
+    with open(job.log(f"engines-{node}"), "ab") as output:
         return subprocess.Popen(
             command,
             env={**os.environ, **OWN_PATH},
@@ -56,10 +56,10 @@ def start_keeper(run: Path, meeting: Meeting, node: int, address: str) -> subpro
         )
 
 
-async def _keep_all(meeting: Meeting, servers: dict[int, EmbeddedServer | SGLangServer], timeout_s: float) -> None:
-    tasks = [asyncio.create_task(_keep(s, Publication(meeting.folder, k), timeout_s)) for k, s in servers.items()]
+async def _keep_all(job: JobFolder, servers: dict[int, EmbeddedServer | SGLangServer], timeout_s: float) -> None:
+    tasks = [asyncio.create_task(_keep(s, Publication(job.folder, k), timeout_s)) for k, s in servers.items()]
     try:
-        while not meeting.ended():
+        while not job.ended():
             done, _ = await asyncio.wait(tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # none returns: an engine that nobody keeps would be missed for ever
@@ -97,9 +97,9 @@ async def _keep(server: EmbeddedServer | SGLangServer, publication: Publication,
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # of a cancelled job: the ranks end, and this with them
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run, meeting = RunDirectory(Path(sys.argv[1])), Meeting.of_this_job()
-    assert meeting is not None
-    _keep_engines(run.read_config(), run, meeting, int(sys.argv[2]), sys.argv[3])
+    run, job = RunDirectory(Path(sys.argv[1])), JobFolder.of_this_job()
+    assert job is not None
+    _keep_engines(run.read_config(), run, job, int(sys.argv[2]), sys.argv[3])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from rloop_mcore.algorithm.best_checkpoint import best_first
 from rloop_mcore.config import CheckpointConfig
 from rloop_mcore.journal import Journal
+from rloop_mcore.types import PolicyName
 
-_NAME = re.compile(r"i(?P<iteration>\d+)_(?P<phase>[a-z]+)_(?P<step>\d+)")
 Record = dict[str, Any]
 
 
@@ -68,9 +67,9 @@ def _measurements(records: Sequence[Record]) -> list[Measurement]:
     measurements = []
     for record in records:
         if record["event"] == "measured":
-            place = _NAME.fullmatch(record["name"])
-            iteration, phase, step = (int(place[1]), place[2], int(place[3])) if place else (0, "base", 0)
+            name = PolicyName.of(record["name"])
+            assert name is not None, "a run measures policies under their names alone"
             metric = next((key for key in record["metrics"] if key.startswith("avg@")), "")
             average = record["metrics"].get(metric, 0.0)
-            measurements.append(Measurement(record["name"], iteration, phase, step, record["path"], metric, average))
+            measurements.append(Measurement(str(name), *name, record["path"], metric, average))
     return measurements

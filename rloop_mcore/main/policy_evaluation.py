@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rloop_mcore import platform, validate
+from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
@@ -20,7 +20,7 @@ from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.evaluation.evaluate import check_ids
 from rloop_mcore.evaluation.sampling import Graded, Sampler, still_wanted, votes_of
 from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
-from rloop_mcore.main.engines import start_servers, with_engines_for_routers
+from rloop_mcore.main.engines import fleet_of, start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.main.training_problems import report_bad_golds
 from rloop_mcore.platform.files import write_atomic
@@ -82,16 +82,16 @@ class PolicyEvaluation:
 
     def _rows(self, name: str, prompts: TemplatePrompts, conditions: Conditions, kept: KeptSamples) -> list[Graded]:
         """The wanted samples in the order of the problems; every batch that is drawn is kept at once."""
-        samples, at_once = self._config.evaluation.samples, 2 * self._config.rollout.max_running
+        samples = self._config.evaluation.samples
         wanted = still_wanted(prompts.prompts, samples, kept.rows)
         drawn: list[Graded] = []
         if wanted:
             total = len(prompts.prompts) * samples
-            sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, conditions.seed)
+            at_once, seed = 2 * self._config.rollout.max_running, conditions.seed
+            sampler = Sampler(self._fleet, self._rewards, prompts.decode, conditions.sampling, seed, at_once)
             show = _progress(self._display, name, total - len(wanted), total)
             show(drawn)
-            for start in range(0, len(wanted), at_once):
-                batch = sampler.draw(wanted[start : start + at_once])
+            for batch in sampler.batches(wanted):
                 kept.add(batch)
                 drawn += map(Graded.of, batch)
                 show(drawn)
@@ -124,19 +124,8 @@ class PolicyEvaluation:
         config = with_engines_for_routers(self._config)
         logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         servers = start_servers(config, self._policy, logs)
-        from rloop_mcore.rollout.fleet import Fleet  # torch: while the servers import theirs
-        from rloop_mcore.rollout.served import ServedModel
-
-        fleet = Fleet(
-            servers,
-            None,
-            model=ServedModel.of(validate.read_hf_config(self._policy), self._policy),
-            bucket_mib=config.rollout.bucket_mib,
-            start_timeout_s=config.rollout.start_timeout_s,
-            request_timeout_s=config.rollout.request_timeout_s,
-            deterministic=platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device)),
-            max_running=config.rollout.max_running,
-        )
+        deterministic = platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device))
+        fleet = fleet_of(config, servers, None, self._policy, deterministic)
         self._stack.enter_context(fleet)
         fleet.adopt_weights()
         return fleet

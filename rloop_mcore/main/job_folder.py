@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.main.run_directory import FOLDER_VARIABLE
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.network import address_of, addresses
 
-FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # the batch script makes the folder and names it
 _SEEN_VARIABLE = "SLURM_LAUNCH_NODE_IPADDR"  # the first node, as a task sees it
 _POLL_S = 0.1
 
@@ -33,12 +33,12 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class JobFolder:
     folder: Path
 
     @classmethod
-    def of_this_job(cls) -> Meeting | None:
-        """The meeting of the job that this process belongs to."""
+    def of_this_job(cls) -> JobFolder | None:
+        """Of the start that this process belongs to."""
         folder = os.environ.get(FOLDER_VARIABLE)
         return cls(Path(folder)) if folder else None
 

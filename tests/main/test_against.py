@@ -8,7 +8,7 @@ import pytest
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.paired import compare_paired
-from rloop_mcore.main.comparison import compare, read_result
+from rloop_mcore.main.against import compare, read_result
 
 
 def record(scores: dict[str, float], **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from rloop_mcore.config import CheckpointConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
-from rloop_mcore.keeping import best, removable, removed
+from rloop_mcore.kept_policies import best, removable, removed
 from rloop_mcore.main.cli import main
 from rloop_mcore.main.run_directory import check_not_removed
 

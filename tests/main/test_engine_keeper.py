@@ -14,9 +14,9 @@ from typing import Any, cast
 import pytest
 
 from rloop_mcore.compose import load_config, to_yaml
-from rloop_mcore.main import keeper, train
-from rloop_mcore.main.keeper import start_keeper
-from rloop_mcore.main.meeting import FOLDER_VARIABLE, Meeting
+from rloop_mcore.main import engine_keeper, train
+from rloop_mcore.main.engine_keeper import start_keeper
+from rloop_mcore.main.job_folder import FOLDER_VARIABLE, JobFolder
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.watchdog import Watchdog
 from rloop_mcore.rollout.published import Publication
@@ -39,15 +39,15 @@ class Server:
 
 
 async def _kept(folder: Path, server: Server, seconds: float = 20.0) -> None:
-    """Keep engine 0 until the meeting has ended."""
-    keeping = keeper._keep_all(Meeting(folder), {0: cast(Any, server)}, 5.0)
+    """Keep engine 0 until the job has ended."""
+    keeping = engine_keeper._keep_all(JobFolder(folder), {0: cast(Any, server)}, 5.0)
     await asyncio.wait_for(keeping, seconds)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_POLL_S", 0.01), ("_FILES_AGAIN_S", 0.01), ("_BACKOFF_S", (0.01,))):
-        monkeypatch.setattr(keeper, name, value)
+        monkeypatch.setattr(engine_keeper, name, value)
 
 
 @pytest.mark.parametrize("route", ["publish", "refused"])
@@ -99,19 +99,19 @@ def test_signals_to_a_whole_job_do_not_end_who_keeps_its_engines(
     folder = tmp_path / "slurm/1.0"
     folder.mkdir(parents=True)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-    meeting = Meeting(folder)
-    meeting.new_key()
+    job = JobFolder(folder)
+    job.new_key()
     words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(words)))
 
     def wait_for_starts(count: int) -> None:
         deadline = time.monotonic() + 60.0
-        while (log := meeting.log("engines-0").read_text()).count("is started anew") < count:
+        while (log := job.log("engines-0").read_text()).count("is started anew") < count:
             assert time.monotonic() < deadline, log
             assert process.poll() is None, log
             time.sleep(0.05)
 
-    process = start_keeper(tmp_path, meeting, 0, "127.0.0.1")  # its engine fails, for want of a model
+    process = start_keeper(tmp_path, job, 0, "127.0.0.1")  # its engine fails, for want of a model
     try:
         wait_for_starts(1)
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
@@ -128,10 +128,10 @@ def test_a_first_node_whose_engines_nobody_keeps_any_more_ends_the_run(
     """As any other node does."""
     monkeypatch.setattr(train, "_LOOK_S", 0.05)
     monkeypatch.setattr(train, "_GRACE_S", 0.0)
-    run, meeting, config = RunDirectory(tmp_path), Meeting(tmp_path), load_config(["experiment=tiny"])
-    meeting.log("engines-0").write_text("its last words\n")
+    run, job, config = RunDirectory(tmp_path), JobFolder(tmp_path), load_config(["experiment=tiny"])
+    job.log("engines-0").write_text("its last words\n")
     with subprocess.Popen(["sleep", "60"]) as ranks, subprocess.Popen(["false"]) as dead:
-        assert train._watch(run, ranks, dead, Watchdog(run, config), meeting, 2) == -9
+        assert train._watch(run, ranks, dead, Watchdog(run, config), job, 2) == -9
     ending = run.ending()
     assert ending is not None
     assert (ending["code"], ending["message"][:37]) == (1, "the keeper of the engines of node 0 e")

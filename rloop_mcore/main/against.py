@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.paired import compare_paired
+from rloop_mcore.platform.files import parse_json
 
 Record = dict[str, Any]
 
@@ -21,7 +21,7 @@ _SAMPLING = ("max_tokens", "temperature", "top_p")
 def read_result(path: Path) -> dict[str, Record]:
     """The records of a file that `rloop evaluate --json` wrote, by benchmark. Raises UserError for another file."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_text(encoding="utf-8"))
         records = dict(result["benchmarks"]) if "benchmarks" in result else {result["name"]: result}
         for record in records.values():
             if (
@@ -35,7 +35,7 @@ def read_result(path: Path) -> dict[str, Record]:
                     raise ValueError("scores that are no numbers")
     except OSError as error:
         raise UserError(f"--against {path} cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(  # not repr(error): of a file that is not UTF-8 that is all of its bytes
             f"--against {path} is not what `rloop evaluate --json` of this version writes ({type(error).__name__}: "
             f"{error})."

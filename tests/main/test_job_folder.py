@@ -14,9 +14,9 @@ import pytest
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.head import explain
-from rloop_mcore.main.meeting import Head, Meeting, head_address
+from rloop_mcore.main.job_folder import Head, JobFolder, head_address
 from rloop_mcore.main.node import node
-from rloop_mcore.main.ranks import SCHEDULERS, Place, first_failure
+from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, first_failure
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.train import _supervise
 from rloop_mcore.platform.network import addresses
@@ -40,35 +40,51 @@ Root Cause (first observed failure):
 
 
 def test_the_others_learn_where_the_first_node_is(tmp_path: Path) -> None:
-    meeting, found = Meeting(tmp_path), []
-    follower = threading.Thread(target=lambda: found.append(meeting.wait_for_head(20)))
+    job, found = JobFolder(tmp_path), []
+    follower = threading.Thread(target=lambda: found.append(job.wait_for_head(20)))
     follower.start()
     time.sleep(0.2)
-    meeting.publish_head(Head("10.0.0.1", 4711))
+    job.publish_head(Head("10.0.0.1", 4711))
     follower.join(20)
     assert found == [Head("10.0.0.1", 4711)]
 
 
 def test_a_first_node_that_ends_releases_the_others(tmp_path: Path) -> None:
-    Meeting(tmp_path).end(2)
-    assert Meeting(tmp_path).wait_for_head(20) is None
+    JobFolder(tmp_path).end(2)
+    assert JobFolder(tmp_path).wait_for_head(20) is None
+
+
+def test_a_node_that_was_cut_off_says_nothing_of_a_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, word = RunDirectory(tmp_path), "node 1: the connection was lost"
+    for later in ("slurm/7.1", None):  # without: it was not a job that went on
+        monkeypatch.delenv("RLOOP_JOB_FOLDER", raising=False)
+        if later is not None:
+            monkeypatch.setenv("RLOOP_JOB_FOLDER", later)
+        with run.lock():
+            monkeypatch.setenv("RLOOP_JOB_FOLDER", "slurm/7.0")
+            run.write_ending(1, word)
+            assert run.ending() is None
+    monkeypatch.setenv("RLOOP_JOB_FOLDER", "slurm/7.0")
+    with run.lock():
+        run.write_ending(1, word)
+    assert run.ending() == {"code": 1, "message": word}
 
 
 def test_nodes_that_do_not_come_are_named(tmp_path: Path) -> None:
-    meeting = Meeting(tmp_path)
-    meeting.hello(1)
+    job = JobFolder(tmp_path)
+    job.hello(1)
     with pytest.raises(Fault, match=r"waited 0\.3 s \(cluster\.start_timeout_s\) for nodes 2, 3 of 0 to 3"):
-        meeting.wait_for_nodes(4, 0.3)
-    meeting.hello(2)
-    meeting.hello(3)
-    assert [other["boot"] for other in meeting.wait_for_nodes(4, 20)] == [BOOT] * 3
+        job.wait_for_nodes(4, 0.3)
+    job.hello(2)
+    job.hello(3)
+    assert [other["boot"] for other in job.wait_for_nodes(4, 20)] == [BOOT] * 3
 
 
 def test_a_run_whose_nodes_do_not_come_says_why_it_failed(tmp_path: Path) -> None:
     words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
     run = RunDirectory(tmp_path)
     with pytest.raises(Fault):
-        _supervise(run, load_config([*words, "cluster.start_timeout_s=0.2"]), Meeting(tmp_path))
+        _supervise(run, load_config([*words, "cluster.start_timeout_s=0.2"]), JobFolder(tmp_path))
     ending = run.ending()
     assert ending is not None
     assert (ending["code"], ending["message"][:20]) == (1, "waited 0.2 s (cluste")
@@ -77,10 +93,10 @@ def test_a_run_whose_nodes_do_not_come_says_why_it_failed(tmp_path: Path) -> Non
 
 def test_a_first_node_without_the_jobs_interface_says_so_in_the_run_too(tmp_path: Path) -> None:
     words = ["experiment=tiny", f"run.dir={tmp_path}", "cluster.nodes=2", "layout.dp=2", "rollout.engines=2"]
-    run, meeting = RunDirectory(tmp_path), Meeting(tmp_path)
-    meeting.hello(1)
+    run, job = RunDirectory(tmp_path), JobFolder(tmp_path)
+    job.hello(1)
     with pytest.raises(UserError):
-        _supervise(run, load_config([*words, "cluster.interface=ib7"]), meeting)
+        _supervise(run, load_config([*words, "cluster.interface=ib7"]), job)
     ending = run.ending()
     assert ending is not None
     assert (ending["code"], ending["message"][:24]) == (2, "cluster.interface=ib7 ha")
@@ -94,8 +110,8 @@ def test_a_node_on_which_alone_something_is_wrong_does_not_keep_that_to_itself(
     folder.mkdir(parents=True)
     monkeypatch.setenv("RLOOP_JOB_FOLDER", str(folder))
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setattr(Meeting, "ended", lambda meeting: run.ending() is not None)
-    Meeting(folder).publish_head(Head("127.0.0.1", 4711))
+    monkeypatch.setattr(JobFolder, "ended", lambda job: run.ending() is not None)
+    JobFolder(folder).publish_head(Head("127.0.0.1", 4711))
     before = {number: signal.getsignal(number) for number in SCHEDULERS}
     try:
         for override, words in (
@@ -115,13 +131,13 @@ def test_a_node_on_which_alone_something_is_wrong_does_not_keep_that_to_itself(
 
 
 def test_only_the_user_can_read_the_key(tmp_path: Path) -> None:
-    meeting = Meeting(tmp_path)
-    meeting.new_key()
+    job = JobFolder(tmp_path)
+    job.new_key()
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
-    before = meeting.key()
-    meeting.new_key()
+    before = job.key()
+    job.new_key()
     assert len(before) == 64
-    assert meeting.key() != before
+    assert job.key() != before
 
 
 def seen(address: str, boot: str = BOOT) -> dict[str, str]:
@@ -139,9 +155,9 @@ def test_the_first_node_is_where_the_others_see_it() -> None:
 
 
 def test_torchrun_gets_fixed_numbers() -> None:
-    options = Place(2, 1, 3, "127.0.0.1", "10.0.0.1", 4711).rendezvous()
+    options = Rendezvous(2, 1, 3, "127.0.0.1", "10.0.0.1", 4711).options()
     assert options == ["--nnodes", "3", "--rdzv-conf", "rank=1", "--rdzv-endpoint", "10.0.0.1:4711"]
-    assert Place(2).environment() == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert Rendezvous(2).environment() == {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_torchrun_says_who_fell_first(tmp_path: Path) -> None:
@@ -160,12 +176,12 @@ def test_the_rank_that_was_killed_is_the_cause_and_not_the_one_that_said_so_firs
 ) -> None:
     run, folder = RunDirectory(tmp_path), tmp_path / "slurm/7.0"
     folder.mkdir(parents=True)
-    meeting = Meeting(folder)
+    job = JobFolder(folder)
     run.write_ending(1, "rank 0: RuntimeError: Connection closed by peer", "a traceback")
-    meeting.log("torchrun-0").write_text(TORCHRUN.replace("-9", "1").replace("rank      : 5", "rank      : 0"))
-    meeting.write_failure(1, {"rank": 5, "code": -9, "time": time.time() + 1})
-    meeting.log("rank-5").write_text("its last words\n")
-    explain(run, meeting, 2)
+    job.log("torchrun-0").write_text(TORCHRUN.replace("-9", "1").replace("rank      : 5", "rank      : 0"))
+    job.write_failure(1, {"rank": 5, "code": -9, "time": time.time() + 1})
+    job.log("rank-5").write_text("its last words\n")
+    explain(run, job, 2)
     assert "its last words" in capsys.readouterr().err
     ending = json.loads((tmp_path / "ending.json").read_text())
     assert ending["code"] == 1
@@ -176,5 +192,5 @@ def test_the_rank_that_was_killed_is_the_cause_and_not_the_one_that_said_so_firs
 def test_a_run_that_was_stopped_needs_no_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path)
     run.write_ending(75, "stopped")
-    explain(run, Meeting(tmp_path), 4)
+    explain(run, JobFolder(tmp_path), 4)
     assert capsys.readouterr().err == ""
