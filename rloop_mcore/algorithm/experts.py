@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.types import ExpertQuery, Key
@@ -26,7 +27,8 @@ def drawn(keys: Sequence[Key], query: ExpertQuery) -> list[int]:
                 chosen.append(position)
         kept = chosen
     if query.share < 1:
-        kept = _shuffled(kept, keys, query.seed, "share of the experts")[: math.ceil(query.share * len(kept))]
+        count = math.ceil(Fraction(str(query.share)) * len(kept))  # 0.07 * 100 is more than 7 in doubles
+        kept = _shuffled(kept, keys, query.seed, "share of the experts")[:count]
     return sorted(kept)
 
 

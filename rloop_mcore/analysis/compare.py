@@ -43,13 +43,16 @@ def aligned_forgetting(vanilla: Checkpoints, rloop: Checkpoints) -> AlignedForge
 def comparable(runs: Sequence[Run], found: Sequence[Checkpoints]) -> Iterator[tuple[int, int, AlignedForgetting]]:
     """(vanilla, rloop, both aligned): the first run of one iteration with each run of several, as places in `runs`.
 
-    Runs that were asked different problems under one id are not.
+    A run of several that is still in its first is neither. Runs that were asked different problems under one id are not
+    comparable.
     """
-    kinds = [len(set(each.iterations)) if len(each) > 1 else 0 for each in found]
-    if 1 not in kinds:
+    evaluated = [len(set(each.iterations)) if len(each) > 1 else 0 for each in found]
+    planned = [run.settings.get("algorithm", {}).get("iterations", 1) for run in runs]
+    kinds = list(zip(evaluated, planned, strict=True))
+    if (1, 1) not in kinds:
         return
-    one = kinds.index(1)
-    for other, iterations in enumerate(kinds):
+    one = kinds.index((1, 1))
+    for other, iterations in enumerate(evaluated):
         if iterations < 2 or of_one_id(runs[one], runs[other]):
             continue
         if (aligned := aligned_forgetting(found[one], found[other])) is not None:

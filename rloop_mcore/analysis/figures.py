@@ -149,7 +149,7 @@ def _training(runs: Sequence[Run], wanted: Sequence[_Training]) -> list[Figure]:
 def _experience(runs: Sequence[Run]) -> list[Figure]:
     titles = {
         "experts": ("Expert trajectories", "Successes on hard problems that RFT was trained on.", "trajectories"),
-        "problems": ("Hard problems with a success", "The problems those trajectories solve.", "problems"),
+        "problems": ("Problems of the experts", "The problems those trajectories solve.", "problems"),
     }
     figures = []
     for key, (title, caption, unit) in titles.items():

@@ -62,15 +62,16 @@ def write_experts(cache: Path, shards: Sequence[Shard], query: ExpertQuery, fold
     LINEAGE names the query and the shards that were asked, with their checksums. Returns how many `experts` there are,
     and of how many `problems`.
     """
-    table = selection.select_experts(cache, shards, query)
     asked = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
-    counts = {"experts": len(table), "problems": len(table["problem_id"].unique())}
     sources = [{"name": shard.name, "rows": shard.rows, "sha256": shard.sha256} for shard in asked]
-    lineage = {"query": asdict(query), **counts, "cache": sources}
+    written: list[Shard] = []
+    problems: set[str] = set()
     with new_directory(folder) as unfinished:
-        pieces = [table.slice(first, selection.PIECE) for first in range(0, len(table), selection.PIECE)]
-        paths = [unfinished / f"shard-{number:06d}.parquet" for number in range(len(pieces))]
-        written = [write_shard(path, encode_table(piece)) for path, piece in zip(paths, pieces, strict=True)]
+        for piece in selection.select_experts(cache, shards, query):
+            written.append(write_shard(unfinished / f"shard-{len(written):06d}.parquet", encode_table(piece)))
+            problems.update(piece["problem_id"].unique().to_pylist())
+        counts = {"experts": sum(shard.rows for shard in written), "problems": len(problems)}
+        lineage = {"query": asdict(query), **counts, "cache": sources}
         write_manifest(unfinished, written)
         (unfinished / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
     return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,8 @@ from rloop_mcore.trajectory.reader import ShardFile
 from rloop_mcore.trajectory.schema import KEY, SCHEMA, with_large_lists
 from rloop_mcore.types import ExpertQuery
 
-PIECE = 16_384  # rows of a selection that are taken at once
+PIECE = 16_384  # rows of a selection that are given out at once
+READ_ONCE = 131_072  # successes: 2 GiB of 800 tokens each
 _OUTCOME = ["iteration", "problem_id", "correct"]
 
 
@@ -75,64 +76,83 @@ def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> 
     return successes[samples > 0], samples[samples > 0]
 
 
-def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> pa.Table:
-    """The trajectories that RFT takes, all columns, in KEY order.
+def select_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> Iterator[pa.Table]:
+    """The trajectories that RFT takes, all columns, in KEY order, in tables of PIECE rows; the last may have fewer.
 
     Small columns are read first, tokens only where a row group has a selected row: few do, as a shard has the rare
-    successes first (`writer.stored_order`). They are all in memory: some 20 bytes a token.
+    successes first (`writer.stored_order`). Up to READ_ONCE successes are all in memory, some 20 bytes a token. Of more
+    the responses are read to tell copies, and then the rows of a piece when it is due.
     """
-    found = _found(directory, shards, query, ShardFile.take)
-    if found is None:
-        return SCHEMA.empty_table()
-    experts = with_large_lists(found).combine_chunks()  # Arrow would join the chunks for each `take`
-    del found
-    order = _taken(experts, _as_bytes(experts["response_ids"].combine_chunks()), query)
-    # Arrow's `take` has an index of each token: of a piece at a time
-    pieces = [experts.take(order[first : first + PIECE]).cast(SCHEMA) for first in range(0, len(order), PIECE)]
-    return pa.concat_tables([SCHEMA.empty_table(), *pieces])
+    files, masks = _successes(directory, shards, query)
+    if sum(mask.sum() for mask in masks) > READ_ONCE:
+        order = _left(_identified(files, masks, query), query)
+        for first in range(0, len(order), PIECE):
+            yield _rows(files, masks, order[first : first + PIECE])
+    elif files:
+        with ThreadPoolExecutor(_threads()) as threads:
+            whole = _joined(list(threads.map(ShardFile.take, files, masks)))
+        order = _left(whole.select(KEY).append_column("response", _responses(whole)), query)
+        for first in range(0, len(order), PIECE):
+            yield whole.take(order[first : first + PIECE]).cast(SCHEMA)
 
 
 def count_experts(directory: Path, shards: Sequence[Shard], query: ExpertQuery) -> int:
     """How many trajectories `select_experts` gives, without their tokens: a shard's at a time, and to tell copies."""
-    columns = [*KEY, *(["response_ids"] if query.deduplicate else [])]
-
-    def hashed(file: ShardFile, wanted: np.ndarray) -> pa.Table:
-        table = file.take(wanted, columns)
-        if not query.deduplicate:
-            return table
-        responses = _as_bytes(with_large_lists(table.select(["response_ids"]))["response_ids"].combine_chunks())
-        hashes = pa.array([sha256(each.as_buffer()).digest() for each in responses], pa.binary())
-        return table.select(KEY).append_column("response", hashes)
-
-    found = _found(directory, shards, query, hashed)
-    if found is None:
-        return 0
-    found = found.combine_chunks()
-    return len(_taken(found, found["response"].combine_chunks() if query.deduplicate else None, query))
+    files, masks = _successes(directory, shards, query)
+    return len(_left(_identified(files, masks, query), query)) if files else 0
 
 
-def _found(
-    directory: Path,
-    shards: Sequence[Shard],
-    query: ExpertQuery,
-    take: Callable[[ShardFile, np.ndarray], pa.Table],
-) -> pa.Table | None:
-    """What `take` makes of the successes of hard problems, shard by shard; None where no shard has the iterations."""
+def _successes(
+    directory: Path, shards: Sequence[Shard], query: ExpertQuery
+) -> tuple[list[ShardFile], list[np.ndarray]]:
+    """The shards that have the iterations, and which rows of each [rows] are what `_Outcomes.experts` says."""
     holding = [shard for shard in shards if any(shard.holds(iteration) for iteration in query.iterations)]
     if not holding:
-        return None
+        return [], []
     columns = [*_OUTCOME, *(["step"] if query.steps else []), *(["response_tokens"] if query.min_tokens else [])]
     with ThreadPoolExecutor(_threads()) as threads:
         outcomes = _Outcomes(threads, directory, holding, columns)
-        masks = np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
-        return pa.concat_tables(list(threads.map(take, outcomes.files, masks)))
+    return outcomes.files, np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
 
 
-def _taken(found: pa.Table, responses: pa.Array | None, query: ExpertQuery) -> np.ndarray:
-    """The rows of `found` that are left, in KEY order; `responses`: a value for each, the same for equal responses."""
+def _identified(files: Sequence[ShardFile], masks: Sequence[np.ndarray], query: ExpertQuery) -> pa.Table:
+    """What `_left` asks of the rows, shard by shard."""
+
+    def of(file: ShardFile, mask: np.ndarray) -> pa.Table:
+        if not query.deduplicate:
+            return file.take(mask, KEY)
+        table = _joined([file.take(mask, [*KEY, "response_ids"])])
+        hashes = pa.array([sha256(each.as_buffer()).digest() for each in _responses(table)], pa.binary())
+        return table.select(KEY).append_column("response", hashes)
+
+    with ThreadPoolExecutor(_threads()) as threads:
+        return pa.concat_tables(list(threads.map(of, files, masks))).combine_chunks()
+
+
+def _rows(files: Sequence[ShardFile], masks: Sequence[np.ndarray], numbers: np.ndarray) -> pa.Table:
+    """All columns of some rows, in the order of `numbers`, which count what `masks` choose in all files."""
+    ascending, tables, first = np.sort(numbers), [], 0
+    for file, mask in zip(files, masks, strict=True):
+        places = np.flatnonzero(mask)
+        begin, end = np.searchsorted(ascending, [first, first + len(places)])
+        if begin < end:
+            wanted = np.zeros(len(mask), bool)
+            wanted[places[ascending[begin:end] - first]] = True
+            tables.append(file.take(wanted))
+        first += len(places)
+    return _joined(tables).take(np.searchsorted(ascending, numbers)).cast(SCHEMA)
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of one chunk: Arrow would join the chunks for each `take`."""
+    return with_large_lists(pa.concat_tables(tables)).combine_chunks()
+
+
+def _left(found: pa.Table, query: ExpertQuery) -> np.ndarray:
+    """The rows of `found` that the query leaves, in KEY order; `response` is the same for equal responses."""
     order = pc.sort_indices(found.select(KEY), sort_keys=[(name, "ascending") for name in KEY]).to_numpy()
     if query.deduplicate:
-        order = _first_copies(found["problem_id"].combine_chunks(), responses, order)
+        order = _first_copies(found["problem_id"].combine_chunks(), found["response"].combine_chunks(), order)
     if query.max_per_problem or query.share < 1:
         keys = list(zip(*(found[name].take(order).to_pylist() for name in KEY), strict=True))
         order = order[drawn(keys, query)]
@@ -150,8 +170,9 @@ def _is_hard(successes: np.ndarray, samples: np.ndarray, threshold: float | None
     return np.divide(successes, samples, out=np.full(len(samples), np.inf), where=samples > 0) < threshold
 
 
-def _as_bytes(lists: pa.LargeListArray) -> pa.Array:
-    """Each list's bytes: lists have no dictionary, these have."""
+def _responses(table: pa.Table) -> pa.Array:
+    """The bytes of each response of a `_joined` table: lists have no dictionary, these have."""
+    lists = table["response_ids"].combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64) * 4
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(lists.values.to_numpy())]
     return pa.Array.from_buffers(pa.large_binary(), len(lists), buffers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -36,8 +37,14 @@ def test_cap_and_share(found: list[Key], most: int, share: float, seed: int) -> 
     before, after = (Counter(problem for _, _, problem, _ in some) for some in (found, capped))
     assert after == {problem: min(count, most) for problem, count in before.items()}
     shared = of(found, ExpertQuery((0,), 0.1, max_per_problem=most, share=share, seed=seed))
-    assert len(shared) == math.ceil(share * len(capped))
+    assert len(shared) == math.ceil(Fraction(str(share)) * len(capped))
     assert [key for key in capped if key in shared] == shared
+
+
+@pytest.mark.parametrize(("share", "count", "left"), [(0.07, 100, 7), (0.55, 100, 55), (0.28, 25, 7), (0.07, 101, 8)])
+def test_a_share_is_the_number_as_written(share: float, count: int, left: int) -> None:
+    found = [(0, step, "a", 0) for step in range(count)]
+    assert len(of(found, ExpertQuery((0,), 0.1, share=share))) == left
 
 
 def test_draws_are_by_seed_and_stay_when_others_go() -> None:

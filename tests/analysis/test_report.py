@@ -50,6 +50,7 @@ def test_figures_hold_the_runs_numbers(page: Path) -> None:
         "diamond",
     ]
     assert by_title["Expert trajectories"]["data"][0]["y"] == [30, 12]
+    assert by_title["Problems of the experts"]["data"][0]["y"] == [15, 6]
     assert [stage["name"] for stage in by_title["Seconds by stage"]["data"]] == ["generate", "update"]
 
 

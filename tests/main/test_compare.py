@@ -74,6 +74,15 @@ def test_averages_of_different_numbers_of_samples_are_not_called_by_one(
     assert "avg: of all samples" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_run_of_several_iterations_in_its_first_is_no_vanilla_run(tmp_path: Path) -> None:
+    solved = {"base": {"a": 2}, "i0_explore_000002": {"a": 0}}
+    begun = write_run(tmp_path / "begun", 2, solved)
+    rloop = write_run(tmp_path / "rloop", 2, solved | {"i1_explore_000002": {"a": 4}})
+    assert compare(begun, rloop, tmp_path / "out.html", tmp_path / "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["forgetting"] == []
+    assert "Differential forgetting:" not in (tmp_path / "out.html").read_text()
+
+
 def test_nothing_in_common_is_said(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", 1, {"base": {"a": 1}})
     second = write_run(tmp_path / "second", 1, {"base": {"b": 1}})

@@ -66,7 +66,9 @@ def plain_experts(rows, query):
 
 
 def selected(cache, query):
-    return from_table(selection.select_experts(cache.directory, cache._shards, query))
+    return [
+        row for piece in selection.select_experts(cache.directory, cache._shards, query) for row in from_table(piece)
+    ]
 
 
 def plain_digest(rows):
@@ -98,10 +100,18 @@ queries = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 80), max_size=3), query=queries)
-def test_selection_equals_a_plain_pass(seed, cuts, query):
+@given(
+    seed=st.integers(0, 10**6),
+    cuts=st.lists(st.integers(0, 80), max_size=3),
+    query=queries,
+    piece=st.sampled_from([1, 3, 16_384]),
+    once=st.sampled_from([0, 6, 131_072]),
+)
+def test_selection_equals_a_plain_pass(seed, cuts, query, piece, once):
     rows = phases(seed)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "PIECE", piece)
+        patch.setattr(selection, "READ_ONCE", once)
         cache = fill(Path(folder), rows, cuts)
         expected = plain_experts(rows, query)
         assert selected(cache, query) == expected
@@ -257,6 +267,34 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
     assert selected(cache, ExpertQuery((0,), 0.1)) == sorted(hard, key=key)
     # Their two successes are the rarest in the step: they are in the first row group, and nothing else is read.
     assert [groups for groups, tokens in read if tokens] == [[0]]
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_selection_of_many_has_a_piece_in_memory_at_a_time(tmp_path, monkeypatch, deduplicate):
+    monkeypatch.setattr(selection, "PIECE", 4)
+    monkeypatch.setattr(selection, "READ_ONCE", 4)
+    rows = phases(3)
+    cache, query = fill(tmp_path / "cache", rows, cuts=[40]), ExpertQuery((0, 1), None, deduplicate)
+    taken = []
+    original = reader.ShardFile.take
+    monkeypatch.setattr(
+        reader.ShardFile,
+        "take",
+        lambda self, wanted, columns=SCHEMA.names: (
+            taken.append((int(wanted.sum()), "logprobs" in columns)),
+            original(self, wanted, columns),
+        )[1],
+    )
+    pieces = selection.select_experts(cache.directory, cache._shards, query)
+    assert taken == []
+    sizes = []
+    for piece in pieces:
+        sizes.append(len(piece))
+        whole = [count for count, tokens in taken if tokens]
+        assert sum(whole) == sum(sizes), "what was read whole is what was given out"
+    expected = plain_experts(rows, query)
+    assert len(expected) > 8
+    assert sizes == [4] * (len(expected) // 4) + ([len(expected) % 4] if len(expected) % 4 else [])
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])

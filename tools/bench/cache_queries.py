@@ -21,12 +21,12 @@ select * exclude (copy) from hit where copy = 1 order by iteration, step, proble
 
 
 def ours(cache: Path) -> int:
-    """The experts, as an Arrow table; returns how many."""
+    """The experts, as Arrow tables; returns how many."""
     from rloop_mcore.trajectory.manifest import read_manifest
     from rloop_mcore.trajectory.selection import select_experts
     from rloop_mcore.types import ExpertQuery
 
-    return len(select_experts(cache, read_manifest(cache), ExpertQuery((0,), THRESHOLD)))
+    return sum(len(piece) for piece in select_experts(cache, read_manifest(cache), ExpertQuery((0,), THRESHOLD)))
 
 
 def duckdb(cache: Path) -> int:
