@@ -82,6 +82,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if words[:1] == ["launch"] and "--" in words:
         words, inner = words[: words.index("--")], words[words.index("--") + 1 :]
         read = parse(inner)  # its mistakes show here, not in the job
+        if read.command in ("launch", "node"):
+            top.error(f"a job runs no rloop {read.command}: what follows -- does the work itself, as evaluate does")
     options, rest = top.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
         top.error(f"{' '.join(unknown)}: not known to rloop {options.command}, see rloop {options.command} --help")
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         description="RL on verifiable rewards, in iterations (arXiv 2511.04285).",
         epilog="Begin with: rloop train experiment=tiny run.dir=runs/tiny. rloop COMMAND --help has more examples.",
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="print rloop_mcore's version")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         *(_train, _launch, _plan, _preflight, _status, _evaluate),
@@ -111,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
         command.description = textwrap.fill(command.description or "", 100)
         command.epilog = "examples:" + examples.format(folder=config_folder() / "experiment")
     return top
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # here: it takes a while
+
+        print(f"rloop_mcore {version('rloop-mcore')}")
+        parser.exit()
 
 
 def _new_file(text: str) -> Path:

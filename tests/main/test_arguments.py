@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.main.arguments import parse
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_overrides_may_stand_between_options() -> None:
@@ -26,6 +29,13 @@ def test_what_a_command_does_not_take_is_named(words: list[str], capsys: pytest.
     assert f"{words[-1]}: not known to rloop {words[0]}" in capsys.readouterr().err
 
 
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--version"])
+    assert caught.value.code == 0
+    assert f'version="{capsys.readouterr().out.split()[1]}"' in (REPOSITORY / "setup.py").read_text()
+
+
 def test_a_job_of_another_command() -> None:
     options = parse(["launch", "--dry-run", "cluster.nodes=1", "--", "evaluate", "--policy", "p", "--json", "o"])
     assert options.overrides == ["cluster.nodes=1"]
@@ -39,6 +49,8 @@ def test_a_job_of_another_command() -> None:
         (["launch", "--", "evaluate", "--data", "d"], "--policy"),
         (["launch", "--dry-run", "--"], "COMMAND"),
         (["launch", "--sweep", "f", "--", "trace", "r"], "--sweep"),
+        (["launch", "--", "launch", "cluster.nodes=1"], "a job runs no rloop launch"),
+        (["launch", "--", "node", "cluster.nodes=1"], "a job runs no rloop node"),
         (["report", "r", "--live", "--port", "65536"], "from 0 to 65535"),
         (["cache", "r", "--show", "-3"], "-3"),
     ],
