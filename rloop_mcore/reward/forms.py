@@ -43,6 +43,7 @@ _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
 _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
 _FUNCTION = re.compile(r"([fgh])\(([a-z])\)\s*=(.*)")
 _ANY_CONSTANT = re.compile(r"[A-DKacdk](?:_[0-9])?")
+_OF_A_SOLUTION = frozenset("efghikstuvwxyz")  # letters beside its constants: the c of a + b + c is none
 _MOST_CONSTANTS = 4
 _INDEXED = re.compile(r"[0-9]\s*_")
 _LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
@@ -172,6 +173,8 @@ def in_letters_of(gold: str, answer: str) -> Iterator[str]:
     in_gold = _symbols(gold)
     ours, theirs = set(in_gold), set(_symbols(answer))
     constants = {name for name in _CONSTANT.findall(gold) if len(ours) > 1 and in_gold.count(name) == 1}
+    if not ours - constants <= _OF_A_SOLUTION or (constants == {"c"} and "=" not in gold):
+        constants = set()
     if one:
         constants |= {name for name in ours - theirs - {one[1]} if _ANY_CONSTANT.fullmatch(name)}
     named = sorted(name for name in theirs if name in constants or name not in ours)
