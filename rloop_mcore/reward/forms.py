@@ -173,7 +173,7 @@ def in_letters_of(gold: str, answer: str) -> Iterator[str]:
     in_gold = _symbols(gold)
     ours, theirs = set(in_gold), set(_symbols(answer))
     constants = {name for name in _CONSTANT.findall(gold) if len(ours) > 1 and in_gold.count(name) == 1}
-    if not ours - constants <= _OF_A_SOLUTION or (constants == {"c"} and "=" not in gold):
+    if not ours - constants <= _OF_A_SOLUTION or (constants == {"c"} and "=" not in gold and "e^" not in gold):
         constants = set()
     if one:
         constants |= {name for name in ours - theirs - {one[1]} if _ANY_CONSTANT.fullmatch(name)}
