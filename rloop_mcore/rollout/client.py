@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from rloop_mcore.errors import Fault
+from rloop_mcore.platform.files import parse_json
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.together import together
 from rloop_mcore.rollout.versions import check_partial, has_update_sessions, routes_of
@@ -306,8 +306,8 @@ class EngineClient:
     ) -> Any:
         raw = await self._call(method, path, body, timeout_s)
         try:
-            return json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            return parse_json(raw)
+        except ValueError as error:
             raise self._error(path, f"the answer is not JSON ({error}): {_short(raw)}", 200) from error
 
     async def _call(
