@@ -40,7 +40,7 @@ def write(path: Path, model: list[dict]) -> list[int]:
     return sizes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(model=records, fraction=st.floats(0, 1), more=records)
 def test_truncated_anywhere_it_holds_the_whole_lines_and_goes_on(model, fraction, more):
     with TemporaryDirectory() as folder:

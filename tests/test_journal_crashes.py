@@ -37,7 +37,7 @@ def resume(path: Path) -> None:
     Journal(path).make_durable()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(before=st.lists(records, max_size=3), flying=records, seed=st.integers(0, 2**32))
 @pytest.mark.parametrize("power", [False, True])
 def test_a_crash_at_any_operation_leaves_what_was_recorded_and_perhaps_the_record_in_flight(
@@ -69,7 +69,7 @@ def test_a_crash_at_any_operation_leaves_what_was_recorded_and_perhaps_the_recor
     assert len(before) in outcomes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     work=st.lists(
         st.tuples(records, st.none() | st.integers(1, 7), st.none() | st.integers(1, 3), st.booleans(), st.booleans())

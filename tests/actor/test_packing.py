@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rloop_mcore.actor.packing import Row, Share, micro_batches, padding_share, partition
@@ -95,7 +95,6 @@ def test_a_rank_without_a_sequence_gets_padding_only() -> None:
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=7), st.integers(1, 3))
-@settings(deadline=None)
 def test_parts_are_within_four_thirds_of_the_best(lengths: list[int], parts: int) -> None:
     """Graham's bound for the longest-first rule, against every way there is."""
     ways = itertools.product(range(parts), repeat=len(lengths))

@@ -34,7 +34,7 @@ def solves(answers: Answers, problem: str) -> bool:
 
 
 @given(seed=st.integers(0, 10_000), checkpoints=st.integers(0, 6), problems=st.integers(1, 7))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_matrices_count_problems(seed: int, checkpoints: int, problems: int) -> None:
     generator = np.random.default_rng(seed)
     evaluations = [random_answers(generator, problems, 3) for _ in range(checkpoints)]
@@ -54,7 +54,7 @@ def test_matrices_count_problems(seed: int, checkpoints: int, problems: int) -> 
 
 
 @given(seed=st.integers(0, 10_000), checkpoints=st.integers(1, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_coverage_is_what_sets_say(seed: int, checkpoints: int) -> None:
     generator = np.random.default_rng(seed)
     evaluations = [random_answers(generator, 5, 2) for _ in range(checkpoints)]

@@ -50,7 +50,7 @@ responses = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_si
 
 
 @given(checkpoints=st.lists(st.fixed_dictionaries({"a": responses, "b": responses}), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_all_pairs_as_the_definition_has_it(checkpoints: list[dict[str, Responses]]) -> None:
     found = similarity_matrix([answers_of(each) for each in checkpoints], ["a", "b"])
     assert found == pytest.approx(brute_force(checkpoints), abs=1e-6)
@@ -80,7 +80,7 @@ def test_identical_and_different_solutions() -> None:
 
 
 @given(drawn=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=2, max_size=5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_diagonal_without_pairs_of_one_solution(drawn: Responses) -> None:
     diagonal = similarity_matrix([answers_of({"a": drawn})], ["a"])[0, 0]
     others = [jaccard(a, b) for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j]

@@ -126,7 +126,7 @@ LAYOUTS = st.builds(
 
 
 @given(LAYOUTS, MODELS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_nearest_legal_layout_is_legal_and_of_as_many_processes(layout: LayoutConfig, model: ModelShape) -> None:
     found = nearest_legal(layout, model)
     assert broken_rule(found, model) is None
@@ -143,7 +143,7 @@ def changes(before: LayoutConfig, after: LayoutConfig) -> int:
 
 
 @given(LAYOUTS.filter(lambda layout: processes(layout) <= 24), MODELS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_legal_layout_changes_fewer_keys(layout: LayoutConfig, model: ModelShape) -> None:
     total, fewest = processes(layout), changes(layout, nearest_legal(layout, model))
     sizes = [n for n in range(1, total + 1) if total % n == 0]

@@ -38,7 +38,7 @@ def most_held_by_megatron(chunks: list[int], stage: int, count: int, pp: int) ->
     st.lists(st.integers(0, 9), min_size=1, max_size=4),
     st.integers(1, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_in_flight_as_in_megatrons_order(pp: int, data: st.DataObject, chunks: list[int], groups: int) -> None:
     stage = data.draw(st.integers(0, pp - 1))
     count = groups * pp if len(chunks) > 1 else groups
@@ -52,7 +52,7 @@ def test_in_flight_as_in_megatrons_order(pp: int, data: st.DataObject, chunks: l
     st.integers(1, 3),
     st.sampled_from([1, 2, 4]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_more_micro_batches_than_the_packing_makes(
     lengths: list[int], budget: int, cp: int, dp: int, pp: int
 ) -> None:

@@ -38,7 +38,7 @@ number = st.integers(0, 41).map(str)
 step = st.tuples(number, st.sampled_from("+-*"), number, st.just("="), number).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(numbers_1_to_9, st.integers(0, 40), st.booleans(), st.data())
 def test_every_solution_is_right_and_a_changed_one_only_if_it_is_a_solution_too(
     numbers: list[int], target: int, spaced: bool, data: st.DataObject
@@ -54,7 +54,7 @@ def test_every_solution_is_right_and_a_changed_one_only_if_it_is_a_solution_too(
         assert verdict.correct == (tuple(answer) in right)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(numbers_1_to_9, st.integers(0, 40), st.lists(step, min_size=1, max_size=4))
 def test_random_steps(numbers: list[int], target: int, steps: list[str]) -> None:
     right = tuple(steps) in solutions(tuple(sorted(numbers)), target)

@@ -159,7 +159,7 @@ def _last_box(text: str) -> str:
 
 
 @given(st.lists(st.sampled_from(["\\", "\\\\", "{", "}", "}", "boxed", "\\boxed{", " ", "a", "\n"]), max_size=20))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_the_box_is_the_one_that_a_reader_finds(parts: list[str]) -> None:
     text = "".join(parts)
     assert extract_answer(text, False, "boxed")[0] == _last_box(text)

@@ -81,14 +81,14 @@ fractions = st.fractions(min_value=-20, max_value=20, max_denominator=50).map(
 numbers = st.one_of(st.integers(-(10**12), 10**12).map(str), decimals, tiny, fractions, st.integers(-9, 9).map(str))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(numbers, numbers)
 def test_short_cuts_change_no_verdict_of_numbers(gold: str, answer: str) -> None:
     assert compare(gold, answer) == compare_symbolically(gold, answer)
     assert compare_symbolically(gold, gold).correct
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(-500, 500), st.integers(1, 60), st.integers(-500, 500), st.integers(1, 60))
 def test_fractions_are_equal_as_their_values_are(a: int, b: int, c: int, d: int) -> None:
     verdict = compare(rf"\frac{{{a}}}{{{b}}}", f"{c}/{d}")

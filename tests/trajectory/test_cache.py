@@ -99,7 +99,7 @@ queries = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
     cuts=st.lists(st.integers(0, 80), max_size=3),
@@ -190,7 +190,7 @@ def test_a_damaged_expert_set_is_named(tmp_path):
         cache.experts(folder)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=trajectories(), cuts=st.lists(st.integers(0, 30), max_size=3))
 def test_count_and_digest_equal_a_plain_pass(rows, cuts):
     with TemporaryDirectory() as folder:
@@ -200,7 +200,7 @@ def test_count_and_digest_equal_a_plain_pass(rows, cuts):
         assert cache.verify() == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=trajectories())
 def test_a_shard_gives_back_every_field_bit_by_bit(rows):
     with TemporaryDirectory() as folder:

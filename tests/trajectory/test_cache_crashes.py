@@ -177,7 +177,7 @@ def held(cache: TrajectoryCache) -> list[Trajectory]:
     return in_order(cache.rows())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     work=st.lists(
         st.tuples(st.sampled_from(KINDS), st.none() | st.integers(1, 30), st.booleans(), st.booleans()), max_size=8

@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_not_made_to_look_sound(tmp_path: Path) -> None:
     assert [(loss.iteration, loss.step, loss.lost) for loss in cache.losses()] == [(0, 1, 16)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(limit=st.integers(1, 90), group=st.integers(1, 20))
 def test_merged_shards_are_at_most_so_large_and_a_second_time_nothing_changes(
     tmp_path_factory: pytest.TempPathFactory, limit: int, group: int

@@ -42,7 +42,7 @@ def test_a_cache_without_what_the_journal_names_is_not_sound(
     assert "lacks shard-000000.parquet, which the journal names" in capsys.readouterr().err
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=trajectories(), cut=st.integers(0, 30))
 def test_phases_are_counted(rows: list[Trajectory], cut: int) -> None:
     with TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def test_phases_are_counted(rows: list[Trajectory], cut: int) -> None:
         assert phase.reasons == Counter(row.reason for row in mine)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=trajectories(), cut=st.integers(0, 30))
 def test_visits_are_counted_whichever_shard_a_row_is_in(rows: list[Trajectory], cut: int) -> None:
     with TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def test_visits_are_counted_whichever_shard_a_row_is_in(rows: list[Trajectory], 
     assert found == wanted
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=trajectories(),
     cut=st.integers(0, 30),
