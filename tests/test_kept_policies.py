@@ -16,7 +16,7 @@ from rloop_mcore.main.run_directory import check_not_removed
 
 
 def measure(journal: Journal, name: str, average: float | None, path: str | None = None) -> None:
-    metrics = {} if average is None else {"avg@8": average, "pass@8": 1 - average}
+    metrics = {} if average is None else {"pass@8": 1 - average, "avg@8": average}
     journal.record("measured", name=name, path=path or f"policies/{name}", digest=name, metrics=metrics)
 
 
@@ -47,10 +47,15 @@ def test_the_best_is_the_highest_average_of_what_was_trained_the_earlier_of_equa
     assert (found.name, found.metric, found.average) == ("i0_explore_000004", "avg@8", 0.5)
 
 
-def test_there_is_no_best_where_nothing_was_evaluated(tmp_path: Path) -> None:
+def test_theta_0_is_the_best_until_something_else_was_evaluated(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     measure(journal, "i0_explore_000004", None)
     assert best(journal.records) is None
+    for name, average in [("base", 0.9), ("i0_explore_000006", 0.1)]:
+        measure(journal, name, average)
+        found = best(journal.records)
+        assert found is not None
+        assert found.name == name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -285,6 +285,67 @@ def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None
 
 
 DEMONSTRATIONS = [Example((1,), (n,)) for n in range(3)]
+
+
+def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, str]] = []
+    plain = NumberRollout.sync
+
+    def sync(self: NumberRollout, export: Callable[[], Iterator[tuple[str, Any]]], version: int) -> dict[str, float]:
+        plain(self, export, version)
+        synced.append((version, self.number))
+        return {}
+
+    monkeypatch.setattr(NumberRollout, "sync", sync)
+    start(tmp_path / "run", configure("sft.batch_size=1"), demonstrations=DEMONSTRATIONS)
+    assert [version for version, _ in synced] == sorted(version for version, _ in synced)
+    # theta_0 and three steps, theta_1 and three steps, theta_2
+    versions, policies = ({each[place] for each in synced} for place in (0, 1))
+    assert len(set(synced)) == len(versions) == len(policies) == 9
+
+    taken, lines = 0, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        taken += line["phase"] == "explore"
+        assert line["global_step"] == (line["step"] if line["phase"] == "sft" else taken), line
+    assert taken == 2 * 3
+
+
+def test_a_large_write_begins_once_the_last_of_its_kind_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs: dict[str, list[int]] = {"checkpoints": [], "policies": []}
+    plain = space.Space.write
+
+    def write(self: space.Space, what: str, action: Callable[[], Any], needed: int = 0) -> Any:
+        needs.get(what.split("/")[0], []).append(needed)
+        return plain(self, what, action, needed)
+
+    class Growing(NumberActor):
+        """Each of its checkpoints is larger than the one before, and so is each of its policies."""
+
+        written: ClassVar[list[int]] = []
+
+        def finish_save(self) -> None:
+            assert self.saving is not None
+            path = self.saving[0]
+            super().finish_save()
+            (path / "state").write_bytes(bytes(len(self.written)))
+            self.written.append(64 + len(self.written))  # with the 64 hex digits of the number
+
+        def save_policy(self, path: Path) -> Policy:
+            policy = super().save_policy(path)
+            (path / "model.safetensors").write_bytes(bytes(2000))
+            return policy
+
+    monkeypatch.setattr(space.Space, "write", write)
+    write_policy(tmp_path / "base", "ba5e" * 16)
+    (tmp_path / "base" / "model.safetensors").write_bytes(bytes(1000))
+    start(tmp_path / "run", configure("checkpoint.asynchronous=true"), evaluated=False, actor=Growing())
+    assert needs["checkpoints"] == [0, *Growing.written[:-1]]
+    # two RL policies and theta_1 where base began, the same again where theta_1 did
+    assert needs["policies"] == [1000] * 3 + [2000] * 3
 
 
 def events(directory: Path, event: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 import pytest
 
@@ -15,7 +16,17 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.errors import Fault
 from rloop_mcore.protocols import Answered
 from rloop_mcore.rl_step import MismatchError, RLStep, UnparsableError
-from rloop_mcore.types import Completion, Experience, Problem, Prompt, SampleRequest, Sampling, Trajectory, Verdict
+from rloop_mcore.types import (
+    Completion,
+    Experience,
+    Problem,
+    Prompt,
+    SampleRequest,
+    Sampling,
+    Trajectory,
+    Verdict,
+    Visit,
+)
 
 PROBLEMS = [Problem(id=f"p{n}", problem=str(n), answer=str(n)) for n in range(6)]
 GROUP = 4
@@ -35,6 +46,7 @@ class SeedEcho:
 
     def __init__(self) -> None:
         self.requests: list[SampleRequest] = []
+        self.enough: list[int | None] = []
 
     def sync(self, weights: object, version: int) -> dict[str, float]:
         return {}
@@ -46,6 +58,8 @@ class SeedEcho:
         self, requests: Sequence[SampleRequest], sampling: Sampling, enough: int | None, answered: Answered
     ) -> Future:
         self.requests += requests
+        self.enough.append(enough)
+        self.sampling = sampling
         completions = self.answer(requests)
         answered(range(len(requests)), completions)
         future: Future = Future()
@@ -226,6 +240,14 @@ def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
         run(step, 0, 0, 0)
 
 
+def test_unless_told_the_gate_is_narrow_in_fp32_alone() -> None:
+    for precision, passes in (("fp32", False), ("bf16", True)):
+        step = make(first_only, RecordingActor(mismatch=0.02))
+        step.config.precision, step.config.rollout.mismatch_gate = precision, None
+        with nullcontext() if passes else pytest.raises(MismatchError):
+            run(step, 0, 0, 0)
+
+
 def test_a_first_update_that_is_skipped_for_nan_is_left_to_the_guard() -> None:
     step = make(first_only, RecordingActor(mismatch=float("nan"), skipped=1.0))
     _, metrics = run(step, 0, 0, 0)
@@ -259,6 +281,24 @@ def test_rewards_are_as_configured_while_success_and_informative_groups_go_by_th
     assert after["success_rate"] == before["success_rate"] == 2 / 12
     assert before["reward_mean"] == 2 / 12
     assert after["reward_mean"] == pytest.approx((2 * 2 - 7 - 3 * 1.5) / 12)
+
+
+def test_a_step_reports_shares_and_means_of_all_that_was_sampled() -> None:
+    step = make(first_only)
+    step.stop, step.config.rollout.top_p, step.config.rollout.temperature = ("</answer>",), 0.9, 0.7
+    ends = [("length", 4)] * 3 + [("stop", n) for n in range(1, 10)]
+    sampled = [Completion((1,) * n, (-0.5,) * n, end, ((1, n),)) for end, n in ends]
+    step.rollout.answer = lambda requests: sampled  # type: ignore[method-assign]
+    reasons = ["truncated"] * 3 + ["correct"] * 2 + ["timeout", "crashed"] + ["unparsable"] * 4 + ["no_answer"]
+    step.rewards.grade = lambda items: [Verdict(r == "correct", r) for _, r in zip(items, reasons, strict=True)]
+    _, metrics = run(step, 0, 0, 0)
+    sampling = step.rollout.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (2048, 0.7, 0.9)
+    assert sampling.stop == ("</answer>",)
+    assert metrics["sampled_tokens"] == 3 * 4 + 45
+    assert metrics["response_length"] == pytest.approx(57 / 12)
+    shares = {"truncated": 3, "verifier_failures": 2, "unparsable": 4, "no_answer": 1, "success_rate": 2}
+    assert {name: metrics[name] * 12 for name in shares} == pytest.approx(shares)
 
 
 def test_too_many_answers_that_cannot_be_read_stop_the_run_where_that_is_asked() -> None:
@@ -345,6 +385,7 @@ def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> Non
     rollout = step.rollout = SlowForP0()
     first = step.collect(0, 0, 0)
     assert first.position == 3  # 1.5 times what is wanted
+    assert rollout.enough == [2]  # groups: then the engines may give up the rest
     aborted = [r for r in rollout.requests if r.prompt_ids == (0,) and r.seed % 2]
     assert aborted
     assert "p0" not in {group.problem_id for group in first.sampled}
@@ -523,3 +564,30 @@ def test_samples_of_older_weights_are_told_and_not_held_to_the_gate() -> None:
         step.train(0, 0, batch, version=1)
     metrics = step.train(0, 0, batch, version=3)
     assert (metrics["lag_mean"], metrics["lag_max"], metrics["spanning_share"]) == (2.0, 2.0, 0.0)
+
+
+def test_the_curriculum_is_told_how_each_problem_went_and_asked_by_what_no_lag_can_change() -> None:
+    told: list[tuple[str, object]] = []
+
+    class Recorder:
+        def begin(self, visits: Iterable[tuple[str, Visit]]) -> None:
+            told.append(("begin", list(visits)))
+
+        def observe(self, visits: Iterable[tuple[str, Visit]]) -> None:
+            told.append(("observe", list(visits)))
+
+        def weights(self, iteration: int, step: int) -> list[float]:
+            told.append(("weights", (iteration, step)))
+            return [1.0] * len(PROBLEMS)
+
+    # p0 to p5 and p0 again: its second group has no right answer
+    step = make(lambda problem, n: n < int(problem[1]) % 3 + 1, sampled_per_step=7, prompts_per_step=7)
+    earlier = [("p3", Visit(1, 4, 4, 2))]
+    step.curriculum, step.cache.visits = Recorder(), lambda: earlier
+    step.config.rollout.max_lag = 2
+    step.config.algorithm.sampling_rounds = 1
+    step.feed(2, 5, 9, 0)
+    run(step, 2, 5, 0)
+    samples = {f"p{n}": 2 * GROUP if n == 0 else GROUP for n in range(6)}
+    visits = [(name, Visit(2, 5, count, int(name[1]) % 3 + 1)) for name, count in samples.items()]
+    assert told == [("begin", earlier), ("weights", (2, 3)), ("observe", visits)]
