@@ -23,6 +23,7 @@ from rloop_mcore.types import (
     Prompt,
     SampleRequest,
     Sampling,
+    Times,
     Trajectory,
     Verdict,
     Visit,
@@ -287,11 +288,12 @@ def test_a_step_reports_shares_and_means_of_all_that_was_sampled() -> None:
     step = make(first_only)
     step.stop, step.config.rollout.top_p, step.config.rollout.temperature = ("</answer>",), 0.9, 0.7
     ends = [("length", 4)] * 3 + [("stop", n) for n in range(1, 10)]
-    sampled = [Completion((1,) * n, (-0.5,) * n, end, ((1, n),)) for end, n in ends]
+    sampled = [Completion((1,) * n, (-0.5,) * n, end, ((1, n),), n, 5.0, 7.0) for end, n in ends]
     step.rollout.answer = lambda requests: sampled  # type: ignore[method-assign]
     reasons = ["truncated"] * 3 + ["correct"] * 2 + ["timeout", "crashed"] + ["unparsable"] * 4 + ["no_answer"]
-    step.rewards.grade = lambda items: [Verdict(r == "correct", r) for _, r in zip(items, reasons, strict=True)]
+    step.rewards.grade = lambda items: [Verdict(r == "correct", r, 11.0) for _, r in zip(items, reasons, strict=True)]
     _, metrics = run(step, 0, 0, 0)
+    assert {row.times for row in step.cache.rows} == {Times(started=5.0, generate_s=7.0, grade_s=11.0)}
     sampling = step.rollout.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (2048, 0.7, 0.9)
     assert sampling.stop == ("</answer>",)

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from rloop_mcore.evaluation import paired
 from rloop_mcore.evaluation.paired import compare_paired
 
 
@@ -29,6 +30,15 @@ def test_darwins_maize_as_fisher_counted_it() -> None:
 def test_random_signs_agree_with_all_of_them() -> None:
     d = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48, 1e-6, -1e-6])  # 17: too many to enumerate
     assert compare_paired(d, np.zeros(17), seed=0).p_value == pytest.approx(2 * 863 / 32768, abs=0.006)
+
+
+@pytest.mark.parametrize("at_once", [2_000_000, 10_000])
+def test_random_signs_are_counted_to_the_last(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are drawn at once: all reach a sum of 0; a sum of 50 ones is reached once in 2^49 draws, so never,
+    and p is what Phipson and Smyth give then."""
+    monkeypatch.setattr(paired, "_DRAWS_AT_ONCE", at_once)
+    assert compare_paired(np.tile([1.0, -1.0], 25), np.zeros(50), seed=0, resamples=5_000).p_value == 1.0
+    assert compare_paired(np.ones(50), np.zeros(50), seed=0, resamples=5_000).p_value == 1 / 5_001
 
 
 def test_the_p_value_is_uniform_where_both_are_alike() -> None:

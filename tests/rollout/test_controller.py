@@ -439,9 +439,11 @@ def test_a_partial_response_that_is_aborted_before_its_next_token_is_no_fault_of
         async with SimulatedFleet(2) as fleet:
             fleet.sync(2)
             fleet.servers[1].batch.set_speed(1e-6)
-            partial = Completion((1,), (0.0,), "abort", ((1, 1),))
+            partial = Completion((1,), (0.0,), "abort", ((1, 1),), started=5.0, seconds=7.0)
             requests = [SampleRequest((g,), g, partial) for g in range(2)]
             completions = await fleet.controller.generate(requests, SAMPLING, enough=1)
+            assert completions[0].started == 5.0  # the first time that an engine was asked for it
+            assert completions[0].seconds >= 7.0
             assert completions[1] == partial
             assert [v for v, _ in completions[0].weight_versions] == [1, 2]
             assert fleet.controller.counters.lost == 0
