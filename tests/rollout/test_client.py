@@ -22,7 +22,7 @@ from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.types import Completion, SampleRequest, Sampling
 
 SAMPLING = Sampling(max_tokens=8, temperature=0.7, top_p=0.9, stop=("Q:",))
-REQUEST = SampleRequest(prompt_ids=(1, 2), seed=2**64 + 5)
+REQUEST = SampleRequest(prompt_ids=(1, 2), seed=2**64 + 2**62 + 5)
 GOOD = {
     "text": "",
     "output_ids": [4, 5],
@@ -83,7 +83,7 @@ def test_generate_sends_and_reads_the_contract() -> None:
     assert seen["key"] == "Bearer key"
     assert seen["input_ids"] == [[1, 2]]
     settings = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9, "stop": ["Q:"]}
-    assert seen["sampling_params"] == [{**settings, "sampling_seed": 5}]  # seeds are 63 bits there
+    assert seen["sampling_params"] == [{**settings, "sampling_seed": 2**62 + 5}]  # seeds are 63 bits there
 
 
 @pytest.mark.parametrize(

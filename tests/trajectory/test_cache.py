@@ -342,8 +342,8 @@ def test_success_histogram(tmp_path):
         return [replace(row, problem_id=name, correct=row.sample < successes) for row in source]
 
     rows = problem("a", 0, 7) + problem("b", 1, 10) + problem("c", 3, 30) + problem("d", 2, 30) + problem("e", 5, 5)
-    cache = fill(tmp_path, rows + step_rows(0, 0))
-    assert cache.success_histogram(1) == [2, 2, 0, 0, 0, 0, 0, 0, 0, 1]
+    cache = fill(tmp_path, rows + problem("f", 1, 1) + step_rows(0, 0))
+    assert cache.success_histogram(1) == [2, 2, 0, 0, 0, 0, 0, 0, 0, 2]
     assert cache.success_histogram(2) == [0] * 10
 
 
