@@ -249,6 +249,15 @@ def test_unless_told_the_gate_is_narrow_in_fp32_alone() -> None:
             run(step, 0, 0, 0)
 
 
+@pytest.mark.parametrize(("mismatch", "said"), [(0.004, False), (0.008, True)])
+def test_a_mismatch_of_more_than_half_the_gate_is_said(
+    mismatch: float, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(make(first_only, RecordingActor(mismatch)), 0, 7, 0)
+    assert ("step 7: trainer and engine logprobs differ by 0.008; the gate is 0.01" in caplog.text) == said
+    assert ("logprobs differ" in caplog.text) == said
+
+
 def test_a_first_update_that_is_skipped_for_nan_is_left_to_the_guard() -> None:
     step = make(first_only, RecordingActor(mismatch=float("nan"), skipped=1.0))
     _, metrics = run(step, 0, 0, 0)
