@@ -97,8 +97,9 @@ def test_prompt_example_and_decode(tokenizer: TextTokenizer) -> None:
     assert example.prompt_ids == prompts.prompt(problem).ids
     assert example.response_ids == (word["12"], word[","], word["7"], word["</s>"])
     assert prompts.decode(example.response_ids) == "12 , 7"
-    with pytest.raises(UserError, match=r"problem y has no text in meta\.solution"):
-        prompts.example(Problem("y", "3 4", "7"))
+    for meta in ({}, {"solution": " \n"}, {"solution": 7}):
+        with pytest.raises(UserError, match=r"problem y has no text in meta\.solution"):
+            prompts.example(Problem("y", "3 4", "7", meta=meta))
 
 
 def test_bos_is_what_the_tokenizer_itself_adds(tmp_path: Path) -> None:
