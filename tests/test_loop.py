@@ -619,6 +619,21 @@ def test_of_the_measured_policies_the_best_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "evaluation").glob("*.json"))) == 7
 
 
+def test_policies_do_not_pile_up_within_a_phase(tmp_path: Path) -> None:
+    seen = []
+
+    class Counting(NumberActor):
+        def save_policy(self, path: Path) -> Policy:
+            seen.append(len(list(path.parent.glob("i0_explore_*"))))
+            return super().save_policy(path)
+
+    config = configure("checkpoint.keep_best=1", "data.validation=v", "algorithm.rl_steps=8", "evaluation.every=1")
+    config.algorithm.iterations = 1
+    start(tmp_path / "run", config, actor=Counting())
+    assert len(seen) == 8 + 1
+    assert max(seen) == 2  # the best and the newest
+
+
 def test_the_endpoint_is_there_while_something_may_start_from_it(tmp_path: Path) -> None:
     overrides = [*KEEPING, "algorithm.reset=false", "checkpoint.policy_steps=[]"]
     actor = start(tmp_path / "run", configure(*overrides))

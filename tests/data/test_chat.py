@@ -94,6 +94,12 @@ def test_the_template_alone_writes_the_bos(tmp_path: Path) -> None:
         (CHATML, None, ("<|im_end|>",), IM_END),
         (WITH_BOS, [END_OF_TEXT], (), END_OF_TEXT),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None, (), END_OF_TEXT),  # no token: the tokenizer's
+        (  # nor is what begins the next answer the end of this one
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}",
+            None,
+            (),
+            END_OF_TEXT,
+        ),
     ],
 )
 def test_a_response_ends_where_the_turn_does(

@@ -120,6 +120,7 @@ def test_what_cannot_work_is_not_even_forced(tmp_path: Path) -> None:
         ("rft.batch_size=7", [*EXPLORING, ("done", 0, "select")], False),
         ("algorithm.clip_high=0.3", EXPLORING[:1], True),
         ("algorithm.rl_steps=100", EXPLORING[:1], True),
+        ("algorithm.rl_steps=100", [("commit", 0, "sft")], True),
         ("algorithm.clip_high=0.3", EXPLORING, False),
         ("optimizer.lr=1", EXPLORING, False),
         ("reward.wrong=-1", EXPLORING, False),
