@@ -63,6 +63,15 @@ def test_a_phase_that_ended_early_shifts_what_follows(make_run: Callable[..., Pa
         },
         {"event": "guard", "iteration": 1, "phase": "explore", "step": 3, "policy": "skip", "reason": "b"},
         {"event": "guard", "iteration": 1, "phase": "exploit", "step": 1, "policy": "end_phase", "reason": "c"},
+        {
+            "event": "guard",
+            "iteration": 1,
+            "phase": "explore",
+            "step": 4,  # the last one
+            "policy": "end_phase",
+            "early": False,
+            "reason": "d",
+        },
     ]
     (path / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = read_run(path)

@@ -1,11 +1,15 @@
 """Learning, forgetting and coverage against loops over problems that read like the definitions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rloop_mcore.analysis.answers import Answers, make_answers
+from rloop_mcore.analysis.checkpoints import Checkpoints
+from rloop_mcore.analysis.compare import comparable
 from rloop_mcore.analysis.coverage import coverage, distinct_solutions
 from rloop_mcore.analysis.forgetting import (
     block_averages,
@@ -14,6 +18,7 @@ from rloop_mcore.analysis.forgetting import (
     learning_matrix,
     solved_matrix,
 )
+from rloop_mcore.analysis.read_run import Evaluation, Run
 
 
 def random_answers(generator: np.random.Generator, problems: int, samples: int) -> Answers:
@@ -106,3 +111,42 @@ def test_distinct_solutions_are_different_token_sequences() -> None:
     assert distinct_solutions(answers, ["a", "b"]) == (2 + 0) / 2
     assert distinct_solutions(answers, ["a"]) == 2
     assert np.isnan(distinct_solutions(answers, []))
+
+
+def run_of(iterations: int, asked: str = "") -> Run:
+    evaluation = Evaluation("base", 0, "base", 0, None, {}, problems={"b": asked} if asked else {})
+    return Run("run", Path(), "", {"algorithm": {"iterations": iterations}}, [], [evaluation], [])
+
+
+def checkpoints_of(iterations: list[int], solved: dict[int, str], problems: str = "abcd") -> Checkpoints:
+    """`solved`: by RL steps, the problems that are."""
+    rows = np.array([[name in names for name in problems] for names in solved.values()])
+    places = [str(step) for step in solved]
+    return Checkpoints(places, list(solved), iterations, list(problems), rows, [0.0] * len(solved), [])
+
+
+def test_two_runs_are_compared_over_the_steps_and_problems_that_both_have() -> None:
+    vanilla = checkpoints_of([0, 0, 0, 0], {0: "abc", 3: "", 4: "bc", 8: "b"}, "abc")
+    rloop = checkpoints_of([0, 0, 1], {0: "bd", 4: "bcd", 8: ""}, "bcd")
+    ((one, other, found),) = comparable([run_of(2), run_of(1)], [rloop, vanilla])
+    assert (one, other, found.places, found.iterations) == (1, 0, [0, 1, 2], [0, 0, 1])
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    # of b and c, which both were asked: vanilla forgets c between 4 and 8, RLoop both
+    assert [found.vanilla[pair] for pair in pairs] == [0.0, 0.5, 0.5]
+    assert [found.rloop[pair] for pair in pairs] == [0.0, 0.5, 1.0]
+
+
+def test_what_cannot_be_compared_is_not() -> None:
+    vanilla, rloop = checkpoints_of([0, 0], {0: "a", 4: "b"}), checkpoints_of([0, 0, 1], {0: "a", 4: "b", 8: "c"})
+    first, second = run_of(1), run_of(2)
+    assert list(comparable([first, second], [vanilla, rloop]))
+    assert not list(comparable([run_of(1, "1 + 1?"), run_of(2, "1 + 2?")], [vanilla, rloop]))
+    assert list(comparable([run_of(1, "1 + 1?"), run_of(2, "1 + 1?")], [vanilla, rloop]))
+    for found in (
+        [vanilla, checkpoints_of([0, 1], {0: "", 4: ""}, "xyz")],  # no problem is both's
+        [vanilla, checkpoints_of([0, 1], {0: "a", 8: "b"})],  # but theta_0 they share no step
+        [vanilla, checkpoints_of([0, 0], {0: "a", 4: "b"})],  # of several iterations, and in its first
+        [checkpoints_of([0], {0: "a"}), rloop],
+    ):
+        assert not list(comparable([first, second], found))
+    assert not list(comparable([second, second], [vanilla, rloop]))
