@@ -155,6 +155,24 @@ def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_the_defaults_are_legal() -> None:
     check_values(load_config(NEEDED))
     check_gpus(load_config(NEEDED))
+    check_device(load_config([*NEEDED, "precision=fp32"]), "cuda")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "algorithm.group_size=2 algorithm.prompts_per_step=4 algorithm.sampled_per_step=2 algorithm.sampling_rounds=2 "
+        "algorithm.updates_per_step=8 algorithm.importance_cap=1 algorithm.dual_clip=0 rollout.max_tokens=16 "
+        "algorithm.overlong_buffer=15 rft.min_tokens=16 evaluation.samples=8 evaluation.k=[1,8] algorithm.rl_steps=5 "
+        "checkpoint.policy_steps=[1,5] rft.steps=[4,4] checkpoint.keep_best=1 data.validation=v run.seed=2147483647 "
+        "actor.optimizer_offload=1 rft.share=1 optimizer.beta1=0",
+        "algorithm.dual_clip=1.01 rft.steps=[0,0] run.seed=0 algorithm.iterations=0 sft.demonstrations=s "
+        f"rollout.engine=sglang rollout.python={sys.executable} rollout.tp=2 rollout.engines=2 rollout.dp=2 "
+        "rollout.memory_fraction=0.99 rollout.gpus=[0,1,2,3]",
+    ],
+)
+def test_the_last_legal_values_are_legal(overrides: str) -> None:
+    check_values(load_config([*NEEDED, *overrides.split()]))
 
 
 @pytest.mark.parametrize(
