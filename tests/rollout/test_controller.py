@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,27 @@ def test_an_engine_with_other_weights_is_fenced_and_its_samples_not_used() -> No
             assert fleet.controller.engines[0].state == "lost"
             (reason,) = fleet.controller.counters.reasons
             assert "weight version 6, synced were 7 to 7" in reason
+
+    run_virtually(work())
+
+
+@pytest.mark.parametrize("tokens", [0, SAMPLING.max_tokens + 1])
+def test_a_sample_of_no_token_or_too_many_is_not_used(tokens: int) -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            client = fleet.servers[0].client
+            assert client is not None
+            plain = client.generate
+
+            async def wrong(requests: Sequence[SampleRequest], sampling: Sampling, rid: str) -> list[Completion]:
+                answer = await plain(requests, sampling, rid)
+                return [replace(c, response_ids=(7,) * tokens, logprobs=(0.0,) * tokens) for c in answer]
+
+            client.generate = wrong  # type: ignore[method-assign]
+            requests = make_requests(groups=2, size=4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            assert fleet.controller.counters.retries == 1
+            _assert_idle(fleet)
 
     run_virtually(work())
 
