@@ -46,7 +46,7 @@ _ANY_CONSTANT = re.compile(r"[A-DKacdk](?:_[0-9])?")
 _OF_A_SOLUTION = frozenset("efghikstuvwxyz")  # letters beside its constants: the c of a + b + c is none
 _MOST_CONSTANTS = 4
 _INDEXED = re.compile(r"[0-9]\s*_")
-_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
+_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…|(?<=[0-9])\s?['\"]")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
 _EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
 _INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
@@ -93,7 +93,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     if _bases_conflict(gold, answer):
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
-        return True  # n \equiv 72, 72\ldots
+        return True  # n \equiv 72, 72\ldots, 72'
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):
