@@ -103,6 +103,8 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (re.compile(r"\\mathcal\s*(?:\{\s*O\s*\}|O)(?=\s*\()"), "O"),
+    (re.compile(r"^(?:\\text\s*\{)?\s*does not exist\s*\}?$", re.IGNORECASE), r"\\text{DNE}"),
     (
         re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge|\\geq|\\geqslant)\s*0)\s*\}?$"),
         lambda found: "(-\\infty,0)" if found[1] == "-" else ("[" if "g" in found[1] else "(") + "0,\\infty)",
@@ -167,6 +169,8 @@ _FOR_ALL = re.compile(  # what is said of the letters in it
     r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)([^=]{0,80})$"
     r"|,\s*[A-Za-z]\s*\\in\s*\\mathbb\{R\}$"
 )
+# The number of a period: \frac{\pi}{4} + k\pi, k \in \mathbb{Z}.
+_INTEGER = re.compile(r"(.*?)(?:,|\\text\s*\{[\s,]*for\s*\})\s*([klmn])\s*\\in\s*\\mathbb\{Z\}")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
 _CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\neq?(?![A-Za-z])")
 _RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
@@ -189,6 +193,9 @@ def one_spelling(answer: str) -> str:
         text = pattern.sub(same, text)
     if (said := _FOR_ALL.search(text, 1)) and not _CASES.search(_BOUNDS.sub("", said[1] or "")):
         text = text[: said.start()]
+    period = _INTEGER.fullmatch(text)
+    if period and re.search(rf"{period[2]}\s*\\pi|\\pi\s*{period[2]}", period[1]):
+        text = period[1]
     before = None
     while text != before:
         before = text

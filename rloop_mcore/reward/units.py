@@ -36,7 +36,7 @@ _NO_UNIT_WORDS = """
     binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish
     hundreds thousands millions billions trillions dozens gross lakh lakhs crore crores halves thirds fourths fifths
     sixths sevenths eighths ninths tenths hundredths thousandths millionths factorial root radical twice doubled tripled
-    impossible incorrect invalid rejected excluded extraneous fail fails never"""
+    impossible incorrect invalid rejected excluded extraneous fail fails never none too"""
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
 _POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
@@ -103,7 +103,7 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
         powers[over] += power if power < 0 else sign * power
         for part in under:
             powers[part] -= sign * power
-    if not powers or re.search(r"[0-9]", re.sub(r"\^\s*\{?-?[0-9]\}?", "", text)):
+    if not powers or re.search(r"[0-9]|(?<!\\),", re.sub(r"\^\s*\{?-?[0-9]\}?", "", text)):
         return ""
     units = (name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
     return " ".join(units) if known else "?"

@@ -51,6 +51,8 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
         (r"\aleph_0", r"\aleph_{1}", False),
         ("E(Y|X)", r"E(Y \mid X)", True),
         ("E(Y|X)", r"E(X \mid Y)", False),
+        (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{2}\times\mathbb{Z}_{4}", True),
+        (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{4}\times\mathbb{Z}_{4}", False),
         (r"l^2(\mathbb{N})", r"l^{2}(\mathbb{N})", True),
         (r"l^2(\mathbb{N})", r"l^{1}(\mathbb{N})", False),
     ],
