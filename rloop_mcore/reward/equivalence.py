@@ -31,6 +31,7 @@ from sympy import (  # type: ignore[import-untyped]
     Limit,
     MatrixBase,
     Rational,
+    S,
     Set,
     Symbol,
     Tuple,
@@ -135,8 +136,8 @@ def _of_letters(found: re.Match[str]) -> str:
 
 def equivalent(gold: Parsed, answer: Parsed) -> bool:
     """Is one of the answer's readings one of the gold's?"""
-    if any(map(_is_inequality, gold)) and all(isinstance(item, FiniteSet) for item in answer):
-        answer = tuple(item for item in answer if all(map(_is_inequality, item.args)))  # 1,3 is not 1 < x < 3
+    if any(map(_is_inequality, gold)):
+        answer = tuple(item for item in answer if not _lists_numbers(item))  # 1,3 is not 1 < x < 3
     solved = all(map(_is_solved, gold))
     answer = tuple(item for item in answer if _is_solved(item) or not solved)
     answer = tuple(item for item in answer if not all(_apart(one, item) for one in gold))
@@ -158,7 +159,16 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
 
 
 def _apart(gold: Any, answer: Any) -> bool:
-    """Do two formulas differ wherever they are tried? To find that by algebra may take minutes."""
+    """Do two formulas differ wherever they are tried? To find that by algebra may take minutes.
+
+    Of two equations one that is solved (y = ...) is put into the other.
+    """
+    if isinstance(gold, Eq) and isinstance(answer, Eq):
+        solved, other = (gold, answer) if _is_name(gold.lhs) else (answer, gold)
+        if not _is_name(solved.lhs) or solved.rhs.has(solved.lhs):
+            return False
+        left, right = (side.xreplace({solved.lhs: solved.rhs}) for side in other.args)
+        return all(isinstance(side, Expr) for side in (left, right)) and _tried(left - right + 1, S.One) == {False}
     return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
 
 
@@ -263,11 +273,16 @@ def _is_solved(item: Any) -> bool:
     if not isinstance(item, _ORDERED):
         return True
     sides = [(item.lhs, item.rhs), (item.rhs, item.lhs)]
-    return any(
-        isinstance(side, (Symbol, AppliedUndef)) or _is_size(side)
-        for side, other in sides
-        if not side.free_symbols & other.free_symbols
-    )
+    return any(_is_name(side) or _is_size(side) for side, other in sides if not side.free_symbols & other.free_symbols)
+
+
+def _is_name(side: Any) -> bool:
+    return isinstance(side, (Symbol, AppliedUndef))
+
+
+def _lists_numbers(item: Any) -> bool:
+    values = item.rhs if isinstance(item, Eq) else item  # x = 1, 3
+    return isinstance(values, FiniteSet) and not all(map(_is_inequality, values.args))
 
 
 def _is_size(side: Any) -> bool:

@@ -42,11 +42,14 @@ _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
 # Of integration; and of a function that an equation was solved for: f(x) = cx.
 _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
 _FUNCTION = re.compile(r"([fgh])\(([a-z])\)\s*=(.*)")
-_ANY_CONSTANT = re.compile(r"[A-DKacdk](?:_[0-9])?")
+_LEFT_SIDE = re.compile(r"([A-Za-z])(\([a-z]\))?\s*=")
+_PERIOD = re.compile(r"(?<![A-Za-z\\])([klmn])\s*\\pi(?![A-Za-z])|\\pi\s*([klmn])(?![A-Za-z])")
+_ANY_CONSTANT = re.compile(r"[A-DKacdklmn](?:_[0-9])?")
+_OF_A_PERIOD = frozenset("xtyz")
 _OF_A_SOLUTION = frozenset("efghikstuvwxyz")  # letters beside its constants: the c of a + b + c is none
 _MOST_CONSTANTS = 4
 _INDEXED = re.compile(r"[0-9]\s*_")
-_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…")
+_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…|(?<=[0-9)}])\s?['\"]")
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
 _EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
 _INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
@@ -93,7 +96,7 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     if _bases_conflict(gold, answer):
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
-        return True  # n \equiv 72, 72\ldots
+        return True  # n \equiv 72, 72\ldots, 72'
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):
@@ -163,8 +166,10 @@ def cases_apart(gold: str, answer: str) -> tuple[str, str]:
 def in_letters_of(gold: str, answer: str) -> Iterator[str]:
     """The answer, and that with its constants (and its function's argument) named as the gold's are, in every order.
 
-    C e^{2x} is A e^{2x}, and f(n) = n + 2 is f(x) = x + 2; C_1 and C_2 may change places.
+    C e^{2x} is A e^{2x}, and f(n) = n + 2 is f(x) = x + 2; C_1 and C_2 may change places. So is \\pi/4 + n\\pi for the
+    gold \\pi/4 + k\\pi, and y = x for y(x) = x or f(x) = x.
     """
+    answer = _with_left_side_of(gold, answer)
     yield answer
     one, other = _FUNCTION.fullmatch(gold), _FUNCTION.fullmatch(answer)
     if one and other and one[1] == other[1] and one[2] != other[2] and one[2] not in other[3]:
@@ -177,11 +182,22 @@ def in_letters_of(gold: str, answer: str) -> Iterator[str]:
         constants = set()
     if one:
         constants |= {name for name in ours - theirs - {one[1]} if _ANY_CONSTANT.fullmatch(name)}
+    if (found := _PERIOD.search(gold)) and ours <= _OF_A_PERIOD | set(found.groups()):
+        constants = {found[1] or found[2]}
     named = sorted(name for name in theirs if name in constants or name not in ours)
     if len(named) == len(constants) <= _MOST_CONSTANTS and all(map(_ANY_CONSTANT.fullmatch, named)):
         for order in permutations(sorted(constants)):
             if named != list(order):
                 yield _with_symbols(answer, dict(zip(named, order, strict=True)))
+
+
+def _with_left_side_of(gold: str, answer: str) -> str:
+    one, other = _LEFT_SIDE.match(gold), _LEFT_SIDE.match(answer)
+    if not one or not other:
+        return answer
+    same = one[1] == other[1] and not (one[2] and other[2])
+    names = {side[1] + (side[2] or "") for side in (one, other)}
+    return one[0] + answer[other.end() :] if same or names == {"y", "f(x)"} else answer
 
 
 def _symbols(text: str) -> list[str]:

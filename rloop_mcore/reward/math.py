@@ -26,7 +26,7 @@ from rloop_mcore.reward.forms import (
     value_of_equation,
 )
 from rloop_mcore.reward.numbers import exact, same_number
-from rloop_mcore.reward.reading import Reading, read
+from rloop_mcore.reward.reading import Reading, read, without_spaces
 from rloop_mcore.reward.restated import restates
 from rloop_mcore.types import Problem, Verdict
 
@@ -60,7 +60,7 @@ def compare(gold: str, answer: str) -> Verdict:
     if len(answer) > LONGEST + 2 * len(gold):
         return UNPARSABLE
     read_gold, read_answer = read(gold), read(answer)
-    if read_gold == read_answer and read_gold.text:
+    if without_spaces(read_gold) == without_spaces(read_answer) and read_gold.text:
         return CORRECT
     quick = same_number(read_gold, read_answer)
     return compare_symbolically(gold, answer) if quick is None else _verdict(quick)

@@ -48,6 +48,7 @@ _DOTTED = re.compile(
     r"(-?[0-9]*\.[0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,9}?)\3{2,}|([0-9]{3,9}?)\4+)\s*(?:\.\.\.|…|\\l?dots)"
 )
 _IN_BRACES = re.compile(r"(?<=\{)[0-9]{1,3}(?:,[0-9]{3})+(?=\})")  # not the set \{1,234\}
+_NO_MATTER = re.compile(r"(?<![0-9,])\s+|\s+(?=[-+*/=<>\\])")
 _TWO_NUMBERS = re.compile(r"(?<![_^0-9.])[0-9]+(?:\.[0-9]+)?(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+[0-9]")
 
 
@@ -76,6 +77,11 @@ def read(answer: str) -> Reading:
     if found := _CHOICE.match(text):
         return replace(_set_apart(text[found.end() :]), choice=found[found.lastindex or 0])
     return _set_apart(text)
+
+
+def without_spaces(reading: Reading) -> Reading:
+    """Without spaces that part no numbers: LaTeX sets none, and a text that no parser reads is compared as it is."""
+    return replace(reading, text=_NO_MATTER.sub("", reading.text))
 
 
 def _set_apart(text: str) -> Reading:

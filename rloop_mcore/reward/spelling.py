@@ -80,7 +80,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"\^\s*(?:\\prime(?![A-Za-z])|\{((?:\s*\\prime)+)\s*\})"),
         lambda found: "'" * max(1, (found[1] or "").count("p")),
     ),
-    (re.compile(r"(?<=[A-Za-z}])_\{([A-Za-z0-9])\}(?![A-Za-z0-9])"), r"_\1"),
+    (re.compile(r"(?<=[A-Za-z}])([_^])\{([A-Za-z0-9])\}(?![A-Za-z0-9])"), r"\1\2"),
     (re.compile(r",(?:\s*\\q?quad(?![A-Za-z]))+"), ", "),
     (re.compile(r",\s+(?![0-9!\\\s])"), ","),
     (
@@ -103,6 +103,8 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
+    (re.compile(r"\\mathcal\s*(?:\{\s*O\s*\}|O)(?=\s*\()"), "O"),
+    (re.compile(r"^(?:\\text\s*\{)?\s*does not exist\s*\}?$", re.IGNORECASE), r"\\text{DNE}"),
     (
         re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge|\\geq|\\geqslant)\s*0)\s*\}?$"),
         lambda found: "(-\\infty,0)" if found[1] == "-" else ("[" if "g" in found[1] else "(") + "0,\\infty)",
@@ -114,6 +116,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         ),
         lambda found: {"Rs": "₹", "INR": "₹", "EUR": "€"}.get(found[1], r"\$"),
     ),
+    (re.compile(r"\((?:\\(?:text|mathrm)\s*\{\s*|\\b)?mod[\s}]*(?:\\[,;:]\s*)?([0-9]+)\s*\)"), r"\\pmod{\1}"),
     (re.compile(r"\\[pb]?mod\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))"), r"\\pmod{\1\2}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
     (re.compile(r"^(?:\\text\s*\{\s*(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
@@ -155,7 +158,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         ),
         lambda found: ",".join(row.replace("&", "").strip() for row in found[2].split(r"\\") if row.strip()),
     ),
-    (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*(-?\$?[0-9][^{}]*)\}$"), r"\1"),
+    (re.compile(r"^\\text(?:bf|it|rm)?\s*\{\s*([(\[]?-?\\?\$?[0-9][^{}]*)\}$"), r"\1"),
 ]
 LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")
@@ -163,12 +166,20 @@ _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
 _LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
 _FOR_ALL = re.compile(  # what is said of the letters in it
-    r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)[^=]{0,80}$"
+    r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)([^=]{0,80})$"
     r"|,\s*[A-Za-z]\s*\\in\s*\\mathbb\{R\}$"
 )
+# The number of a period: \frac{\pi}{4} + k\pi, k \in \mathbb{Z}.
+_INTEGER = re.compile(r"(.*?)(?:,|\\text\s*\{[\s,]*for\s*\})\s*([klmn])\s*\\in\s*\\mathbb\{Z\}")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
 _CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\neq?(?![A-Za-z])")
 _RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
+# What is not said of letters, but which cases an answer is for, or what it is in others.
+_BOUNDS = re.compile(rf"(?:{_CONDITION.pattern})\s*-?[0-9.]+|\\in\s*[(\[][^()\[\]]*[)\]]")
+_CASES = re.compile(
+    r"[0-9+^]|\\frac|(?<![A-Za-z])(?:-|(?:for|where|if|when|else|otherwise|not|each|others?|cases?|odd|even|primes?)"
+    r"(?![A-Za-z]))"
+)
 _UNEQUAL = re.compile(r"([A-Za-z])\s*\\neq?(?![A-Za-z])")
 _THAT = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\||:)\s*((?:(?!\\[{}]).)+)\\\}")
 
@@ -180,8 +191,11 @@ def one_spelling(answer: str) -> str:
     text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
-    if _FOR_ALL.search(text, 1):
-        text = _FOR_ALL.sub("", text)
+    if (said := _FOR_ALL.search(text, 1)) and not _CASES.search(_BOUNDS.sub("", said[1] or "")):
+        text = text[: said.start()]
+    period = _INTEGER.fullmatch(text)
+    if period and re.search(rf"{period[2]}\s*\\pi|\\pi\s*{period[2]}", period[1]):
+        text = period[1]
     before = None
     while text != before:
         before = text

@@ -33,8 +33,12 @@ _NO_UNIT_WORDS = """
     between from through until below above under over up down plus minus times divided by mod modulo if when where for
     unless except either neither nor but hundred thousand million billion trillion dozen negative positive wrong correct
     pi sqrt sin cos tan cot sec csc log ln exp inf infinity frac false true yes other with without only base two three
-    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish"""
+    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish
+    hundreds thousands millions billions trillions dozens gross lakh lakhs crore crores halves thirds fourths fifths
+    sixths sevenths eighths ninths tenths hundredths thousandths millionths factorial root radical twice doubled tripled
+    impossible incorrect invalid rejected excluded extraneous fail fails never none too"""
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+_POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
 _POWER = r"(?:\s*\^\s*(?:[0-9]|\{-?[0-9]\}))?"
@@ -47,6 +51,7 @@ _TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in
 _BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
 _WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
+_SQUARED = re.compile(r"([A-Za-z]+) (squared|cubed)\b")  # feet squared
 _UNWRAP = re.compile(rf"{_TEXT}\{{((?:[^{{}}]|\{{-?[0-9]\}})*+)\}}|\\cdot|\\[,;:! ]")
 # Units that are written with commands, as words.
 _ANGSTROM = re.compile(r"\\AA(?![A-Za-z])|Å|\\mathring\s*\{\s*(?:\\(?:text|mathrm)\s*\{\s*A\s*\}|A)\s*\}")
@@ -76,15 +81,15 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
     """The canonical name of a unit written as `text`; "" if it is none."""
     powers: Counter[str] = Counter()
     known, sign, power_word = True, 1, 1
-    for word in _WORD.finditer(text):
+    for word in _WORD.finditer(_SQUARED.sub(r"\2 \1", text)):
         spelling = word[1]
         if spelling is None or spelling == "per":
             sign = -1  # of all that follows: J/kg K
             continue
         if spelling.casefold() in _NO_UNIT:
             return ""
-        if spelling in ("square", "sq", "cubic"):  # 18 square units; of 18 square inches and 18 in^2
-            power_word = 3 if spelling == "cubic" else 2
+        if spelling in _POWER_WORDS:  # 18 square units; of 18 square inches and 18 in^2
+            power_word = _POWER_WORDS[spelling]
             continue
         name = _lookup(spelling)
         if name is None or (not spaced and len(spelling) < 3 and spelling not in _UNSPACED):
@@ -98,7 +103,7 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
         powers[over] += power if power < 0 else sign * power
         for part in under:
             powers[part] -= sign * power
-    if not powers or re.search(r"[0-9]", re.sub(r"\^\s*\{?-?[0-9]\}?", "", text)):
+    if not powers or re.search(r"[0-9]|(?<!\\),", re.sub(r"\^\s*\{?-?[0-9]\}?", "", text)):
         return ""
     units = (name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
     return " ".join(units) if known else "?"

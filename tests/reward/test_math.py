@@ -51,6 +51,10 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
         (r"\aleph_0", r"\aleph_{1}", False),
         ("E(Y|X)", r"E(Y \mid X)", True),
         ("E(Y|X)", r"E(X \mid Y)", False),
+        (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{2}\times\mathbb{Z}_{4}", True),
+        (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{4}\times\mathbb{Z}_{4}", False),
+        (r"l^2(\mathbb{N})", r"l^{2}(\mathbb{N})", True),
+        (r"l^2(\mathbb{N})", r"l^{1}(\mathbb{N})", False),
     ],
 )
 def test_what_no_parser_reads_is_its_spelling(gold: str, answer: str, equal: bool) -> None:
@@ -164,6 +168,13 @@ def test_verdict_on_a_whole_response(response: str, truncated: bool, answer_form
 def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: str, correct: bool) -> None:
     assert compare(gold, answer).correct
     assert grade_math(Problem("p", problem, gold), rf"So \boxed{{{answer}}}", False, "boxed").correct == correct
+
+
+@pytest.mark.parametrize("answer", [r"y=C_1e^x+C_2e^{-2x}", r"y-C_1\cos x=C_2\sin x", r"y=C_1e^x+C_2xe^x"])
+def test_an_equation_is_tried_where_the_gold_is_solved(answer: str) -> None:
+    start = time.process_time()
+    assert not compare("y = C_1 e^{x} + C_2 e^{-x}", answer).correct
+    assert time.process_time() - start < 3  # of 0.9; by algebra the first took 20 s
 
 
 @pytest.mark.parametrize("answer", ["(" * 2000 + "+", " " * 3000 + "!", "0" * 3000 + "+1", "a" * 3000 + "!"])
