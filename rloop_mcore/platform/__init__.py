@@ -43,6 +43,10 @@ def setup(device: str = "auto", threads: int = 0) -> torch.device:
     torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # torchrun says 1
     # With one queue the kernels start in the order of their launch: Megatron's overlap with communication counts on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # SGLang sets this one: an NCCL that allocates otherwise cannot open the buffers of an engine on the same node.
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    # A handful of small kernels: not worth up to 32 compiling processes a rank.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if choose(device) == "cuda":
         _device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(_device)

@@ -110,9 +110,7 @@ def run(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "rloop_mcore.platform.torchrun", "--nproc-per-node", str(processes)]
-    # A compiler pool of as many processes as cores, each with torch, for a handful of small kernels: no.
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment |= {"OMP_NUM_THREADS": "4", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if processes > 1 or two_hosts:
