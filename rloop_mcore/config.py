@@ -170,7 +170,7 @@ class RolloutConfig:
     ep: int = 1  # of them, groups with their own part of the experts
     quantization: str = "none"  # or fp8, for SGLang: the matrices of the layers, quantised as they are sent
     memory_fraction: float | None = None  # of a GPU's memory for SGLang's weights and cache; null: its own choice
-    # devices of the SGLang servers, tp each; []: from the trainer's first on
+    # devices of the SGLang servers, tp each, numbered as the trainer's are; []: from the trainer's first on
     gpus: list[int] = field(default_factory=list)
     server_args: list[str] = field(default_factory=list)  # further flags of SGLang's launch_server, as they stand
     sleep: bool = False  # engines give up their memory (weights and cache) while the policy trains

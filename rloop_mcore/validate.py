@@ -310,8 +310,14 @@ def _check_sglang(rollout: RolloutConfig) -> None:
 
 def check_device(config: Config, device: str) -> None:
     """What `device`, cpu or cuda, can't do. Raises UserError."""
-    actor = config.actor
+    actor, rollout = config.actor, config.rollout
     _check_lag(config, platform.deterministic(config.run.deterministic, device))
+    starts_sglang = rollout.engine == "sglang" and not (rollout.endpoints or rollout.nodes)
+    if device == "cuda" and starts_sglang and 0 in rollout.gpus:
+        raise UserError(
+            f"rollout.gpus={rollout.gpus} has device 0, from which the weights are sent, and NCCL refuses two ranks on "
+            "one GPU: leave it empty for engines on the trainer's GPUs, or name devices behind them."
+        )
     if device == "cpu" and actor.optimizer_offload > 0:
         raise UserError(f"actor.optimizer_offload={actor.optimizer_offload} needs a GPU to free: set it to 0.")
     if device == "cpu" and actor.precision_aware_optimizer:

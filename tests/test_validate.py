@@ -223,6 +223,7 @@ def test_what_the_cluster_has_gpus_for_is_not(overrides: list[str]) -> None:
             "precision_aware_optimizer=false",
         ),
         (["precision=fp32", "layout.cp=2"], "cuda", "layout.cp=1 or precision=bf16"),
+        (["rollout.engine=sglang", "rollout.gpus=[0,1]"], "cuda", "refuses two ranks on one GPU: leave it empty"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(overrides: list[str], device: str, word: str) -> None:

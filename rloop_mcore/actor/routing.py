@@ -36,11 +36,12 @@ class RoutingReplay:
         self._kept: dict[Key, torch.Tensor] = {}
 
     def recording(self, rows: Sequence[Row]) -> Recording:
-        """For a forward pass over `rows`."""
+        """For a forward pass over `rows`. What was kept before goes: two steps' choices may be more than there is."""
+        self._kept = {}
         return Recording(torch.zeros(sum(map(len, rows)), *self._shape, dtype=self._dtype), self._columns)
 
     def keep(self, recording: Recording, trajectories: Sequence[Trajectory], rows: Sequence[Row]) -> None:
-        """Collective: put together what the stage's ranks recorded, in place of what was kept before."""
+        """Collective: put together what the stage's ranks recorded, and keep it."""
         if self._columns:
             group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
             for part in recording.experts.split(max(1, _AT_ONCE // recording.experts[0].nbytes)):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import aiohttp
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.platform.network import free_port
 from rloop_mcore.platform.process import OWN_PATH
 from rloop_mcore.rollout.client import EngineError
@@ -243,7 +244,8 @@ class SGLangServer(_ChildServer):
         """Start the process; does not wait.
 
         python: the interpreter that has SGLang; dtype: float32 or bfloat16; device: cpu or cuda; arguments: further
-        flags, which win; gpus: the devices it may see, all of them where empty.
+        flags, which win; gpus: the devices it may see, counted over those that this process may; all of them where
+        empty.
         """
         super().__init__(run_dir, name, host, api_key)
         self.secrets = run_dir / f".{name}.yaml"
@@ -261,7 +263,7 @@ class SGLangServer(_ChildServer):
             if STUBS_VARIABLE in os.environ:
                 self.environment["PYTHONPATH"] = os.environ[STUBS_VARIABLE]
         if gpus:
-            self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+            self.environment["CUDA_VISIBLE_DEVICES"] = _devices(gpus)
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -291,6 +293,17 @@ def stop_all(servers: Sequence[Server]) -> None:
     with ThreadPoolExecutor(max(1, len(servers))) as threads:
         for stopped in [threads.submit(server.stop) for server in servers]:
             stopped.result()
+
+
+def _devices(gpus: Sequence[int]) -> str:
+    """CUDA's names of these devices: Slurm may give a job some of a node's only. Raises UserError."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return ",".join(map(str, gpus))
+    names = given.split(",")
+    if missing := [gpu for gpu in gpus if gpu >= len(names)]:
+        raise UserError(f"rollout.gpus names device {missing[0]}, and CUDA_VISIBLE_DEVICES={given} has {len(names)}.")
+    return ",".join(names[gpu] for gpu in gpus)
 
 
 def _private(path: str, flags: int) -> int:

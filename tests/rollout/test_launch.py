@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,9 @@ helper.wait()
 HANGS = "import time; time.sleep(1000)"
 
 
-def _sglang(folder: Path, name: str) -> SGLangServer:
-    python = Path(sys.executable)
-    return SGLangServer(folder, folder, name, python=python, max_running=4, threads=1, dtype="float32", device="cuda")
+def _sglang(folder: Path, name: str, gpus: Sequence[int] = ()) -> SGLangServer:
+    common: dict[str, Any] = {"max_running": 4, "threads": 1, "dtype": "float32", "device": "cuda"}
+    return SGLangServer(folder, folder, name, python=Path(sys.executable), gpus=gpus, **common)
 
 
 @pytest.fixture
@@ -271,6 +271,19 @@ def test_servers_of_one_process_choose_different_ports(
     monkeypatch.setattr("secrets.randbits", lambda bits: 7)  # a collision by chance
     standin += [_sglang(tmp_path, f"engine-{number}") for number in range(2)]
     assert standin[0].port != standin[1].port
+
+
+def test_devices_are_counted_over_those_that_the_job_has(
+    tmp_path: Path, standin: list[SGLangServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch counts the trainer's: where Slurm hides a node's devices by the variable alone, 1 is another job's."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    standin.append(_sglang(tmp_path, "whole", [2, 1]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7c,6")
+    standin.append(_sglang(tmp_path, "part", [2, 1]))
+    assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in standin] == ["2,1", "6,GPU-7c"]
+    with pytest.raises(UserError, match=r"device 3, and CUDA_VISIBLE_DEVICES=4,GPU-7c,6 has 3\."):
+        _sglang(tmp_path, "none", [1, 3])
 
 
 SGLANG_PARENT = """
