@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ platform.setup("cpu", threads=1)
 
 from rloop_mcore.actor import actor as module  # noqa: E402
 from rloop_mcore.actor.packing import Row, Share, micro_batches  # noqa: E402
+from rloop_mcore.actor.routing import RoutingReplay  # noqa: E402
 from rloop_mcore.config import Config  # noqa: E402
 
 
@@ -33,3 +35,17 @@ def test_a_pass_without_a_backward_asks_for_no_recomputation(monkeypatch: pytest
     for forward_only in (True, False):
         actor._schedule(batches, lambda *_: None, 1.0, forward_only)
     assert seen == [(False, False), (True, True)]
+
+
+def test_choices_of_experts_go_before_those_of_the_next_step_come() -> None:
+    """A step's are gigabytes in the memory of each process of a node."""
+    row = Row([1], [2, 3])
+    trajectory: Any = type("Keyed", (), {"key": 7})()
+    routing = RoutingReplay([], top_k=2, experts=4)
+    recording = routing.recording([row])
+    routing.keep(recording, [trajectory], [row])
+    assert routing.replaying([trajectory])
+    kept = weakref.ref(routing._kept[7])
+    del recording
+    routing.recording([row])
+    assert kept() is None
