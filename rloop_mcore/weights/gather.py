@@ -59,6 +59,8 @@ def scattered(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[t
                 blocks = [mine[piece.in_shard] for owner, piece in parts if owner == rank]
                 for rows in chain.from_iterable(_chunks(block, mine.dtype) for block in blocks):
                     _transfer(dist.isend, rows, 0)
+                    # NCCL counts from when a transfer is queued: all of them now would have one deadline together.
+                    torch.cuda.current_stream().synchronize()
 
 
 class ScatteredTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,20 @@ def test_a_tensor_that_is_not_wanted_takes_the_memory_of_a_chunk(split: Split, m
     ScatteredTensor((64, 8), torch.float32, parts, mine, gather._Scratch(mine.device)).finish()
     assert sum(tensor.numel() for _, tensor in taken) == 64 * 8 / 2
     assert all(peer == 1 and tensor.untyped_storage().nbytes() <= 100 for peer, tensor in taken)
+
+
+def test_a_rank_waits_for_each_chunk_that_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would take all of them at once, and a write of the policy would have one collective's time."""
+    done: list[str] = []
+    stream = types.SimpleNamespace(synchronize=lambda: done.append("taken"))
+    monkeypatch.setattr(gather, "_transfer", lambda operation, tensor, peer: done.append("sent"))
+    monkeypatch.setattr(gather, "_directory", lambda *_: [gather._Entry([1], torch.float32)])
+    monkeypatch.setattr(gather, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
+    parameter = Parameter("p", (HfTensor("t", (64, 8)),), Split.REPLICATED)
+    assert not list(gather.scattered([parameter], {"p": torch.nn.Parameter(torch.ones(64, 8))}, lambda p: p))
+    assert done == ["sent", "taken"] * 2
 
 
 def test_a_bad_folder_changes_no_parameter(tmp_path: Path) -> None:
