@@ -27,7 +27,7 @@ pip install -q "torch==$TORCH" setuptools wheel ninja pybind11 packaging "nvidia
 echo "== pure parts"
 pip wheel -q --no-deps -w "$kit" -c "$root/constraints/py312.txt" "megatron-core==$MEGATRON_CORE" \
     pydantic pydantic-core annotated-types typing-inspection hydra-core omegaconf antlr4-python3-runtime \
-    math-verify latex2sympy2-extended plotly
+    math-verify latex2sympy2-extended plotly latex2mathml
 pip wheel -q --no-deps -w "$kit" "transformer-engine==$TRANSFORMER_ENGINE" \
     nvdlfw-inspect==0.2.2 importlib-metadata==10.2.0
 
