@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,6 +111,31 @@ _SHARES = (
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # torch has more, none of weights that can be trained
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_FLOAT = (lambda value: isinstance(value, float) and math.isfinite(value), "a number with a point, such as 0.02")
+_WHOLE = (lambda value: type(value) is int, "a whole number")
+_TOKEN = (lambda value: value is None or type(value) is int, "a whole number or null")
+_TOKENS = (
+    lambda value: value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value])),
+    "a whole number, a list of them or null",
+)
+_DTYPE = (lambda value: value in (None, *_DTYPES), f"one of {', '.join(_DTYPES)}")
+# of a config.json: transformers refuses other types, and so does every engine; what a family reads it checks itself
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), _FLOAT),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "use_cache"), _FLAG),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "sliding_window"), _TOKEN),
+    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
+    "eos_token_id": _TOKENS,
+    "max_window_layers": _WHOLE,
+    "attention_dropout": (lambda value: type(value) in (int, float), "a number"),
+    "layer_types": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)),
+        "a list of texts or null",
+    ),
+    "model_type": (lambda value: isinstance(value, str), "a text such as 'qwen2'"),
+}
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
 
 
@@ -396,11 +421,16 @@ def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an HF folder. Raises UserError when there is none, or it is no JSON object."""
+    """`config.json` of an HF folder. Raises UserError when there is none, it is no JSON object, or one of its keys is
+    not of the type that the engines ask for."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
-    return read_json(path)
+    values = read_json(path)
+    for key, (fits, words) in _TYPES.items():
+        if key in values and not fits(values[key]):
+            raise UserError(f"{path}: {key} is {values[key]!r:.80}; it has to be {words}.")
+    return values
 
 
 def warnings(config: Config, problems: int) -> list[str]:
