@@ -257,9 +257,9 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_rollout(config: Config, elsewhere: bool) -> None:
     rollout = config.rollout
+    if not elsewhere:
+        check_python(rollout, elsewhere=False)
     if rollout.engine == "sglang" and not rollout.endpoints:
-        if not elsewhere:
-            _check_python(rollout)
         _check_sglang(rollout)
     if rollout.engine == "embedded" and rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
@@ -311,13 +311,16 @@ def _check_lag(config: Config, deterministic: bool) -> None:
         )
 
 
-def _check_python(rollout: RolloutConfig) -> None:
+def check_python(rollout: RolloutConfig, elsewhere: bool) -> None:
+    """The interpreter that starts SGLang is given, and is there unless it is `elsewhere`. Raises UserError."""
+    if rollout.engine != "sglang" or rollout.endpoints:
+        return
     if rollout.python is None:
         raise UserError(
             "rollout.engine=sglang needs rollout.python=.venv-sglang/bin/python (`make install-sglang` makes it), or "
             "rollout.endpoints=[http://HOST:PORT,...] for running servers."
         )
-    if shutil.which(rollout.python) is None:
+    if not elsewhere and shutil.which(rollout.python) is None:
         raise UserError(f"rollout.python={rollout.python} is no program: `make install-sglang` makes one with SGLang.")
 
 

@@ -85,7 +85,9 @@ def _config(overrides: Sequence[str]) -> Config:
     The layout and the memory where the model's sizes are known here, by model.path or model.architecture.
     """
     config = load_config(overrides)
-    validate.check_values(config, elsewhere=config.cluster.slurm.container != "none")
+    in_image = config.cluster.slurm.container != "none"
+    validate.check_values(config, elsewhere=in_image)
+    validate.check_python(config.rollout, elsewhere=in_image)
     roles(config)
     folder = Path(config.model.path)
     if (folder / "config.json").is_file():
