@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,6 +111,31 @@ _SHARES = (
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # torch has more, none of weights that can be trained
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_FLOAT = (lambda value: isinstance(value, float) and math.isfinite(value), "a number with a point, such as 0.02")
+_WHOLE = (lambda value: type(value) is int, "a whole number")
+_TOKEN = (lambda value: value is None or type(value) is int, "a whole number or null")
+_TOKENS = (
+    lambda value: value is None or all(type(each) is int for each in (value if isinstance(value, list) else [value])),
+    "a whole number, a list of them or null",
+)
+_DTYPE = (lambda value: value in (None, *_DTYPES), f"one of {', '.join(_DTYPES)}")
+# of a config.json: transformers refuses other types, and so does every engine; what a family reads it checks itself
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), _FLOAT),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "use_cache"), _FLAG),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "sliding_window"), _TOKEN),
+    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
+    "eos_token_id": _TOKENS,
+    "max_window_layers": _WHOLE,
+    "attention_dropout": (lambda value: type(value) in (int, float), "a number"),
+    "layer_types": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)),
+        "a list of texts or null",
+    ),
+    "model_type": (lambda value: isinstance(value, str), "a text such as 'qwen2'"),
+}
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
 
 
@@ -232,9 +257,9 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_rollout(config: Config, elsewhere: bool) -> None:
     rollout = config.rollout
+    if not elsewhere:
+        check_python(rollout, elsewhere=False)
     if rollout.engine == "sglang" and not rollout.endpoints:
-        if not elsewhere:
-            _check_python(rollout)
         _check_sglang(rollout)
     if rollout.engine == "embedded" and rollout.endpoints:
         raise UserError("rollout.endpoints names running servers: set rollout.engine=sglang to use them.")
@@ -286,13 +311,16 @@ def _check_lag(config: Config, deterministic: bool) -> None:
         )
 
 
-def _check_python(rollout: RolloutConfig) -> None:
+def check_python(rollout: RolloutConfig, elsewhere: bool) -> None:
+    """The interpreter that starts SGLang is given, and is there unless it is `elsewhere`. Raises UserError."""
+    if rollout.engine != "sglang" or rollout.endpoints:
+        return
     if rollout.python is None:
         raise UserError(
             "rollout.engine=sglang needs rollout.python=.venv-sglang/bin/python (`make install-sglang` makes it), or "
             "rollout.endpoints=[http://HOST:PORT,...] for running servers."
         )
-    if shutil.which(rollout.python) is None:
+    if not elsewhere and shutil.which(rollout.python) is None:
         raise UserError(f"rollout.python={rollout.python} is no program: `make install-sglang` makes one with SGLang.")
 
 
@@ -402,11 +430,16 @@ def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an HF folder. Raises UserError when there is none, or it is no JSON object."""
+    """`config.json` of an HF folder. Raises UserError when there is none, it is no JSON object, or one of its keys is
+    not of the type that the engines ask for."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
-    return read_json(path)
+    values = read_json(path)
+    for key, (fits, words) in _TYPES.items():
+        if key in values and not fits(values[key]):
+            raise UserError(f"{path}: {key} is {values[key]!r:.80}; it has to be {words}.")
+    return values
 
 
 def warnings(config: Config, problems: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -129,6 +130,7 @@ def _transformer_config(fields: dict[str, Any], config: Config) -> TransformerCo
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.sp,
+        activation_func=F.silu,  # `honour` lets no other pass
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         moe_enable_routing_replay=config.actor.routing_replay != "none",

@@ -115,7 +115,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a YAML file ({error}): the file is damaged") from None
+        why = " ".join(str(error).split())  # PyYAML draws where it is, over several lines
+        raise UserError(f"{path} is not a YAML file ({why}): the file is damaged") from None
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no keys: it is not the configuration of a run")
     return text, settings or {}

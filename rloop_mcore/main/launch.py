@@ -22,6 +22,7 @@ from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
+from rloop_mcore.weights.families import check_config
 
 _SUBMIT_S = 120.0
 _NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
@@ -84,9 +85,14 @@ def _config(overrides: Sequence[str]) -> Config:
     The layout and the memory where the model's sizes are known here, by model.path or model.architecture.
     """
     config = load_config(overrides)
-    validate.check_values(config, elsewhere=config.cluster.slurm.container != "none")
+    in_image = config.cluster.slurm.container != "none"
+    validate.check_values(config, elsewhere=in_image)
+    validate.check_python(config.rollout, elsewhere=in_image)
     roles(config)
-    if (Path(config.model.path) / "config.json").is_file() or any(vars(config.model.architecture).values()):
+    folder = Path(config.model.path)
+    if (folder / "config.json").is_file():
+        check_config(folder, config.model.family)
+    if (folder / "config.json").is_file() or any(vars(config.model.architecture).values()):
         sizes, source = validate.stated_sizes(config.model)
         validate.check_sizes(config, sizes, source)
         check_fit(Architecture.of(sizes, source), config)

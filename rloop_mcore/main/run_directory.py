@@ -23,7 +23,8 @@ FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # of a start of a Slurm job: the batch scr
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks
 _LOCK_WAIT_S = 15.0  # a killed run's processes need a moment to go
 _FOLDERS = {"cache", "checkpoints", "evaluation", "experts", "model", "policies", "tensorboard"}
-_FILES = {"lock", "config.yaml", "journal.jsonl", "metrics.jsonl", "timeline.jsonl", "heartbeat", "stop", "ending.json"}
+_FILES = {"lock", "lock.rank0", "heartbeat", "stop"}
+_FILE_KINDS = {".json", ".jsonl", ".log", ".txt", ".yaml"}  # its other files: one of every engine, say
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class RunDirectory:
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")
-        for name in sorted(names & (_FOLDERS | _FILES)):
+        of_files = {name for name in names if name in _FILES or Path(name).suffix in _FILE_KINDS}
+        for name in sorted(of_files | (names & _FOLDERS)):
             if (self.path / name).is_dir() != (name in _FOLDERS):
                 kind = "folder" if name in _FOLDERS else "file"
                 raise UserError(

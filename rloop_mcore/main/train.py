@@ -40,7 +40,7 @@ from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
-from rloop_mcore.weights.tensor_files import catalogue
+from rloop_mcore.weights.families import check_folder
 
 _LOOK_S = 1.0
 _GRACE_S = 60.0
@@ -117,7 +117,7 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     validate.check_model(config, model)
     if device == "cuda" and config.cluster.gpu.memory_gib:
         check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
-    catalogue(model)
+    check_folder(model, config.model.family)
     tokenizer = TextTokenizer(model)
     template = PromptTemplate(config.data.template, tokenizer)
     load_verifier(config.reward.verifier)

@@ -1,12 +1,13 @@
-"""What the decoders share: grouped-query attention, RMS norms before attention and MLP, SwiGLU, rotary positions."""
+"""What the decoders share: grouped-query attention, RMS norms before attention and MLP, SwiGLU, rotary positions.
+
+Imports no torch: what starts a run checks its model by this.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch.nn.functional as F
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.weights.family import HfConfig, HfTensor, Parameter, Split
@@ -65,7 +66,6 @@ def architecture(config: HfConfig) -> dict[str, Any]:
             "normalization": "RMSNorm",
             "layernorm_epsilon": config.positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             "gated_linear_unit": True,
-            "activation_func": F.silu,
             "add_bias_linear": False,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,

@@ -1,7 +1,7 @@
 """How a model family's Megatron parameters are made of Hugging Face tensors: the words its description is written in.
 
 A family (`qwen2.py`, `llama.py`) lists its parameters in a fixed order; what splitting over tensor-parallel ranks and
-merging back mean is here, once.
+merging back mean is here, once. Imports torch only where a tensor is touched: what starts a run reads families.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import read_json
-from rloop_mcore.weights.hf_folder import DTYPES, TensorReader
+from rloop_mcore.weights.tensor_files import FLOATS, TensorEntry, check_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from rloop_mcore.weights.hf_folder import TensorReader
 
 
 class Split(Enum):
@@ -109,6 +112,8 @@ class Parameter:
         parts = [_part(read(self.sources[piece.source].name), piece.in_source) for piece in pieces]
         if len(parts) == 1 and parts[0].shape == self.shape(ranks):
             return parts[0].to(dtype or parts[0].dtype)
+        import torch
+
         make = torch.zeros if self.split is Split.VOCABULARY else torch.empty
         shard = make(self.shape(ranks), dtype=dtype or read(self.sources[0].name)[:0].dtype)
         for piece, part in zip(pieces, parts, strict=True):
@@ -212,13 +217,19 @@ class Family:
         tied = ("lm_head.weight",) if config.flag("tie_word_embeddings") else ()
         return (".rotary_emb.inv_freq", *tied)  # the first is a buffer that old Llama files carry
 
+    def check_headers(self, config: HfConfig, entries: Mapping[str, TensorEntry]) -> None:
+        """Raises UserError unless `entries` are exactly the tensors of the model that `config` describes."""
+        check_tensors(config.file.parent, entries, self.shapes(config), self.ignored(config))
+
     def check(self, config: HfConfig, reader: TensorReader) -> None:
-        """Raises UserError unless a folder holds exactly the tensors of the model that `config` describes."""
-        reader.check(self.shapes(config), self.ignored(config))
+        """As `check_headers`; what ties the embeddings and has another output layer is refused too."""
+        self.check_headers(config, reader.entries)
         embedding, output = "model.embed_tokens.weight", "lm_head.weight"
         if not config.flag("tie_word_embeddings") or output not in reader.entries:
             return
-        of_numbers = reader.entries[output].dtype in DTYPES.values()
+        import torch
+
+        of_numbers = reader.entries[output].dtype in FLOATS
         if not of_numbers or not torch.equal(reader.tensor(output), reader.tensor(embedding)):
             raise UserError(
                 f"{config.file} ties {output} to {embedding}, and {reader.folder} has another one: set "

@@ -46,27 +46,6 @@ class TensorReader:
         self.entries = catalogue(folder)
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
-        """Raise UserError unless exactly the tensors `expected` (name -> shape) are here, as floating-point numbers.
-
-        Those in `ignored` may be here too, and those whose name ends with one of them that begins with a dot.
-        """
-        for name, shape in expected.items():
-            entry = self.entries.get(name)
-            if entry is None:
-                raise UserError(f"{self.folder} lacks tensor {name} {list(shape)}, which its config.json calls for.")
-            if entry.shape != shape:
-                raise UserError(
-                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json calls for {list(shape)}."
-                )
-            if entry.dtype not in DTYPES.values():
-                raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}; it has to be F32, BF16 or F16.")
-        names = tuple(ignored)
-        suffixes = tuple(name for name in names if name.startswith("."))
-        for name in sorted(self.entries.keys() - expected.keys() - set(names)):
-            if not name.endswith(suffixes):
-                raise UserError(f"{self.entries[name].file} holds tensor {name}, which this family does not know.")
-
     def dtype(self, name: str) -> torch.dtype:
         return next(dtype for dtype, word in DTYPES.items() if word == self.entries[name].dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2,
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
+FLOATS = ("F32", "BF16", "F16")  # what the weights of a model may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,34 @@ def catalogue(folder: Path) -> dict[str, TensorEntry]:
             "safetensors first."
         )
     raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.")
+
+
+def check_tensors(
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+) -> None:
+    """Raise UserError unless exactly the tensors `expected` (name -> shape) are among `entries`, the folder's, as
+    floating-point numbers.
+
+    Those in `ignored` may be there too, and those whose name ends with one of them that begins with a dot.
+    """
+    for name, shape in expected.items():
+        entry = entries.get(name)
+        if entry is None:
+            raise UserError(f"{folder} lacks tensor {name} {list(shape)}, which its config.json calls for.")
+        if entry.shape != shape:
+            raise UserError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json calls for {list(shape)}."
+            )
+        if entry.dtype not in FLOATS:
+            raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}; it has to be F32, BF16 or F16.")
+    names = tuple(ignored)
+    suffixes = tuple(name for name in names if name.startswith("."))
+    for name in sorted(entries.keys() - expected.keys() - set(names)):
+        if not name.endswith(suffixes):
+            raise UserError(f"{entries[name].file} holds tensor {name}, which this family does not know.")
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

@@ -92,8 +92,9 @@ def test_an_evaluation_of_another_form_is_refused_by_its_name(content: str, rloo
 )
 def test_a_configuration_that_is_none_is_located(content: bytes, rloop_run: Path) -> None:
     (rloop_run / "config.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml") as caught:
         read_run(rloop_run)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_evaluation_without_an_average_is_refused(rloop_run: Path) -> None:

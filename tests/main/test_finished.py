@@ -114,3 +114,13 @@ def test_prompts_and_demonstrations_are_looked_at_before_the_ranks_start(
     with pytest.raises(UserError, match=sentence):
         train.train(["experiment=tiny", f"run.dir={tmp_path / 'run'}", override], force=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["engine.log", "ranks.log", "engine-1.log", "inputs.json", "fault.txt", "lock.rank0"])
+def test_a_folder_where_a_file_of_the_run_goes_is_a_mistake(name: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.create()
+    (tmp_path / "lock").touch()
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"/{name} has to be a file of the run's"):
+        run.create()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from rloop_mcore import platform
 from rloop_mcore.config import LayoutConfig
@@ -53,6 +54,7 @@ def build_chunks(architecture: dict[str, Any], layout: LayoutConfig, dtype: torc
     """This rank's chunks with random weights, for forward passes over whole sequences whatever `layout.cp` is."""
     config = TransformerConfig(
         **architecture["transformer"],
+        activation_func=F.silu,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
