@@ -17,8 +17,8 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.problems import FILES, problem_sources
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import RunDirectory
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
@@ -87,9 +87,7 @@ def _config(overrides: Sequence[str]) -> Config:
     validate.check_values(config, elsewhere=config.cluster.slurm.container != "none")
     roles(config)
     if (Path(config.model.path) / "config.json").is_file() or any(vars(config.model.architecture).values()):
-        sizes, source = validate.stated_sizes(config.model)
-        validate.check_sizes(config, sizes, source)
-        check_fit(Architecture.of(sizes, source), config)
+        check_fit(Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config))
     return config
 
 

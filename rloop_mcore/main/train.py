@@ -34,8 +34,8 @@ from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import handling
@@ -114,9 +114,9 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     if device == "cuda":
         platform.check_gpus(roles(config).ranks, config.precision)
     check_not_removed(model)
-    validate.check_model(config, model)
-    if device == "cuda" and config.cluster.gpu.memory_gib:
-        check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
+    sizes = validate.check_model(config, model)
+    if device == "cuda":
+        check_fit(Plan.of(sizes, config))
     catalogue(model)
     tokenizer = TextTokenizer(model)
     template = PromptTemplate(config.data.template, tokenizer)
