@@ -55,8 +55,7 @@ def launch(options: argparse.Namespace) -> int:
         if configs[0].cluster.slurm.container == "none":
             for warning in dict.fromkeys(warning for config in configs for warning in _absent(config)):
                 print(f"rloop: warning: {warning}", file=sys.stderr)
-        first = configs[0]
-        script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes, options.force)
+        script = training_script(configs[0], runs, options.force)
     if options.dry_run:
         print(script, end="")
         return 0
