@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
-from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, GpuConfig, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture, check_architecture
@@ -25,6 +24,7 @@ from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, 
 from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
+from rloop_mcore.run_config import flat
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _OPTIMIZERS = ("optimizer", "rft.optimizer", "sft.optimizer")

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from rloop_mcore import platform, validate
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
@@ -40,6 +40,7 @@ from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.weights.tensor_files import catalogue
 
 _LOOK_S = 1.0

@@ -20,11 +20,12 @@ import pytest
 import runs
 import shrunk
 
-from rloop_mcore.compose import config_folder, flat, load_config
-from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config, LayoutConfig, config_folder
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import broken_rule
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.run_config import flat
 from rloop_mcore.validate import check_values
 from rloop_mcore.weights.digest import digest_of
 
