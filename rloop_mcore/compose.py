@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,25 +11,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import rloop_mcore
-from rloop_mcore.config import Config
+from rloop_mcore.config import Config, config_folder
 from rloop_mcore.errors import UserError
-
-# of their messages, what is about them and not about the configuration
-_HYDRAS_OWN = ("Config search path", "provider=", "Set the env", "reference_type=", "object_type=")
+from rloop_mcore.run_config import key_names, read_config, sentence_of, unknown_key
 
 ConfigStore.instance().store(name="schema", node=Config)
-
-
-def config_folder() -> Path:
-    """The shipped `configs/`: inside an installed package, or at the top of a checkout."""
-    package = Path(rloop_mcore.__file__).parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
@@ -71,29 +60,6 @@ def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
     return _typed(config)
 
 
-def read_config(path: Path) -> Config:
-    """The resolved configuration that a run directory holds (`config.yaml`). Raises UserError for another file."""
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        if missing := OmegaConf.missing_keys(tree):
-            raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
-        return cast(Config, OmegaConf.to_object(tree))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {_sentence(error)}") from error
-    except RecursionError:
-        raise UserError(f"{path} is nested too deep to be read.") from None
-
-
-def to_yaml(config: Config) -> str:
-    """The YAML text that `read_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every key by its dotted name, with its value."""
-    return dict(_leaves(OmegaConf.structured(config)))
-
-
 def _typed(tree: Any, absent: str | None = None) -> Config:
     missing = sorted(OmegaConf.missing_keys(tree))
     if absent is not None:
@@ -104,24 +70,9 @@ def _typed(tree: Any, absent: str | None = None) -> Config:
     return cast(Config, OmegaConf.to_object(tree))
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in map(str, node):
-        name = f"{prefix}{key}"
-        value = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(value, DictConfig):
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name, OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
-
-
-@functools.cache
-def _keys() -> frozenset[str]:
-    return frozenset(name for name, _ in _leaves(OmegaConf.structured(Config)))
-
-
 def _check_keys(overrides: Sequence[str], folder: Path) -> None:
     groups = {path.name for path in folder.iterdir() if path.is_dir()}
-    keys = _keys()
+    keys = key_names()
     sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
     for text in overrides:
         try:
@@ -138,17 +89,7 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key.startswith("hydra.") or key in keys | groups | sections:
             continue
-        raise UserError(_unknown(key, groups, f" (in {text!r})"))
-
-
-def _unknown(key: str, groups: set[str], where: str = "") -> str:
-    """That there is no such key, and what is meant: one that is nearly spelled so; else, as of algorithm.lr, one whose
-    last word begins so; else the most alike."""
-    names, word = _keys() if "." in key else _keys() | groups, key.rpartition(".")[2]
-    alike = [name for name in names if name.rpartition(".")[2].startswith(word)]
-    close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.85)
-    near = (close or difflib.get_close_matches(key, sorted(alike or names), n=1, cutoff=0.0))[0]
-    return f"{key} is not a key of the configuration{where}: did you mean {near}?"
+        raise UserError(unknown_key(key, groups, f" (in {text!r})"))
 
 
 def _unreadable(text: str) -> str:
@@ -179,9 +120,7 @@ def _check_folders(searchpath: Any) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """The cause of a Hydra or OmegaConf error, its key first, without their hints on Hydra's own options."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"a configuration file has to be UTF-8 text ({error.reason}, byte {error.start})."
+    """The cause of an error in composing, its key first, without Hydra's hints on its own options."""
     cause: BaseException = error
     where = ""
     if str(error).startswith("In '") and isinstance(error.__context__, OmegaConfBaseException):
@@ -194,16 +133,7 @@ def _sentence(error: Exception) -> str:
             return f"model={name} is no file of configs/model: give a model's folder as model.path={name}."
         near = difflib.get_close_matches(name, cause.options, n=1, cutoff=0.0)[0]
         return f"{group}={name}: did you mean {near}? There are {', '.join(cause.options)}."
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    key = getattr(cause, "full_key", None)
-    if "@experiment." in lines[0] or (where and key == "experiment"):
+    of_experiment = where and getattr(cause, "full_key", None) == "experiment"
+    if of_experiment or "@experiment." in str(cause).strip().partition("\n")[0]:
         return f"{str(error).partition(':')[0]}: the first line must be # @package _global_ (docs/configs.md)."
-    if isinstance(cause, ConfigKeyError):
-        return where + _unknown(str(key), set())
-    if not key and lines[0] == "Cannot merge DictConfig with ListConfig":
-        return f"{where}a list is where KEY: VALUE lines are wanted, or these where a list is."
-    if key and "is not a ListConfig" in lines[0]:
-        return f"{where}{key} is a list: write {key}=[A,B]."
-    if key:
-        return f"{where}{key}: {lines[0].rstrip('.')}."
-    return where + " ".join(line for line in lines if line != "full_key:" and not line.startswith(_HYDRAS_OWN))
+    return where + sentence_of(cause)

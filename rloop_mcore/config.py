@@ -1,4 +1,4 @@
-"""The typed schema of every key. Imports no torch.
+"""The typed schema of every key, and where the shipped values are. Imports no torch.
 
 Defaults are the paper's (RLoop, section 5.1) and DAPO's (section 4.1 and its released 7B script); what neither says
 (fine-tuning, evaluation's schedule, everything about machines) is ours.
@@ -7,10 +7,18 @@ Defaults are the paper's (RLoop, section 5.1) and DAPO's (section 4.1 and its re
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
 GENERATED_MODEL = "countdown"  # as model.path: the generated task's untrained model, which the run makes
+
+
+def config_folder() -> Path:
+    """The shipped `configs/`: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 @dataclass

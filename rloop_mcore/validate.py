@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from rloop_mcore import platform
 from rloop_mcore.algorithm.hard_problems import samples_needed
-from rloop_mcore.compose import flat
 from rloop_mcore.config import Config, GpuConfig, ModelConfig, RolloutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture, check_architecture
@@ -25,6 +24,7 @@ from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, 
 from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
+from rloop_mcore.run_config import flat
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _OPTIMIZERS = ("optimizer", "rft.optimizer", "sft.optimizer")
@@ -372,42 +372,44 @@ def check_device(config: Config, device: str) -> None:
         raise UserError("rollout.quantization=fp8: SGLang has FP8 on a GPU only; set rollout.quantization=none here.")
 
 
-def check_model(config: Config, model: Path) -> None:
-    """The layout, the precision and the lengths against `config.json` of the folder `model`. Raises UserError."""
-    architecture = read_hf_config(model)
-    check_architecture(config.model.architecture, architecture, model / "config.json")
-    check_sizes(config, architecture, str(model / "config.json"))
+def check_model(config: Config, model: Path) -> Architecture:
+    """The sizes of the folder `model`: its `config.json` goes with the layout, the precision and the lengths.
+
+    Raises UserError where it does not.
+    """
+    sizes = read_hf_config(model)
+    check_architecture(config.model.architecture, sizes, model / "config.json")
+    return check_sizes(config, sizes, str(model / "config.json"))
 
 
-def check_sizes(config: Config, architecture: Mapping[str, Any], model: str) -> None:
+def check_sizes(config: Config, values: Mapping[str, Any], model: str) -> Architecture:
     """`check_model` for the keys of a config.json, which came from `model`."""
-    kind = architecture.get("model_type")
+    kind = values.get("model_type")
     if config.model.family == "auto" and kind not in (None, *_FAMILIES):
         raise UserError(f"{model}: model_type is {kind!r}; supported are {', '.join(_FAMILIES)}.")
-    sizes = Architecture.of(architecture, model)
-    shape = sizes.shape
-    if broken := broken_rule(config.layout, shape):
-        legal = nearest_legal(config.layout, shape)
+    sizes = Architecture.of(values, model)
+    if broken := broken_rule(config.layout, sizes):
+        legal = nearest_legal(config.layout, sizes)
         raise UserError(
             f"{broken} (model {model}): the nearest legal layout of {processes(legal)} processes has "
             f"{' '.join(overrides('layout', config.layout, legal))}."
         )
-    check_bf16_layers(config.fp8, shape.layers, config.layout.pp)
-    check_fp8_sizes(config.precision, architecture, config.layout.tp)
+    check_bf16_layers(config.fp8, sizes.layers, config.layout.pp)
+    check_fp8_sizes(config.precision, values, config.layout.tp)
     rollout = config.rollout
     if rollout.engine == "sglang" and (rollout.dp > 1 or rollout.quantization == "fp8"):
         check_engine(sizes, rollout)
-    if config.actor.routing_replay != "none" and not shape.experts:
+    if config.actor.routing_replay != "none" and not sizes.experts:
         raise UserError(
             f"actor.routing_replay={config.actor.routing_replay} needs a model with experts; {model} has none."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    limit = architecture.get("max_position_embeddings") or longest
-    if longest > limit:
+    if longest > (sizes.positions or longest):
         raise UserError(
-            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {limit} positions of {model}: "
-            "lower one of them."
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} is more than the {sizes.positions} positions of "
+            f"{model}: lower one of them."
         )
+    return sizes
 
 
 def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:

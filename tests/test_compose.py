@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rloop_mcore.compose import config_folder, flat, load_config, load_config_over, read_config, to_yaml
+from rloop_mcore.compose import load_config, load_config_over
+from rloop_mcore.config import config_folder
 from rloop_mcore.errors import UserError
+from rloop_mcore.run_config import flat, read_config, to_yaml
 from rloop_mcore.validate import check_values
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from rloop_mcore.analysis.answers import Answers, read_answers
 from rloop_mcore.analysis.coverage import distinct_solutions
 from rloop_mcore.analysis.curves import rl_step
 from rloop_mcore.analysis.forgetting import solved_matrix
-from rloop_mcore.analysis.read_run import Evaluation, Run
+from rloop_mcore.analysis.read_run import Run
 from rloop_mcore.analysis.similarity import similarity_matrix
 
 SIMILARITY_CHECKPOINTS = 24  # compared at most, evenly spaced
@@ -59,22 +58,7 @@ class Checkpoints:
 
 def rl_checkpoints(run: Run) -> Checkpoints:
     """theta_0 and the RL checkpoints of a run whose responses are there."""
-    return _read(run, [evaluation for evaluation in run.evaluations if evaluation.phase in ("base", "explore")])
-
-
-def common_steps(first: Checkpoints, second: Checkpoints) -> tuple[list[int], list[int]]:
-    """The places in each of the checkpoints that both have, by RL steps taken; theta_0 is one, at 0."""
-    shared = sorted(set(first.rl_steps) & set(second.rl_steps))
-    return [first.rl_steps.index(step) for step in shared], [second.rl_steps.index(step) for step in shared]
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly spaced, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist() if count else []
-
-
-def _read(run: Run, evaluations: Sequence[Evaluation]) -> Checkpoints:
-    paths = [(each, run.samples_file(each)) for each in evaluations]
+    paths = [(each, run.samples_file(each)) for each in run.evaluations if each.phase in ("base", "explore")]
     there = [(each, _file(path)) for each, path in paths if path.exists()]
     summaries = [_summary(file) for _, file in there]
     problems, solved = solved_matrix([summary.verdicts for summary in summaries])
@@ -87,6 +71,17 @@ def _read(run: Run, evaluations: Sequence[Evaluation]) -> Checkpoints:
         distinct=[summary.distinct for summary in summaries],
         files=[file for _, file in there],
     )
+
+
+def common_steps(first: Checkpoints, second: Checkpoints) -> tuple[list[int], list[int]]:
+    """The places in each of the checkpoints that both have, by RL steps taken; theta_0 is one, at 0."""
+    shared = sorted(set(first.rl_steps) & set(second.rl_steps))
+    return [first.rl_steps.index(step) for step in shared], [second.rl_steps.index(step) for step in shared]
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist() if count else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +97,7 @@ class _Summary:
 def _summary(file: _File) -> _Summary:
     answers = read_answers(file.path)
     some = [answers.problems[i] for i in spread(len(answers.problems), SIMILARITY_PROBLEMS)]
-    return _Summary(answers.without_tokens(), distinct_solutions(answers, answers.problems), answers.only(some))
+    return _Summary(answers.without_tokens(), distinct_solutions(answers), answers.only(some))
 
 
 @lru_cache(maxsize=32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +31,10 @@ def coverage(solved: np.ndarray) -> Coverage:
     return Coverage(ever, now, ever - now)
 
 
-def distinct_solutions(answers: Answers, problems: Sequence[str]) -> float:
+def distinct_solutions(answers: Answers) -> float:
     """Mean over the problems of |{different correct responses}|, as token sequences; one that is not solved has 0."""
     counts = []
-    for problem in problems:
+    for problem in answers.problems:
         rows = answers.rows_of(problem)
         counts.append(len({answers.response(row).tobytes() for row in rows[answers.correct[rows]]}))
     return float(np.mean(counts)) if counts else float("nan")

@@ -89,7 +89,7 @@ def hard_set_figures(runs: Sequence[Run]) -> list[Figure]:
             bar = {"type": "bar", "name": escape(run.name), "x": x[1:], "y": y, "text": text, "textposition": "none"}
             hover = "%{y:.0%}: %{text}<extra></extra>"
             turnover.append(bar | {"marker": fill(index), "hovertemplate": hover})
-    axes = layout("iteration", "turnover", {**PERCENT}) | {"barmode": "group"}
+    axes = layout("iteration", "turnover", PERCENT) | {"barmode": "group"}
     axes["xaxis"] |= {"dtick": 1}
     caption = "1 − |hard now and in the iteration before| / |hard now or then|."
     return [*figures, Figure("Turnover of the hard problems", caption, {"data": turnover, "layout": axes})]

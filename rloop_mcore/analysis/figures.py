@@ -127,7 +127,7 @@ def _by_iteration(runs: Sequence[Run]) -> list[Figure]:
             endpoints = trace(curves.rl_endpoints(run, metric), f"{run.name}: RL endpoint", index, run)
             endpoints["line"]["dash"] = "dot"
             data += [trace(curves.thetas(run, metric), f"{run.name}: θ", index, run), endpoints]
-        axes = layout("iterations done", metric, {**PERCENT})
+        axes = layout("iterations done", metric, PERCENT)
         axes["xaxis"] |= {"dtick": 1}
         figures.append(
             Figure(

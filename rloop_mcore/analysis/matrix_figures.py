@@ -84,7 +84,7 @@ def _coverage(runs: Sequence[Run], found: Sequence[Checkpoints]) -> Figure:
             drawn = trace(Series(each.rl_steps, _known(values)), f"{run.name}: {name}", index, run)
             drawn["line"] = stroke(index, DASHES[number])
             data.append(drawn)
-    axes = layout(RL_STEP, "share of problems", {**PERCENT}) | {"shapes": resets(runs)}
+    axes = layout(RL_STEP, "share of problems", PERCENT) | {"shapes": resets(runs)}
     caption = "Validation problems solved by an RL checkpoint until now, by this one, and by an earlier one only."
     return Figure("Coverage", caption, {"data": data, "layout": axes})
 
@@ -109,7 +109,7 @@ def _differences(runs: Sequence[Run], found: Sequence[Checkpoints]) -> list[Figu
             bar = {"type": "bar", "name": escape(name), "x": ["within an iteration", "between iterations"]}
             y = _known(block_averages(of, aligned.iterations))
             blocks[name] = bar | {"y": y, "marker": fill(index)}
-    axes = layout("", "mean forgetting", {**PERCENT}) | {"barmode": "group", "showlegend": True}
+    axes = layout("", "mean forgetting", PERCENT) | {"barmode": "group", "showlegend": True}
     caption = "Mean of the forgetting matrices over pairs of the same RL steps; vanilla RL's steps are cut alike."
     data = list(blocks.values())
     return [*figures, Figure("Forgetting within and between iterations", caption, {"data": data, "layout": axes})]

@@ -28,5 +28,8 @@ def last_rl_policy(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return _last(evaluations, "explore")
 
 
+ROLES = {"base": base, "picked by validation": pick, "last RL policy": last_rl_policy, "last θ": last_theta}
+
+
 def _last(evaluations: Sequence[Evaluation], phase: str) -> Evaluation | None:
     return next((evaluation for evaluation in reversed(evaluations) if evaluation.phase == phase), None)

@@ -86,7 +86,7 @@ def read_run(path: Path) -> Run:
     )
 
 
-def conditions_of(record: dict[str, Any]) -> str:
+def conditions_in_words(record: dict[str, Any]) -> str:
     """The prompt template and the answer format of a result, in words; "" where it doesn't say."""
     return ", ".join(str(record[key]) for key in ("template", "answer_format") if record.get(key))
 
@@ -150,7 +150,7 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         return None  # written by `rloop evaluate` under a name of the user's
     try:
         record = json_object(path.read_text(encoding="utf-8"))
-        metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_of(record)
+        metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_in_words(record)
         problems = record.get("problem_digests", {})
         average_key(metrics)
         of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in metrics.items())

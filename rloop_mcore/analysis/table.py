@@ -12,8 +12,8 @@ from rich.text import Text
 
 from rloop_mcore.algorithm.best_checkpoint import RULE
 from rloop_mcore.analysis.curves import checkpoint_label
-from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
-from rloop_mcore.analysis.read_run import Evaluation, Run, average_keys, conditions_of, pass_keys
+from rloop_mcore.analysis.pick import ROLES
+from rloop_mcore.analysis.read_run import Evaluation, Run, average_keys, conditions_in_words, pass_keys
 
 INTERVALS = "Percent, with 95 % bootstrap intervals over problems in brackets."
 _REMOVED = " (removed)"
@@ -24,7 +24,7 @@ _ARMS = {"base": "Base", "dapo": "DAPO", "rloop": "RLoop"}
 class Row:
     """A policy's line: `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"} in [0, 1].
 
-    `conditions`: see `read_run.conditions_of`.
+    `conditions`: see `read_run.conditions_in_words`.
     """
 
     label: str
@@ -64,9 +64,8 @@ def validation_table(runs: Sequence[Run]) -> Table | None:
     """
     rows, others = [], []
     for run in runs:
-        found = {"base": base(run.evaluations), "picked by validation": pick(run.evaluations)}
-        rows += _rows(run, found)
-        others += _rows(run, {"last θ": last_theta(run.evaluations), "last RL policy": last_rl_policy(run.evaluations)})
+        rows += _rows(run, "base", "picked by validation")
+        others += _rows(run, "last θ", "last RL policy")
     if not rows:
         return None
     note = f"The picked checkpoint has {RULE}. It was picked on these very problems, so its row is optimistic."
@@ -117,14 +116,14 @@ def _marked(row: Row) -> Row:
 def _row(name: str, arm: dict[str, Any]) -> Row:
     metrics = {key: value for key, value in arm.items() if "@" in key}
     label = arm.get("label") or _ARMS.get(name, name.replace("_", " "))
-    return Row(label, arm.get("checkpoint", ""), metrics, conditions_of(arm))
+    return Row(label, arm.get("checkpoint", ""), metrics, conditions_in_words(arm))
 
 
-def _rows(run: Run, found: dict[str, Evaluation | None]) -> list[Row]:
+def _rows(run: Run, *roles: str) -> list[Row]:
     return [
         Row(f"{run.name}, {role}", _checkpoint(run, evaluation), evaluation.metrics, evaluation.conditions)
-        for role, evaluation in found.items()
-        if evaluation is not None
+        for role in roles
+        if (evaluation := ROLES[role](run.evaluations)) is not None
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,10 @@ def _from_hub(name: str, benchmark: Benchmark) -> list[Problem]:
     where = f"{benchmark.dataset}, split {benchmark.split}"
     try:
         rows = enumerate(hub_dataset(benchmark.dataset, benchmark.subset, benchmark.split))
-        return [_problem(name, number, row) for number, row in rows if _first(row, _ANSWER) not in ("", [])]
+        problems = [_problem(name, number, row) for number, row in rows if _first(row, _ANSWER) not in ("", [])]
+        if len(ids := Counter(problem.id for problem in problems)) < len(problems):
+            raise UserError(f"several problems have the id {ids.most_common(1)[0][0]!r}")
+        return problems
     except (BadRow, UserError) as error:
         raise UserError(f"benchmark {name} ({where}): {error}; give it as a file with --benchmark-files.") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rloop_mcore.config import Config, EvaluationConfig
-from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.sampling import Graded, Sampler
-from rloop_mcore.evaluation.scores import counts_of, intervals, scores_of, summary
+from rloop_mcore.evaluation.scores import intervals, scores_of, summary
 from rloop_mcore.platform.files import atomic_path, write_atomic
 from rloop_mcore.protocols import Rewards, Rollout
 from rloop_mcore.types import Prompt, Sampling
@@ -48,8 +46,7 @@ class EngineEvaluator:
     prompts: Sequence[Prompt]
     decode: Callable[[Sequence[int]], str]
     config: EvaluationConfig
-    max_tokens: int
-    stop: tuple[str, ...]
+    sampling: Sampling
     seed: int
     directory: Path
     at_once: int
@@ -63,21 +60,20 @@ class EngineEvaluator:
 
         `policy` is recorded: the folder of the evaluated weights, relative to the run directory.
         """
-        sampling = Sampling(self.max_tokens, self.config.temperature, self.config.top_p, self.stop)
         if self._sampled is None or self._sampled[0] != name:
             started = time.monotonic()
-            self._sampled = name, self._sample(sampling), time.monotonic() - started
+            self._sampled = name, self._sample(), time.monotonic() - started
         _, rows, seconds = self._sampled
         with atomic_path(self.directory / f"{name}.parquet") as path:
             pq.write_table(_samples_table(rows, self.decode), path, compression="zstd", write_page_checksum=True)
-        scores = scores_of(counts_of(rows), self.config.samples, self.config.k)
+        scores = scores_of(rows, self.config.samples, self.config.k)
         metrics = intervals(scores, self.seed)
         record = {
             "name": name,
             "policy": policy,
             "metrics": metrics,
             "problems": len(self.prompts),
-            "sampling": {**asdict(sampling), "samples": self.config.samples, "seed": self.seed},
+            "sampling": {**asdict(self.sampling), "samples": self.config.samples, "seed": self.seed},
             **self.conditions,
             **summary(rows),
             "seconds": round(seconds, 3),
@@ -86,8 +82,8 @@ class EngineEvaluator:
         self._sampled = None
         return {key: interval["mean"] for key, interval in metrics.items()}
 
-    def _sample(self, sampling: Sampling) -> list[Graded]:
-        sampler = Sampler(self.rollout, self.rewards, self.decode, sampling, self.seed, self.at_once)
+    def _sample(self) -> list[Graded]:
+        sampler = Sampler(self.rollout, self.rewards, self.decode, self.sampling, self.seed, self.at_once)
         wanted = [(prompt, sample) for prompt in self.prompts for sample in range(self.config.samples)]
         rows: list[Graded] = []
         self.progress(0, len(wanted))
@@ -104,13 +100,6 @@ def conditions_of(config: Config) -> dict[str, str]:
         "answer_format": config.reward.answer_format,
         "verifier": config.reward.verifier,
     }
-
-
-def check_ids(prompts: Sequence[Prompt]) -> None:
-    """Raises UserError where two problems have one id: those of a benchmark from the hub are as they are there."""
-    repeated = [id for id, count in Counter(prompt.problem.id for prompt in prompts).items() if count > 1]
-    if repeated:
-        raise UserError(f"data.validation holds the problem id {repeated[0]!r} twice; ids must be unique")
 
 
 def _samples_table(rows: Sequence[Graded], decode: Callable[[Sequence[int]], str]) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,9 +29,9 @@ def counts_of(rows: Sequence[Graded]) -> dict[str, list[int]]:
     return counts
 
 
-def scores_of(counts: Mapping[str, Sequence[int]], samples: int, ks: Sequence[int]) -> Scores:
-    """Avg@n and pass@k of each problem; `samples` is n, and what Avg@n is called after."""
-    successes, drawn = zip(*counts.values(), strict=True)
+def scores_of(rows: Sequence[Graded], samples: int, ks: Sequence[int]) -> Scores:
+    """Avg@n and pass@k of each problem, in the order of `rows`; `samples` is n, and what Avg@n is called after."""
+    successes, drawn = zip(*counts_of(rows).values(), strict=True)
     scores = {f"avg@{samples}": average(successes, drawn).tolist()}
     return scores | {f"pass@{k}": pass_at_k(successes, drawn, k).tolist() for k in sorted(set(ks))}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from rloop_mcore.compose import config_folder
+from rloop_mcore.config import config_folder
 
 _EXAMPLES = {  # of each command's --help; formatted with `folder`
     "train": """

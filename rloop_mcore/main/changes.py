@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rloop_mcore.compose import flat
 from rloop_mcore.config import ArchitectureConfig, Config, GpuConfig, PreflightConfig, SlurmConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory, read_if_sound
 from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.run_config import flat
 
 
 @dataclass(frozen=True)

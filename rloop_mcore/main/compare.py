@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rloop_mcore.analysis.answers import Answers, read_answers
 from rloop_mcore.analysis.compare import block_forgetting, differences, of_one_id
-from rloop_mcore.analysis.pick import base, last_rl_policy, last_theta, pick
+from rloop_mcore.analysis.pick import ROLES
 from rloop_mcore.analysis.read_run import Evaluation, Run, pass_keys
 from rloop_mcore.analysis.report import read_runs, write_report
 from rloop_mcore.analysis.table import to_rich, validation_table
@@ -24,7 +24,6 @@ from rloop_mcore.evaluation.pass_at_k import average, pass_at_k
 from rloop_mcore.main.report import words_of
 from rloop_mcore.platform.files import write_atomic
 
-_ROLES = {"base": base, "picked by validation": pick, "last RL policy": last_rl_policy, "last θ": last_theta}
 _BLOCKS = {"intra": "of the problems within an iteration", "inter": "between iterations"}
 _SEED = 0  # of the bootstrap: the same every time
 
@@ -37,7 +36,7 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
             f"{first} and {second} were evaluated on different problems under the same ids ({len(different)} of them, "
             f"{different[0]!r} for one): they cannot be compared problem by problem."
         )
-    paired = {role: found for role in _ROLES if (found := _paired(runs, role))}
+    paired = {role: found for role in ROLES if (found := _paired(runs, role))}
     if not paired:
         raise UserError(f"{first} and {second} have no evaluations of the same problems: there is nothing to compare.")
     result: dict[str, Any] = {
@@ -60,7 +59,7 @@ def _paired(runs: list[Run], role: str) -> dict[str, dict[str, float]]:
 
     The metric is "avg" and not "avg@N" where the numbers of samples differ: each side is the mean of all it has.
     """
-    evaluations = [_ROLES[role](run.evaluations) for run in runs]
+    evaluations = [ROLES[role](run.evaluations) for run in runs]
     answers = [_answers(run, evaluation) for run, evaluation in zip(runs, evaluations, strict=True)]
     if answers[0] is None or answers[1] is None:
         return {}

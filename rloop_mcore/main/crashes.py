@@ -12,12 +12,12 @@ import time
 from hashlib import blake2b
 from typing import Any
 
-from rloop_mcore.compose import flat
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory, read_if_sound
 from rloop_mcore.platform.files import passing_over_a_full_disk, write_atomic
+from rloop_mcore.run_config import flat
 
 ENOUGH = 3
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?")  # pids, ports, seconds

@@ -17,8 +17,8 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.problems import FILES, problem_sources
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import RunDirectory
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
@@ -56,8 +56,7 @@ def launch(options: argparse.Namespace) -> int:
         if configs[0].cluster.slurm.container == "none":
             for warning in dict.fromkeys(warning for config in configs for warning in _absent(config)):
                 print(f"rloop: warning: {warning}", file=sys.stderr)
-        first = configs[0]
-        script = training_script(first, runs, first.cluster.nodes, first.rollout.nodes, options.force)
+        script = training_script(configs[0], runs, options.force)
     if options.dry_run:
         print(script, end="")
         return 0
@@ -90,12 +89,10 @@ def _config(overrides: Sequence[str]) -> Config:
     validate.check_python(config.rollout, elsewhere=in_image)
     roles(config)
     folder = Path(config.model.path)
-    if (folder / "config.json").is_file():
+    if there := (folder / "config.json").is_file():
         check_config(folder, config.model.family)
-    if (folder / "config.json").is_file() or any(vars(config.model.architecture).values()):
-        sizes, source = validate.stated_sizes(config.model)
-        validate.check_sizes(config, sizes, source)
-        check_fit(Architecture.of(sizes, source), config)
+    if there or any(vars(config.model.architecture).values()):
+        check_fit(Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config))
     return config
 
 

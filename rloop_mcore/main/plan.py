@@ -14,17 +14,14 @@ from rich.table import Table
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import LayoutConfig
-from rloop_mcore.errors import UserError
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import processes, stages
 from rloop_mcore.planning.memory import PARTS, StageMemory
-from rloop_mcore.planning.nodes import check_gpus, trainer_gpus
+from rloop_mcore.planning.nodes import check_gpus, node_gpus, trainer_gpus
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
-from rloop_mcore.planning.search import changes, legal_layouts, nearest_fit, ranked, shortage, way_out
+from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
 from rloop_mcore.planning.state import Coordinates, state_of
-from rloop_mcore.planning.time import mfu_of
 
 _SHOWN = 10  # layouts of a search
 
@@ -35,17 +32,15 @@ def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
     validate.check_values(config, elsewhere=True)
     check_gpus(config)
     validate.check_device(config, "cpu" if config.cluster.device == "cpu" else "cuda")
-    sizes, source = validate.stated_sizes(config.model)
-    validate.check_sizes(config, sizes, source)
-    model = Architecture.of(sizes, source)
+    model = validate.check_sizes(config, *validate.stated_sizes(config.model))
     chosen = Plan.of(model, config)
     others = ranked(model, config) if search else []
     if as_json:
         print(json.dumps(_as_json(chosen, others)))
     else:
         _show(chosen, others, Console(width=150 if not Console().is_terminal else None))
-    if chosen.fits is False and not any(other.fits for other in others):
-        raise UserError(f"{shortage(chosen)}; {way_out(model, config)}.")
+    if not any(other.fits for other in others):
+        check_fit(chosen)
     return 0
 
 
@@ -55,7 +50,7 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
     of_ranks = [state_of(model, config, Coordinates(stage.stage)).parameters for stage in chosen.stages]
     legal: list[dict[str, Any]] = [_ranked_json(other) for other in others]
     if not others:
-        layouts = legal_layouts(model, trainer_gpus(config), config.cluster.gpus_per_node or 8)
+        layouts = legal_layouts(model, trainer_gpus(config), node_gpus(config))
         legal = [_layout(layout, model.layers) for layout in layouts]
     nearest = nearest_fit(model, config) if chosen.fits is False else None
     return {
@@ -65,7 +60,7 @@ def _as_json(chosen: Plan, others: Sequence[Plan]) -> dict[str, Any]:
         "parameters_by_tensor": parameters,
         "parameters_of_a_rank_by_stage": of_ranks,
         "layouts": legal,
-        "engine_layouts": [{"tp": tp} for tp in legal_engine_tp(model, config.cluster.gpus_per_node or 8)],
+        "engine_layouts": [{"tp": tp} for tp in legal_engine_tp(model, node_gpus(config))],
         "chosen": {
             "layout": _layout(config.layout, model.layers),
             "gpus": processes(config.layout),
@@ -106,17 +101,16 @@ def _gib(parts: dict[str, int]) -> dict[str, float]:
 
 
 def _times(plan: Plan) -> dict[str, Any] | None:
-    return asdict(plan.times) | {"mfu": mfu_of(plan.times, plan.model, plan.config)} if plan.times else None
+    return asdict(plan.times) if plan.times else None
 
 
 def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
     model, config = chosen.model, chosen.config
     parameters = total_parameters(model)
     active = f", {_count(parameters['active'])} of them a token's" if model.experts else ""
-    sizes = " ".join(f"{key}={size}" for key, size in vars(config.layout).items() if key != "stages" and size > 1)
     console.print(f"{_count(parameters['total'])} parameters{active}; {model.layers} layers of width {model.hidden}")
     console.print(
-        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {sizes or 'one process'}; "
+        f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {_sizes(config.layout) or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
     console.print(_parts_table(chosen.worst))
@@ -128,6 +122,11 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         fitting = sum(other.fits is not False for other in others)
         console.print(f"\n{len(others)} legal layouts, {fitting} of them fit; the best:")
         console.print(_search_table(others[:_SHOWN]))
+
+
+def _sizes(layout: LayoutConfig) -> str:
+    """What is spread: tp=4 dp=2."""
+    return " ".join(f"{key}={size}" for key, size in vars(layout).items() if key not in ("stages", "sp") and size > 1)
 
 
 def _count(parameters: int) -> str:
@@ -164,8 +163,7 @@ def _table(title: str | None, *columns: str) -> Table:
 
 def _show_verdict(plan: Plan, console: Console) -> None:
     worst, config = plan.worst, plan.config
-    largest = max(worst.parts, key=lambda part: worst.parts[part])
-    words = f"the fullest GPU is one of stage {worst.stage}, most of it {largest.replace('_', ' ')}"
+    words = f"the fullest GPU is one of stage {worst.stage}, most of it {worst.largest.replace('_', ' ')}"
     if plan.fits is None:
         console.print(f"{words}; cluster.gpu.memory_gib is not given")
     elif plan.fits:
@@ -195,7 +193,7 @@ def _show_times(plan: Plan, console: Console) -> None:
         f"{100 * times.bubble:.0f} %), sync {times.sync_s:.1f}"
     )
     console.print(
-        f"tokens/s: {times.train_tokens_per_s:,.0f} trained ({100 * mfu_of(times, plan.model, plan.config):.0f} % of "
+        f"tokens/s: {times.train_tokens_per_s:,.0f} trained ({100 * times.mfu:.0f} % of "
         f"the bf16 peak), {times.rollout_tokens_per_s:,.0f} generated; with responses of half of rollout.max_tokens"
     )
 
@@ -204,11 +202,8 @@ def _search_table(plans: Sequence[Plan]) -> Table:
     table = _table(None, "step s", "update s", "GiB", "fits", "layout")
     for plan in plans:
         times = (f"{plan.times.step_s:.0f}", f"{plan.times.update_s:.1f}") if plan.times else ("", "")
-        layout = " ".join(
-            f"{k}={v}" for k, v in vars(plan.config.layout).items() if k not in ("stages", "sp") and v > 1
-        )
         rollout = f" memory_fraction={plan.config.rollout.memory_fraction}" if plan.engine.shared else ""
         fits = {True: "yes", False: "no", None: "?"}[plan.fits]
-        words = f"{layout} recompute={plan.config.actor.recompute}{rollout}"
+        words = f"{_sizes(plan.config.layout)} recompute={plan.config.actor.recompute}{rollout}"
         table.add_row(*times, f"{plan.worst.total / GIB:.1f}", fits, words)
     return table

@@ -17,9 +17,8 @@ from rloop_mcore.config import Config
 from rloop_mcore.data.prompts import TemplatePrompts
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
-from rloop_mcore.evaluation.evaluate import check_ids
 from rloop_mcore.evaluation.sampling import Graded, Sampler, still_wanted, votes_of
-from rloop_mcore.evaluation.scores import breakdown, counts_of, intervals, majorities, scores_of, summary
+from rloop_mcore.evaluation.scores import breakdown, intervals, majorities, scores_of, summary
 from rloop_mcore.main.engines import fleet_of, start_servers, with_engines_for_routers
 from rloop_mcore.main.kept_samples import Conditions, KeptSamples, open_samples
 from rloop_mcore.main.training_problems import report_bad_golds
@@ -59,7 +58,6 @@ class PolicyEvaluation:
             config.run.seed,
             config.data.max_prompt_tokens,
         )
-        check_ids(prompts.prompts)
         conditions = Conditions.of(config, self._digest, data, problems, self._template)
         with open_samples(self._out, name, conditions, self._display.message) as kept:
             if kept.lost:
@@ -102,7 +100,7 @@ class PolicyEvaluation:
     def _numbers(self, prompts: TemplatePrompts, rows: Sequence[Graded]) -> dict[str, Any]:
         evaluation, seed = self._config.evaluation, self._config.run.seed
         problems = [prompt.problem for prompt in prompts.prompts]
-        scores = scores_of(counts_of(rows), evaluation.samples, evaluation.k)
+        scores = scores_of(rows, evaluation.samples, evaluation.k)
         if self._config.reward.verifier in VOTES and max(evaluation.k, default=1) > 1:
             votes = votes_of(rows, prompts.prompts, self._rewards, prompts.decode)
             scores |= majorities(rows, votes, evaluation.k)

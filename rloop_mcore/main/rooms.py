@@ -33,7 +33,7 @@ from rloop_mcore.run_state import RunState
 from rloop_mcore.timeline import Timeline
 from rloop_mcore.tracking import Tracker
 from rloop_mcore.trajectory.cache import TrajectoryCache
-from rloop_mcore.types import Policy, Problem
+from rloop_mcore.types import Policy, Problem, Sampling
 from rloop_mcore.weights.bridge import HfBridge
 from rloop_mcore.weights.digest import digest_of
 
@@ -92,8 +92,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             prompts_of(validation).prompts,
             prompts.decode,
             config.evaluation,
-            config.rollout.max_tokens,
-            template.stop,
+            Sampling(config.rollout.max_tokens, config.evaluation.temperature, config.evaluation.top_p, template.stop),
             config.run.seed,
             run.evaluation,
             2 * config.rollout.max_running,

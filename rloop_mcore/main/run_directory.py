@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.compose import read_config
 from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.kept_policies import best, removed
 from rloop_mcore.platform.files import json_object, passing_over_a_full_disk, try_lock, write_atomic
+from rloop_mcore.run_config import read_config
 
 FOLDER_VARIABLE = "RLOOP_JOB_FOLDER"  # of a start of a Slurm job: the batch script makes the folder and names it
 SUPERVISOR_VARIABLE = "RLOOP_SUPERVISOR"  # its pid, for the ranks

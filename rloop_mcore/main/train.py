@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from rloop_mcore import platform, validate
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
@@ -34,12 +34,13 @@ from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
 from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
-from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.weights.families import check_folder
 
 _LOOK_S = 1.0
@@ -114,9 +115,9 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     if device == "cuda":
         platform.check_gpus(roles(config).ranks, config.precision)
     check_not_removed(model)
-    validate.check_model(config, model)
-    if device == "cuda" and config.cluster.gpu.memory_gib:
-        check_fit(Architecture.of(validate.read_hf_config(model), model / "config.json"), config)
+    sizes = validate.check_model(config, model)
+    if device == "cuda":
+        check_fit(Plan.of(sizes, config))
     check_folder(model, config.model.family)
     tokenizer = TextTokenizer(model)
     template = PromptTemplate(config.data.template, tokenizer)

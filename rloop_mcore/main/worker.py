@@ -11,7 +11,6 @@ from types import ModuleType
 import psutil
 
 from rloop_mcore import platform
-from rloop_mcore.compose import read_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Interrupted, UserError
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
@@ -21,6 +20,7 @@ from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import stages
 from rloop_mcore.platform import heartbeat
 from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
+from rloop_mcore.run_config import read_config
 from rloop_mcore.validate import read_hf_config
 
 

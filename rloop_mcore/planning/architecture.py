@@ -9,7 +9,6 @@ from typing import Any
 
 from rloop_mcore.config import ArchitectureConfig
 from rloop_mcore.errors import UserError
-from rloop_mcore.planning.layouts import ModelShape
 
 # Not sizes: base and instruct models of one size, or their later releases, differ in them, and config.json counts.
 _OF_A_RELEASE = ("max_position_embeddings", "rope_theta", "rms_norm_eps")
@@ -80,11 +79,6 @@ class Architecture:
     def keys(self) -> int:
         """The width of all key heads, and of all value heads."""
         return self.kv_heads * self.head_dim
-
-    @property
-    def shape(self) -> ModelShape:
-        """What a layout has to divide."""
-        return ModelShape(self.layers, self.heads, self.kv_heads, self.ffn, self.experts, self.expert_ffn)
 
 
 def check_architecture(stated: ArchitectureConfig, found: Mapping[str, Any], file: Path) -> None:

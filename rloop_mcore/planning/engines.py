@@ -81,11 +81,11 @@ def engine_plan(model: Architecture, config: Config, memory: float) -> EnginePla
         return EnginePlan(weights, tokens * of_token, GIB, tokens, shared=True, sleeps=False)
     fraction = OWN_CHOICE if rollout.memory_fraction is None else rollout.memory_fraction
     cache = max(0, int(fraction * memory) - weights)
-    separate = rollout.nodes > 0 or (bool(rollout.gpus) and min(rollout.gpus) >= _trainer_gpus(config))
+    separate = rollout.nodes > 0 or (bool(rollout.gpus) and min(rollout.gpus) >= _taken_here(config))
     return EnginePlan(weights, cache, _BESIDE, dp * (cache // of_token), not separate, rollout.sleep and not separate)
 
 
-def _trainer_gpus(config: Config) -> int:
+def _taken_here(config: Config) -> int:
     """GPUs of this machine that the trainer takes, from the first on."""
     wanted = processes(config.layout)
     return min(wanted, config.cluster.gpus_per_node or wanted)

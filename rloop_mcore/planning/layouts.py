@@ -8,23 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from rloop_mcore.config import LayoutConfig
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that a layout has to divide."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    experts: int = 0  # 0: a dense model
-    expert_ffn: int = 0
+from rloop_mcore.planning.architecture import Architecture
 
 
 def processes(layout: LayoutConfig) -> int:
@@ -32,7 +21,7 @@ def processes(layout: LayoutConfig) -> int:
     return layout.tp * layout.pp * layout.cp * layout.dp
 
 
-def broken_rule(layout: LayoutConfig, model: ModelShape) -> str | None:
+def broken_rule(layout: LayoutConfig, model: Architecture) -> str | None:
     """The first rule that the layout breaks, as a clause that names key and value; None for a legal layout.
 
     Every size of the layout has to be positive. The vocabulary breaks no rule: it is padded.
@@ -40,7 +29,7 @@ def broken_rule(layout: LayoutConfig, model: ModelShape) -> str | None:
     return _broken_by_tensors(layout, model) or _broken_by_experts(layout, model) or _broken_by_stages(layout, model)
 
 
-def _broken_by_tensors(layout: LayoutConfig, model: ModelShape) -> str | None:
+def _broken_by_tensors(layout: LayoutConfig, model: Architecture) -> str | None:
     if broken := _undivided("tp", layout.tp, "num_attention_heads", model.heads):
         return broken
     if broken := _undivided("tp", layout.tp, "num_key_value_heads", model.kv_heads):
@@ -52,7 +41,7 @@ def _broken_by_tensors(layout: LayoutConfig, model: ModelShape) -> str | None:
     return None
 
 
-def _broken_by_experts(layout: LayoutConfig, model: ModelShape) -> str | None:
+def _broken_by_experts(layout: LayoutConfig, model: Architecture) -> str | None:
     if not model.experts:
         wrong = [f"layout.{key}={size}" for key, size in (("ep", layout.ep), ("etp", layout.etp)) if size > 1]
         return f"{wrong[0]} needs a model with experts" if wrong else None
@@ -71,7 +60,7 @@ def _broken_by_experts(layout: LayoutConfig, model: ModelShape) -> str | None:
     return None
 
 
-def _broken_by_stages(layout: LayoutConfig, model: ModelShape) -> str | None:
+def _broken_by_stages(layout: LayoutConfig, model: Architecture) -> str | None:
     if layout.vpp > 1 and layout.pp == 1:
         return f"layout.vpp={layout.vpp} needs layout.pp above 1"
     count = layout.pp * layout.vpp
@@ -95,7 +84,7 @@ def _undivided(key: str, parts: int, name: str, size: int) -> str | None:
     return f"layout.{key}={parts} does not divide {name}={size}" if size % parts else None
 
 
-def nearest_legal(layout: LayoutConfig, model: ModelShape) -> LayoutConfig:
+def nearest_legal(layout: LayoutConfig, model: Architecture) -> LayoutConfig:
     """The legal layout of as many processes that changes the fewest keys of `layout`, and those by the least factors.
 
     Of equally near ones, one that keeps tp, then pp. One is always legal: all processes in dp.
@@ -103,7 +92,7 @@ def nearest_legal(layout: LayoutConfig, model: ModelShape) -> LayoutConfig:
     return min(_legal_layouts(layout, model), key=lambda candidate: _distance(layout, candidate))
 
 
-def _legal_layouts(layout: LayoutConfig, model: ModelShape) -> Iterator[LayoutConfig]:
+def _legal_layouts(layout: LayoutConfig, model: Architecture) -> Iterator[LayoutConfig]:
     """The legal layouts of as many processes: all of tp, pp, cp and dp, each with the nearest of the other keys."""
     total = processes(layout)
     for pp in divisors(total):
@@ -121,7 +110,7 @@ def _legal_layouts(layout: LayoutConfig, model: ModelShape) -> Iterator[LayoutCo
                     yield candidate
 
 
-def _nearest_experts(layout: LayoutConfig, model: ModelShape, stage: int) -> LayoutConfig:
+def _nearest_experts(layout: LayoutConfig, model: Architecture, stage: int) -> LayoutConfig:
     """`layout` with the nearest ep and etp that spread the experts over the `stage` processes of a pipeline stage."""
     if not model.experts:
         return replace(layout, ep=1, etp=1)

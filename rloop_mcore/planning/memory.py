@@ -49,6 +49,11 @@ class StageMemory:
         return self.phases[self.peak]
 
     @property
+    def largest(self) -> str:
+        """The part of them that takes the most."""
+        return max(self.parts, key=lambda part: self.parts[part])
+
+    @property
     def total(self) -> int:
         """Bytes at the peak."""
         return sum(self.parts.values())

@@ -91,6 +91,11 @@ def trainer_gpus(config: Config) -> int:
     return nodes * config.cluster.gpus_per_node or processes(config.layout)
 
 
+def node_gpus(config: Config) -> int:
+    """GPUs of a node; the usual 8 where cluster.gpus_per_node doesn't say."""
+    return config.cluster.gpus_per_node or 8
+
+
 def idle_gpus(config: Config) -> list[str]:
     """A warning where the policy trains on half of its GPUs or fewer."""
     used, gpus = processes(config.layout), trainer_gpus(config)

@@ -12,12 +12,12 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, divisors, overrides, processes
-from rloop_mcore.planning.nodes import trainer_gpus
+from rloop_mcore.planning.nodes import node_gpus, trainer_gpus
 from rloop_mcore.planning.plan import Plan
 
 _RECOMPUTE = ("none", "selective", "full")
 _CONTEXT, _VIRTUAL = (1, 2, 4, 8), (1, 2, 4)  # sizes of cp and vpp that are tried
-_MOST_TIMES = 64  # as many GPUs are looked at, in vain, before giving up
+_TIMES = (2, 4, 8, 16, 32, 64)  # as many GPUs are looked at before giving up
 
 
 def legal_layouts(model: Architecture, gpus: int, node: int) -> list[LayoutConfig]:
@@ -28,7 +28,7 @@ def legal_layouts(model: Architecture, gpus: int, node: int) -> list[LayoutConfi
             continue
         for vpp, ep, etp in product(_VIRTUAL, divisors(model.experts) if model.experts else [1], {1, tp}):
             layout = LayoutConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=gpus // (tp * pp * cp), sp=tp > 1)
-            if broken_rule(layout, model.shape) is None:
+            if broken_rule(layout, model) is None:
                 found.append(layout)
     return found
 
@@ -38,8 +38,7 @@ def ranked(model: Architecture, config: Config, gpus: int | None = None) -> list
 
     Those that fit come first, by the estimated time of a step; without rates, and those that don't fit, by memory.
     """
-    node = config.cluster.gpus_per_node or 8
-    layouts = legal_layouts(model, gpus or trainer_gpus(config), node)
+    layouts = legal_layouts(model, gpus or trainer_gpus(config), node_gpus(config))
     plans = [min(_variants(model, replace(config, layout=layout)), key=_rank) for layout in layouts]
     return sorted(plans, key=_rank)
 
@@ -68,7 +67,7 @@ def _engines(plan: Plan) -> Iterator[RolloutConfig]:
         yield affordable
     if plan.short_of_cache:
         gpus = rollout.engines * rollout.tp
-        for tp in legal_engine_tp(plan.model, plan.config.cluster.gpus_per_node or 8):
+        for tp in legal_engine_tp(plan.model, node_gpus(plan.config)):
             if tp > rollout.tp and gpus % tp == 0 and tp % rollout.ep == tp % rollout.dp == 0:
                 yield replace(affordable, tp=tp, engines=gpus // tp)
 
@@ -86,8 +85,7 @@ def _affordable_fraction(plan: Plan) -> float:
 
 def nearest_fit(model: Architecture, config: Config) -> Plan | None:
     """The plan that fits on as many GPUs with the fewest keys changed, then the least time; None: there is none."""
-    node = config.cluster.gpus_per_node or 8
-    layouts = [config.layout, *legal_layouts(model, processes(config.layout), node)]
+    layouts = [config.layout, *legal_layouts(model, processes(config.layout), node_gpus(config))]
     plans = (plan for layout in layouts for plan in _variants(model, replace(config, layout=layout)))
     fitting = [plan for plan in plans if plan.fits]
     return min(fitting, key=lambda plan: (_changed(config, plan.config), *_rank(plan)), default=None)
@@ -104,15 +102,13 @@ def changes(before: Config, after: Config) -> list[str]:
     return [text for name in sections for text in overrides(name, getattr(before, name), getattr(after, name))]
 
 
-def check_fit(model: Architecture, config: Config) -> Plan:
-    """The plan of a run that fits; where no memory is given, of any. Raises UserError with the nearest that fits."""
-    plan = Plan.of(model, config)
-    if plan.fits is not False:
-        return plan
-    raise UserError(f"{shortage(plan)}; {way_out(model, config)}.")
+def check_fit(plan: Plan) -> None:
+    """Raises UserError, with the nearest that fits, where the plan does not; any does where no memory is given."""
+    if plan.fits is False:
+        raise UserError(f"{_shortage(plan)}; {_way_out(plan.model, plan.config)}.")
 
 
-def shortage(plan: Plan) -> str:
+def _shortage(plan: Plan) -> str:
     """What is too much, as a clause."""
     worst, gpu = plan.worst, plan.config.cluster.gpu
     if plan.short_of_cache:
@@ -121,33 +117,30 @@ def shortage(plan: Plan) -> str:
             f"an engine over rollout.tp={plan.config.rollout.tp} GPUs has room for {plan.engine.tokens} tokens beside "
             f"its weights, and one sequence may have {longest}"
         )
-    largest = max(worst.parts, key=lambda part: worst.parts[part])
     return (
         f"the run needs {worst.total / GIB:.1f} GiB on a GPU of pipeline stage {worst.stage} and "
-        f"cluster.gpu.memory_gib={gpu.memory_gib:g} (most of it {largest}, {worst.parts[largest] / GIB:.1f} GiB)"
+        f"cluster.gpu.memory_gib={gpu.memory_gib:g} (most of it {worst.largest}, "
+        f"{worst.parts[worst.largest] / GIB:.1f} GiB)"
     )
 
 
-def way_out(model: Architecture, config: Config) -> str:
+def _way_out(model: Architecture, config: Config) -> str:
     """What would fit, as a clause: fewest changes first, then more GPUs."""
     nearest = nearest_fit(model, config)
     if nearest is not None:
         return f"the nearest that fits has {' '.join(changes(config, nearest.config))}"
     gpus = processes(config.layout)
-    more = 2
-    while more <= _MOST_TIMES:
+    for more in _TIMES:
         best = ranked(model, config, more * gpus)[0]
         if best.fits:
             change = " ".join(changes(config, best.config))
             return f"no layout of so many GPUs ({gpus}) does; {more * gpus} would, with {change}"
-        more *= 2
-    return f"no layout of up to {_MOST_TIMES * gpus} GPUs would: {_remedy(best)}"
+    return f"no layout of up to {more * gpus} GPUs would: {_remedy(best)}"
 
 
 def _remedy(plan: Plan) -> str:
     """What to lower or raise where more GPUs don't help."""
-    parts = plan.worst.parts
-    if not plan.short_of_cache and max(parts, key=lambda part: parts[part]) not in ("engine_weights", "kv_cache"):
+    if not plan.short_of_cache and plan.worst.largest not in ("engine_weights", "kv_cache"):
         return "lower actor.micro_batch_tokens or rollout.max_tokens"
     if plan.config.rollout.engine == "embedded":
         return (

@@ -42,6 +42,7 @@ class Times:
     step_s: float
     train_tokens_per_s: float
     rollout_tokens_per_s: float
+    mfu: float  # share of the bf16 peak that an update's multiplications come to, without those done again
 
 
 def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times | None:
@@ -63,6 +64,8 @@ def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times
     speed = running / _decoding_s(model, config, running)
     rollout = _rollout_s(model, config, speed)
     sync = _sync_s(model, config, engine)
+    work = TokenWork.of(model, prompt + response)
+    of_token = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
     together = max(train, rollout) if config.rollout.max_lag else train + rollout
     return Times(
         count,
@@ -74,6 +77,7 @@ def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times
         together + sync,
         tokens / update,
         speed * config.rollout.engines,
+        tokens / update * of_token / (processes(config.layout) * gpu.bf16_tflops * 1e12),
     )
 
 
@@ -183,11 +187,3 @@ def _rollout_s(model: Architecture, config: Config, speed: float) -> float:
 def _sync_s(model: Architecture, config: Config, engine: EnginePlan) -> float:
     """Seconds to send all weights, once."""
     return weight_bytes(model, config) * _per_byte(config, 1 if engine.shared else math.inf)
-
-
-def mfu_of(times: Times, model: Architecture, config: Config) -> float:
-    """The share of the trainer's bf16 peak that an update's multiplications come to, without those done again."""
-    prompt, response = mean_lengths(config)
-    work = TokenWork.of(model, prompt + response)
-    each = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
-    return times.train_tokens_per_s * each / (processes(config.layout) * config.cluster.gpu.bf16_tflops * 1e12)

@@ -43,14 +43,14 @@ class Run:
     overrides: Sequence[str]
 
 
-def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_nodes: int, force: bool = False) -> str:
+def training_script(config: Config, runs: Sequence[Run], force: bool) -> str:
     """The job that trains `runs`, one a task of an array where there are several. Raises UserError for a bad value.
 
-    `engine_nodes` of the `nodes` have engines only: the last ones, or a second component of a heterogeneous job.
+    Nodes that have engines only are the last ones, or a second component of a heterogeneous job.
     force: the first start takes unsafe changes, and goes on after a row of equal faults.
     """
-    slurm = config.cluster.slurm
-    apart = engine_nodes if slurm.hetjob else 0
+    slurm, nodes = config.cluster.slurm, config.cluster.nodes
+    apart = config.rollout.nodes if slurm.hetjob else 0
     margins = (slurm.signal_s, "cluster.slurm.signal_s"), (config.cluster.stop_margin_s, "cluster.stop_margin_s")
     least_s, key = max(margins)
     if slurm.time is not None and 0 < (limit_s := _seconds(slurm.time)) <= least_s:
@@ -58,7 +58,7 @@ def training_script(config: Config, runs: Sequence[Run], nodes: int, engine_node
             f"cluster.slurm.time={slurm.time} is {limit_s} s, and {key}={least_s:g} s before its end a job has to "
             f"stop: raise the limit, or lower {key}."
         )
-    if slurm.hetjob and not engine_nodes:
+    if slurm.hetjob and not apart:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
     _check_directories(runs, slurm.container)
     array = "" if len(runs) == 1 else f"--array=0-{len(runs) - 1}"

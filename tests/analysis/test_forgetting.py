@@ -108,9 +108,9 @@ def test_distinct_solutions_are_different_token_sequences() -> None:
     answers = make_answers(
         [("a", [1, 2], True), ("a", [1, 2], True), ("a", [2, 1], True), ("a", [3], False), ("b", [1], False)]
     )
-    assert distinct_solutions(answers, ["a", "b"]) == (2 + 0) / 2
-    assert distinct_solutions(answers, ["a"]) == 2
-    assert np.isnan(distinct_solutions(answers, []))
+    assert distinct_solutions(answers) == (2 + 0) / 2
+    assert distinct_solutions(answers.only(["a"])) == 2
+    assert np.isnan(distinct_solutions(answers.only([])))
 
 
 def run_of(iterations: int, asked: str = "") -> Run:

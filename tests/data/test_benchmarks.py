@@ -39,25 +39,38 @@ def test_a_benchmark_from_its_file(name: str) -> None:
     assert len(problems) == SIZES[name]
 
 
+def stand_in(name: str, rows: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with these rows in place of the hub."""
+    wanted = BENCHMARKS[name]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, split = wanted.subset or "default", wanted.split
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: rows.jsonl\n---\n"
+    )
+    here = Benchmark(wanted.file, str(folder), split, wanted.answers, wanted.subset)
+    monkeypatch.setitem(BENCHMARKS, name, here)
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_with_the_columns_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read by the datasets library itself, from a folder in place of the hub."""
-    wanted = BENCHMARKS[name]
     rows = [HUB[name]]
     if name == "omni_math":
         rows.append({**HUB[name], "answer": ""})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config, split = wanted.subset or "default", wanted.split
-    (tmp_path / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: rows.jsonl\n---\n"
-    )
-    here = Benchmark(wanted.file, str(tmp_path), split, wanted.answers, wanted.subset)
-    monkeypatch.setitem(BENCHMARKS, name, here)
+    stand_in(name, rows, tmp_path, monkeypatch)
     (problem,) = load_benchmark(name)
     assert (problem.problem, problem.answer, problem.source) == ("p", GOLDS[name], name)
     assert problem.id.startswith(f"{name}/")
     assert ("level" in problem.meta) == (name in ("math500", "omni_math"))
     assert ("subject" in problem.meta) == (name in ("math500", "omni_math", "olympiadbench"))
+
+
+def test_an_id_of_two_problems_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in("math500", [HUB["math500"], {**HUB["math500"], "problem": "another"}], tmp_path, monkeypatch)
+    with pytest.raises(
+        UserError, match=r"benchmark math500 .*several problems have the id 'math500/.*--benchmark-files"
+    ):
+        load_benchmark("math500")
 
 
 def test_a_file_of_other_answers_is_refused(tmp_path: Path) -> None:

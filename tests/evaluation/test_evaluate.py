@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rloop_mcore.config import EvaluationConfig
-from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation import evaluate
-from rloop_mcore.evaluation.evaluate import EngineEvaluator, check_ids
+from rloop_mcore.evaluation.evaluate import EngineEvaluator
 from rloop_mcore.protocols import Answered
 from rloop_mcore.types import Completion, Problem, Prompt, SampleRequest, Sampling, Verdict
 
@@ -67,8 +66,7 @@ def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: 
         "prompts": prompts(5),
         "decode": lambda ids: " ".join(map(str, ids)),
         "config": EvaluationConfig(samples=SAMPLES, k=[1, 2, SAMPLES]),
-        "max_tokens": 4,
-        "stop": (),
+        "sampling": Sampling(4, 1.0, 0.7),
         "seed": 11,
         "directory": directory,
         "at_once": 4096,
@@ -156,8 +154,3 @@ def test_batches_change_nothing_but_the_progress(tmp_path: Path) -> None:
     pieces = small.evaluate("base", "policies/base")
     assert pieces == whole
     assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
-
-
-def test_an_id_of_two_problems_is_refused() -> None:
-    with pytest.raises(UserError, match="'p0' twice"):
-        check_ids([*prompts(2), *prompts(1)])

@@ -51,7 +51,7 @@ def test_groups_are_by_level_and_subject() -> None:
         ),
         Problem("b", "?", "9", meta={"level": 2, "subject": "Mathematics -> Algebra -> Products"}),
     ]
-    groups = breakdown(problems, ROWS, scores_of(counts_of(ROWS), 4, [2]), seed=0)
+    groups = breakdown(problems, ROWS, scores_of(ROWS, 4, [2]), seed=0)
     assert list(groups["level"]) == ["2", "10"]
     assert list(groups["subject"]) == ["Algebra", "Sets"]
     assert groups["subject"]["Algebra"]["problems"] == 2
@@ -63,4 +63,4 @@ def test_groups_are_by_level_and_subject() -> None:
 
 def test_one_group_is_none() -> None:
     problems = [Problem("a", "?", "7", meta={"level": 1}), Problem("b", "?", "9", meta={"level": 1, "subject": ""})]
-    assert breakdown(problems, ROWS, scores_of(counts_of(ROWS), 4, []), seed=0) == {}
+    assert breakdown(problems, ROWS, scores_of(ROWS, 4, []), seed=0) == {}

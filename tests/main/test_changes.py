@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from rloop_mcore.compose import flat, load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.changes import _TABLE, rule_of, take_changes, take_inputs
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.run_config import flat, to_yaml
 
 EXPLORING = [("done", 0, "base"), ("commit", 0, "explore")]  # up to step 120
 

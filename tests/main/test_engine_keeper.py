@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import pytest
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.main import engine_keeper, train
 from rloop_mcore.main.engine_keeper import start_keeper
 from rloop_mcore.main.job_folder import FOLDER_VARIABLE, JobFolder
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.watchdog import Watchdog
 from rloop_mcore.rollout.published import Publication
+from rloop_mcore.run_config import to_yaml
 
 
 class Server:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.main.evaluate import _config, _explained
 from rloop_mcore.main.policies import Source
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.run_config import to_yaml
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:

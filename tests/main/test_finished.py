@@ -7,12 +7,13 @@ from typing import NoReturn
 
 import pytest
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import train
 from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.run_config import to_yaml
 
 
 @pytest.mark.parametrize(

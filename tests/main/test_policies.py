@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.cli import main
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
 from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.weights import mcore_to_hf
 from rloop_mcore.weights.conversion import Conversion
 from rloop_mcore.weights.digest import digest_of

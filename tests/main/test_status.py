@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.status import read_status, status
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.trajectory.cache import TrajectoryCache
 
 

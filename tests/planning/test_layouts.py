@@ -15,16 +15,22 @@ from hypothesis import strategies as st
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.layouts import ModelShape, broken_rule, nearest_legal, overrides, processes, stages
+from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, processes, stages
 
-QWEN_HALF_B = ModelShape(layers=24, heads=14, kv_heads=2, ffn=4864)
-QWEN_7B = ModelShape(layers=28, heads=28, kv_heads=4, ffn=18944)
-QWEN_30B = ModelShape(layers=48, heads=32, kv_heads=4, ffn=6144, experts=128, expert_ffn=768)
+
+def sized(layers: int, heads: int, kv_heads: int, ffn: int, experts: int = 0, expert_ffn: int = 0) -> Architecture:
+    """A model of these sizes; what a layout does not look at is any."""
+    return Architecture(layers, 896, heads, kv_heads, 64, ffn, 151936, 0, experts=experts, expert_ffn=expert_ffn)
+
+
+QWEN_HALF_B = sized(layers=24, heads=14, kv_heads=2, ffn=4864)
+QWEN_7B = sized(layers=28, heads=28, kv_heads=4, ffn=18944)
+QWEN_30B = sized(layers=48, heads=32, kv_heads=4, ffn=6144, experts=128, expert_ffn=768)
 
 BROKEN = [
     (QWEN_HALF_B, {"tp": 3}, "layout.tp=3 does not divide num_attention_heads=14"),
     (QWEN_HALF_B, {"tp": 7}, "layout.tp=7 does not divide num_key_value_heads=2"),
-    (ModelShape(4, 8, 8, ffn=100), {"tp": 8}, "layout.tp=8 does not divide intermediate_size=100"),
+    (sized(4, 8, 8, ffn=100), {"tp": 8}, "layout.tp=8 does not divide intermediate_size=100"),
     (QWEN_7B, {"sp": True}, "layout.sp=true needs layout.tp above 1"),
     (QWEN_7B, {"ep": 2, "dp": 2}, "layout.ep=2 needs a model with experts"),
     (QWEN_7B, {"etp": 2, "tp": 2}, "layout.etp=2 needs a model with experts"),
@@ -58,7 +64,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("model", "layout", "rule"), BROKEN)
-def test_a_broken_rule_is_named_with_key_and_value(model: ModelShape, layout: dict[str, Any], rule: str) -> None:
+def test_a_broken_rule_is_named_with_key_and_value(model: Architecture, layout: dict[str, Any], rule: str) -> None:
     assert broken_rule(LayoutConfig(**layout), model) == rule
 
 
@@ -73,7 +79,7 @@ def test_a_broken_rule_is_named_with_key_and_value(model: ModelShape, layout: di
         (QWEN_30B, {"ep": 16, "cp": 4, "dp": 4}),
     ],
 )
-def test_a_legal_layout_stays_as_it_is(model: ModelShape, layout: dict[str, Any]) -> None:
+def test_a_legal_layout_stays_as_it_is(model: Architecture, layout: dict[str, Any]) -> None:
     assert broken_rule(LayoutConfig(**layout), model) is None
     assert nearest_legal(LayoutConfig(**layout), model) == LayoutConfig(**layout)
 
@@ -95,14 +101,14 @@ def test_a_legal_layout_stays_as_it_is(model: ModelShape, layout: dict[str, Any]
         (QWEN_30B, {"etp": 2}, "layout.etp=1"),
     ],
 )
-def test_the_nearest_legal_layout(model: ModelShape, layout: dict[str, Any], change: str) -> None:
+def test_the_nearest_legal_layout(model: Architecture, layout: dict[str, Any], change: str) -> None:
     wanted = LayoutConfig(**layout)
     assert " ".join(overrides("layout", wanted, nearest_legal(wanted, model))) == change
 
 
 SMALL = st.sampled_from([1, 2, 3, 4, 6, 8])
 MODELS = st.builds(
-    ModelShape,
+    sized,
     layers=st.integers(1, 30),
     heads=st.sampled_from([4, 6, 12, 14, 16]),
     kv_heads=st.sampled_from([1, 2, 4, 6]),
@@ -127,7 +133,7 @@ LAYOUTS = st.builds(
 
 @given(LAYOUTS, MODELS)
 @settings(max_examples=300)
-def test_the_nearest_legal_layout_is_legal_and_of_as_many_processes(layout: LayoutConfig, model: ModelShape) -> None:
+def test_the_nearest_legal_layout_is_legal_and_of_as_many_processes(layout: LayoutConfig, model: Architecture) -> None:
     found = nearest_legal(layout, model)
     assert broken_rule(found, model) is None
     assert processes(found) == processes(layout)
@@ -144,7 +150,7 @@ def changes(before: LayoutConfig, after: LayoutConfig) -> int:
 
 @given(LAYOUTS.filter(lambda layout: processes(layout) <= 24), MODELS)
 @settings(max_examples=20)
-def test_no_legal_layout_changes_fewer_keys(layout: LayoutConfig, model: ModelShape) -> None:
+def test_no_legal_layout_changes_fewer_keys(layout: LayoutConfig, model: Architecture) -> None:
     total, fewest = processes(layout), changes(layout, nearest_legal(layout, model))
     sizes = [n for n in range(1, total + 1) if total % n == 0]
     for tp, pp, cp in product(sizes, sizes, sizes):
@@ -190,25 +196,26 @@ def test_no_stage_of_an_uneven_split_works_a_layer_more_than_another(extra: int,
 
 
 def test_sizes_are_read_from_config_json() -> None:
-    def shape(**sizes: int) -> ModelShape:
-        return Architecture.of({"hidden_size": 896, "vocab_size": 151936} | sizes, "gpt2/config.json").shape
+    def read(**sizes: int) -> Architecture:
+        fixed = {"hidden_size": 896, "head_dim": 64, "vocab_size": 151936}
+        return replace(Architecture.of(fixed | sizes, "gpt2/config.json"), top_k=0)
 
     dense = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
-    assert shape(**dense) == QWEN_HALF_B
+    assert read(**dense) == QWEN_HALF_B
     experts = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144}
-    assert shape(**experts, num_experts=128, moe_intermediate_size=768) == QWEN_30B
+    assert read(**experts, num_experts=128, moe_intermediate_size=768) == QWEN_30B
     mixtral = {"num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 64, "num_local_experts": 4}
-    assert shape(**mixtral) == ModelShape(2, 8, 8, 64, 4, 64)
+    assert read(**mixtral) == sized(2, 8, 8, 64, 4, 64)
     with pytest.raises(UserError, match=r"gpt2/config.json has no num_hidden_layers"):
-        shape(n_layer=12)
+        read(n_layer=12)
 
 
-TINY = ModelShape(layers=4, heads=8, kv_heads=4, ffn=24)
-TINY_EXPERTS = ModelShape(layers=4, heads=8, kv_heads=4, ffn=24, experts=6, expert_ffn=20)
+TINY = sized(layers=4, heads=8, kv_heads=4, ffn=24)
+TINY_EXPERTS = sized(layers=4, heads=8, kv_heads=4, ffn=24, experts=6, expert_ffn=20)
 TRIED = [
     *((TINY, {"tp": tp}) for tp in (1, 2, 3, 4)),
-    (ModelShape(4, 8, 4, ffn=22), {"tp": 4}),
-    (ModelShape(4, 8, 6, ffn=24), {"tp": 4}),
+    (sized(4, 8, 4, ffn=22), {"tp": 4}),
+    (sized(4, 8, 6, ffn=24), {"tp": 4}),
     *((TINY, {"sp": True, "tp": tp}) for tp in (1, 2)),
     (TINY, {"ep": 2, "dp": 2}),
     *((TINY, {"vpp": 2, "pp": pp}) for pp in (1, 2)),

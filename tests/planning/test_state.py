@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rloop_mcore.compose import config_folder, load_config
-from rloop_mcore.config import ActorConfig, Config, Fp8Config, LayoutConfig
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import ActorConfig, Config, Fp8Config, LayoutConfig, config_folder
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.layouts import processes
 from rloop_mcore.planning.parameters import total_parameters

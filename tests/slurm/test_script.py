@@ -46,7 +46,7 @@ def configured(*overrides: str) -> Config:
 def script_of(*overrides: str) -> str:
     config = configured(*overrides)
     run = Run(Path("/runs/a"), ["experiment=tiny", "run.dir=/runs/a", *overrides])
-    return training_script(config, [run], config.cluster.nodes, config.rollout.nodes)
+    return training_script(config, [run], force=False)
 
 
 def directives(script: str) -> list[str]:
@@ -167,7 +167,7 @@ def run_body(script: str, folder: Path, programs: dict[str, str], **variables: s
 def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
     odd = "data.template='a b;$(touch hacked) \"c\" `d`'"
     config = load_config(["experiment=tiny", f"run.dir={tmp_path}/run", "cluster.slurm.preflight=false"])
-    script = training_script(config, [Run(tmp_path / "run", [odd])], 1, 0)
+    script = training_script(config, [Run(tmp_path / "run", [odd])], force=False)
     srun = 'printf "%s\\n" "${@: -1}" >seen; echo 0 >"$RLOOP_JOB_FOLDER/code"; touch "$RLOOP_JOB_FOLDER/node-0.out"'
     done = run_body(script, tmp_path, {"srun": srun, "squeue": "echo NONE"})
     assert done.returncode == 0, done.stderr
@@ -213,7 +213,7 @@ def test_a_time_limit_in_which_no_run_would_be_started_is_refused() -> None:
 def test_a_directory_that_a_job_would_not_find_is_refused(name: str, container: str) -> None:
     image = [] if container == "none" else [f"cluster.slurm.container={container}", "cluster.slurm.image=x"]
     with pytest.raises(UserError, match=f"run.dir=/runs/{name} cannot be a job's"):
-        training_script(configured(*image), [Run(Path("/runs/a"), []), Run(Path(f"/runs/{name}"), [])], 1, 0)
+        training_script(configured(*image), [Run(Path("/runs/a"), []), Run(Path(f"/runs/{name}"), [])], force=False)
 
 
 @pytest.mark.parametrize("mount", ["data:/data", "/data:/data:rx", "/a,/b:/c"])
@@ -238,7 +238,7 @@ class Ends:
         journal.record("commit", iteration=0, phase="explore", step=1, shards=[])
         self.lines = [shlex.quote(line) for line in journal.path.read_text().splitlines()]
         config = load_config(["experiment=tiny", f"run.dir={self.run}", "cluster.slurm.preflight=false", *overrides])
-        self.script = training_script(config, [Run(self.run, [])], 1, 0).replace("sleep 300", "sleep 0")
+        self.script = training_script(config, [Run(self.run, [])], force=False).replace("sleep 300", "sleep 0")
 
     def start(self, code: str, commits: int = 0, **variables: str) -> tuple[int, list[str], str]:
         """(exit code, what was asked of scontrol and sbatch, standard error)"""

@@ -20,11 +20,12 @@ import pytest
 import runs
 import shrunk
 
-from rloop_mcore.compose import config_folder, flat, load_config
-from rloop_mcore.config import Config, LayoutConfig
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config, LayoutConfig, config_folder
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.layouts import ModelShape, broken_rule
+from rloop_mcore.planning.layouts import broken_rule
 from rloop_mcore.planning.nodes import roles
+from rloop_mcore.run_config import flat
 from rloop_mcore.validate import check_values
 from rloop_mcore.weights.digest import digest_of
 
@@ -48,21 +49,21 @@ def test_every_shipped_experiment_is_legal(name: str) -> None:
     roles(config)
     assert config.experiment == name
     architecture = config.model.architecture
-    assert broken_rule(config.layout, Architecture.of(vars(architecture), name).shape) is None
+    assert broken_rule(config.layout, Architecture.of(vars(architecture), name)) is None
     assert config.data.max_prompt_tokens + config.rollout.max_tokens <= architecture.max_position_embeddings
 
 
 @pytest.fixture(scope="module")
-def shapes() -> list[ModelShape]:
+def shipped_models() -> list[Architecture]:
     """Of every shipped model."""
     models = [path.stem for path in (config_folder() / "model").glob("*.yaml")]
-    return [Architecture.of(vars(load("tiny", f"model={model}").model.architecture), model).shape for model in models]
+    return [Architecture.of(vars(load("tiny", f"model={model}").model.architecture), model) for model in models]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "layout").glob("*.yaml")))
-def test_every_shipped_layout_is_legal_for_a_shipped_model(shapes: list[ModelShape], name: str) -> None:
+def test_every_shipped_layout_is_legal_for_a_shipped_model(shipped_models: list[Architecture], name: str) -> None:
     layout = load("tiny", f"layout={name}", "layout.dp=4").layout
-    assert any(broken_rule(layout, shape) is None for shape in shapes)
+    assert any(broken_rule(layout, model) is None for model in shipped_models)
 
 
 @dataclass

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from trajectory_rows import step_rows
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import run_directory
 from rloop_mcore.main.cli import main
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.quarantine import Loss, quarantine
 from rloop_mcore.types import ExpertQuery

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from trajectory_rows import phases, step_rows, trajectories
 
-from rloop_mcore.compose import load_config, to_yaml
+from rloop_mcore.compose import load_config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.cache import summary
 from rloop_mcore.main.cli import main
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.trajectory.writer import stored_order
 from rloop_mcore.types import ExpertQuery, Trajectory, Visit

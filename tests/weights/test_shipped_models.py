@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rloop_mcore.compose import config_folder, load_config
+from rloop_mcore.compose import load_config
+from rloop_mcore.config import config_folder
 from rloop_mcore.data.countdown_model import CONFIG, random_weights
 from rloop_mcore.weights.families import FAMILIES
 from rloop_mcore.weights.family import HfConfig

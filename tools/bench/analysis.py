@@ -58,7 +58,7 @@ def seconds_of_distinct(problems: int) -> float:
     tokens = rng.integers(0, 50, (problems, 32, 4)).tolist()
     answers = make_answers([(f"p{p}", ids, True) for p, samples in enumerate(tokens) for ids in samples])
     begun = time.perf_counter()
-    distinct_solutions(answers, answers.problems)
+    distinct_solutions(answers)
     return time.perf_counter() - begun
 
 
