@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rloop_mcore.protocols import WeightChannel
+from rloop_mcore.rollout.buckets import Bucket, Buffers
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
-from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec, TensorSpec
-from rloop_mcore.rollout.fp8 import kept_as_sent, quantized
-from rloop_mcore.rollout.handles import handles_of, shared_memory
+from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec
+from rloop_mcore.rollout.fp8 import quantized
+from rloop_mcore.rollout.handles import handles_of
 from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
 from rloop_mcore.rollout.together import together
 
@@ -26,24 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Submit = Callable[[Coroutine[Any, Any, T]], "Future[T]"]  # runs a coroutine on the event loop's thread
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tensors that travel together, as one uint8 broadcast: one right behind the other."""
-
-    tensors: list[TensorSpec]
-    data: torch.Tensor  # uint8 [bytes]
-
-    def named(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors as views of the data."""
-        found, begin = [], 0
-        for spec in self.tensors:
-            dtype: torch.dtype = getattr(torch, spec.dtype)
-            end = begin + prod(spec.shape) * dtype.itemsize
-            found.append((spec.name, self.data[begin:end].view(dtype).view(spec.shape)))
-            begin = end
-        return found
 
 
 class WeightSync:
@@ -265,65 +246,3 @@ async def _in_thread(function: Callable[[], None]) -> None:
 
     threading.Thread(target=run, daemon=True).start()
     await result
-
-
-class Buffers:
-    """Cuts a stream of tensors into buckets, in two buffers by turns: the next is filled while one is sent.
-
-    Those in host memory are kept from sync to sync, since fresh memory is slow on its first use.
-    """
-
-    def __init__(self, bucket_bytes: int, host: bool, shared: bool = False) -> None:
-        """host: buckets in host memory, wherever the tensors are; shared: in memory that other processes can open."""
-        self.bucket_bytes, self._host, self._shared = bucket_bytes, host, shared
-        self._memory = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-
-    def fill(
-        self, weights: NamedTensors, dtype: torch.dtype, checksums: Collection[ExpectedChecksums] = ()
-    ) -> Iterator[Bucket]:
-        """Buckets of at most `bucket_bytes` with the tensors in `dtype`, those of FP8 in their own; a larger tensor is
-        a bucket of its own.
-
-        A bucket's memory is overwritten by the bucket after the next, unless it was handed out on a GPU. Nothing pads a
-        bucket (SGLang wants it so): a tensor whose place would not be a multiple of its item size begins another one.
-        """
-        specs: list[TensorSpec] = []
-        end, turn = 0, 0
-        for name, tensor in weights:
-            sent = tensor.dtype if kept_as_sent(name, tensor.dtype) else dtype
-            size = prod(tensor.shape) * sent.itemsize
-            if specs and (end + size > self.bucket_bytes or end % sent.itemsize):
-                yield Bucket(specs, self._memory[turn][:end])
-                specs, end, turn = [], 0, 1 - turn
-                if self._shared:  # an engine of several ranks answers before all of them have copied
-                    self.release()
-            memory = self._reserve(turn, max(size, self.bucket_bytes), tensor.device)
-            place = memory[end : end + size].view(sent).view(tensor.shape)
-            if isinstance(tensor, torch.Tensor):
-                place.copy_(tensor.detach())
-            else:
-                tensor.gather_into(place)
-            for expected in checksums:
-                expected.add(name, place)
-            specs.append(TensorSpec(name, str(sent).removeprefix("torch."), tuple(tensor.shape)))
-            end += size
-        if specs:
-            yield Bucket(specs, self._memory[turn][:end])
-
-    def release(self) -> None:
-        """Give up buffers on a GPU: training needs the memory, and torch hands it out again at no cost.
-
-        Memory that is shared by CUDA IPC also grows a chain of torch's counters, a link a tensor that is handed out,
-        whose end is a recursion as deep: without this, one of all syncs.
-        """
-        for turn, memory in enumerate(self._memory):
-            if memory.device.type != "cpu":
-                self._memory[turn] = torch.empty(0, dtype=torch.uint8)
-
-    def _reserve(self, turn: int, size: int, weights: torch.device) -> torch.Tensor:
-        device = torch.device("cpu") if self._host else weights
-        if self._memory[turn].numel() < size or self._memory[turn].device != device:
-            self._memory[turn] = torch.empty(0, dtype=torch.uint8)  # before there is more of it
-            shared = self._shared and device.type == "cpu"
-            self._memory[turn] = shared_memory(size) if shared else torch.empty(size, dtype=torch.uint8, device=device)
-        return self._memory[turn]

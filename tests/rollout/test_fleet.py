@@ -26,11 +26,11 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.rollout.buckets import Buffers
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer
-from rloop_mcore.rollout.sync import Buffers
 from rloop_mcore.types import SampleRequest, Sampling
 
 SAMPLING = Sampling(max_tokens=12, temperature=TEMPERATURE)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from rloop_mcore.rollout.buckets import Buffers
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights
 from rloop_mcore.rollout.fp8 import dequantize, quantize, quantized
 from rloop_mcore.rollout.hashers import sglang_cpu_hasher
-from rloop_mcore.rollout.sync import Buffers
 
 PLACE = "model.layers.0."
 
