@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def is_hard(successes: int, samples: int, threshold: float) -> bool:
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def is_hard(successes: int | np.ndarray, samples: int | np.ndarray, threshold: float) -> bool | np.ndarray:
     """Whether the success rate over all samples of the phase is below `threshold` (0.1 in the paper).
+
+    Of a problem, or of each of several; `samples` > 0.
 
     The quotient is compared, not `threshold * samples`: a division rounds correctly, so 7 / 25 is the very double that
     0.28 is written as, whereas 0.28 * 25 rounds to more than 7 and would call that problem hard.

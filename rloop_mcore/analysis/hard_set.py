@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rloop_mcore.algorithm.hard_problems import is_hard
 from rloop_mcore.analysis.samples import Samples
 
 
@@ -47,8 +48,7 @@ def hard_problems(samples: Samples, iteration: int, threshold: float) -> np.ndar
     `threshold` is the paper's 10 %.
     """
     successes, asked = success_counts(samples, iteration)
-    # The same quotient and comparison as algorithm.hard_problems.is_hard.
-    return (successes > 0) & (successes / np.maximum(asked, 1) < threshold)
+    return (successes > 0) & is_hard(successes, np.maximum(asked, 1), threshold)
 
 
 def hard_sets(samples: Samples, threshold: float) -> list[HardSet]:

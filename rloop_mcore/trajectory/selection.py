@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rloop_mcore.algorithm.experts import drawn
+from rloop_mcore.algorithm.hard_problems import is_hard
 from rloop_mcore.trajectory.manifest import Shard
 from rloop_mcore.trajectory.reader import ShardFile
 from rloop_mcore.trajectory.schema import KEY, SCHEMA, with_large_lists
@@ -52,7 +53,10 @@ class _Outcomes:
         """Which rows are successes of hard problems that neither their step nor their length rules out [rows]."""
         iterations, wanted = self._numbers("iteration"), np.zeros(len(self._table), bool)
         for iteration in query.iterations:
-            hard = _is_hard(*self.counts(iteration), query.hard_threshold)
+            successes, samples = self.counts(iteration)
+            hard = samples > 0
+            if query.hard_threshold is not None:
+                hard &= is_hard(successes, np.maximum(samples, 1), query.hard_threshold)
             wanted |= (iterations == iteration) & hard[self._problem]
         wanted &= self._correct
         if query.steps:
@@ -161,13 +165,6 @@ def _left(found: pa.Table, query: ExpertQuery) -> np.ndarray:
 
 def _threads() -> int:
     return min(16, len(os.sched_getaffinity(0)))  # each has a shard open
-
-
-def _is_hard(successes: np.ndarray, samples: np.ndarray, threshold: float | None) -> np.ndarray:
-    """[problems]: the same quotient and comparison as algorithm.hard_problems.is_hard. Not of those without samples."""
-    if threshold is None:
-        return samples > 0
-    return np.divide(successes, samples, out=np.full(len(samples), np.inf), where=samples > 0) < threshold
 
 
 def _responses(table: pa.Table) -> pa.Array:
