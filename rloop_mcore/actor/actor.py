@@ -14,13 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from rloop_mcore import platform
 from rloop_mcore.actor import checkpoint, parallel
-from rloop_mcore.actor.checkpoint import PendingSave
 from rloop_mcore.actor.conduct import Conducted, collective
 from rloop_mcore.actor.losses import Loss, fine_tuning_loss, policy_update_loss
 from rloop_mcore.actor.metrics import Report, reduce_reports
 from rloop_mcore.actor.model import build_model, packed_sequences, wrap_for_training
 from rloop_mcore.actor.optimizer import PolicyOptimizer
 from rloop_mcore.actor.packing import MicroBatch, Row, Share, micro_batches, padding_share
+from rloop_mcore.actor.pending_save import PendingSave
 from rloop_mcore.actor.reference import Reference
 from rloop_mcore.actor.routing import Recording, Replaying, RoutingReplay
 from rloop_mcore.algorithm.aggregation import sequence_weights, trajectory_weights

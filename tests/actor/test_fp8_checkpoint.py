@@ -51,7 +51,7 @@ def test_parameters_in_fp8_are_read_in_bf16_and_their_scales_are_the_saved_ones(
 
     monkeypatch.setattr(checkpoint, "check_manifest", lambda path, trust: None)
     monkeypatch.setattr(checkpoint, "load_sharded_metadata", lambda path: {})
-    monkeypatch.setattr(checkpoint, "_state", lambda *_: {"model0": {"linear.weight": weight}})
+    monkeypatch.setattr(checkpoint, "state_of", lambda *_: {"model0": {"linear.weight": weight}})
     monkeypatch.setattr(checkpoint, "set_scales", set_scales)
     monkeypatch.setattr(dist_checkpointing, "load", load)
     chunk: Any = SimpleNamespace(module=model, load_state_dict=lambda state: happened.append(sorted(state)))
