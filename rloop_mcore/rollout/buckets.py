@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from rloop_mcore.rollout.checksums import ExpectedChecksums
-from rloop_mcore.rollout.client import TensorSpec
 from rloop_mcore.rollout.fp8 import kept_as_sent
 from rloop_mcore.rollout.handles import shared_memory
 
@@ -22,18 +21,8 @@ if TYPE_CHECKING:
 class Bucket:
     """Tensors that travel together, as one uint8 broadcast: one right behind the other."""
 
-    tensors: list[TensorSpec]
+    tensors: list[tuple[str, torch.Tensor]]  # by name; views of the data
     data: torch.Tensor  # uint8 [bytes]
-
-    def named(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors as views of the data."""
-        found, begin = [], 0
-        for spec in self.tensors:
-            dtype: torch.dtype = getattr(torch, spec.dtype)
-            end = begin + prod(spec.shape) * dtype.itemsize
-            found.append((spec.name, self.data[begin:end].view(dtype).view(spec.shape)))
-            begin = end
-        return found
 
 
 class Buffers:
@@ -56,14 +45,14 @@ class Buffers:
         A bucket's memory is overwritten by the bucket after the next, unless it was handed out on a GPU. Nothing pads a
         bucket (SGLang wants it so): a tensor whose place would not be a multiple of its item size begins another one.
         """
-        specs: list[TensorSpec] = []
+        places: list[tuple[str, torch.Tensor]] = []
         end, turn = 0, 0
         for name, tensor in weights:
             sent = tensor.dtype if kept_as_sent(name, tensor.dtype) else dtype
             size = prod(tensor.shape) * sent.itemsize
-            if specs and (end + size > self.bucket_bytes or end % sent.itemsize):
-                yield Bucket(specs, self._memory[turn][:end])
-                specs, end, turn = [], 0, 1 - turn
+            if places and (end + size > self.bucket_bytes or end % sent.itemsize):
+                yield Bucket(places, self._memory[turn][:end])
+                places, end, turn = [], 0, 1 - turn
                 if self._shared:  # an engine of several ranks answers before all of them have copied
                     self.release()
             memory = self._reserve(turn, max(size, self.bucket_bytes), tensor.device)
@@ -74,10 +63,10 @@ class Buffers:
                 tensor.gather_into(place)
             for expected in checksums:
                 expected.add(name, place)
-            specs.append(TensorSpec(name, str(sent).removeprefix("torch."), tuple(tensor.shape)))
+            places.append((name, place))
             end += size
-        if specs:
-            yield Bucket(specs, self._memory[turn][:end])
+        if places:
+            yield Bucket(places, self._memory[turn][:end])
 
     def release(self) -> None:
         """Give up buffers on a GPU: training needs the memory, and torch hands it out again at no cost.

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 
@@ -19,6 +19,9 @@ from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.together import together
 from rloop_mcore.rollout.versions import check_partial, has_update_sessions, routes_of
 from rloop_mcore.types import Completion, SampleRequest, Sampling
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -39,15 +42,6 @@ class EngineError(Fault):
         retry_after_s: how long a server that has no room wants to be left alone."""
         super().__init__(message)
         self.status, self.engine, self.retry_after_s = status, engine, retry_after_s
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What an engine must know of a tensor before it is broadcast. dtype: "bfloat16", not "torch.bfloat16"."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -262,12 +256,14 @@ class EngineClient:
     async def leave_group(self, group_name: str) -> None:
         await self._succeed("/destroy_weights_update_group", {"group_name": group_name}, _LEAVE_TIMEOUT_S)
 
-    async def update_from_distributed(self, tensors: Sequence[TensorSpec], group_name: str, timeout_s: float) -> None:
+    async def update_from_distributed(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], group_name: str, timeout_s: float
+    ) -> None:
         """Receive one flattened bucket: a uint8 broadcast of the tensors in this order, aligned to their item size."""
         body = {
-            "names": [t.name for t in tensors],
-            "dtypes": [t.dtype for t in tensors],
-            "shapes": [list(t.shape) for t in tensors],
+            "names": [name for name, _ in tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
             "group_name": group_name,
             "load_format": "flattened_bucket",
             "flush_cache": False,

@@ -147,7 +147,7 @@ class WeightSync:
         channel = self.channel
         if channel is None:
             pairs = zip(self._members, self._kept, strict=True)
-            handles = [(client, [handles_of(bucket.named()) for _ in range(kept.tp)]) for client, kept in pairs]
+            handles = [(client, [handles_of(bucket.tensors) for _ in range(kept.tp)]) for client, kept in pairs]
             await together(*(client.update_from_tensors(h, self.timeout_s) for client, h in handles))
             return
         await together(

@@ -248,13 +248,13 @@ def test_buckets_keep_order_and_size() -> None:
     tensors = [(str(i), torch.arange(n, dtype=torch.float32)) for i, n in enumerate([3, 5, 100, 2, 2])]
     buffers = Buffers(40, host=True)
     cut = [
-        ([spec.name for spec in bucket.tensors], bucket.data.view(torch.float32).tolist())
+        ([name for name, _ in bucket.tensors], bucket.data.view(torch.float32).tolist())
         for bucket in buffers.fill(iter(tensors), torch.float32)
     ]
     values = [[*range(3), *range(5)], [*range(100)], [*range(2), *range(2)]]
     assert cut == list(zip([["0", "1"], ["2"], ["3", "4"]], values, strict=True))
     (halved,) = buffers.fill(iter(tensors[:1]), torch.bfloat16)
-    assert halved.tensors[0].dtype == "bfloat16"
+    assert halved.tensors[0][1].dtype == torch.bfloat16
     assert halved.data.view(torch.bfloat16).tolist() == [0.0, 1.0, 2.0]
 
 
