@@ -395,7 +395,7 @@ def check_sizes(config: Config, values: Mapping[str, Any], model: str) -> Archit
             f"{' '.join(overrides('layout', config.layout, legal))}."
         )
     check_bf16_layers(config.fp8, sizes.layers, config.layout.pp)
-    check_fp8_sizes(config.precision, values, config.layout.tp)
+    check_fp8_sizes(config.precision, values, config.layout.tp, config.layout.etp)
     rollout = config.rollout
     if rollout.engine == "sglang" and (rollout.dp > 1 or rollout.quantization == "fp8"):
         check_engine(sizes, rollout)

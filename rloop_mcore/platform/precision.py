@@ -97,23 +97,27 @@ def check_bf16_layers(fp8: Fp8, num_layers: int, pp: int) -> None:
             )
 
 
-def check_fp8_sizes(precision: str, hf_config: Mapping[str, Any], tp: int) -> None:
-    """Raise UserError where a matrix, split over `tp` ranks, has a side that FP8 GEMMs cannot take."""
+def check_fp8_sizes(precision: str, hf_config: Mapping[str, Any], tp: int, etp: int) -> None:
+    """Raise UserError where a matrix, over `tp` ranks or an expert's over `etp`, has a side that no FP8 GEMM takes."""
     multiple = token_multiple(precision)
     if multiple == 1:
         return
     hidden, heads = hf_config.get("hidden_size", 0), hf_config["num_attention_heads"]
     head = hf_config.get("head_dim") or hidden // heads
-    split = {
-        "num_attention_heads x head_dim": heads * head,
-        "num_key_value_heads x head_dim": (hf_config.get("num_key_value_heads") or heads) * head,
-        "intermediate_size": hf_config.get("moe_intermediate_size") or hf_config["intermediate_size"],
-    }
-    for name, size in ({"hidden_size": tp * hidden} | split).items():
-        if size // tp % multiple:
+    sides = [
+        ("hidden_size", hidden, "tp", 1),
+        ("num_attention_heads x head_dim", heads * head, "tp", tp),
+        ("num_key_value_heads x head_dim", (hf_config.get("num_key_value_heads") or heads) * head, "tp", tp),
+        ("moe_intermediate_size", hf_config["moe_intermediate_size"], "etp", etp)
+        if hf_config.get("moe_intermediate_size")
+        else ("intermediate_size", hf_config["intermediate_size"], "tp", tp),
+    ]
+    for name, size, key, ranks in sides:
+        if size // ranks % multiple:
+            split = f" over layout.{key}={ranks}" if ranks > 1 else ""
             raise UserError(
-                f"precision={precision} needs matrices whose sides are multiples of {multiple}; {name} over layout.tp="
-                f"{tp} is {size // tp}: use bf16."
+                f"precision={precision} needs matrices whose sides are multiples of {multiple}; {name}{split} is "
+                f"{size // ranks}: use bf16."
             )
 
 

@@ -132,12 +132,16 @@ def test_validation_needs_no_torch() -> None:
 
 def test_fp8_refuses_matrices_whose_sides_its_gemms_cannot_take() -> None:
     sizes = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}
-    check_fp8_sizes("mxfp8", sizes, tp=2)
-    check_fp8_sizes("bf16", sizes | {"hidden_size": 7}, tp=1)
-    with pytest.raises(UserError, match=r"multiples of 32; num_key_value_heads x head_dim over layout.tp=1 is 16"):
-        check_fp8_sizes("mxfp8", sizes | {"head_dim": 8, "num_attention_heads": 16}, tp=1)
+    check_fp8_sizes("mxfp8", sizes, tp=2, etp=1)
+    check_fp8_sizes("bf16", sizes | {"hidden_size": 7}, tp=1, etp=1)
+    with pytest.raises(UserError, match=r"multiples of 32; num_key_value_heads x head_dim is 16"):
+        check_fp8_sizes("mxfp8", sizes | {"head_dim": 8, "num_attention_heads": 16}, tp=1, etp=1)
     with pytest.raises(UserError, match=r"multiples of 16; intermediate_size over layout.tp=2 is 2440"):
-        check_fp8_sizes("fp8_tensorwise", sizes | {"intermediate_size": 4880}, tp=2)
+        check_fp8_sizes("fp8_tensorwise", sizes | {"intermediate_size": 4880}, tp=2, etp=1)
+    experts = sizes | {"moe_intermediate_size": 48, "intermediate_size": 7}  # whose matrices tp does not split
+    check_fp8_sizes("fp8_tensorwise", experts, tp=2, etp=1)
+    with pytest.raises(UserError, match=r"moe_intermediate_size over layout.etp=2 is 24"):
+        check_fp8_sizes("fp8_tensorwise", experts, tp=2, etp=2)
 
 
 def test_an_fp8_parameters_high_precision_value_is_replaced_too() -> None:
