@@ -120,6 +120,7 @@ def _work(pipe: Connection, parent: int, place: Place, device: str, local: int) 
         if message["interface"]:
             for library in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", message["interface"])
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in training: it takes a switch's own sums (NVLS) away
         for name, group in message["rounds"]:
             rank = group.index(place.rank) * count + local
             answer: dict[str, Any]
