@@ -305,6 +305,7 @@ class RewardPool:
                 child.grader = message["grader"]
                 if message["died"] is not None and child.jobs and not child.taken:
                     child.out_of_step = True
+                    return  # what the next one has said already is of what it found in the pipe
                 elif message["died"] is not None:
                     self._lost(child, message["died"])
 

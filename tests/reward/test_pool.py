@@ -17,6 +17,7 @@ from rloop_mcore.config import RewardConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.reward import canaries as canaries_module
 from rloop_mcore.reward import pool as pool_module
+from rloop_mcore.reward.child import Child
 from rloop_mcore.reward.pool import RewardPool, TooManyFailures
 from rloop_mcore.types import Problem
 
@@ -145,9 +146,23 @@ def test_an_answer_whose_grader_somebody_else_killed_is_graded_once_more(tmp_pat
         assert pool.replaced == 1
 
 
+@pytest.mark.parametrize("heard_s", [0.0, 1.0])
 @pytest.mark.parametrize(("deterministic", "reason"), [(True, "correct"), (False, "timeout")])
-def test_what_a_dead_grader_left_in_its_pipe_is_nobody_elses_answer(deterministic: bool, reason: str) -> None:
-    """It dies before it reads what it was sent: by another's kill, or by the pool's own at the wall deadline."""
+def test_what_a_dead_grader_left_in_its_pipe_is_nobody_elses_answer(
+    deterministic: bool, reason: str, heard_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies before it reads what it was sent: by another's kill, or by the pool's own at the wall deadline.
+
+    A pool that hears of it `heard_s` seconds late hears the next grader's answers with it.
+    """
+    receive, waits = Child.receive, [heard_s]
+
+    def late(child: Child) -> list[object]:
+        if child.jobs and waits:
+            time.sleep(waits.pop())
+        return receive(child)
+
+    monkeypatch.setattr(Child, "receive", late)
     before = set(psutil.Process().children())
     kinds = ["right" if number * 7919 % 13 < 5 else "wrong" for number in range(300)]
     expected = ["correct" if kind == "right" else "wrong" for kind in kinds]
