@@ -19,7 +19,7 @@ setup(
     },
     entry_points={"console_scripts": ["rloop=rloop_mcore.main.cli:main"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6,<2.15",  # megatron-core 0.19 can't load the checkpoints that 2.15 writes: no run would resume
         "megatron-core>=0.19,<0.20; python_version>='3.12'",
         "megatron-core==0.16.1; python_version<'3.12'",
         "transformers>=5,<6",
