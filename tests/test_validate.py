@@ -74,6 +74,7 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("cluster.gpu.network_gb_s=-5", ["cluster.gpu.network_gb_s=-5"]),
         ("model.architecture.hidden_size=-5", ["model.architecture.hidden_size=-5"]),
         ("model.architecture.model_type=gpt2", ["model.architecture.model_type=gpt2", "qwen2, qwen3"]),
+        ("algorithm.hard_threshold=1e-30", ["algorithm.hard_threshold=1e-30", "1e-06"]),
         ("rft.steps=[200,210]", ["rft.steps=[200, 210]", "0 to 199"]),
         ("rft.min_tokens=2049", ["rft.min_tokens=2049", "rollout.max_tokens=2048"]),
         ("rft.optimizer.skip_grad=0", ["rft.optimizer.skip_grad=0", "null"]),
