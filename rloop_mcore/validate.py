@@ -111,6 +111,7 @@ _SHARES = (
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
+_LONGEST_S = 1e8  # three years; some times more, and torch's clocks overflow
 _LEAST_THRESHOLD = 1e-6  # below the doubles' precision, counting up to the samples that it takes would never end
 _DTYPES = ("float32", "bfloat16", "float16", "float64")  # torch has more, none of weights that can be trained
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
@@ -160,6 +161,10 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number.")
+        if key.endswith("_s") and not key.endswith("_gb_s") and value > _LONGEST_S:
+            raise UserError(f"{key}={value:g} must be at most {_LONGEST_S:g} seconds.")
+        if not all(map(_is_text, value if isinstance(value, list) else [value])):
+            raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"{key}={values[key]} is not one of {', '.join(filter(None, choices))}.")
@@ -208,6 +213,11 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
         )
     _check_algorithm(config)
     _check_rollout(config, elsewhere)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value, if it is a text, can be written: Python has bytes of a path that are no UTF-8 as surrogates."""
+    return not isinstance(value, str) or value == value.encode(errors="replace").decode()
 
 
 def _check_algorithm(config: Config) -> None:
@@ -346,6 +356,8 @@ def _check_sglang(rollout: RolloutConfig) -> None:
     for key, groups in (("dp", rollout.dp), ("ep", rollout.ep)):
         if rollout.tp % groups:
             raise UserError(f"rollout.{key}={groups} must divide rollout.tp={rollout.tp}: they are groups of its GPUs.")
+    if any(device < 0 for device in rollout.gpus):
+        raise UserError(f"rollout.gpus={rollout.gpus} holds a negative number: devices are numbered from 0 on.")
     if rollout.memory_fraction is not None and not 0 < rollout.memory_fraction < 1:
         raise UserError(f"rollout.memory_fraction={rollout.memory_fraction} must be above 0 and below 1.")
     named, needed = len(set(rollout.gpus)), rollout.engines * rollout.tp
