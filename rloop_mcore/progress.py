@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from rich.console import Console
@@ -54,13 +54,14 @@ class ProgressDisplay:
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
-        with suppress(OSError):  # of a log on a full disk: not what a run should end by
+        with _whoever_reads():
             self._console.print(text, markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it should be; the last state stays readable."""
         if self._bar is not None:
-            self._bar.stop()
+            with _whoever_reads():
+                self._bar.stop()
             self._bar = None
 
     def _redraw(self, place: str, done: int, total: int, left: str, figures: str) -> None:
@@ -79,6 +80,16 @@ class ProgressDisplay:
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, description=place, completed=done, total=total, left=left, figures=figures)
+
+
+@contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """A log on a full disk, a terminal that is gone, a pipe that nobody reads: not what a run should end by.
+
+    Of the last rich makes a SystemExit, and writes to /dev/null from then on.
+    """
+    with suppress(OSError, SystemExit):
+        yield
 
 
 def figures_text(metrics: Mapping[str, float | None]) -> str:

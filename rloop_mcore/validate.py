@@ -111,6 +111,8 @@ _SHARES = (
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
+_LONGEST_S = 1e8  # three years; some times more, and torch's clocks overflow
+_LEAST_THRESHOLD = 1e-6  # below the doubles' precision, counting up to the samples that it takes would never end
 _DTYPES = ("float32", "bfloat16", "float16", "float64")  # torch has more, none of weights that can be trained
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _FLOAT = (lambda value: isinstance(value, float) and math.isfinite(value), "a number with a point, such as 0.02")
@@ -129,12 +131,23 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     "eos_token_id": _TOKENS,
     "max_window_layers": _WHOLE,
+    "hidden_act": (lambda value: isinstance(value, str), "a text such as 'silu'"),
+    "auto_map": (lambda value: value is None or isinstance(value, dict), "an object or null"),
     "attention_dropout": (lambda value: type(value) in (int, float), "a number"),
     "layer_types": (
         lambda value: value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)),
         "a list of texts or null",
     ),
     "model_type": (lambda value: isinstance(value, str), "a text such as 'qwen2'"),
+}
+_OF_GENERATION = {"eos_token_id": _TOKENS, "bos_token_id": _TOKEN, "pad_token_id": _TOKEN}
+# by family, what transformers finds no value for where it is null
+_NOT_NULL = {
+    "head_dim": ("qwen2", "qwen3", "qwen3_moe"),
+    "num_key_value_heads": ("mistral", "qwen3_moe"),
+    "attention_bias": ("llama", "qwen3", "qwen3_moe"),
+    "mlp_bias": ("llama",),
+    **dict.fromkeys(("norm_topk_prob", "decoder_sparse_step"), ("qwen3_moe",)),
 }
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
 
@@ -148,6 +161,10 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number.")
+        if key.endswith("_s") and not key.endswith("_gb_s") and value > _LONGEST_S:
+            raise UserError(f"{key}={value:g} must be at most {_LONGEST_S:g} seconds.")
+        if not all(map(_is_text, value if isinstance(value, list) else [value])):
+            raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"{key}={values[key]} is not one of {', '.join(filter(None, choices))}.")
@@ -198,6 +215,11 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     _check_rollout(config, elsewhere)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value, if it is a text, can be written: Python has bytes of a path that are no UTF-8 as surrogates."""
+    return not isinstance(value, str) or value == value.encode(errors="replace").decode()
+
+
 def _check_algorithm(config: Config) -> None:
     algorithm, evaluation = config.algorithm, config.evaluation
     if algorithm.group_size < 2:
@@ -216,6 +238,11 @@ def _check_algorithm(config: Config) -> None:
         raise UserError(
             f"algorithm.prompts_per_step={algorithm.prompts_per_step} can never be filled: sampled_per_step x "
             f"sampling_rounds is {algorithm.sampled_per_step * algorithm.sampling_rounds}."
+        )
+    if algorithm.hard_threshold is not None and algorithm.hard_threshold < _LEAST_THRESHOLD:
+        raise UserError(
+            f"algorithm.hard_threshold={algorithm.hard_threshold} leaves no expert: no problem is sampled so often; it "
+            f"is {_LEAST_THRESHOLD} at least, or null for every problem."
         )
     if algorithm.importance_cap < 1:
         raise UserError(f"algorithm.importance_cap={algorithm.importance_cap} must be at least 1.")
@@ -329,6 +356,8 @@ def _check_sglang(rollout: RolloutConfig) -> None:
     for key, groups in (("dp", rollout.dp), ("ep", rollout.ep)):
         if rollout.tp % groups:
             raise UserError(f"rollout.{key}={groups} must divide rollout.tp={rollout.tp}: they are groups of its GPUs.")
+    if any(device < 0 for device in rollout.gpus):
+        raise UserError(f"rollout.gpus={rollout.gpus} holds a negative number: devices are numbered from 0 on.")
     if rollout.memory_fraction is not None and not 0 < rollout.memory_fraction < 1:
         raise UserError(f"rollout.memory_fraction={rollout.memory_fraction} must be above 0 and below 1.")
     named, needed = len(set(rollout.gpus)), rollout.engines * rollout.tp
@@ -432,16 +461,32 @@ def stated_sizes(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of an HF folder. Raises UserError when there is none, it is no JSON object, or one of its keys is
-    not of the type that the engines ask for."""
+    """`config.json` of an HF folder. Raises UserError when there is none, or it is not what engines can read: a JSON
+    object with keys of their types; likewise for a generation_config.json beside it, which they read too."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
     values = read_json(path)
-    for key, (fits, words) in _TYPES.items():
+    _check_types(path, values, _TYPES)
+    for key, families in _NOT_NULL.items():
+        if values.get("model_type") in families and values.get(key, 0) is None:
+            raise UserError(
+                f"{path}: {key} is null, which engines don't take for its usual value: write that, or remove the key."
+            )
+    pad, vocabulary = values.get("pad_token_id"), values.get("vocab_size")
+    if pad is not None and type(vocabulary) is int and not -vocabulary <= pad < vocabulary:
+        raise UserError(
+            f"{path}: pad_token_id is {pad}, and vocab_size {vocabulary}: set it to an id of the vocabulary, or null."
+        )
+    if (beside := folder / "generation_config.json").exists():
+        _check_types(beside, read_json(beside), _OF_GENERATION)
+    return values
+
+
+def _check_types(path: Path, values: Mapping[str, Any], types: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    for key, (fits, words) in types.items():
         if key in values and not fits(values[key]):
             raise UserError(f"{path}: {key} is {values[key]!r:.80}; it has to be {words}.")
-    return values
 
 
 def warnings(config: Config, problems: int) -> list[str]:

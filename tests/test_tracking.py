@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +186,19 @@ def test_a_bar_may_be_called_anything() -> None:
     display.show("[/x]", 64, 64, None, {})
     display.close()
     assert "[/x]" in out.getvalue()
+
+
+def test_a_display_outlives_whoever_read_it() -> None:
+    """`rloop train | head -n 1`: rich would end the run by a SystemExit."""
+    reading, writing = os.pipe()
+    script = (
+        "import sys; from rloop_mcore.progress import ProgressDisplay; display = ProgressDisplay(); sys.stdin.read()\n"
+        "for step in range(3): display.show('phase', 0, 64, None, {})\n"
+        "display.close(); print('unread'); print('went on', file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    os.close(reading)
+    _, said = run.communicate(timeout=60)
+    assert (run.returncode, said) == (0, "went on\n")

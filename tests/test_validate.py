@@ -74,6 +74,10 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("cluster.gpu.network_gb_s=-5", ["cluster.gpu.network_gb_s=-5"]),
         ("model.architecture.hidden_size=-5", ["model.architecture.hidden_size=-5"]),
         ("model.architecture.model_type=gpt2", ["model.architecture.model_type=gpt2", "qwen2, qwen3"]),
+        ("cluster.collective_timeout_s=1e10", ["cluster.collective_timeout_s=1e+10", "1e+08 seconds"]),
+        ("run.dir='caf\udce9'", ["run.dir='caf\\udce9'", "UTF-8"]),
+        ("rollout.server_args=['\udce9']", ["rollout.server_args=", "UTF-8"]),
+        ("algorithm.hard_threshold=1e-30", ["algorithm.hard_threshold=1e-30", "1e-06"]),
         ("rft.steps=[200,210]", ["rft.steps=[200, 210]", "0 to 199"]),
         ("rft.min_tokens=2049", ["rft.min_tokens=2049", "rollout.max_tokens=2048"]),
         ("rft.optimizer.skip_grad=0", ["rft.optimizer.skip_grad=0", "null"]),
@@ -115,6 +119,7 @@ def test_an_endpoint_that_cannot_be_used_is_refused(endpoint: str, word: str) ->
         ("rollout.dp=3", ["rollout.dp=3", "rollout.tp=2"]),
         ("rollout.memory_fraction=1.5", ["rollout.memory_fraction=1.5"]),
         ("rollout.gpus=[0,0,1]", ["names 2 devices", "is 4"]),
+        ("rollout.gpus=[-1,0,1,2]", ["rollout.gpus=[-1, 0, 1, 2]", "from 0 on"]),
     ],
 )
 def test_sglang_servers_that_cannot_be_started_are_refused(override: str, words: list[str]) -> None:

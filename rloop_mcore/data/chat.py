@@ -17,12 +17,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rloop_mcore.data.tokenizer import TextTokenizer
+from rloop_mcore.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 from rloop_mcore.errors import UserError
 
 TODAY = date(2024, 7, 26)  # what Llama 3's templates fall back to
 
-_SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _ANSWER = "ANSWER"
 
 Messages = Sequence[Mapping[str, str]]
@@ -43,7 +42,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         source, self._where = _source(tokenizer)
-        stated = {name: tokenizer.stated(name) for name in _SPECIAL_TOKENS}
+        stated = {name: tokenizer.stated(name) for name in SPECIAL_TOKENS}
         self._special_tokens = {name: token for name, token in stated.items() if token is not None}
         self.text = source + json.dumps(self._special_tokens)
         environment = ImmutableSandboxedEnvironment(
@@ -89,10 +88,14 @@ def _source(tokenizer: TextTokenizer) -> tuple[str, Path]:
     """The template's text, and the file it is in."""
     file = tokenizer.folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), file
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} has to be UTF-8 text ({error.reason}, byte {error.start})") from None
     stated = tokenizer.config.get("chat_template")
     if isinstance(stated, list):  # several, by name
-        stated = next((entry.get("template") for entry in stated if entry.get("name") == "default"), None)
+        named = [entry for entry in stated if isinstance(entry, dict)]
+        stated = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     if not isinstance(stated, str):
         raise UserError(
             f"the tokenizer of {tokenizer.folder} has no chat template, which data.template asks for: choose another "

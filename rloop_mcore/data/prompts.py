@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -118,3 +119,13 @@ def check_lengths(
             TemplatePrompts([problem], tokenizer, template, 0, max_prompt_tokens)
             return
     TemplatePrompts(problems, tokenizer, template, 0, max_prompt_tokens)
+
+
+def check_vocabulary(problem: Problem, tokenizer: TextTokenizer, template: PromptTemplate, vocabulary: int) -> None:
+    """Raises UserError where a prompt, or what ends a demonstration, has a token beyond the model's `vocabulary`."""
+    prompt = TemplatePrompts([problem], tokenizer, template, 0, sys.maxsize).prompts[0]
+    if (largest := max(*prompt.ids, template.end)) >= vocabulary:
+        raise UserError(
+            f"{tokenizer.folder}: its tokenizer has token {largest} in a prompt or at its end, and the model's "
+            f"vocab_size is {vocabulary}: take the tokenizer that the model came with, or resize its embeddings"
+        )

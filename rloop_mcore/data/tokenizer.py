@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import read_json
 
+SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
 
 class TextTokenizer:
     """The tokenizer of an HF folder: its tokenizer.json, and the end token that tokenizer_config.json names.
@@ -34,6 +36,11 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.folder = folder
         self.config = read_json(files[1])
+        for name in SPECIAL_TOKENS:
+            self.stated(name)
+        for beside in (folder / "special_tokens_map.json", folder / "added_tokens.json"):  # engines read them
+            if beside.exists():
+                read_json(beside)
         eos = self.stated("eos_token")
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
         if eos_id is None:

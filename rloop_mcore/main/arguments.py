@@ -126,7 +126,8 @@ class _Version(argparse.Action):
 
 def _new_file(text: str) -> Path:
     """The path of a file that can be written, or written over. Raises ArgumentTypeError: not when the work is done."""
-    if os.path.exists(text or ".") and not os.path.isfile(text):
+    of_a_process = os.path.islink(text) and os.readlink(text).startswith("/proc/")  # /dev/stdout: to be left there
+    if of_a_process or (os.path.exists(text or ".") and not os.path.isfile(text)):
         raise argparse.ArgumentTypeError(f"{text or 'an empty path'} is no ordinary file: give the path of one")
     return _new(text, within=Path(text).parent)
 

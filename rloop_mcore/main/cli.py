@@ -25,6 +25,7 @@ _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
+_UNREAD = 128 + signal.SIGPIPE  # as of a command that the signal ends
 # `rloop NAME` is the function NAME of main/NAME.py: what these take of their options; the others take all
 _TAKEN = {
     "train": ("overrides", "force"),
@@ -39,6 +40,7 @@ _TAKEN = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where a terminal or a pipe has no UTF-8
@@ -53,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _unread():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left isn't tried again at the exit
-        return 128 + signal.SIGPIPE  # as of a command that the signal ends
+        return _UNREAD
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _UNREAD  # rich has seen to what is left
     except OSError as error:
         told = _told(error)
         if told is None:
@@ -66,6 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 75
     except KeyboardInterrupt:
         return 130
+
+
+def _open_streams() -> None:
+    """What the command was started without goes to /dev/null, and its number to no file that is opened later."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.set_inheritable(number, True)  # for the ranks
+            setattr(sys, name, os.fdopen(number, "w"))
 
 
 def _run(arguments: list[str]) -> int:

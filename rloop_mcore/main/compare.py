@@ -45,12 +45,12 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
         "paired": paired,
         "forgetting": block_forgetting(runs),
     }
-    _print(runs, result)
     target = out or first / "compare.html"
     write_report([first, second], target, words=[words_of(first), words_of(second)])
-    print(f"report: {target}")
     if json_out is not None:
         write_atomic(json_out, json.dumps(result, indent=1) + "\n")
+    _print(runs, result)  # after the files: who reads it may see enough before the end
+    print(f"report: {target}")
     return 0
 
 

@@ -44,12 +44,13 @@ def evaluate(options: argparse.Namespace) -> int:
         evaluation = PolicyEvaluation(config, policy, str(source.path), options.out, display, stack)
         records = [evaluation.run(name, data, problems) for name, (data, problems) in benchmarks.items()]
     result = _together(records, config.run.seed)
-    print_results(records, result["metrics"])
     if other is not None:
         result["against"] = {"file": str(options.against), "benchmarks": compare(records, other, config.run.seed)}
-        print_comparison(result["against"])
     if options.json is not None:
         write_atomic(options.json, json.dumps(result, indent=1) + "\n")
+    print_results(records, result["metrics"])  # after the file: who reads it may see enough before the end
+    if other is not None:
+        print_comparison(result["against"])
     return 0
 
 

@@ -21,7 +21,7 @@ from rloop_mcore.config import GENERATED_MODEL, Config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import digest_of_problems, load_problems, problem_sources
-from rloop_mcore.data.prompts import check_lengths, solution_of
+from rloop_mcore.data.prompts import check_lengths, check_vocabulary, solution_of
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
@@ -128,6 +128,7 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
     problems = {key: load_problems(source, limit) for key, (source, limit) in sources.items()}
     for key in sources.keys() - {"sft.demonstrations"}:
         check_lengths(problems[key], tokenizer, template, config.data.max_prompt_tokens)
+    check_vocabulary(problems["data.train"][0], tokenizer, template, sizes.vocabulary)
     for demonstration in problems.get("sft.demonstrations", ()):
         solution_of(demonstration)
     digests = {key: digest_of_problems(found) for key, found in problems.items()}

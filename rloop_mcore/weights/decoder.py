@@ -55,6 +55,11 @@ class Sizes:
 def architecture(config: HfConfig) -> dict[str, Any]:
     """Megatron settings: `{"transformer": TransformerConfig fields, "gpt": GPTModel arguments}`."""
     sizes = Sizes.of(config)
+    if (kinds := config.get("layer_types", None)) not in (None, ["full_attention"] * sizes.layers):
+        raise UserError(
+            f"{config.file}: layer_types is {kinds!r:.80}; only 'full_attention' for each of the {sizes.layers} layers "
+            "is supported."
+        )
     return {
         "transformer": {
             "num_layers": sizes.layers,
@@ -151,7 +156,7 @@ def _rotary(config: HfConfig) -> dict[str, Any]:
     Where a file has both, transformers 5 takes rope_scaling and older ones do too: they have to mean the same.
     """
     stated = [config.get(key, {}) for key in ("rope_parameters", "rope_scaling")]
-    found = [_rotary_arguments(config, rope) for rope in stated if rope] or [_rotary_arguments(config, {})]
+    found = [_rotary_arguments(config, rope) for rope in stated if rope != {}] or [_rotary_arguments(config, {})]
     if found[0] != found[-1]:
         raise UserError(
             f"{config.file}: rope_parameters {stated[0]} and rope_scaling {stated[1]} differ: remove the one that is "
@@ -163,7 +168,7 @@ def _rotary(config: HfConfig) -> dict[str, Any]:
 def _rotary_arguments(config: HfConfig, rope: Any) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"{config.file}: the rotary parameters are {rope!r}; they have to be an object.")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     arguments = {"rotary_base": config.positive("rope_theta", theta), "rotary_percent": 1.0}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

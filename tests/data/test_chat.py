@@ -152,6 +152,7 @@ def test_its_text_tells_templates_apart(tmp_path: Path) -> None:
     [
         (None, "{% set chat = true %}", r"has no chat template, which data\.template asks for"),
         ([{"name": "tool_use", "template": "x"}], "{% set chat = true %}", "has no chat template"),
+        (["x"], "{% set chat = true %}", "has no chat template"),
         ("{% if %}", "{% set chat = true %}", r"chat_template\.jinja is not a Jinja template"),
         ("{{ raise_exception('no such role') }}", "{% set chat = true %}", "refuses the messages: no such role"),
         ("{{ messages[0].content + 1 }}", "{% set chat = true %}", "refuses the messages: can only concatenate"),
@@ -165,3 +166,10 @@ def test_its_text_tells_templates_apart(tmp_path: Path) -> None:
 def test_what_cannot_be_rendered_is_said(tmp_path: Path, chat_template: object, head: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         template(tmp_path, write_chat_tokenizer(tmp_path, chat_template), head)
+
+
+def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = write_chat_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"chat_template\.jinja has to be UTF-8 text \(invalid start byte, byte 0\)"):
+        template(tmp_path, tokenizer)

@@ -64,6 +64,15 @@ def test_a_mistake_is_told_before_anything_is_done(
     assert said in capsys.readouterr().err
 
 
+def test_a_link_to_what_a_process_has_open_is_not_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "stdout"  # as /dev/stdout, whose folder root can write to
+    link.symlink_to("/proc/self/fd/1")
+    assert link.is_file()  # standard output goes to one here
+    with pytest.raises(SystemExit):
+        parse(["trace", "r", "--out", str(link)])
+    assert f"{link} is no ordinary file" in capfd.readouterr().err
+
+
 def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])

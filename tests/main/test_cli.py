@@ -114,6 +114,24 @@ def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
     assert (planning.returncode, said) == (141, "")
 
 
+def test_a_reader_of_a_table_that_has_seen_enough_is_no_fault() -> None:
+    """`rloop plan | head`: rich, which writes it, would leave with 1."""
+    command = [sys.executable, "-m", "rloop_mcore.main.cli", "plan", "model=qwen2.5_7b"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as planning:
+        assert planning.stdout is not None
+        planning.stdout.close()
+        planning.stdout = None
+        _, said = planning.communicate(timeout=60)
+    assert (planning.returncode, said) == (141, "")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), (">&- 2>&-", 0), ("2>&-", 0)])
+def test_a_command_that_is_started_without_its_streams(closed: str, code: int) -> None:
+    shell = f"exec {sys.executable} -m rloop_mcore.main.cli plan experiment=tiny {closed}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse(BrokenPipeError(errno.EPIPE, "of an engine"), monkeypatch)
     with open(tmp_path / "out", "w") as out, monkeypatch.context() as patched:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
@@ -44,6 +45,19 @@ def refused(tmp_path: Path) -> str:
         ({"use_cache": "yes"}, "config.json: use_cache is 'yes'; it has to be true or false"),
         ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings is 1; it has to be true or false"),
         ({"layer_types": "full_attention"}, "config.json: layer_types is 'full_attention'; it has to be a list"),
+        (
+            {"layer_types": ["full_attention"]},
+            "config.json: layer_types is ['full_attention']; only 'full_attention' for",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "config.json: layer_types is ['full_attention', 'sliding_attention']; only 'full_attention' for each",
+        ),
+        ({"pad_token_id": 48}, "config.json: pad_token_id is 48, and vocab_size 48: set it to an id of the vocabulary"),
+        ({"head_dim": None}, "config.json: head_dim is null, which engines don't take for its usual value"),
+        ({"auto_map": 3}, "config.json: auto_map is 3; it has to be an object or null"),
+        ({"rope_parameters": 0}, "config.json: the rotary parameters are 0; they have to be an object"),
+        ({"rope_parameters": None, "rope_theta": None}, "config.json: rope_theta is None; it has to be a number"),
         ({"attention_dropout": 0.1}, "config.json: attention_dropout is 0.1; only 0.0 is supported"),
         ({"rope_scaling": YARN}, "config.json: rope scaling {'rope_type': 'yarn', "),
         ({"rope_parameters": YARN}, "config.json: rope scaling {'rope_type': 'yarn', "),
@@ -68,6 +82,46 @@ def test_mistakes_in_config_json(changes: dict[str, Any], sentence: str, tmp_pat
     write_model(tmp_path / "model", seed=0)
     change_config(tmp_path / "model", **changes)
     assert refused(tmp_path).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        (
+            "generation_config.json",
+            '{"eos_token_id": 1,}',
+            "generation_config.json is no JSON object (Expecting property",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": ["<eos>"]}',
+            "generation_config.json: eos_token_id is ['<eos>']; it",
+        ),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json is no JSON object (it is [])"),
+        ("added_tokens.json", "", "added_tokens.json is no JSON object (Expecting value"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<eos>", "pad_token": 0}',
+            "tokenizer_config.json: pad_token is 0; it must be a text",
+        ),
+    ],
+    ids=lambda value: value,
+)
+def test_mistakes_in_the_files_beside_it(name: str, text: str, sentence: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=0)
+    (tmp_path / "model" / name).write_text(text)
+    assert refused(tmp_path).startswith(sentence)
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=0)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model/tokenizer.json"))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    assert ": its tokenizer has token 48 in a prompt or at its end, and the model's vocab_size is 48:" in refused(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize(
