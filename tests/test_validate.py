@@ -11,8 +11,9 @@ import pytest
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
+from rloop_mcore.hf_config import read_hf_config
 from rloop_mcore.planning.nodes import check_gpus
-from rloop_mcore.validate import check_device, check_model, check_values, read_hf_config, warnings
+from rloop_mcore.validate import check_device, check_model, check_values, warnings
 
 NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
 

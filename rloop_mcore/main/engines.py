@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import UserError
+from rloop_mcore.hf_config import read_hf_config
 from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.platform.network import address_towards
@@ -24,7 +25,6 @@ from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.launch import EmbeddedServer, RunningServer, SGLangServer
 from rloop_mcore.rollout.published import Publication, PublishedServer
 from rloop_mcore.rollout.router import engines_of
-from rloop_mcore.validate import read_hf_config
 
 if TYPE_CHECKING:
     from rloop_mcore.rollout.fleet import Fleet

@@ -13,6 +13,7 @@ import psutil
 from rloop_mcore import platform
 from rloop_mcore.config import Config
 from rloop_mcore.errors import Interrupted, UserError
+from rloop_mcore.hf_config import read_hf_config
 from rloop_mcore.main.engines import start_servers, with_engines_for_routers
 from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.run_directory import SUPERVISOR_VARIABLE, RunDirectory
@@ -21,7 +22,6 @@ from rloop_mcore.planning.layouts import stages
 from rloop_mcore.platform import heartbeat
 from rloop_mcore.platform.process import die_with_parent, importing, show_stacks_when_asked
 from rloop_mcore.run_config import read_config
-from rloop_mcore.validate import read_hf_config
 
 
 def main() -> int:

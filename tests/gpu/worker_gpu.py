@@ -44,11 +44,11 @@ from rloop_mcore.config import (  # noqa: E402
     RolloutConfig,
     RunConfig,
 )
+from rloop_mcore.hf_config import read_hf_config  # noqa: E402
 from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer  # noqa: E402
 from rloop_mcore.rollout.served import ServedModel  # noqa: E402
 from rloop_mcore.types import Example, SampleRequest, Sampling, Trajectory  # noqa: E402
-from rloop_mcore.validate import read_hf_config  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 from rloop_mcore.weights.channel import BroadcastChannel  # noqa: E402
 

@@ -67,9 +67,9 @@ def measure(model: Path, steps: int) -> float:
     platform.setup("cpu", 1)
     from rloop_mcore.actor import parallel
     from rloop_mcore.actor.actor import MegatronActor
+    from rloop_mcore.hf_config import read_hf_config
     from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.rollout.served import ServedModel
-    from rloop_mcore.validate import read_hf_config
     from rloop_mcore.weights.bridge import HfBridge
     from rloop_mcore.weights.channel import BroadcastChannel
 

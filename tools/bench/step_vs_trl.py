@@ -54,6 +54,7 @@ from rloop_mcore.config import (  # noqa: E402
 from rloop_mcore.data.prompts import TemplatePrompts  # noqa: E402
 from rloop_mcore.data.templates import PromptTemplate  # noqa: E402
 from rloop_mcore.data.tokenizer import TextTokenizer  # noqa: E402
+from rloop_mcore.hf_config import read_hf_config  # noqa: E402
 from rloop_mcore.main.engines import start_servers, weight_channel  # noqa: E402
 from rloop_mcore.main.rooms import conducted_actor  # noqa: E402
 from rloop_mcore.rl_step import RLStep  # noqa: E402
@@ -61,7 +62,6 @@ from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
 from rloop_mcore.rollout.served import ServedModel  # noqa: E402
 from rloop_mcore.trajectory.cache import TrajectoryCache  # noqa: E402
 from rloop_mcore.types import Problem  # noqa: E402
-from rloop_mcore.validate import read_hf_config  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

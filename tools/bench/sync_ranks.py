@@ -51,10 +51,10 @@ def main() -> None:
 
 def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, float]:
     """Medians of interleaved repeats: seconds of a sync, of its verification, of a raw broadcast; extra bytes held."""
+    from rloop_mcore.hf_config import read_hf_config
     from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.rollout.launch import EmbeddedServer
     from rloop_mcore.rollout.served import ServedModel
-    from rloop_mcore.validate import read_hf_config
     from rloop_mcore.weights.channel import BroadcastChannel
 
     servers = [
