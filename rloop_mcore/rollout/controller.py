@@ -516,7 +516,7 @@ def _signed(
 ) -> Completion:
     """The answer with who gave it, and when; what an aborted part took counts."""
     if partial is not None:
-        started, seconds = partial.started or started, partial.seconds + seconds
+        started, seconds = partial.started, partial.seconds + seconds
     return replace(completion, engine=engine, started=started, seconds=seconds)
 
 
