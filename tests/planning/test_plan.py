@@ -315,14 +315,26 @@ def test_a_step_on_one_gpu_by_hand() -> None:
     assert times.rollout_s == pytest.approx(rollout, rel=1e-3)
     sync = 2 * QWEN_7B_WEIGHTS / (0.75 * 450e9)
     assert times.sync_s == pytest.approx(sync, rel=1e-3)
-    assert times.step_s == pytest.approx(16 * update + rollout + sync, rel=1e-3)
+    assert times.step_s == pytest.approx(times.train_s + times.rollout_s + times.sync_s)
 
     both = replace(config.algorithm, old_logprobs="trainer", kl_coefficient=0.1)
     ahead = replace(config, algorithm=both, rollout=replace(config.rollout, max_lag=1))
     later = Plan.of(QWEN_7B, ahead).times
     assert later is not None
     assert later.train_s - times.train_s == pytest.approx(16 * 2 * forward, rel=1e-3)
-    assert later.step_s == pytest.approx(max(later.train_s, rollout) + sync, rel=1e-3)
+    assert later.step_s == pytest.approx(max(later.train_s, later.rollout_s) + later.sync_s)
+
+
+def test_an_engine_over_two_gpus_by_hand() -> None:
+    """Each has half of the weights and of the key/value heads; two all-reduces a layer, of 20 us."""
+    config = run_on(1, LayoutConfig(), engines=4, tp=2, max_running=100)
+    times = Plan.of(QWEN_7B, config).times
+    assert times is not None
+    reads = QWEN_7B_WEIGHTS + 100 * (256 + 1024 / 2) * 57344 / 2
+    token_s = reads / (0.7 * 3350e9) + 100 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002 + 2 * 28 * 20e-6
+    assert times.rollout_tokens_per_s == pytest.approx(4 * 100 / token_s, rel=1e-3)
+    prefill = 1024 * 256 * 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12 * 8)
+    assert times.rollout_s == pytest.approx(1024 * 16 * 1024 * token_s / 400 + prefill, rel=1e-3)
 
 
 def test_a_round_takes_no_less_than_its_longest_response_alone() -> None:
