@@ -381,6 +381,9 @@ def without_work(model: Architecture, config: Config) -> float:
         # to the experts and back, forward and backward, of two copies of a token half
         (EXPERTS, {"ep": 2, "dp": 2}, "none", TOKENS / 2 * 2 * 4 * 2 * HIDDEN / 2 + (4 + 2) * OF_EXPERTS / 2),
         (EXPERTS, {"tp": 2, "sp": True}, "none", TOKENS * 2 * 5 * HIDDEN / 2),  # around the attention alone
+        # a rank sends its own half of the tokens
+        (DENSE, {"tp": 2, "sp": True, "pp": 2}, "none", TOKENS * (10 * HIDDEN / 2 + 2 * HIDDEN / 2) * 41 / 40),
+        (EXPERTS, {"tp": 2, "sp": True, "ep": 2}, "none", TOKENS * 2 * (5 * HIDDEN / 2 + 4 * 2 * HIDDEN / 2 / 2)),
     ],
 )
 def test_communication_by_hand(model: Architecture, layout: dict[str, Any], recompute: str, expected: float) -> None:
@@ -394,17 +397,22 @@ def test_what_is_within_a_node_takes_its_links() -> None:
     assert without_work(DENSE, across) == pytest.approx((4 + 2) * WEIGHTS * 15 / 16 / 1e8, rel=2e-3)
 
 
-def test_an_offloaded_optimizer_steps_at_the_rate_of_the_link_to_the_cpu() -> None:
-    config = run_on(1, LayoutConfig(), engines=1, tp=1)
-    half = replace(config, actor=ActorConfig(optimizer_offload=0.5))
-    assert without_work(DENSE, half) == pytest.approx(0.5 * 30 * WEIGHTS / 25e9, rel=2e-3)
+@pytest.mark.parametrize(("distributed", "share"), [(True, 1 / 2), (False, 1)])
+def test_an_offloaded_optimizer_steps_at_the_rate_of_the_link_to_the_cpu(distributed: bool, share: float) -> None:
+    config = run_on(1, LayoutConfig(dp=2), engines=1, tp=1)
+    plain, half = (
+        without_work(DENSE, replace(config, actor=ActorConfig(distributed_optimizer=distributed, optimizer_offload=o)))
+        for o in (0.0, 0.5)
+    )
+    assert half - plain == pytest.approx(share * 0.5 * 30 * WEIGHTS / 25e9, rel=2e-3)
 
 
-def arithmetic(model: Architecture, precision: str = "bf16", **layout: Any) -> float:
+def arithmetic(model: Architecture, precision: str = "bf16", recompute: str = "none", **layout: Any) -> float:
     """The share of the bf16 peak that an update reaches where nothing but multiplications takes time."""
     gpu = replace(H100, memory_gb_s=1e15, node_gb_s=0)
     config = run_on(1, LayoutConfig(**layout), engines=1, tp=1)
     config = replace(config, precision=precision, cluster=replace(config.cluster, gpu=gpu))
+    config = replace(config, actor=ActorConfig(recompute=recompute))
     times = Plan.of(model, config).times
     assert times is not None
     return times.mfu
@@ -419,6 +427,24 @@ def test_the_peak_share_is_that_of_the_matrices_that_a_gpu_has() -> None:
     assert arithmetic(QWEN_30B) == pytest.approx(0.322 + (0.472 - 0.322) * between)
     gains = {"fp8_delayed": 1.33, "fp8_tensorwise": 1.31, "fp8_blockwise": 1.21, "mxfp8": 1.21, "fp32": 0.5}
     assert {name: arithmetic(QWEN_7B, name) / 0.525 for name in gains} == pytest.approx(gains)
+
+
+def test_the_slowest_stage_sets_the_pace_and_what_is_recomputed_is_no_progress() -> None:
+    attention = 2 * 1280 * 3584  # operations of a token and layer
+    layer = 2 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944) + attention
+    output = 2 * OUTPUT_7B * 1024 / 1280
+    even, uneven = (arithmetic(QWEN_7B, pp=2, stages=stages) for stages in ([14, 14], [16, 12]))
+    assert uneven / even == pytest.approx((14 * layer + output) / (16 * layer), rel=1e-3)
+    forward = 28 * layer + output
+    selective, full = (arithmetic(QWEN_7B, recompute=recompute) / 0.525 for recompute in ("selective", "full"))
+    assert selective == pytest.approx(3 * forward / (3 * forward + 28 * attention))
+    assert full == pytest.approx(3 * forward / (3 * forward + 28 * layer))
+
+
+def test_engines_on_nodes_of_their_own_get_the_weights_over_the_network() -> None:
+    times = Plan.of(QWEN_7B, run_on(2, LayoutConfig(), nodes=1, engines=1, tp=1)).times
+    assert times is not None
+    assert times.sync_s == pytest.approx(2 * QWEN_7B_WEIGHTS / (0.75 * 50e9), rel=1e-3)
 
 
 def test_a_pipeline_waits_and_the_network_costs() -> None:
