@@ -720,6 +720,24 @@ def test_a_checkpoint_removed_by_half_is_no_checkpoint(tmp_path: Path, monkeypat
     assert all((path / "number").exists() for path in checkpoints)
 
 
+def test_what_is_removed_has_lost_its_name_on_disk_before_its_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable, gone, rmtree = set[str](), list[str](), shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: durable.update(os.listdir(f"/proc/self/fd/{fd}")))
+
+    def removed(path: Path) -> None:
+        gone.append(path.name)
+        assert path.name in durable
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    (tmp_path / "i0_explore_000001").mkdir()
+    commits.remove(tmp_path / "i0_explore_000001")
+    assert gone == [".tmp-removed-i0_explore_000001"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def guarded(directory: Path) -> list[tuple[int, str, int, str]]:
     records = [record for record in Journal(directory / "journal.jsonl").records if record["event"] == "guard"]
     return [(record["iteration"], record["phase"], record["step"], record["policy"]) for record in records]
