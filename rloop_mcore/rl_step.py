@@ -347,7 +347,7 @@ def _visits(iteration: int, step: int, groups: Sequence[Group]) -> list[tuple[st
 def _lag(groups: Sequence[Group], version: int) -> dict[str, float]:
     """How many versions behind `version` the oldest token of a trajectory is; the share of those that span several."""
     runs = [trajectory.weight_versions for group in groups for trajectory in group.trajectories]
-    lags = [version - min(v for v, _ in run) for run in runs if run] or [0]
+    lags = [version - min(v for v, _ in run) for run in runs] or [0]
     spanning = sum(len(run) > 1 for run in runs) / max(len(runs), 1)
     return {"lag_mean": sum(lags) / len(lags), "lag_max": float(max(lags)), "spanning_share": spanning}
 

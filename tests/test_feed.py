@@ -35,11 +35,13 @@ def explore(
     max_lag: int, partial: bool, collect_s: float = 0.02, train_s: float = 0.02
 ) -> tuple[list[tuple[int, int, int]], Weights]:
     """Go through a phase as `loop.py` does; returns (step, version at the batch's begin, and at its end) of each."""
-    weights = Weights()
+    weights, collecting = Weights(), threading.Lock()
 
     def collect(step: int) -> tuple[int, int, int]:
+        assert collecting.acquire(blocking=False), "two batches at once"
         begun = weights.version
         time.sleep(collect_s)
+        collecting.release()
         return step, begun, weights.version
 
     taken = []
@@ -95,17 +97,24 @@ def test_a_failed_batch_is_told_when_it_is_taken_and_the_next_are_not_begun() ->
 
 
 def test_leaving_gives_up_what_is_under_way() -> None:
-    weights = Weights()
+    weights, steps, second = Weights(), list[int](), threading.Event()
 
     def collect(step: int) -> int:
-        if step == 1 and weights.cancelled.wait(30):
+        steps.append(step)
+        if step == 1:
+            second.set()
+            weights.cancelled.wait(30)
             raise CancelledError
         return step
 
     begun = time.monotonic()
     with Feed(collect, weights, 0, STEPS, 3, True) as feed:  # type: ignore[arg-type]
         assert feed.take(0) == 0
+        second.wait(30)
+        thread = next(thread for thread in threading.enumerate() if thread.name.startswith("feed"))
     assert time.monotonic() - begun < 10
+    assert steps == [0, 1]
+    assert not thread.is_alive()
 
 
 def test_leaving_gives_up_the_sampling_rounds_that_begin_meanwhile() -> None:

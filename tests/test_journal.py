@@ -138,6 +138,34 @@ def test_file_and_directory_entry_are_fsynced_before_record_returns(tmp_path, mo
     assert synced == [str(path), str(tmp_path), str(path)]
 
 
+def test_what_was_replayed_is_brought_to_disk_with_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    write(path, [{"event": "first"}])
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    Journal(tmp_path / "none.jsonl").make_durable()
+    assert synced == []
+    Journal(path).make_durable()
+    assert synced == [str(path), str(tmp_path)]
+
+
+def test_a_run_is_finished_when_its_last_iteration_is_measured_or_the_base_where_there_is_none(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert not journal.finished(0)
+    ended = []
+    for iteration, phase in ((0, "base"), (0, "evaluate"), (1, "exploit"), (1, "evaluate")):
+        journal.record("done", iteration=iteration, phase=phase)
+        ended.append([iterations for iterations in (0, 1, 2, 3) if journal.finished(iterations)])
+    assert ended == [[0], [0, 1], [0, 1], [0, 1, 2]]
+
+
+def test_where_a_run_has_been_are_its_commits_and_ends_of_phases(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for event in ("started", "commit", "measured", "done", "commit", "policy"):
+        journal.record(event)
+    assert [record["event"] for record in journal.places()] == ["commit", "done", "commit"]
+
+
 def test_lines_are_json_objects_with_the_documented_checksum(tmp_path):
     from hashlib import blake2b
 

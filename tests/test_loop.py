@@ -312,6 +312,27 @@ def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
     assert taken == 2 * 3
 
 
+@pytest.mark.parametrize("sleep", [True, False])
+def test_trainer_and_engines_make_room_for_each_other_where_they_share_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleep: bool
+) -> None:
+    calls = list[str]()
+
+    def told(owner: type, name: str, plain: Callable[..., Any]) -> None:
+        monkeypatch.setattr(owner, name, lambda *args: calls.append(name) or plain(*args), raising=False)
+
+    told(NumberActor, "begin", NumberActor.begin)
+    told(NumberActor, "make_room", lambda actor: None)
+    told(NumberRollout, "sync", NumberRollout.sync)
+    told(NumberRollout, "sleep", NumberRollout.sleep)
+    start(tmp_path / "run", configure(f"rollout.sleep={sleep}", "algorithm.iterations=1"))
+    before = {name: {calls[i - 1] for i, call in enumerate(calls) if call == name} for name in ("begin", "sync")}
+    if sleep:
+        assert before == {"begin": {"sleep"}, "sync": {"make_room"}}
+    else:
+        assert set(calls) == {"begin", "sync"}
+
+
 def test_a_large_write_begins_once_the_last_of_its_kind_would_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,6 +718,24 @@ def test_a_checkpoint_removed_by_half_is_no_checkpoint(tmp_path: Path, monkeypat
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) > 1
     assert all((path / "number").exists() for path in checkpoints)
+
+
+def test_what_is_removed_has_lost_its_name_on_disk_before_its_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable, gone, rmtree = set[str](), list[str](), shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: durable.update(os.listdir(f"/proc/self/fd/{fd}")))
+
+    def removed(path: Path) -> None:
+        gone.append(path.name)
+        assert path.name in durable
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    (tmp_path / "i0_explore_000001").mkdir()
+    commits.remove(tmp_path / "i0_explore_000001")
+    assert gone == [".tmp-removed-i0_explore_000001"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def guarded(directory: Path) -> list[tuple[int, str, int, str]]:

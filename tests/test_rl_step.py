@@ -577,6 +577,15 @@ def test_samples_of_older_weights_are_told_and_not_held_to_the_gate() -> None:
     assert (metrics["lag_mean"], metrics["lag_max"], metrics["spanning_share"]) == (2.0, 2.0, 0.0)
 
 
+def test_a_trajectory_lags_by_its_oldest_token() -> None:
+    step = make(first_only)
+    versions = [((1, 1), (3, 1)), ((2, 2),), ((3, 2),), ((3, 2),)] * 3
+    sampled = [Completion((1, 2), (-0.5, -0.5), "stop", runs) for runs in versions]
+    step.rollout.answer = lambda requests: sampled  # type: ignore[method-assign]
+    metrics = step.train(0, 0, step.collect(0, 0, 0), version=3)
+    assert (metrics["lag_mean"], metrics["lag_max"], metrics["spanning_share"]) == (0.75, 2.0, 0.25)
+
+
 def test_the_curriculum_is_told_how_each_problem_went_and_asked_by_what_no_lag_can_change() -> None:
     told: list[tuple[str, object]] = []
 

@@ -62,7 +62,7 @@ def test_what_fails_for_lack_of_space_is_done_again(on_disk: Any) -> None:
 
 
 def test_a_large_write_is_not_begun_before_it_fits(on_disk: Any) -> None:
-    disk, said = on_disk([0, 10**6, 10**8])
+    disk, said = on_disk([0, 3 * 10**6, 10**8])  # the second would leave too little to small writes
     begun: list[float] = []
     disk.write("checkpoints/x", lambda: begun.append(space.time.monotonic()), needed=2 * 10**6)
     assert begun == [2 * space._POLL_S]

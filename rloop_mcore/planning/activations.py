@@ -98,7 +98,7 @@ def _experts(model: Architecture, layout: LayoutConfig, between: int, modules: M
     kept = router + received * (model.hidden * modules.operand + _FP32)  # tokens; their weights
     if modules.fused:
         return kept + received * ffn * (2 * modules.element + modules.operand) + between * model.experts * _FP32
-    return kept + received * (5 * ffn * modules.element + _INDEX)
+    return kept + received * 5 * ffn * modules.element + between * model.top_k * _INDEX
 
 
 def chunk_bytes(

@@ -333,7 +333,7 @@ class Controller:
             call.waited_s += pause
             until = asyncio.get_running_loop().time() + pause
             while (left := until - asyncio.get_running_loop().time()) > 0:
-                if call.aborted or engine.client is not client or engine.state != "serving":
+                if call.aborted or engine.state != "serving":
                     raise no_room
                 await asyncio.sleep(min(left, _POLL_S))
 
@@ -516,7 +516,7 @@ def _signed(
 ) -> Completion:
     """The answer with who gave it, and when; what an aborted part took counts."""
     if partial is not None:
-        started, seconds = partial.started or started, partial.seconds + seconds
+        started, seconds = partial.started, partial.seconds + seconds
     return replace(completion, engine=engine, started=started, seconds=seconds)
 
 

@@ -109,23 +109,15 @@ class TensorWriter:
         fd, offset = self._places[name]
         _write_at(fd, bytes_of(tensor), offset)
 
-    def close(self) -> None:
-        """Make it durable. Raises ValueError where a tensor was not written."""
-        if self._missing:
-            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
-        for fd in self._descriptors:
-            os.fsync(fd)
-
     def __enter__(self) -> TensorWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
-            if error[0] is None:
-                self.close()
-        finally:
-            for fd in self._descriptors:
-                os.close(fd)
+        """Raises ValueError where a tensor was not written."""
+        for fd in self._descriptors:
+            os.close(fd)
+        if error[0] is None and self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
 
 
 def write_folder(

@@ -111,7 +111,7 @@ def _check_places(file: Path, entries: dict[str, TensorEntry], begin: int, size:
     """Raises UserError unless the tensors follow one another without gaps, each as long as it has to be."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         wanted = prod(entry.shape) * _BYTES.get(entry.dtype, 0)
-        if entry.begin != begin or (entry.dtype in _BYTES and entry.end - begin != wanted) or entry.end < begin:
+        if entry.begin != begin or (entry.dtype in _BYTES and entry.end - begin != wanted):
             raise UserError(
                 f"{file}: tensor {name} {entry.dtype} {list(entry.shape)} is at bytes {entry.begin} to {entry.end}; it "
                 f"should begin at {begin} and have {wanted}."

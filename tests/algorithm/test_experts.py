@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rloop_mcore.algorithm.experts import Key, drawn
-from rloop_mcore.config import Config, RftConfig
+from rloop_mcore.config import AlgorithmConfig, Config, RftConfig, RunConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.run_state import expert_query
 from rloop_mcore.types import ExpertQuery
@@ -29,6 +29,13 @@ def of(keys: list[Key], query: ExpertQuery) -> list[Key]:
 def test_the_paper_takes_all() -> None:
     found = [(0, step, "a", 0) for step in range(5)]
     assert of(found, expert_query(Config(), 0)) == found
+
+
+def test_what_is_set_is_asked() -> None:
+    rft = RftConfig(deduplicate=False, steps=[2, 4], min_tokens=3, max_per_problem=5, share=0.5, earlier_iterations=1)
+    config = Config(rft=rft, algorithm=AlgorithmConfig(hard_threshold=0.2), run=RunConfig(seed=7))
+    assert expert_query(config, 3) == ExpertQuery((2, 3), 0.2, False, (2, 4), 3, 5, 0.5, 7)
+    assert expert_query(config, 0).iterations == (0,)
 
 
 @given(found=experts, most=st.integers(1, 4), share=st.floats(0.05, 1.0), seed=st.integers(0, 9))

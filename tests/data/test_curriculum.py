@@ -62,7 +62,9 @@ def test_a_weighted_draw_depends_on_seed_position_and_weights_alone(tmp_path: Pa
         pieces += batch
     assert (pieces, position) == (whole, end)
     assert ids(make(tmp_path, PROBLEMS[::-1]), 5, 40, weights[::-1]) == (whole, end)  # nor on the order of the file
-    assert ids(make(tmp_path, PROBLEMS, seed=1), 5, 40, weights)[0] != whole
+    other = make(tmp_path, PROBLEMS, seed=1)
+    assert ids(other, 5, 40, weights)[0] != whole
+    assert ids(other, 5, 40, [0.5] * 8)[1] != ids(prompts, 5, 40, [0.5] * 8)[1]  # where both pass over other places
     assert ids(prompts, 5, 40, weights[::-1])[0] != whole
 
 
@@ -96,6 +98,14 @@ def test_a_sampler_sees_what_went_before_the_step_it_is_asked_about() -> None:
     curriculum.begin([("p1", first)])
     curriculum.weights(1, 0)
     assert seen[-1] == {"p0": [], "p1": [first]}
+
+
+def some(problems: Sequence[Problem], visits: object) -> list[float]:
+    return [0.0, 2.0]
+
+
+def test_a_problem_may_be_left_out() -> None:
+    assert SampledCurriculum(f"{HERE}:some", PROBLEMS[:2]).weights(0, 0) == [0.0, 1.0]
 
 
 def short(problems: Sequence[Problem], visits: object) -> list[float]:

@@ -19,6 +19,7 @@ from rloop_mcore.main.engine_keeper import start_keeper
 from rloop_mcore.main.job_folder import FOLDER_VARIABLE, JobFolder
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.watchdog import Watchdog
+from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.published import Publication
 from rloop_mcore.run_config import to_yaml
 
@@ -82,6 +83,50 @@ def test_an_engine_is_kept_though_files_fail_for_a_while(
     asyncio.run(work())
     assert server.starts == 2
     assert caplog.text.count("engine 0 cannot be started, published or watched: [Errno 28] No space left") == 3
+
+
+def test_starts_in_vain_come_ever_later_until_one_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five starts don't answer. The sixth does, is published at the second try, and dies; the seventh lives."""
+    waits, slept, sleep, publish = (0.011, 0.012, 0.013, 0.014), list[float](), asyncio.sleep, Publication.publish
+    failed = set[str]()
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(seconds)
+
+    class Slow(Server):
+        async def ready(self, timeout_s: float) -> tuple[str, str]:
+            if self.starts <= 5:
+                raise EngineError("it does not answer")
+            return await super().ready(timeout_s)
+
+        async def restart(self) -> None:
+            if "restart" not in failed:
+                failed.add("restart")
+                raise OSError(errno.EAGAIN, "no process")
+            await super().restart()
+
+    def published(publication: Publication, url: str, start: int) -> None:
+        if "publish" not in failed:
+            failed.add("publish")
+            raise OSError(errno.ENOSPC, "no space")
+        publish(publication, url, start)
+
+    monkeypatch.setattr(engine_keeper, "_BACKOFF_S", waits)
+    monkeypatch.setattr(Publication, "publish", published)
+    monkeypatch.setattr(engine_keeper.asyncio, "sleep", noted)
+    server, publication = Slow(*["-"] * 5, "it died"), Publication(tmp_path, 0)
+
+    async def work() -> None:
+        kept = asyncio.create_task(_kept(tmp_path, server))
+        while publication.read() != ("http://h:7", 7) and not kept.done():
+            await sleep(0.01)
+        (tmp_path / "code").touch()
+        await kept
+
+    asyncio.run(work())
+    assert publication.read() == ("http://h:7", 7)
+    assert [seconds for seconds in slept if seconds in waits] == [waits[i] for i in (1, 2, 3, 3, 3, 0)]
 
 
 def test_an_engine_that_nobody_keeps_any_more_ends_the_keeper(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def jobs_of(names: Iterable[str], layouts: Iterable[dict[str, Any]]) -> list[dic
 
 
 def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
-    """Within 5 %; the greatest error is printed."""
+    """Within 0.001 %, and 3 % where the shared table of angles is much of it; the greatest error is printed."""
     errors = {}
     for job, bytes_kept in zip(jobs, kept, strict=True):
         model, layout = Architecture.of(job["architecture"], "here"), LayoutConfig(**job["layout"])
@@ -87,7 +87,7 @@ def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
         errors[case] = ours / bytes_kept - 1
     worst = max(errors, key=lambda case: abs(errors[case]))
     print(f"{len(errors)} cases, greatest error {errors[worst]:+.2%}: {worst}")
-    assert abs(errors[worst]) < 0.05
+    assert [case for case, error in errors.items() if abs(error) > (0.03 if "full" in case else 1e-5)] == []
 
 
 def test_the_formula_is_what_autograd_keeps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -154,6 +155,51 @@ def test_parts_add_up_and_the_peak_is_the_largest_phase() -> None:
         assert stage.total == sum(stage.parts.values()) == max(sum(parts.values()) for parts in stage.phases.values())
 
 
+def test_every_phase_holds_the_policy_as_megatron_does() -> None:
+    stages = Plan.of(QWEN_72B, LARGE).stages
+    sizes = [
+        [tuple(parts[name] for name in ("weights", "gradients", "optimizer")) for parts in stage.phases.values()]
+        for stage in stages
+    ]
+    assert all(len(of_stage) == 3 and len(set(of_stage)) == 1 for of_stage in sizes)
+    assert max(of_stage[0] for of_stage in sizes) == (4_700_440_576, 9_400_881_152, 14_101_321_728)  # docs/planning.md
+
+
+def test_what_a_sync_takes() -> None:
+    """On the first stage, in two buckets; a matrix that is quantised is there in bf16 and three times in fp32."""
+
+    def taken(model: Architecture = QWEN_7B, **rollout: Any) -> int:
+        config = replace(SMALL, rollout=replace(SMALL.rollout, engine="embedded", **rollout))
+        return Plan.of(model, config).worst.phases["sync"]["weight_sync"]
+
+    assert taken(bucket_mib=4096) == 2 * 4 * GIB
+    assert taken(quantization="fp8") - taken() == 3584 * 18944 * (2 + 3 * 4)
+    assert taken(QWEN_30B, quantization="fp8") - taken(QWEN_30B) == 2048 * 32 * 128 * (2 + 3 * 4)
+    stages = Plan.of(QWEN_72B, LARGE).stages
+    assert [stage.phases["sync"]["weight_sync"] > 0 for stage in stages] == [True, False, False, False]
+
+
+def test_what_cuda_and_the_allocator_take_is_beside_what_is_planned() -> None:
+    phases = Plan.of(QWEN_7B, SMALL).worst.phases
+    assert phases["rollout"]["runtime"] == 1.5 * GIB
+    assert phases["sync"]["runtime"] == int(1.5 * GIB + 0.03 * phases["sync"]["weight_sync"])
+    passing = phases["train"]["activations"] + phases["train"]["logits"]
+    assert phases["train"]["runtime"] == int(1.5 * GIB + 0.03 * passing)
+    on_cpu = Plan.of(QWEN_7B, replace(SMALL, cluster=replace(SMALL.cluster, device="cpu"))).worst.phases
+    assert {parts["runtime"] for parts in on_cpu.values()} == {0}
+
+
+@pytest.mark.parametrize(("engines", "stages_with"), [(2, 1), (3, 2), (8, 4)])
+def test_engines_are_beside_the_stages_whose_gpus_they_are_on(engines: int, stages_with: int) -> None:
+    """16 GPUs a stage, 8 an engine; asleep it keeps 1 GiB."""
+    config = replace(LARGE, rollout=replace(LARGE.rollout, engines=engines))
+    for number, stage in enumerate(Plan.of(QWEN_72B, config).stages):
+        beside = number < stages_with
+        of_engine = [stage.phases["rollout"][part] > 0 for part in ("engine_weights", "kv_cache", "engine_other")]
+        assert of_engine == [beside] * 3
+        assert stage.phases["train"]["engine_other"] == beside * GIB
+
+
 def test_only_the_last_stage_has_logits_and_earlier_ones_hold_more_micro_batches() -> None:
     stages = Plan.of(QWEN_72B, LARGE).stages
     assert [bool(stage.phases["train"]["logits"]) for stage in stages] == [False, False, False, True]
@@ -241,6 +287,164 @@ def test_one_gpu_trains_at_the_measured_efficiency() -> None:
     again = Plan.of(QWEN_7B, replace(config, actor=ActorConfig(recompute="full"))).times
     assert again is not None
     assert again.update_s / plan.times.update_s == pytest.approx(4 / 3, rel=0.05)
+
+
+QWEN_7B_WEIGHTS = 7_615_616_512  # parameters
+OUTPUT_7B = 152064 * 3584
+
+
+def test_a_step_on_one_gpu_by_hand() -> None:
+    """Two operations a weight and token, causal attention to half of 1,280 tokens; peak rates of docs/planning.md."""
+    config = run_on(1, LayoutConfig(), engines=1, tp=1, memory_fraction=0.8, max_running=100, sleep=False)
+    times = Plan.of(QWEN_7B, config).times
+    assert times is not None
+    tokens, share = 512 * (256 + 1024), 1024 / 1280  # of responses, which alone have logits
+    operations = tokens * (2 * (QWEN_7B_WEIGHTS - 2 * OUTPUT_7B) + 2 * OUTPUT_7B * share + 2 * 28 * 1280 * 3584)
+    forward = operations / (989e12 * 0.525)
+    update = 3 * forward + 30 * QWEN_7B_WEIGHTS / 3350e9
+    assert times.update_s == pytest.approx(update, rel=1e-3)
+    assert times.train_s == pytest.approx(16 * update, rel=1e-3)
+    assert times.mfu == pytest.approx(3 * operations / update / 989e12, rel=1e-3)
+    assert times.train_tokens_per_s == pytest.approx(tokens / update, rel=1e-3)
+
+    reads = 2 * QWEN_7B_WEIGHTS + 100 * (256 + 1024 / 2) * 57344  # of half a response on average
+    token_s = reads / (0.7 * 3350e9) + 100 * 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002
+    assert times.rollout_tokens_per_s == pytest.approx(100 / token_s, rel=1e-3)
+    prefill = 1024 * 256 * 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12)
+    rollout = 1024 * 16 * 1024 * token_s / 100 + prefill
+    assert times.rollout_s == pytest.approx(rollout, rel=1e-3)
+    sync = 2 * QWEN_7B_WEIGHTS / (0.75 * 450e9)
+    assert times.sync_s == pytest.approx(sync, rel=1e-3)
+    assert times.step_s == pytest.approx(times.train_s + times.rollout_s + times.sync_s)
+
+    both = replace(config.algorithm, old_logprobs="trainer", kl_coefficient=0.1)
+    ahead = replace(config, algorithm=both, rollout=replace(config.rollout, max_lag=1))
+    later = Plan.of(QWEN_7B, ahead).times
+    assert later is not None
+    assert later.train_s - times.train_s == pytest.approx(16 * 2 * forward, rel=1e-3)
+    assert later.step_s == pytest.approx(max(later.train_s, later.rollout_s) + later.sync_s)
+
+
+def test_an_engine_over_two_gpus_by_hand() -> None:
+    """Each has half of the weights and of the key/value heads; two all-reduces a layer, of 20 us."""
+    config = run_on(1, LayoutConfig(), engines=4, tp=2, max_running=100)
+    times = Plan.of(QWEN_7B, config).times
+    assert times is not None
+    reads = QWEN_7B_WEIGHTS + 100 * (256 + 1024 / 2) * 57344 / 2
+    token_s = reads / (0.7 * 3350e9) + 100 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002 + 2 * 28 * 20e-6
+    assert times.rollout_tokens_per_s == pytest.approx(4 * 100 / token_s, rel=1e-3)
+    prefill = 1024 * 256 * 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12 * 8)
+    assert times.rollout_s == pytest.approx(1024 * 16 * 1024 * token_s / 400 + prefill, rel=1e-3)
+
+
+def test_a_round_takes_no_less_than_its_longest_response_alone() -> None:
+    config = run_on(1, LayoutConfig(), engines=1, tp=1, memory_fraction=0.8)
+    few = replace(config, algorithm=replace(config.algorithm, sampled_per_step=1, group_size=1))
+    times = Plan.of(QWEN_7B, few).times
+    assert times is not None
+    token_s = (2 * QWEN_7B_WEIGHTS + 768 * 57344) / (0.7 * 3350e9) + 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002
+    assert times.rollout_s == pytest.approx(2048 * token_s, rel=1e-2)
+
+
+DENSE = Architecture(2, 128, 4, 2, 32, 256, 1024, 4096)
+EXPERTS = replace(DENSE, experts=4, top_k=2, expert_ffn=64)
+TOKENS = 512 * 1280  # of an update: 40 micro-batches
+ATTENTION = 2 * (2 * 128 + 2 * 128 * 128 + 128 * 128) + 128 + 2 * 1024 * 128  # and norms and embeddings: parameters
+WEIGHTS = ATTENTION + 2 * 3 * 128 * 256
+OF_EXPERTS = ATTENTION + 2 * (4 * 128 + 2 * 3 * 128 * 64)  # on a rank that has two of the four
+HIDDEN = 2 * 128  # bytes of a token's hidden state
+
+
+def without_work(model: Architecture, config: Config) -> float:
+    """Seconds of an update where GPUs compute and read in no time; a link takes a GB a second, the network ten."""
+    gpu = GpuConfig("fast", 80, 1e15, 1e15, node_gb_s=1 / 0.75, network_gb_s=0.1 / 0.75)
+    times = Plan.of(model, replace(config, cluster=replace(config.cluster, gpu=gpu))).times
+    assert times is not None
+    return times.update_s
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "recompute", "expected"),
+    [
+        (DENSE, {}, "none", 0.0),
+        # half of a gather or scatter of the hidden states, eight a layer; ten with sequence parallelism
+        (DENSE, {"tp": 2}, "none", TOKENS * 2 * 8 * HIDDEN / 2),
+        (DENSE, {"tp": 2}, "full", TOKENS * 2 * 12 * HIDDEN / 2),
+        (DENSE, {"tp": 2, "sp": True}, "none", TOKENS * 2 * 10 * HIDDEN / 2),
+        (DENSE, {"tp": 4}, "none", TOKENS * 2 * 8 * HIDDEN * 3 / 4),
+        # each rank's keys and values once around forward, and with their gradients backward; gradients and weights
+        (DENSE, {"cp": 2}, "none", TOKENS / 2 * 2 * 3 * 2 * (2 * 32) * 2 + (4 + 2) * WEIGHTS / 2),
+        (DENSE, {"cp": 4}, "none", TOKENS / 4 * 2 * 3 * 2 * (2 * 32) * 2 * 3 + (4 + 2) * WEIGHTS * 3 / 4),
+        (DENSE, {"dp": 2}, "none", (4 + 2) * WEIGHTS / 2),
+        # to the next stage and back, the whole longer by the bubble
+        (DENSE, {"pp": 2}, "none", TOKENS * 2 * HIDDEN * 41 / 40),
+        # to the experts and back, forward and backward, of two copies of a token half
+        (EXPERTS, {"ep": 2, "dp": 2}, "none", TOKENS / 2 * 2 * 4 * 2 * HIDDEN / 2 + (4 + 2) * OF_EXPERTS / 2),
+        (EXPERTS, {"tp": 2, "sp": True}, "none", TOKENS * 2 * 5 * HIDDEN / 2),  # around the attention alone
+        # a rank sends its own half of the tokens
+        (DENSE, {"tp": 2, "sp": True, "pp": 2}, "none", TOKENS * (10 * HIDDEN / 2 + 2 * HIDDEN / 2) * 41 / 40),
+        (EXPERTS, {"tp": 2, "sp": True, "ep": 2}, "none", TOKENS * 2 * (5 * HIDDEN / 2 + 4 * 2 * HIDDEN / 2 / 2)),
+    ],
+)
+def test_communication_by_hand(model: Architecture, layout: dict[str, Any], recompute: str, expected: float) -> None:
+    config = replace(run_on(1, LayoutConfig(**layout), engines=1, tp=1), actor=ActorConfig(recompute=recompute))
+    assert without_work(model, config) * 1e9 == pytest.approx(expected, rel=2e-3, abs=1.0)
+
+
+def test_what_is_within_a_node_takes_its_links() -> None:
+    inside, across = (run_on(2, LayoutConfig(dp=dp), engines=1, tp=1) for dp in (8, 16))
+    assert without_work(DENSE, inside) == pytest.approx((4 + 2) * WEIGHTS * 7 / 8 / 1e9, rel=2e-3)
+    assert without_work(DENSE, across) == pytest.approx((4 + 2) * WEIGHTS * 15 / 16 / 1e8, rel=2e-3)
+
+
+@pytest.mark.parametrize(("distributed", "share"), [(True, 1 / 2), (False, 1)])
+def test_an_offloaded_optimizer_steps_at_the_rate_of_the_link_to_the_cpu(distributed: bool, share: float) -> None:
+    config = run_on(1, LayoutConfig(dp=2), engines=1, tp=1)
+    plain, half = (
+        without_work(DENSE, replace(config, actor=ActorConfig(distributed_optimizer=distributed, optimizer_offload=o)))
+        for o in (0.0, 0.5)
+    )
+    assert half - plain == pytest.approx(share * 0.5 * 30 * WEIGHTS / 25e9, rel=2e-3)
+
+
+def arithmetic(model: Architecture, precision: str = "bf16", recompute: str = "none", **layout: Any) -> float:
+    """The share of the bf16 peak that an update reaches where nothing but multiplications takes time."""
+    gpu = replace(H100, memory_gb_s=1e15, node_gb_s=0)
+    config = run_on(1, LayoutConfig(**layout), engines=1, tp=1)
+    config = replace(config, precision=precision, cluster=replace(config.cluster, gpu=gpu))
+    config = replace(config, actor=ActorConfig(recompute=recompute))
+    times = Plan.of(model, config).times
+    assert times is not None
+    return times.mfu
+
+
+def test_the_peak_share_is_that_of_the_matrices_that_a_gpu_has() -> None:
+    """docs/planning.md: of the width, of width / sqrt(tp), of sqrt(width x expert width); measured for each recipe."""
+    assert arithmetic(QWEN_7B) == pytest.approx(0.525)
+    between = math.log(3584 / 2 / 1536) / math.log(3584 / 1536)
+    assert arithmetic(QWEN_7B, tp=4) == pytest.approx(0.472 + (0.525 - 0.472) * between)
+    between = math.log(math.sqrt(2048 * 768) / 896) / math.log(1536 / 896)
+    assert arithmetic(QWEN_30B) == pytest.approx(0.322 + (0.472 - 0.322) * between)
+    gains = {"fp8_delayed": 1.33, "fp8_tensorwise": 1.31, "fp8_blockwise": 1.21, "mxfp8": 1.21, "fp32": 0.5}
+    assert {name: arithmetic(QWEN_7B, name) / 0.525 for name in gains} == pytest.approx(gains)
+
+
+def test_the_slowest_stage_sets_the_pace_and_what_is_recomputed_is_no_progress() -> None:
+    attention = 2 * 1280 * 3584  # operations of a token and layer
+    layer = 2 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944) + attention
+    output = 2 * OUTPUT_7B * 1024 / 1280
+    even, uneven = (arithmetic(QWEN_7B, pp=2, stages=stages) for stages in ([14, 14], [16, 12]))
+    assert uneven / even == pytest.approx((14 * layer + output) / (16 * layer), rel=1e-3)
+    forward = 28 * layer + output
+    selective, full = (arithmetic(QWEN_7B, recompute=recompute) / 0.525 for recompute in ("selective", "full"))
+    assert selective == pytest.approx(3 * forward / (3 * forward + 28 * attention))
+    assert full == pytest.approx(3 * forward / (3 * forward + 28 * layer))
+
+
+def test_engines_on_nodes_of_their_own_get_the_weights_over_the_network() -> None:
+    times = Plan.of(QWEN_7B, run_on(2, LayoutConfig(), nodes=1, engines=1, tp=1)).times
+    assert times is not None
+    assert times.sync_s == pytest.approx(2 * QWEN_7B_WEIGHTS / (0.75 * 50e9), rel=1e-3)
 
 
 def test_a_pipeline_waits_and_the_network_costs() -> None:

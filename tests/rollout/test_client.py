@@ -86,6 +86,41 @@ def test_generate_sends_and_reads_the_contract() -> None:
     assert seen["sampling_params"] == [{**settings, "sampling_seed": 2**62 + 5}]  # seeds are 63 bits there
 
 
+def test_a_response_that_was_begun_goes_on_with_other_draws() -> None:
+    seen: dict[str, Any] = {}
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.update(await request.json())
+        return web.json_response([GOOD])
+
+    begun = SampleRequest((1, 2), 2**63 - 1, Completion((6, 7, 8), (-0.25,) * 3, "abort", ((2, 1), (3, 2))))
+    answer = _ask(handler, lambda client: client.generate([begun], SAMPLING, "call"))
+    whole = Completion((6, 7, 8, 4, 5), (-0.25, -0.25, -0.25, -0.5, -1.5), "stop", ((2, 1), (3, 4)))
+    assert answer == [whole]
+    assert seen["input_ids"] == [[1, 2, 6, 7, 8]]
+    (sampling,) = seen["sampling_params"]
+    assert (sampling["max_new_tokens"], sampling["sampling_seed"]) == (5, 2)  # 63 bits: 2**63 - 1 + 3
+
+
+def test_as_many_calls_are_under_way_as_are_made_and_none_on_a_connection_that_was_used() -> None:
+    calls, peers, all_came = 101, set[object](), asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        if len(peers) == calls:
+            all_came.set()
+        await all_came.wait()
+        return web.json_response({})
+
+    async def call(client: EngineClient) -> None:
+        await asyncio.gather(*(client.health(20.0) for _ in range(calls)))
+        await client.health()
+
+    _ask(handler, call)
+    assert len(peers) == calls + 1
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

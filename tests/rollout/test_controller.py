@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "tools" / "bench"))
 
-from simulated_fleet import SimulatedFleet, length_of, make_requests, run_virtually
+from simulated_fleet import SimulatedClient, SimulatedFleet, length_of, make_requests, run_virtually
 
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import _Call
@@ -137,6 +138,64 @@ def test_two_callers_share_the_engines_in_the_order_of_their_calls() -> None:
     run_virtually(work())
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_server_that_has_ended_before_the_start_is_started_once_more_and_a_slow_one_is_not(ended: bool) -> None:
+    async def work() -> None:
+        fleet = SimulatedFleet(2)
+        if not ended:
+            fleet.servers[0]._up_at = HOUR
+            with pytest.raises(EngineError, match="was not ready within 600 s"):
+                await fleet.controller.start()
+            return
+        fleet.servers[0].fail("dead")
+        async with fleet:
+            requests = make_requests(2, 4)
+            _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+            assert {number for ((_, number),) in fleet.sent.values()} == {0, 1}
+
+    run_virtually(work())
+
+
+@pytest.mark.parametrize(
+    ("status", "until", "ends", "starts"),
+    [
+        (None, 5.0, 5.0, True),
+        (502, 5.0, 5.0, True),  # of a proxy in front of it
+        (404, 5.0, 0.0, False),
+        (502, HOUR, 600.0, False),
+    ],
+)
+def test_a_server_that_is_starting_is_waited_for_while_that_may_last(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, until: float, ends: float, starts: bool
+) -> None:
+    async def check_server(client: SimulatedClient, timeout_s: float) -> None:
+        if _now() < until:
+            raise EngineError(f"{client.url}: not yet", status)
+
+    async def work() -> None:
+        fleet = SimulatedFleet(1)
+        with nullcontext() if starts else pytest.raises(EngineError, match="sim://0: not yet"):
+            await fleet.controller.start()
+        assert ends <= _now() < ends + 1.0
+        await fleet.controller.close()
+
+    monkeypatch.setattr(SimulatedClient, "check_server", check_server)
+    run_virtually(work())
+
+
+def test_engines_that_wait_are_asked_for_their_health_as_those_that_serve_are() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(3) as fleet:
+            engines = fleet.controller.engines
+            engines[0].state = "waiting"
+            for server in fleet.servers[:2]:
+                server.fail("dead")
+            await fleet.controller.check_health()
+            assert [engine.state for engine in engines] == ["lost", "lost", "serving"]
+
+    run_virtually(work())
+
+
 @pytest.mark.parametrize(("fault", "within_s"), [("dead", 1.0), ("hung", 45.0), ("stuck", 601.0), ("errors", 120.0)])
 def test_the_calls_of_a_broken_engine_go_to_another_and_it_rejoins(fault: str, within_s: float) -> None:
     async def work() -> None:
@@ -215,6 +274,7 @@ def test_a_call_that_waits_for_room_can_be_aborted() -> None:
             requests = make_requests(groups=3, size=4)
             completions = await fleet.controller.generate(requests, SAMPLING, enough=2)
             assert [c.finish_reason for c in completions[:4]] == ["abort"] * 4
+            assert _now() < 60.0  # and not when the time of the call is over
             _assert_idle(fleet)
             fleet.servers[0].fault = None
             _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
@@ -222,16 +282,21 @@ def test_a_call_that_waits_for_room_can_be_aborted() -> None:
     run_virtually(work())
 
 
-def test_a_call_that_waits_for_room_at_an_engine_that_dies_goes_to_another() -> None:
+def test_a_call_that_waits_for_room_at_an_engine_that_dies_goes_to_another_before_its_pause_is_over() -> None:
     async def work() -> None:
         async with SimulatedFleet(2) as fleet:
             fleet.servers[0].fault = "full"
             requests = make_requests(groups=2, size=4)
             running = asyncio.ensure_future(fleet.controller.generate(requests, SAMPLING))
-            await asyncio.sleep(100.0)
+            await asyncio.sleep(0.1)
+            tries = next(iter(fleet.sent.values()))
+            while len(tries) < 8:  # the pause that begins now is of 15 s at least
+                await asyncio.sleep(0.1)
             fleet.servers[0].fail("dead")
+            died = _now()
             _assert_answered(requests, await running, 4)
-            assert _now() < 140.0
+            assert tries[-1][1] == 1
+            assert tries[-1][0] < died + 11.0  # the next probe has found it dead
             assert fleet.controller.counters.lost == 1
             await asyncio.sleep(300.0)
             assert fleet.controller.engines[0].state == "serving"
@@ -523,6 +588,40 @@ def test_a_call_cancelled_as_it_is_granted_makes_way_for_the_next() -> None:
             _assert_answered(requests, await third, 4)
             assert "second" not in fleet.sent
             await first
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_what_a_call_in_the_queue_held_up_goes_on_when_that_is_cancelled() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=8) as fleet:
+            first, large, small = (
+                asyncio.ensure_future(fleet.controller.generate(make_requests(1, size, first=n), SAMPLING))
+                for n, size in enumerate((4, 8, 4))
+            )
+            await asyncio.sleep(0.1)
+            assert len(fleet.sent) == 1
+            large.cancel()
+            await asyncio.sleep(0.1)
+            assert len(fleet.sent) == 2
+            await asyncio.gather(first, small)
+            _assert_idle(fleet)
+
+    run_virtually(work())
+
+
+def test_a_call_in_the_queue_is_aborted_there_and_not_when_an_engine_is_free() -> None:
+    async def work() -> None:
+        async with SimulatedFleet(1, limit=8) as fleet:
+            long, short, large = make_requests(1, 4, first=9), make_requests(1, 4, first=7), make_requests(1, 8)
+            assert max(length_of(r.seed, 2048) for r in short) < max(length_of(r.seed, 2048) for r in long)
+            others = asyncio.ensure_future(fleet.controller.generate(long, SAMPLING))
+            await asyncio.sleep(0.1)
+            completions = await fleet.controller.generate([*short, *large], SAMPLING, enough=1)
+            assert [c.finish_reason for c in completions[4:]] == ["abort"] * 8
+            assert not others.done()
+            await others
             _assert_idle(fleet)
 
     run_virtually(work())

@@ -108,9 +108,9 @@ def test_a_whole_node_is_asked_for_where_nothing_is_said() -> None:
 
 
 def test_what_is_said_is_asked_for() -> None:
-    lines = directives(script_of(*VARIANTS["named"], *VARIANTS["sized"], "cluster.slurm.flags=['--exclude=n7']"))
+    lines = directives(script_of(*VARIANTS["named"], *VARIANTS["sized"], "cluster.slurm.flags=['--exclude=n7','-xn8']"))
     expected = ("--partition=gpu", "--account=a", "--qos=q", "--constraint=h100", "--time=04:00:00", "--exclude=n7")
-    assert {*expected, "--cpus-per-task=8", "--gpus-per-node=8"} <= set(lines)
+    assert {*expected, "-xn8", "--cpus-per-task=8", "--gpus-per-node=8"} <= set(lines)
     assert "--exclusive" not in lines
 
 
@@ -146,6 +146,8 @@ def test_containers_wrap_the_same_commands() -> None:
         (line,) = lines_with(script_of(*VARIANTS["apptainer"]), f"on_all_nodes {command} ")
         assert "apptainer exec --nv --bind " in line
         assert "/data:/data:ro,/scratch:/tmp" in line
+        (line,) = lines_with(script_of(*VARIANTS["apptainer"], "cluster.gpus_per_node=0"), f"on_all_nodes {command} ")
+        assert "apptainer exec --bind " in line
         assert f'/images/rloop.sif rloop {command} "${{overrides[@]}}"' in line
         (line,) = lines_with(script_of(*VARIANTS["venv"]), f"on_all_nodes {command} ")
         assert f"/envs/rloop/bin/rloop {command} " in line
@@ -186,6 +188,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
         ("cluster.slurm.time=5", "cluster.slurm.time=5 is 300 s, and cluster.slurm.signal_s=300"),
         ("cluster.slurm.time=4:30", "is 270 s"),
+        ("cluster.slurm.time=0-0:05", "is 300 s"),
         ("cluster.slurm.signal_s=70000", "cluster.slurm.signal_s=70000 is more than"),
         ("cluster.slurm.flags=[exclude]", "cluster.slurm.flags holds 'exclude'"),
         ("cluster.slurm.flags=['--array=0-3']", "holds '--array=0-3': `rloop launch --sweep FILE`"),
@@ -195,6 +198,8 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.environment=['A=b']", "cluster.slurm.environment holds 'A=b'"),
         ("cluster.slurm.container=pyxis", "needs cluster.slurm.image"),
         ("cluster.slurm.image=x", "need cluster.slurm.container=pyxis or apptainer"),
+        ("cluster.slurm.mounts=[/data]", "need cluster.slurm.container=pyxis or apptainer"),
+        ("cluster.slurm.setup=['a\nb']", "cluster.slurm.setup holds 'a\\nb'"),
         ("cluster.slurm.hetjob=true", "needs rollout.nodes"),
     ],
 )
@@ -202,6 +207,11 @@ def test_bad_values_are_refused_in_a_sentence(override: str, words: str) -> None
     with pytest.raises(UserError) as caught:
         script_of(override)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [["time=1440"], ["time=1-0", "signal_s=65535"]])
+def test_the_longest_limits_are_taken(limit: list[str]) -> None:
+    assert f"--{limit[0]}" in directives(script_of(*(f"cluster.slurm.{word}" for word in limit)))
 
 
 def test_a_time_limit_in_which_no_run_would_be_started_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_one_file(source: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, TENSORS[name])
     assert json.loads((policy.path / "config.json").read_text()) == {"model_type": "x", "torch_dtype": "float32"}
     assert policy.digest == digest_of(policy.path)
+
+
+def test_a_file_that_takes_a_few_bytes_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does above 2 GiB."""
+    whole = write_folder(tmp_path / "whole", SHAPES, iter(TENSORS.items()), source)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
+    parts = write_folder(tmp_path / "parts", SHAPES, iter(TENSORS.items()), source)
+    files = [policy.path / "model.safetensors" for policy in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_both_names_of_the_dtype_are_kept_up(source: Path, tmp_path: Path) -> None:
@@ -113,6 +124,12 @@ def broken(folder: Path, how: str) -> None:
     file = folder / "model.safetensors"
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-1])
+    elif how == "more":
+        file.write_bytes(file.read_bytes() + b"!")
+    elif how == "backwards":
+        entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [4, 0]}
+        text = json.dumps({"a": entry | {"data_offsets": [0, 4]}, "b": entry}).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     elif how == "no header":
         file.write_bytes(b"abc")
     elif how == "not json":
@@ -126,7 +143,10 @@ def broken(folder: Path, how: str) -> None:
     elif how == "wrong shard":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"zzz": "model.safetensors"}}')
     elif how == "outside":
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+        places = {"a": "model.safetensors", "b": "../model.safetensors", "c": "model.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    elif how == "unnamed":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ""}}')
     elif how == "bad index":
         (folder / "model.safetensors.index.json").write_text("{")
 
@@ -135,6 +155,8 @@ def broken(folder: Path, how: str) -> None:
     ("how", "sentence"),
     [
         ("cut", r"model\.safetensors is cut off"),
+        ("more", r"model\.safetensors has \d+ bytes, and its tensors end at \d+\.$"),
+        ("backwards", r"model\.safetensors has \d+ bytes, and its tensors end at \d+\.$"),
         ("no header", "is not a whole safetensors file"),
         ("not json", "its header is unreadable"),
         ("bin", r"\.bin files, which are pickles"),
@@ -142,6 +164,7 @@ def broken(folder: Path, how: str) -> None:
         ("missing shard", r"names model-9\.safetensors, which is not in the folder"),
         ("wrong shard", "places tensor zzz in model.safetensors, which does not hold it"),
         ("outside", "weight_map has to name files of its own folder"),
+        ("unnamed", "weight_map has to name files of its own folder"),
         ("bad index", r"index\.json is no JSON object"),
     ],
 )
