@@ -15,7 +15,7 @@ from functools import lru_cache
 from sympy import Rational  # type: ignore[import-untyped]
 
 from rloop_mcore.reward.equivalence import as_tuple, equivalent, is_one_value, parse_answer
-from rloop_mcore.reward.extract import extract_answer
+from rloop_mcore.reward.extract import extract_answer, last_box
 from rloop_mcore.reward.forms import (
     cases_apart,
     conflict,
@@ -55,11 +55,12 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
 def compare(gold: str, answer: str) -> Verdict:
     """Is `answer` the same mathematical object (or the same text) as `gold`? Not symmetric: the gold sets the form.
 
-    The cheap comparisons come first; they never contradict `compare_symbolically`.
+    Of a gold that is a sentence with a box, the box is the gold. The cheap comparisons come first; they never
+    contradict `compare_symbolically`.
     """
     if len(answer) > LONGEST + 2 * len(gold):
         return UNPARSABLE
-    read_gold, read_answer = read(gold), read(answer)
+    read_gold, read_answer = read(last_box(gold) or gold), read(answer)
     if without_spaces(read_gold) == without_spaces(read_answer) and read_gold.text:
         return CORRECT
     quick = same_number(read_gold, read_answer)
@@ -68,7 +69,7 @@ def compare(gold: str, answer: str) -> Verdict:
 
 def compare_symbolically(gold: str, answer: str) -> Verdict:
     """`compare` without its short cuts."""
-    read_gold, read_answer = read(gold), read(answer)
+    read_gold, read_answer = read(last_box(gold) or gold), read(answer)
     if read_gold.choice and read_answer.choice and read_gold.choice != read_answer.choice:
         return WRONG
     text = same_text(read_gold.text, read_answer.text)
@@ -121,8 +122,8 @@ def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
     if gold.percent == answer.percent:
         return _equal(gold.text, answer.text)
     percent, plain = (gold.text, answer.text) if gold.percent else (answer.text, gold.text)
-    value = exact(gold.text)
-    if value is not None and abs(value) > 1 and _equal(gold.text, answer.text):
+    values = list(map(exact, entries(gold.text)))
+    if all(value is not None and abs(value) > 1 for value in values) and _equal(gold.text, answer.text):
         return True
     return _equal(plain, rf"\frac{{{percent}}}{{100}}")
 
