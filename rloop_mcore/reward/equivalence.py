@@ -195,6 +195,8 @@ def _same_formula(gold: Any, answer: Any, digits: int) -> bool:
     if isinstance(gold, Eq) and isinstance(answer, Eq) and gold.lhs == answer.lhs:
         gold, answer = gold.rhs, answer.rhs
     letters = gold.free_symbols | answer.free_symbols
+    if not letters:
+        return False
     if _of_integers(gold, answer):
         return len(letters) <= 2 and _tried(gold, answer, _MANY_INTEGERS) == {True}
     return not gold.has(*_IN_PIECES) and not answer.has(*_IN_PIECES) and _tried(gold, answer, _MANY, digits) == {True}
@@ -205,7 +207,11 @@ def _of_integers(one: Any, other: Any) -> bool:
     return (one.has(*_IN_STEPS) or other.has(*_IN_STEPS)) and all(letter.name in _INTEGER for letter in letters)
 
 
-def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = 6) -> set[bool]:
+def _within(one: Any, other: Any, share: Any) -> bool:
+    return not abs(one - other) > max(abs(one), abs(other)) * share
+
+
+def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = _ROUNDING) -> set[bool]:
     """Are two formulas in letters equal to so many digits, at some points? Empty where they have no values."""
     if not all(isinstance(item, Expr) and not item.has(*_NO_FORMULA) for item in (one, other)):
         return set()
@@ -220,7 +226,8 @@ def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = 6) 
         for place in places:
             values = dict(zip(letters, place, strict=True))
             first, second = (item.evalf(digits + 10, subs=values, maxn=digits + 50) for item in (one, other))
-            equal.add(bool(abs(first - second) <= max(abs(first), abs(second)) * Float(10) ** -digits))
+            near = _within(complex(first), complex(second), 1e-6)
+            equal.add(near and (digits <= _ROUNDING or _within(first, second, Float(10) ** -digits)))
             if len(equal) > 1:
                 break
     except Exception:  # SymPy raises many kinds for what has no value
