@@ -8,6 +8,7 @@ is less than 10^{-20} from 10^{20}. What its parser misreads before that is put 
 
 from __future__ import annotations
 
+import cmath
 import logging
 import math
 import re
@@ -208,7 +209,7 @@ def _of_integers(one: Any, other: Any) -> bool:
 
 
 def _within(one: Any, other: Any, share: Any) -> bool:
-    return not abs(one - other) > max(abs(one), abs(other)) * share
+    return bool(abs(one - other) <= max(abs(one), abs(other)) * share)
 
 
 def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = _ROUNDING) -> set[bool]:
@@ -217,7 +218,8 @@ def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = _RO
         return set()
     letters = sorted(one.free_symbols | other.free_symbols, key=str)
     places: Iterable[Sequence[Any]] = ()
-    if letters and _of_integers(one, other):
+    whole = _of_integers(one, other)
+    if letters and whole:
         places = product(points or _INTEGERS, repeat=len(letters))
     elif letters:
         places = ([point + Rational(n, 13) for n in range(len(letters))] for point in points or _POINTS)
@@ -225,8 +227,13 @@ def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = _RO
     try:
         for place in places:
             values = dict(zip(letters, place, strict=True))
-            first, second = (item.evalf(digits + 10, subs=values, maxn=digits + 50) for item in (one, other))
-            near = _within(complex(first), complex(second), 1e-6)
+            # exactly where there may be steps: \lfloor\sqrt{4}\rfloor is 2
+            sides = [item.subs(values) if whole else item for item in (one, other)]
+            first, second = (item.evalf(digits + 10, subs=values, maxn=digits + 50) for item in sides)
+            rough = complex(first), complex(second)
+            if not all(map(cmath.isfinite, rough)):
+                return set()
+            near = _within(*rough, 1e-6)
             equal.add(near and (digits <= _ROUNDING or _within(first, second, Float(10) ** -digits)))
             if len(equal) > 1:
                 break

@@ -101,6 +101,8 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
         return True  # n \equiv 72, 72\ldots, 72', x|_{x=72}, (0,\infty]
+    if "%" in answer.text and "," in answer.text and "%" not in gold.text:
+        return True  # of a list the parser drops the sign
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):

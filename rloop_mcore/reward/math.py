@@ -73,7 +73,7 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
     if read_gold.choice and read_answer.choice and read_gold.choice != read_answer.choice:
         return WRONG
     text = same_text(read_gold.text, read_answer.text)
-    if text is not None:
+    if text is False or (text and replace(read_gold, text=read_answer.text, choice=read_answer.choice) == read_answer):
         return _verdict(text)
     value = value_of_equation(read_gold.text, read_answer.text, _equal)
     if value is not None and r"\approx" not in read_gold.text:
@@ -122,6 +122,9 @@ def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
     if gold.percent == answer.percent:
         return _equal(gold.text, answer.text)
     percent, plain = (gold.text, answer.text) if gold.percent else (answer.text, gold.text)
+    (name, _, plain), (other, _, percent) = (side.rpartition("=") for side in (plain, percent))
+    if name.strip() != other.strip() and name and other:
+        return False
     values = list(map(exact, entries(gold.text)))
     if all(value is not None and abs(value) > 1 for value in values) and _equal(gold.text, answer.text):
         return True

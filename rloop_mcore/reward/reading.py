@@ -68,10 +68,8 @@ class Reading:
 
     @property
     def readable(self) -> bool:
-        """Not two numbers side by side, which a parser adds as a mixed number's parts, or with text between them; nor
-        a list with a percent sign in it, which it drops.
-        """
-        return not _TWO_NUMBERS.search(self.text) and not ("%" in self.text and "," in self.text)
+        """Not two numbers side by side, which a parser adds as a mixed number's parts, or with text between them."""
+        return not _TWO_NUMBERS.search(self.text)
 
 
 @lru_cache(maxsize=4096)
