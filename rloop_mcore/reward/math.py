@@ -48,7 +48,8 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
     def right(formula: str) -> bool:
         return compare(problem.answer, formula).correct
 
-    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer, right) else verdict
+    gold = last_box(problem.answer) or problem.answer
+    return WRONG if verdict.correct and restates(problem.problem, gold, answer, right) else verdict
 
 
 @lru_cache(maxsize=4096)

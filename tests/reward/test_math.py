@@ -165,6 +165,7 @@ def test_verdict_on_a_whole_response(response: str, truncated: bool, answer_form
         (r"Is it $x^2+2x$ or $x^2$?", "x^2+2x", "2x+x^2", True),
         (r"Which is it, $|x-y|$ or 0?", "|y-x|", "|x-y|", True),
         (r"What is $7$ times $(13)$?", "91", "7(13)", True),
+        (r"Is it $x^2+1$ or $x^2+2$?", r"\boxed{x^2+1}", "x^2+1", True),
     ],
 )
 def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: str, correct: bool) -> None:
