@@ -8,11 +8,13 @@ is less than 10^{-20} from 10^{20}. What its parser misreads before that is put 
 
 from __future__ import annotations
 
+import cmath
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
@@ -28,14 +30,20 @@ from sympy import (  # type: ignore[import-untyped]
     FiniteSet,
     Float,
     I,
+    Interval,
     Limit,
     MatrixBase,
+    Max,
+    Min,
+    Piecewise,
     Rational,
     S,
     Set,
     Symbol,
     Tuple,
     Union,
+    ceiling,
+    floor,
     preorder_traversal,
 )
 from sympy.concrete.expr_with_limits import ExprWithLimits  # type: ignore[import-untyped]
@@ -108,6 +116,11 @@ _MOST_ZEROS = 20_000  # beyond which only the same expression is equal
 _ORDERED = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 _NO_FORMULA = (AppliedUndef, Derivative, ExprWithLimits, Limit)  # their values, if any, may take minutes
 _POINTS = (Rational(3, 7), Rational(19, 11), Rational(29, 5))  # where two formulas are tried
+_MANY = (*_POINTS, Rational(-5, 7), Rational(-61, 9), Rational(310, 7), Rational(-290, 7))
+_INTEGERS, _MANY_INTEGERS = (7, 12, 29), (*range(1, 10), 25, 64, 99, 1000, 1024)
+_INTEGER = frozenset("klmnN")  # what integers are called
+_IN_STEPS = (floor, ceiling)
+_IN_PIECES = (*_IN_STEPS, Abs, Max, Min, Piecewise)
 _MOST_DIGITS = 2000  # of a large number, that a difference is looked for in
 
 Parsed = tuple[Any, ...]
@@ -155,7 +168,9 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
         timeout_seconds=None,
     ):
         return True
-    return any(_same_region(one, other) for one in gold for other in answer if _is_solved(other))
+    if any(_same_region(one, other) for one in gold for other in answer if _is_solved(other)):
+        return True
+    return any(_same_formula(one, other, _PRECISION + zeros + digits) for one in gold for other in answer)
 
 
 def _apart(gold: Any, answer: Any) -> bool:
@@ -172,17 +187,56 @@ def _apart(gold: Any, answer: Any) -> bool:
     return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
 
 
-def _tried(one: Any, other: Any) -> set[bool]:
-    """Are two formulas in letters equal, at some points? Empty where they have no values."""
+def _same_formula(gold: Any, answer: Any, digits: int) -> bool:
+    r"""Are two formulas, or what a name is said to be, equal wherever they are tried?
+
+    Algebra finds no way from \frac{\sin x}{1+\cos x} to \tan\frac{x}{2}, nor from \lceil\frac{n}{2}\rceil to
+    \lfloor\frac{n+1}{2}\rfloor. Other formulas in pieces may be equal at these points, and differ elsewhere.
+    """
+    if isinstance(gold, Eq) and isinstance(answer, Eq) and gold.lhs == answer.lhs:
+        gold, answer = gold.rhs, answer.rhs
+    letters = gold.free_symbols | answer.free_symbols
+    if not letters:
+        return False
+    if _of_integers(gold, answer):
+        return len(letters) <= 2 and _tried(gold, answer, _MANY_INTEGERS) == {True}
+    return not gold.has(*_IN_PIECES) and not answer.has(*_IN_PIECES) and _tried(gold, answer, _MANY, digits) == {True}
+
+
+def _of_integers(one: Any, other: Any) -> bool:
+    letters = one.free_symbols | other.free_symbols
+    return (one.has(*_IN_STEPS) or other.has(*_IN_STEPS)) and all(letter.name in _INTEGER for letter in letters)
+
+
+def _within(one: Any, other: Any, share: Any) -> bool:
+    return bool(abs(one - other) <= max(abs(one), abs(other)) * share)
+
+
+def _tried(one: Any, other: Any, points: tuple[Any, ...] = (), digits: int = _ROUNDING) -> set[bool]:
+    """Are two formulas in letters equal to so many digits, at some points? Empty where they have no values."""
     if not all(isinstance(item, Expr) and not item.has(*_NO_FORMULA) for item in (one, other)):
         return set()
     letters = sorted(one.free_symbols | other.free_symbols, key=str)
+    places: Iterable[Sequence[Any]] = ()
+    whole = _of_integers(one, other)
+    if letters and whole:
+        places = product(points or _INTEGERS, repeat=len(letters))
+    elif letters:
+        places = ([point + Rational(n, 13) for n in range(len(letters))] for point in points or _POINTS)
     equal = set()
     try:
-        for point in _POINTS if letters else ():
-            values = {letter: point + Rational(n, 13) for n, letter in enumerate(letters)}
-            first, second = (complex(item.evalf(15, subs=values, maxn=60)) for item in (one, other))
-            equal.add(not abs(first - second) > 1e-6 * max(abs(first), abs(second)))
+        for place in places:
+            values = dict(zip(letters, place, strict=True))
+            # exactly where there may be steps: \lfloor\sqrt{4}\rfloor is 2
+            sides = [item.subs(values) if whole else item for item in (one, other)]
+            first, second = (item.evalf(digits + 10, subs=values, maxn=digits + 50) for item in sides)
+            rough = complex(first), complex(second)
+            if not all(map(cmath.isfinite, rough)):
+                return set()
+            near = _within(*rough, 1e-6)
+            equal.add(near and (digits <= _ROUNDING or _within(first, second, Float(10) ** -digits)))
+            if len(equal) > 1:
+                break
     except Exception:  # SymPy raises many kinds for what has no value
         return set()
     return equal
@@ -210,9 +264,13 @@ def _both_signs(text: str) -> str:
 def _with_imaginary_unit(item: Any) -> Any:
     """math-verify reads i as a variable: to it (1+i)^2 is not 2i. A t is real to it in "2 i t", not in "2it".
 
-    In 1 < i < n it is one: complex numbers have no order.
+    In 1 < i < n it is one: complex numbers have no order. So (i, 1) is a pair, and no interval.
     """
-    variables = [] if item.has(*_ORDERED) else [symbol for symbol in item.free_symbols if symbol.name == "i"]
+    variables = [] if item.has(*_ORDERED, Union) else [symbol for symbol in item.free_symbols if symbol.name == "i"]
+    if variables and isinstance(item, FiniteSet):
+        return FiniteSet(*map(_with_imaginary_unit, item.args))
+    if variables and isinstance(item, Interval):
+        item = Tuple(item.start, item.end)
     item = item.subs(dict.fromkeys(variables, I)) if variables else item
     if not item.free_symbols or not item.has(I):
         return item

@@ -16,10 +16,12 @@ _BRACES = re.compile(
     r"\\+boxed(?:\s*(?P<box>\{)|[ ]+(?P<number>-?[0-9]++(?:[.,/][0-9]++)*+)(?=[ ]*(?:\$|\\[)\]])))|(?:\\\\)+|\\.|[{}]",
     re.DOTALL,
 )
-# What stands between the boxes of one answer: \boxed{2} or \boxed{3}, $x = \boxed{2}$ and $x = \boxed{3}$.
+# What stands between the boxes of one answer: \boxed{2} or \boxed{3}, $x = \boxed{2}$ and $x = \boxed{3}$; and
+# before that in a list: \boxed{2}, \boxed{3} and \boxed{5}.
 _JOINED = re.compile(
     r"[\s$,\\()\[\]]*+(?:text\s*\{)?\s*(or|and)(?![A-Za-z])[\s$}\\()\[\]]*+(?:[A-Za-z](?:_[0-9])?\s*=\s*)?"
 )
+_LISTED = re.compile(r"[\s$\\()\[\]]*+,[\s$\\()\[\]]*+(?:[A-Za-z](?:_[0-9])?\s*=\s*)?")
 _ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
 
 
@@ -42,13 +44,14 @@ def last_box(response: str, truncated: bool = False) -> str:
     r"""Content of the last complete `\boxed{}`, whatever follows it; "" if there is none or it is empty.
 
     `\boxed 5$` is complete too: MATH's solutions have such. Of nested boxes the outermost counts. Boxes with nothing
-    but "or" or "and" between them are one answer, with that word in it. One pass over the text, whatever the braces do,
-    from the first box on: no brace before it closes one.
+    but "or" or "and" between them are one answer, with that word in it and those that a comma parts from the first of
+    them. One pass over the text, whatever the braces do, from the first box on: no brace before it closes one.
     """
     first = response.find(r"\boxed")
     if first < 0:
         return ""
     open_braces: list[tuple[int, int]] = []  # (where its box begins, -1 if it has none; where its content starts)
+    listed: list[str] = []  # the answer, after those that a comma parts from it
     answer, end = "", 0
     for token in _BRACES.finditer(response, first):
         begin, content = token.start(), token["number"]
@@ -61,7 +64,10 @@ def last_box(response: str, truncated: bool = False) -> str:
             content = response[start : token.start()].strip() if begin >= 0 else None
         if content is not None:
             joined = _JOINED.fullmatch(response, end, begin) if answer and content != answer else None
-            answer = rf"{answer} \text{{ {joined[1]} }} {content}" if joined and content else content
+            answer = rf"{', '.join(listed)} \text{{ {joined[1]} }} {content}" if joined and content else content
+            if not _LISTED.fullmatch(response, end, begin):
+                listed = []
+            listed.append(answer)
             end = token.end()
     return answer
 

@@ -18,16 +18,17 @@ _DETAILS = re.compile(
     r"[\s.,\"'`]|(?<=[0-9]):00(?=\s*[ap]\.?\s?m)|(?<=[a-z]\s[0-9])(?:st|nd|rd|th)\b|(?<=[a-z]\s[0-9]{2})(?:st|nd|rd|th)\b"
 )
 _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "pm"})
-_CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
+_CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 # What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
     r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|d?dot|math(?:bf|cal|bb|rm)|operatorname|text)(?![A-Za-z])
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
     | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
-    | (?<=[A-Za-z])\^\{-1\}(?=\() | (?<=[A-Za-z0-9}])\ ?(?:[+/:-]|\\cdot(?![A-Za-z]))\ ?(?=[A-Za-z]) | \\[,;:!\ ]
+    | (?<=[A-Za-z])\^\{-1\}(?=\() | \\[,;:!\ ]
+    | (?<=[A-Za-z0-9}])\ ?(?:[+/:-]|\\(?:cdot|cap|cup)(?![A-Za-z]))\ ?(?=[A-Za-z])
     | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
-    | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\([^()]*\)|\[[^\[\]]*\])
+    | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])
     | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )++
     | (?:10+\ ?[a-z]\ ?\+\ ?)+[a-z]""",
     re.VERBOSE,
@@ -38,6 +39,7 @@ _LIMIT = re.compile(r"\\lim\s*_\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MATRICES = re.compile(r"[A-Z]\s*\^\s*\{(?:\(T\)|-1)\}")
 _CAPITAL = re.compile(r"(?<![a-z\\])[A-Z](?:\s*\^\s*\{[^{}]*\})?")
 _UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
+_TUPLE_NAME = re.compile(r"(\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=\()")  # (x, y) = (1, 2), (x, y) = (2, 1)
 _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
 # Of integration; and of a function that an equation was solved for: f(x) = cx.
 _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
@@ -49,7 +51,9 @@ _OF_A_PERIOD = frozenset("xtyz")
 _OF_A_SOLUTION = frozenset("efghikstuvwxyz")  # letters beside its constants: the c of a + b + c is none
 _MOST_CONSTANTS = 4
 _INDEXED = re.compile(r"[0-9]\s*_")
-_LOOSE = re.compile(r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…|(?<=[0-9)}])\s?['\"]")
+_LOOSE = re.compile(
+    r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…|(?<=[0-9)}])\s?['\"]|\|\s*_|\\infty\s*\]|\[\s*-\s*\\infty"
+)
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
 _EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
 _INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
@@ -96,7 +100,9 @@ def conflict(gold: Reading, answer: Reading) -> bool:
     if _bases_conflict(gold, answer):
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
-        return True  # n \equiv 72, 72\ldots, 72'
+        return True  # n \equiv 72, 72\ldots, 72', x|_{x=72}, (0,\infty]
+    if "%" in answer.text and "," in answer.text and "%" not in gold.text:
+        return True  # of a list the parser drops the sign
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):
@@ -214,7 +220,7 @@ def _ratios_conflict(gold: str, answer: str) -> bool:
     parts = [side.split(":") if _RATIO.fullmatch(side) else [] for side in sides]
     if not any(parts) or parts[0] == parts[1]:
         return False
-    return any(_CLOCK.fullmatch(side) for side in sides) or any(len(part) > 2 for part in parts)
+    return _CLOCK.fullmatch(sides[0]) is not None or any(len(part) > 2 for part in parts)
 
 
 def _brackets_conflict(gold: str, answer: str) -> bool:
@@ -263,6 +269,8 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
 
     "x^2 = 5" and "2x = 5" do not say that anything is 5, nor does "4 = 5"; "m + n = 5" does.
     """
+    if (name := _TUPLE_NAME.match(answer)) and _UNORDERED.fullmatch(name[1]) is None:
+        answer = _TUPLE_NAME.sub(lambda found: "" if found.start() and found[1] == name[1] else found[0], answer)
     parts = _sides(answer)
     if len(_sides(gold)) > 1 or "=" not in answer:
         return answer

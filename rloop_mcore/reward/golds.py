@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.platform.files import parse_json, passing_over_a_full_disk, write_atomic
+from rloop_mcore.reward.extract import last_box
 from rloop_mcore.reward.math import compare_symbolically
 from rloop_mcore.reward.pool import RewardPool
 from rloop_mcore.types import Problem, Verdict
@@ -41,8 +42,8 @@ def unverifiable(problems: Sequence[Problem], config: RewardConfig, kept: Path |
 
 
 def verify_gold(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
-    """A verifier of the pool's kind: the gold against itself."""
-    return compare_symbolically(problem.answer, problem.answer)
+    """A verifier of the pool's kind: the gold, or the box in it, against itself."""
+    return compare_symbolically(problem.answer, last_box(problem.answer) or problem.answer)
 
 
 def _read(kept: Path, problems: Sequence[Problem], config: RewardConfig) -> dict[str, str] | None:

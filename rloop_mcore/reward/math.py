@@ -15,7 +15,7 @@ from functools import lru_cache
 from sympy import Rational  # type: ignore[import-untyped]
 
 from rloop_mcore.reward.equivalence import as_tuple, equivalent, is_one_value, parse_answer
-from rloop_mcore.reward.extract import extract_answer
+from rloop_mcore.reward.extract import extract_answer, last_box
 from rloop_mcore.reward.forms import (
     cases_apart,
     conflict,
@@ -48,18 +48,20 @@ def grade_math(problem: Problem, response: str, truncated: bool, answer_format: 
     def right(formula: str) -> bool:
         return compare(problem.answer, formula).correct
 
-    return WRONG if verdict.correct and restates(problem.problem, problem.answer, answer, right) else verdict
+    gold = last_box(problem.answer) or problem.answer
+    return WRONG if verdict.correct and restates(problem.problem, gold, answer, right) else verdict
 
 
 @lru_cache(maxsize=4096)
 def compare(gold: str, answer: str) -> Verdict:
     """Is `answer` the same mathematical object (or the same text) as `gold`? Not symmetric: the gold sets the form.
 
-    The cheap comparisons come first; they never contradict `compare_symbolically`.
+    Of a gold that is a sentence with a box, the box is the gold. The cheap comparisons come first; they never
+    contradict `compare_symbolically`.
     """
     if len(answer) > LONGEST + 2 * len(gold):
         return UNPARSABLE
-    read_gold, read_answer = read(gold), read(answer)
+    read_gold, read_answer = read(last_box(gold) or gold), read(answer)
     if without_spaces(read_gold) == without_spaces(read_answer) and read_gold.text:
         return CORRECT
     quick = same_number(read_gold, read_answer)
@@ -68,11 +70,11 @@ def compare(gold: str, answer: str) -> Verdict:
 
 def compare_symbolically(gold: str, answer: str) -> Verdict:
     """`compare` without its short cuts."""
-    read_gold, read_answer = read(gold), read(answer)
+    read_gold, read_answer = read(last_box(gold) or gold), read(answer)
     if read_gold.choice and read_answer.choice and read_gold.choice != read_answer.choice:
         return WRONG
     text = same_text(read_gold.text, read_answer.text)
-    if text is not None:
+    if text is False or (text and replace(read_gold, text=read_answer.text, choice=read_answer.choice) == read_answer):
         return _verdict(text)
     value = value_of_equation(read_gold.text, read_answer.text, _equal)
     if value is not None and r"\approx" not in read_gold.text:
@@ -121,8 +123,11 @@ def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
     if gold.percent == answer.percent:
         return _equal(gold.text, answer.text)
     percent, plain = (gold.text, answer.text) if gold.percent else (answer.text, gold.text)
-    value = exact(gold.text)
-    if value is not None and abs(value) > 1 and _equal(gold.text, answer.text):
+    (name, _, plain), (other, _, percent) = (side.rpartition("=") for side in (plain, percent))
+    if name.strip() != other.strip() and name and other:
+        return False
+    values = list(map(exact, entries(gold.text)))
+    if all(value is not None and abs(value) > 1 for value in values) and _equal(gold.text, answer.text):
         return True
     return _equal(plain, rf"\frac{{{percent}}}{{100}}")
 

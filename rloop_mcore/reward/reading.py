@@ -28,6 +28,7 @@ _SEPARATOR = re.compile(r"[\s~,]|\\[,!;: ]")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"(?<=[0-9])\s*(?:\\text\{{)?\s*({'|'.join(_SCALES)})\b\s*\}}?", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{)?\s*\b(?:percent(?:age)?|pct)\s*\}?)$", re.IGNORECASE)
+_PERCENT_IN_LIST = re.compile(r"\s*\\?%(?=\s*,)")  # 10\%, 20\%
 _DEGREES = re.compile(
     r"\s*(?:\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|(?<=[0-9}\s])(?:\\text\s*\{)?\s*\b[Dd]egrees?\b\s*\}?)"
     r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])(?![A-Za-z])\s*\}?)?"
@@ -49,7 +50,10 @@ _DOTTED = re.compile(
 )
 _IN_BRACES = re.compile(r"(?<=\{)[0-9]{1,3}(?:,[0-9]{3})+(?=\})")  # not the set \{1,234\}
 _NO_MATTER = re.compile(r"(?<![0-9,])\s+|\s+(?=[-+*/=<>\\])")
-_TWO_NUMBERS = re.compile(r"(?<![_^0-9.])[0-9]+(?:\.[0-9]+)?(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+[0-9]")
+_SLASHED = re.compile(r"(?<![\w.^/})\]])([0-9]+)/([0-9]+)(?=\s*(?:[A-Za-z(]|\\[A-Za-z]))")  # 1/2 x is no 1/(2x)
+_TWO_NUMBERS = re.compile(
+    r"(?<![_^0-9.])[0-9]+(?:\.[0-9]+)?(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm)\s*\{[^{}]*\})+[0-9]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Reading:
 
     @property
     def readable(self) -> bool:
-        """Not two numbers side by side: a parser adds them, as it does a mixed number's parts."""
+        """Not two numbers side by side, which a parser adds as a mixed number's parts, or with text between them."""
         return not _TWO_NUMBERS.search(self.text)
 
 
@@ -91,7 +95,7 @@ def _set_apart(text: str) -> Reading:
         text = _CURRENCY.sub(r"\1", text).strip()
     percent = _PERCENT.search(text)
     if percent and percent.start():
-        return Reading(_numbers(text[: percent.start()]), percent=True)
+        return Reading(_numbers(_PERCENT_IN_LIST.sub("", text[: percent.start()])), percent=True)
     if (based := _BASE.fullmatch(text)) and (base := _BASE_NAMES.get(based[2], based[2])).strip("-").isdigit():
         return Reading(_NO_DIGIT.sub("", based[1]).upper(), base=base)
     if _TRIGONOMETRIC.search(text):
@@ -117,7 +121,7 @@ def _numbers(text: str) -> str:
     if dotted := _DOTTED.fullmatch(text):
         text = rf"{dotted[1]}\overline{{{dotted[2] or dotted[3] or dotted[4]}}}"
     text = _IN_BRACES.sub(lambda found: found[0].replace(",", ""), text)
-    return _REPEATING.sub(_repeating, text)
+    return _SLASHED.sub(r"\\frac{\1}{\2}", _REPEATING.sub(_repeating, text))
 
 
 def _repeating(found: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ _SIGNS = str.maketrans(
     {
         "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ",
         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
-        "≈": r"\approx ",
+        "≈": r"\approx ", "¢": r"\text{ cents}",
         "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "ℝ": r"\mathbb{R}",
         "、": ",", "’": "'", "′": "'", "\u2011": "-", "\u2044": "/",
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
@@ -22,7 +22,7 @@ for _sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
     _top, _bottom = normalize("NFKC", _sign).split("\u2044")
     _SIGNS[ord(_sign)] = rf"\frac{{{_top}}}{{{_bottom}}}"
 _ENTITY = re.compile(r"&(?:[A-Za-z]+|#[0-9]{1,6});")  # of HTML; "1&2" is a matrix's row
-_SUPERSCRIPTS = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_SCRIPTS = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+|[₀₁₂₃₄₅₆₇₈₉]+")
 _DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")]
 _INFIX = re.compile(r"\\(?:choose|over|atop)(?![A-Za-z])")  # they want their braces
 _SPACE = re.compile(  # a tie or "\ "; before a unit's sign it stays, which it tells from a variable
@@ -45,8 +45,26 @@ STYLE = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf))"
 _UPRIGHT = r"\\(?:text(?:rm|normal)?|mathrm)\s*\{\s*"
 _UNIT_LETTER = r"[ghlms](?=\s*\})"  # after a number it is a unit
 _VARIABLE = r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?"
+# In text or bare they are the command; sec and min are units there, and tg is a product.
+_FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot)|(?:sin|cos|tan)h|csc|ln|log|exp"
+_CHOSEN = r"(?:\{\s*([0-9]+|[a-z])\s*\}|([0-9]|[a-z]))"  # the numbers of {}_{10}C_3
+_IN_TEXT_OR = r"(?:\\text\s*\{\s*or\s*\}|\bor\b)"
+_OPEN_END = re.compile(r"[(\[]\s*-\s*\\infty\s*,|\\infty\s*[)\]]")
 _SQUARE = r"(?:\^\s*(?:2|\{\s*2\s*\})\s*)"
 _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"\\([lgn]e)(?:q|qq|qslant)(?![A-Za-z])"), r"\\\1"),
+    (
+        re.compile(
+            rf"\\operatorname\s*\{{\s*({_FUNCTIONS}|max|min|sec)\s*\}}|\\(?:mathrm|text)\s*\{{\s*({_FUNCTIONS})\s*\}}"
+            rf"|(?<![A-Za-z\\])({_FUNCTIONS}|pi)(?![A-Za-z])"
+        ),
+        lambda found: rf"\{found[found.lastindex or 0]} ",
+    ),
+    (
+        re.compile(r"\\(?:operatorname|mathrm|text)\s*\{\s*(arc)?(c?)tg\s*\}"),
+        lambda found: rf"\{found[1] or ''}{'cot' if found[2] else 'tan'} ",
+    ),
+    (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty "),
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
     (re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])"), r"\\frac"),
@@ -64,6 +82,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*(\\?[%$])\s*\}"), r"\1"),
+    (re.compile(r"_\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}"), r"_{\1}"),
     (
         re.compile(rf"(?<=[0-9.}}])({_GAP})\\frac\s*\{{\s*{_UNITS}\}}\s*\{{\s*{_UNITS}\}}"),
         lambda found: _per(*found.groups()),
@@ -98,15 +117,17 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
     (re.compile(r"(?<![A-Za-z\\_])C\(\s*([0-9a-z]+)\s*,\s*([0-9a-z]+)\s*\)"), r"\\binom{\1}{\2}"),
+    (re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*C\s*_\s*{_CHOSEN}"), r"\\binom{\1\2}{\3\4}"),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
         re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"),
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
+    (re.compile(r"\(\s*([A-Z])\s*([A-Z])\s*\)\s*(\^T|\^\s*\{(?:\(T\)|-1)\})"), r"\2\3\1\3"),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"\\mathcal\s*(?:\{\s*O\s*\}|O)(?=\s*\()"), "O"),
     (re.compile(r"^(?:\\text\s*\{)?\s*does not exist\s*\}?$", re.IGNORECASE), r"\\text{DNE}"),
     (
-        re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge|\\geq|\\geqslant)\s*0)\s*\}?$"),
+        re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge)\s*0)\s*\}?$"),
         lambda found: "(-\\infty,0)" if found[1] == "-" else ("[" if "g" in found[1] else "(") + "0,\\infty)",
     ),
     (re.compile(r"^\\text\s*\{\s*no (?:real )?solutions?\s*\}$", re.IGNORECASE), r"\\emptyset "),
@@ -120,9 +141,16 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[pb]?mod\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))"), r"\\pmod{\1\2}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
     (re.compile(r"^(?:\\text\s*\{\s*(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
-    (re.compile(r"^\\text\s*\{\s*([A-J](?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)[A-J])+)\s*\}$"), r"\1"),
+    (re.compile(r"^\\text\s*\{\s*(\(?[A-J]\)?(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)\(?[A-J]\)?)+)\s*\}$"), r"\1"),
     (re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})"), r"\\ln "),
     (re.compile(r"(\\text(?:bf)?\s*\{\s*(?:\([A-J]\)|[A-J][.):]))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
+    (re.compile(r"(?<=[A-Za-z]\([a-z]\))\s*\\equiv(?![A-Za-z])(?!.*mod)"), "="),
+    # Sets in a row: x \in (1, 2) or x \in (3, 4), and (-\infty, 1) or (3, \infty), which are no points.
+    (re.compile(rf"(?<=[)\]}}])\s*(?:{_IN_TEXT_OR}|\\cup)\s*[A-Za-z]\s*\\in(?![A-Za-z])"), r"\\cup "),
+    (
+        re.compile(rf"(?<=[)\]])\s*{_IN_TEXT_OR}\s*(?=[(\[])"),
+        lambda found: r"\cup " if _OPEN_END.search(found.string) else ",",
+    ),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
@@ -145,6 +173,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"([0-9]+|[A-Za-z])!\s*\^"), r"(\1!)^"),
     (re.compile(r"\\[lr]brace(?![A-Za-z])"), lambda found: r"\{" if found[0] == r"\lbrace" else r"\}"),
     (re.compile(r"(?<=[0-9])\.(?=\s*[/)])"), ""),
+    (re.compile(r"^(-?[0-9]+)\{,\}(?=[0-9]{1,2}(?![0-9,{]))|^(-?0)\{,\}(?=[0-9])"), r"\1\2."),
     (re.compile(r"\{,\}|(?<!\\);"), ","),
     (re.compile(r"^([0-9]+)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*([0-9]+)$"), r"\1:\2"),
     (re.compile(r"(?<=[0-9])\s*/\s*\\text\s*\{"), r"\\text{/"),
@@ -163,7 +192,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
-_OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
+_OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
 _LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
 _FOR_ALL = re.compile(  # what is said of the letters in it
     r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)([^=]{0,80})$"
@@ -171,8 +200,8 @@ _FOR_ALL = re.compile(  # what is said of the letters in it
 )
 # The number of a period: \frac{\pi}{4} + k\pi, k \in \mathbb{Z}.
 _INTEGER = re.compile(r"(.*?)(?:,|\\text\s*\{[\s,]*for\s*\})\s*([klmn])\s*\\in\s*\\mathbb\{Z\}")
-_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![A-Za-z])")
-_CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\neq?(?![A-Za-z])")
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt)(?![A-Za-z])")
+_CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\ne(?![A-Za-z])")
 _RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
 # What is not said of letters, but which cases an answer is for, or what it is in others.
 _BOUNDS = re.compile(rf"(?:{_CONDITION.pattern})\s*-?[0-9.]+|\\in\s*[(\[][^()\[\]]*[)\]]")
@@ -180,14 +209,14 @@ _CASES = re.compile(
     r"[0-9+^]|\\frac|(?<![A-Za-z])(?:-|(?:for|where|if|when|else|otherwise|not|each|others?|cases?|odd|even|primes?)"
     r"(?![A-Za-z]))"
 )
-_UNEQUAL = re.compile(r"([A-Za-z])\s*\\neq?(?![A-Za-z])")
+_UNEQUAL = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])")
 _THAT = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\||:)\s*((?:(?!\\[{}]).)+)\\\}")
 
 
 def one_spelling(answer: str) -> str:
     """Without delimiters, bold marks, boxes, a final period, and sizes of brackets."""
     answer = _ENTITY.sub(lambda found: unescape(found[0]), answer)
-    answer = _SUPERSCRIPTS.sub(lambda found: f"^{{{normalize('NFKC', found[0])}}}".replace("−", "-"), answer)
+    answer = _SCRIPTS.sub(_script, answer)
     text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
@@ -220,6 +249,11 @@ def one_spelling(answer: str) -> str:
     if _INEQUALITY.search(text):  # there "and" and "or" are not the same
         return _OR.sub(lambda found: "," if "or" in found.groups() else r" \land ", text)
     return _OR.sub(lambda found: ", " if text[found.end() :][:1].isdigit() else ",", text)
+
+
+def _script(found: re.Match[str]) -> str:
+    sign = "_" if "₀" <= found[0][0] <= "₉" else "^"
+    return f"{sign}{{{normalize('NFKC', found[0])}}}".replace("−", "-")
 
 
 def _derivative(name: str, order: int) -> str:

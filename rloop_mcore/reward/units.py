@@ -32,8 +32,8 @@ _NO_UNIT_WORDS = """
     or and not no more less fewer least most than is are was be about approximately roughly maybe perhaps possibly to
     between from through until below above under over up down plus minus times divided by mod modulo if when where for
     unless except either neither nor but hundred thousand million billion trillion dozen negative positive wrong correct
-    pi sqrt sin cos tan cot sec csc log ln exp inf infinity frac false true yes other with without only base two three
-    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish
+    pi sqrt sin cos tan cot csc log ln exp inf infinity frac false true yes other with without only base two three
+    binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish approx
     hundreds thousands millions billions trillions dozens gross lakh lakhs crore crores halves thirds fourths fifths
     sixths sevenths eighths ninths tenths hundredths thousandths millionths factorial root radical twice doubled tripled
     impossible incorrect invalid rejected excluded extraneous fail fails never none too"""
@@ -51,6 +51,8 @@ _TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in
 _BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
 _WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\.?")
+_COMPOUND = re.compile(rf"(?:{_QUANTITY.pattern}[\s,]*){{2,}}")  # 5 feet 6 inches
 _SQUARED = re.compile(r"([A-Za-z]+) (squared|cubed)\b")  # feet squared
 _UNWRAP = re.compile(rf"{_TEXT}\{{((?:[^{{}}]|\{{-?[0-9]\}})*+)\}}|\\cdot|\\[,;:! ]")
 # Units that are written with commands, as words.
@@ -63,8 +65,13 @@ def split_unit(answer: str) -> tuple[str, str]:
     r"""(the answer without its unit, the unit's name), ("", "") standing for no change.
 
     The name is "" where there is no unit, "?" where it is none that is known ("apples"), else such as "cm^2" or
-    "h^-1 mi", in one order.
+    "h^-1 mi", in one order. 5 feet 6 inches are (5,6) with the unit "ft, in".
     """
+    if compound := _COMPOUND.fullmatch(_UNWRAP.sub(r" \1 ", answer).strip()):
+        numbers, units = zip(*_QUANTITY.findall(compound[0]), strict=True)
+        names = [_lookup(unit) for unit in units]
+        if all(names):
+            return f"({','.join(numbers)})", ", ".join(filter(None, names))
     answer = _MICRO.sub(lambda found: f"{found[1] or found[2] or ''}µ", _ANGSTROM.sub(" angstrom ", answer))
     answer = _OHM.sub(lambda found: f"{found[1]}{found[2] or found[3] or ''}ohm", answer)
     if (found := _IN_TEXT.search(answer)) and not _TEXT_BEFORE.search(answer, 0, found.start()):
@@ -78,8 +85,10 @@ def split_unit(answer: str) -> tuple[str, str]:
 
 
 def _name(text: str, spaced: bool, known_only: bool) -> str:
-    """The canonical name of a unit written as `text`; "" if it is none."""
+    """The canonical name of a unit written as `text`; "" if it is none, as of 5-adic."""
     powers: Counter[str] = Counter()
+    if text.lstrip().startswith("-"):
+        return ""
     known, sign, power_word = True, 1, 1
     for word in _WORD.finditer(_SQUARED.sub(r"\2 \1", text)):
         spelling = word[1]

@@ -55,6 +55,8 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
         (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{4}\times\mathbb{Z}_{4}", False),
         (r"l^2(\mathbb{N})", r"l^{2}(\mathbb{N})", True),
         (r"l^2(\mathbb{N})", r"l^{1}(\mathbb{N})", False),
+        (r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}", r"\begin{cases}x & x\ge0\\-x & x<0\end{cases}", True),
+        (r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}", r"\begin{cases}x & x\le0\\-x & x<0\end{cases}", False),
     ],
 )
 def test_what_no_parser_reads_is_its_spelling(gold: str, answer: str, equal: bool) -> None:
@@ -163,6 +165,7 @@ def test_verdict_on_a_whole_response(response: str, truncated: bool, answer_form
         (r"Is it $x^2+2x$ or $x^2$?", "x^2+2x", "2x+x^2", True),
         (r"Which is it, $|x-y|$ or 0?", "|y-x|", "|x-y|", True),
         (r"What is $7$ times $(13)$?", "91", "7(13)", True),
+        (r"Is it $x^2+1$ or $x^2+2$?", r"\boxed{x^2+1}", "x^2+1", True),
     ],
 )
 def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: str, correct: bool) -> None:
