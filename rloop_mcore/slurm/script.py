@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _DECIDED = {
     "test-only": "`rloop launch --dry-run` prints the script",
 }
 _SHORT = {"a": "array", "D": "chdir", "N": "nodes", "t": "time", "W": "wait"}
+_READ_S = 60.0  # for bash to read a few lines, on a login node that is busy
 _WAY_OUT_S = 20  # before a job's end, to have it requeued while it still runs
 
 
@@ -151,6 +153,12 @@ def _check(slurm: SlurmConfig) -> None:
     for line in slurm.setup:
         if "\n" in line:
             raise UserError(f"cluster.slurm.setup holds {line!r}: give one shell line an entry.")
+    read = subprocess.run(
+        ["/bin/bash", "-n"], input="\n".join(slurm.setup), capture_output=True, text=True, timeout=_READ_S
+    )
+    if read.returncode != 0:
+        why = read.stderr.partition("\n")[0].removeprefix("/bin/bash: ")
+        raise UserError(f"cluster.slurm.setup={slurm.setup} is nothing that bash can run: {why}.")
     if slurm.container == "none" and (slurm.image or slurm.mounts):
         raise UserError("cluster.slurm.image and mounts need cluster.slurm.container=pyxis or apptainer.")
     if slurm.container != "none" and not slurm.image:

@@ -200,6 +200,7 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.image=x", "need cluster.slurm.container=pyxis or apptainer"),
         ("cluster.slurm.mounts=[/data]", "need cluster.slurm.container=pyxis or apptainer"),
         ("cluster.slurm.setup=['a\nb']", "cluster.slurm.setup holds 'a\\nb'"),
+        ("cluster.slurm.setup=['module load \"cuda']", "is nothing that bash can run: line 1: unexpected EOF"),
         ("cluster.slurm.hetjob=true", "needs rollout.nodes"),
     ],
 )
