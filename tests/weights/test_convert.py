@@ -260,7 +260,10 @@ MALFORMED_FOLDERS = {
         lambda f: edit_config(f, intermediate_size=48),
         r"gate_proj.weight has shape [40, 32], config.json calls for [48, 32]",
     ),
-    "fewer layers in the config": (lambda f: edit_config(f, num_hidden_layers=3), "holds tensor model.layers.3."),
+    "fewer layers in the config": (
+        lambda f: edit_config(f, num_hidden_layers=3, layer_types=None),
+        "holds tensor model.layers.3.",
+    ),
     "a tensor missing": (
         lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")),
         "lacks tensor model.norm.weight [32]",
@@ -417,7 +420,7 @@ MALFORMED_CHECKPOINTS = {
         "tensor embedding.word_embeddings.weight has shape [61, 32]",
     ),
     "more layers in the config": (
-        lambda f: edit_config(f / "hf", num_hidden_layers=5),
+        lambda f: edit_config(f / "hf", num_hidden_layers=5, layer_types=None),
         [],
         "has shape [4, 32], ",
     ),
