@@ -111,6 +111,8 @@ _SHARES = (
     *(f"reward.max_{kind}_share" for kind in ("failure", "unparsable")),
 )
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
+_LARGEST = 2**31 - 1  # of whole numbers: more is a slip of the finger, and overflows somewhere later
+_MOST_WORKERS = 1024  # of them each is a process
 _LONGEST_S = 1e8  # three years; some times more, and torch's clocks overflow
 _LEAST_THRESHOLD = 1e-6  # below the doubles' precision, counting up to the samples that it takes would never end
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
@@ -125,10 +127,14 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number.")
+        if type(value) is int and abs(value) > _LARGEST:
+            raise UserError(f"{key}={value} must be at most {_LARGEST}.")
         if key.endswith("_s") and not key.endswith("_gb_s") and value > _LONGEST_S:
             raise UserError(f"{key}={value:g} must be at most {_LONGEST_S:g} seconds.")
         if not all(map(_is_text, value if isinstance(value, list) else [value])):
             raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
+    if config.reward.workers > _MOST_WORKERS:
+        raise UserError(f"reward.workers={config.reward.workers} must be at most {_MOST_WORKERS}, or 0: one a core.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"{key}={values[key]} is not one of {', '.join(filter(None, choices))}.")
@@ -160,8 +166,8 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
             raise UserError(f"{key} is empty: give {key}=VALUE.")
     if (count := processes(config.layout)) > _MOST_PROCESSES:
         raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
-    if not 0 <= config.run.seed < 2**31:
-        raise UserError(f"run.seed={config.run.seed} must be at least 0 and below 2**31.")
+    if config.run.seed < 0:
+        raise UserError(f"run.seed={config.run.seed} must be at least 0.")
     if config.reward.correct <= config.reward.wrong:
         raise UserError(
             f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}: the policy "
