@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rloop_mcore.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 
 TODAY = date(2024, 7, 26)  # what Llama 3's templates fall back to
@@ -42,9 +42,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         source, self._where = _source(tokenizer)
-        stated = {name: tokenizer.stated(name) for name in SPECIAL_TOKENS}
-        self._special_tokens = {name: token for name, token in stated.items() if token is not None}
-        self.text = source + json.dumps(self._special_tokens)
+        self.text = source + json.dumps(tokenizer.special_tokens)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
@@ -60,7 +58,7 @@ class ChatTemplate:
 
         variables: what the template may know besides, e.g. `enable_thinking`. Raises UserError where it refuses.
         """
-        known = {**self._special_tokens, "tools": None, "documents": None, **variables}
+        known = {**self._tokenizer.special_tokens, "tools": None, "documents": None, **variables}
         try:
             return self._template.render(messages=messages, add_generation_prompt=not answered, **known)
         except Exception as error:  # a template is a program, which can fail in any way

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import read_json
 
-SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class TextTokenizer:
     """The tokenizer of an HF folder: its tokenizer.json, and the end token that tokenizer_config.json names.
 
-    Loaded with `tokenizers` alone: importing transformers for the same ids costs seconds. `config`: the latter file.
+    Loaded with `tokenizers` alone: importing transformers for the same ids costs seconds. `config`: the latter file;
+    `special_tokens`: the texts of those that it names, by name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,18 +37,18 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.folder = folder
         self.config = read_json(files[1])
-        for name in SPECIAL_TOKENS:
-            self.stated(name)
+        stated = {name: self._stated(name) for name in _SPECIAL_TOKENS}
+        self.special_tokens = {name: token for name, token in stated.items() if token is not None}
         for beside in (folder / "special_tokens_map.json", folder / "added_tokens.json"):  # engines read them
             if beside.exists():
                 read_json(beside)
-        eos = self.stated("eos_token")
+        eos = stated["eos_token"]
         eos_id = self._tokenizer.token_to_id(eos) if eos else None
         if eos_id is None:
             raise UserError(f"{files[1]}: eos_token is {eos!r}; it must name a token of tokenizer.json")
         self.eos_id: int = eos_id
 
-    def stated(self, name: str) -> str | None:
+    def _stated(self, name: str) -> str | None:
         """The text of a special token by its name in tokenizer_config.json, which has it or a description of it."""
         token = self.config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
