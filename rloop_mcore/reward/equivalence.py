@@ -44,7 +44,10 @@ from sympy import (  # type: ignore[import-untyped]
     Union,
     ceiling,
     floor,
+    log,
     preorder_traversal,
+    solve,
+    zeta,
 )
 from sympy.concrete.expr_with_limits import ExprWithLimits  # type: ignore[import-untyped]
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
@@ -104,6 +107,12 @@ _GCD = re.compile(
     r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(gcd|lcm)\s*\}|\\?\b(gcd|lcm))\s*\(((?:[^()]|\([^()]*\))*)\)"
 )
 
+# To the parser an e is Euler's number there, and a d begins a differential: m_e is nothing.
+_NAMED_E_OR_D = re.compile(
+    r"(?<!\\int)(?<!\\log)(?<!\\lim)(?<!\\sum)(?<!\\sup)(?<!\\inf)(?<!\\max)(?<!\\min)(?<!\\prod)(?<=[A-Za-z}])\s*"
+    r"_\s*(?:([de])(?![a-z])|\{\s*([de])\s*\})"
+)
+
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
@@ -117,6 +126,7 @@ _ORDERED = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
 _NO_FORMULA = (AppliedUndef, Derivative, ExprWithLimits, Limit)  # their values, if any, may take minutes
 _POINTS = (Rational(3, 7), Rational(19, 11), Rational(29, 5))  # where two formulas are tried
 _MANY = (*_POINTS, Rational(-5, 7), Rational(-61, 9), Rational(310, 7), Rational(-290, 7))
+_POSITIVE = (*_POINTS, Rational(310, 7))
 _INTEGERS, _MANY_INTEGERS = (7, 12, 29), (*range(1, 10), 25, 64, 99, 1000, 1024)
 _INTEGER = frozenset("klmnN")  # what integers are called
 _IN_STEPS = (floor, ceiling)
@@ -132,10 +142,13 @@ def parse_answer(text: str) -> Parsed:
     if r"\land" in text:
         parts = [parse_answer(part) for part in text.split(r"\land")]
         whole = all(len(part) == 1 and _is_inequality(part[0]) for part in parts)
-        return (And(*(part[0] for part in parts)),) if whole else ()
+        return (And(*(one for part in parts for one in And.make_args(part[0]))),) if whole else ()
     text = _INVERSE.sub(r"\\tilde{\1}", _GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
+    text = _NAMED_E_OR_D.sub(r"_{\\text{\1\2}}", text)
     found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
-    items = (_exact(_with_imaginary_unit(item)) for item in found if isinstance(item, (Basic, MatrixBase)))
+    items = (
+        _exact(_with_imaginary_unit(_with_values(item))) for item in found if isinstance(item, (Basic, MatrixBase))
+    )
     return tuple(item for item in items if not _says_nothing(item))
 
 
@@ -154,6 +167,7 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
     solved = all(map(_is_solved, gold))
     answer = tuple(item for item in answer if _is_solved(item) or not solved)
     answer = tuple(item for item in answer if not all(_apart(one, item) for one in gold))
+    answer = tuple(item for item in answer if not any(_nothing_solves(one, item) for one in gold))
     items = [*gold, *answer]
     magnitudes = [_magnitude(part) for item in items for part in _parts(item)]
     zeros = _zeros(magnitudes)
@@ -167,6 +181,8 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
         numeric_precision=_PRECISION + zeros + digits,
         timeout_seconds=None,
     ):
+        return True
+    if any(_same_order(one, other) for one in gold for other in answer):
         return True
     if any(_same_region(one, other) for one in gold for other in answer if _is_solved(other)):
         return True
@@ -187,6 +203,23 @@ def _apart(gold: Any, answer: Any) -> bool:
     return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
 
 
+def _nothing_solves(gold: Any, answer: Any) -> bool:
+    """Are they two equations, other ones, of which the gold has no solution? All such are one to math-verify."""
+    if not isinstance(gold, Eq) or not isinstance(answer, Eq):
+        return False
+    sides = (*gold.args, *answer.args)
+    if set(gold.args) == set(answer.args) or not all(isinstance(side, Expr) for side in sides):
+        return False
+    ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
+    place = {letter: _POINTS[0] + n for n, letter in enumerate(sorted(ratio.free_symbols, key=str))}
+    if _tried(ratio, ratio.subs(place)) == {True}:  # 2x^2 + 2 = 0 is x^2 + 1 = 0
+        return False
+    try:
+        return not solve(gold, gold.free_symbols)
+    except Exception:  # SymPy raises many kinds for what it cannot solve
+        return False
+
+
 def _same_formula(gold: Any, answer: Any, digits: int) -> bool:
     r"""Are two formulas, or what a name is said to be, equal wherever they are tried?
 
@@ -200,7 +233,10 @@ def _same_formula(gold: Any, answer: Any, digits: int) -> bool:
         return False
     if _of_integers(gold, answer):
         return len(letters) <= 2 and _tried(gold, answer, _MANY_INTEGERS) == {True}
-    return not gold.has(*_IN_PIECES) and not answer.has(*_IN_PIECES) and _tried(gold, answer, _MANY, digits) == {True}
+    if gold.has(*_IN_PIECES) or answer.has(*_IN_PIECES):
+        return False
+    points = _POSITIVE if gold.has(log) or answer.has(log) else _MANY  # \log(ab) is \log a + \log b there alone
+    return _tried(gold, answer, points, digits) == {True}
 
 
 def _of_integers(one: Any, other: Any) -> bool:
@@ -277,6 +313,16 @@ def _with_imaginary_unit(item: Any) -> Any:
     return item.xreplace({symbol: Symbol(symbol.name) for symbol in item.free_symbols})
 
 
+def _with_values(item: Any) -> Any:
+    r"""With \zeta(2) as the number it is, and f(2), of which nothing is known, as one of that name."""
+    of_numbers = [one for one in item.atoms(AppliedUndef) if not one.free_symbols]
+    if not of_numbers:
+        return item
+    return item.xreplace(
+        {one: zeta(*one.args) if str(one.func) == r"\zeta" else Symbol(str(one)) for one in of_numbers}
+    )
+
+
 def _exact(item: Any) -> Any:
     """An expression with its decimals made fractions. A decimal alone is left: math-verify rounds it."""
     if isinstance(item, (Float, Set, Tuple, MatrixBase, Relational, And)):
@@ -345,6 +391,17 @@ def _lists_numbers(item: Any) -> bool:
 
 def _is_size(side: Any) -> bool:
     return isinstance(side, Abs) and isinstance(side.args[0], Symbol)
+
+
+def _same_order(gold: Any, answer: Any) -> bool:
+    """Are two chains one, as a > b > c is c < b < a?"""
+    if not isinstance(gold, And) or not isinstance(answer, And):
+        return False
+    links = [
+        {one.reversed if one.gts == one.lhs else one for one in chain.args if isinstance(one, _ORDERED)}
+        for chain in (gold, answer)
+    ]
+    return links[0] == links[1] and len(links[0]) == len(gold.args) == len(answer.args)
 
 
 def _same_region(gold: Any, answer: Any) -> bool:

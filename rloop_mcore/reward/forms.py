@@ -38,6 +38,9 @@ _LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])") 
 _LIMIT = re.compile(r"\\lim\s*_\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MATRICES = re.compile(r"[A-Z]\s*\^\s*\{(?:\(T\)|-1)\}")
 _CAPITAL = re.compile(r"(?<![a-z\\])[A-Z](?:\s*\^\s*\{[^{}]*\})?")
+_SIGN = re.compile(r"(?:(?<![A-Za-z\\])[A-Za-z]|[A-Za-z]\}|\\nabla)\s*\\(times|cdot)(?![A-Za-z])\s*(?=\\?[A-Za-z])")
+_VECTOR = re.compile(r"\\(?:vec|nabla|overrightarrow|mathbf)(?![A-Za-z])")
+_FACTOR = re.compile(rf"\\times(?![A-Za-z])|{_LETTER.pattern}")
 _UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
 _TUPLE_NAME = re.compile(r"(\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=\()")  # (x, y) = (1, 2), (x, y) = (2, 1)
 _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
@@ -103,10 +106,14 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True  # n \equiv 72, 72\ldots, 72', x|_{x=72}, (0,\infty]
     if "%" in answer.text and "," in answer.text and "%" not in gold.text:
         return True  # of a list the parser drops the sign
+    if gold.either != answer.either and words_of(gold.text):
+        return True  # Alice or Bob are not Alice and Bob
     if not all(_is_product(word, gold.text) for word in words_of(answer.text) - words_of(gold.text)):
         return True  # it says more than the gold does: "5 or maybe 6"
     if _limits(gold.text) and _limits(gold.text) != _limits(answer.text):
         return True  # to a parser the limit of a_n is a_n, wherever it is taken
+    if _vector_products_conflict(gold.text, answer.text):
+        return True
     if _MATRICES.search(gold.text) and _capitals(gold.text) != _capitals(answer.text):
         return True  # B^{-1}A^{-1} is not A^{-1}B^{-1}
     names = _ASSIGNED.findall(answer.text)
@@ -127,6 +134,15 @@ def _limits(text: str) -> list[str]:
 def _capitals(text: str) -> list[str]:
     capitals = [capital.replace(" ", "") for capital in _CAPITAL.findall(text)]
     return capitals if len(capitals) > 1 else []
+
+
+def _vector_products_conflict(gold: str, answer: str) -> bool:
+    """b x a is not a x b, nor a . b. Of letters that are no marked vectors a x b may be ab."""
+    ours, theirs = (set(_SIGN.findall(side)) for side in (gold, answer))
+    vectors = _VECTOR.search(gold) is not None
+    if "times" not in (ours | theirs if vectors else ours) or not (vectors or theirs):
+        return False
+    return [found[0] for found in _FACTOR.finditer(gold)] != [found[0] for found in _FACTOR.finditer(answer)]
 
 
 def _bases_conflict(gold: Reading, answer: Reading) -> bool:
@@ -251,17 +267,23 @@ def _bracket(answer: str) -> str:
 
 def entries(answer: str) -> list[str]:
     r"""The entries of a list without brackets around it, without the name in "x = 1, 1, 2" or "x = 1, x = 1"."""
-    if _THOUSANDS.fullmatch(answer):
-        return [answer]
+    parts = parts_of_list(answer)
+    names = {part.partition("=")[0].strip() for part in parts if "=" in part}
+    return [(part.partition("=")[2] if len(names) == 1 and "=" in part else part).strip() for part in parts]
+
+
+def parts_of_list(text: str) -> list[str]:
+    """What stands between the commas that are in no brackets."""
+    if _THOUSANDS.fullmatch(text):
+        return [text]
     depth, parts = 0, [""]
-    for found in re.findall(r"\\?.", answer):
+    for found in re.findall(r"\\?.", text):
         depth += (found[-1] in "([{") - (found[-1] in ")]}")
         if found == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += found
-    names = {part.partition("=")[0].strip() for part in parts if "=" in part}
-    return [(part.partition("=")[2] if len(names) == 1 and "=" in part else part).strip() for part in parts]
+    return parts
 
 
 def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool]) -> str | None:
@@ -271,11 +293,11 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
     """
     if (name := _TUPLE_NAME.match(answer)) and _UNORDERED.fullmatch(name[1]) is None:
         answer = _TUPLE_NAME.sub(lambda found: "" if found.start() and found[1] == name[1] else found[0], answer)
-    parts = _sides(answer)
-    if len(_sides(gold)) > 1 or "=" not in answer:
+    parts = sides(answer)
+    if len(sides(gold)) > 1 or "=" not in answer:
         return answer
-    if len(parts) == 2 and _UNORDERED.fullmatch(parts[0]) and is_tuple(parts[1]):
-        return _in_order(*parts)
+    if len(parts) == 2 and _UNORDERED.fullmatch(parts[0]) and is_tuple(entries(parts[1])[0]):
+        return ",".join(_in_order(parts[0], value) for value in entries(parts[1]))
     if len(parts) == 2 and _NAMED.fullmatch(parts[1]) and not _NAMED.fullmatch(parts[0]):
         parts.reverse()
     first, *others = parts
@@ -295,7 +317,7 @@ def _in_order(names: str, value: str) -> str:
     return f"({','.join(entry for _, entry in named)})"
 
 
-def _sides(equation: str) -> list[str]:
+def sides(equation: str) -> list[str]:
     """What stands between the equals signs, but for those in an index or in the argument of a probability."""
     for nested in (_INDEX, _ARGUMENT):
         equation = nested.sub(lambda found: found[0].replace("=", "\0"), equation)

@@ -28,6 +28,7 @@ from rloop_mcore.reward.forms import (
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read, without_spaces
 from rloop_mcore.reward.restated import restates
+from rloop_mcore.reward.systems import same_values
 from rloop_mcore.types import Problem, Verdict
 
 CORRECT, WRONG, UNPARSABLE = Verdict(True, "correct"), Verdict(False, "wrong"), Verdict(False, "unparsable")
@@ -81,10 +82,13 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
         value = _rounded(read_gold.text, value)
     if value is None:
         return WRONG
+    same = same_values(read_gold, read_answer, lambda one, other: compare(one, other).correct)
+    if same is not None:
+        return _verdict(same)
     if value != read_answer.text:  # it may be 15,600 or 1011_3
         inner = read(value)
         unit, percent = inner.unit or read_answer.unit, inner.percent or read_answer.percent
-        read_answer = replace(inner, unit=unit, percent=percent, choice=read_answer.choice)
+        read_answer = replace(read_answer, text=inner.text, unit=unit, percent=percent, base=inner.base)
     if conflict(read_gold, read_answer):
         return WRONG
     if not read_answer.readable:

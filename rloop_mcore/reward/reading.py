@@ -49,6 +49,7 @@ _DOTTED = re.compile(
     r"(-?[0-9]*\.[0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,9}?)\3{2,}|([0-9]{3,9}?)\4+)\s*(?:\.\.\.|…|\\l?dots)"
 )
 _IN_BRACES = re.compile(r"(?<=\{)[0-9]{1,3}(?:,[0-9]{3})+(?=\})")  # not the set \{1,234\}
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![A-Za-z])")
 _NO_MATTER = re.compile(r"(?<![0-9,])\s+|\s+(?=[-+*/=<>\\])")
 _SLASHED = re.compile(r"(?<![\w.^/})\]])([0-9]+)/([0-9]+)(?=\s*(?:[A-Za-z(]|\\[A-Za-z]))")  # 1/2 x is no 1/(2x)
 _TWO_NUMBERS = re.compile(
@@ -65,6 +66,7 @@ class Reading:
     percent: bool = False
     base: str = ""  # of a numeral: "2"
     choice: str = ""  # the letter before what it chooses: "D" of \textbf{(D)}\ 12
+    either: bool = False  # there is an "or" in it
 
     @property
     def readable(self) -> bool:
@@ -77,10 +79,10 @@ def read(answer: str) -> Reading:
     """Read an answer, a gold one or a model's."""
     if _PLAIN.fullmatch(answer):  # most are, and nothing below has a part in them
         return Reading(answer)
-    text = one_spelling(answer)
+    text, either = one_spelling(answer), _OR.search(answer) is not None
     if found := _CHOICE.match(text):
-        return replace(_set_apart(text[found.end() :]), choice=found[found.lastindex or 0])
-    return _set_apart(text)
+        return replace(_set_apart(text[found.end() :]), choice=found[found.lastindex or 0], either=either)
+    return replace(_set_apart(text), either=either)
 
 
 def without_spaces(reading: Reading) -> Reading:

@@ -48,6 +48,12 @@ _VARIABLE = r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?"
 # In text or bare they are the command; sec and min are units there, and tg is a product.
 _FUNCTIONS = "(?:arc)?(?:sin|cos|tan|cot)|(?:sin|cos|tan)h|csc|ln|log|exp"
 _CHOSEN = r"(?:\{\s*([0-9]+|[a-z])\s*\}|([0-9]|[a-z]))"  # the numbers of {}_{10}C_3
+_CIS = r"(?:\\(?:operatorname|text|mathrm)\s*\{\s*cis\s*\}|(?<![A-Za-z])\\?cis(?![A-Za-z]))"
+_NESTED = r"(?:[^()]|\([^()]*\))+"
+_ANGLE = (
+    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[0-9.]+|\\[a-z]+|[a-z])(?:\s*\\pi)?(?:\s*/\s*[0-9]+)?"
+    r"(?:\s*\^\s*\{?\\circ\}?)?"
+)
 _IN_TEXT_OR = r"(?:\\text\s*\{\s*or\s*\}|\bor\b)"
 _OPEN_END = re.compile(r"[(\[]\s*-\s*\\infty\s*,|\\infty\s*[)\]]")
 _SQUARE = r"(?:\^\s*(?:2|\{\s*2\s*\})\s*)"
@@ -64,6 +70,11 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"\\(?:operatorname|mathrm|text)\s*\{\s*(arc)?(c?)tg\s*\}"),
         lambda found: rf"\{found[1] or ''}{'cot' if found[2] else 'tan'} ",
     ),
+    (
+        re.compile(r"(?:\\|(?<![A-Za-z]))sqrt\s*\(([^()]*)\)|(?<![A-Za-z\\])sqrt(?=\s*\{)"),
+        lambda found: _root(found[1]),
+    ),
+    (re.compile(rf"{_CIS}\s*(?:\(({_NESTED})\)|({_ANGLE}))"), r"(\\cos(\1\2)+i\\sin(\1\2))"),
     (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty "),
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),
@@ -81,6 +92,17 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),
     (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
+    (re.compile(r"(\\(?:mathrm|d?dot)(?![A-Za-z]))\s*([A-Za-z]|\\[a-z]+)"), r"\1{\2}"),
+    (re.compile(r"_\s*(?:\\(max|min)(?![A-Za-z])|\{\s*\\(max|min)\s*\})"), r"_{\1\2}"),
+    (re.compile(r"^\{-\}"), "-"),
+    (re.compile(r"^[^{}]+\\choose(?![A-Za-z])[^{}]+$"), r"{\g<0>}"),
+    (re.compile(r"^0(?=[0-9]:[0-5][0-9](?![0-9]))"), ""),
+    (re.compile(r"^[fgh]\([a-z]\)\s*\\in(?![A-Za-z])"), r"y\\in "),
+    (re.compile(r"(\\ne(?![A-Za-z]))\s*\\pm\s*([^\s,]+)$"), r"\1 \2,-\2"),
+    (
+        re.compile(r"(?:(?<![0-9.!])([0-9]{1,4})|\(2([a-z])\s*(?:([-+])\s*1)?\s*\))\s*!!(?!!)"),
+        lambda found: _double_factorial(*found.groups()),
+    ),
     (re.compile(r"\\(?:text|mathrm)\s*\{\s*(\\?[%$])\s*\}"), r"\1"),
     (re.compile(r"_\s*\{\s*\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*\}"), r"_{\1}"),
     (
@@ -114,10 +136,24 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<![0-9.])([0-9]+\.[0-9]*)\(([0-9]+)\)(?![0-9(^])"), r"\1\\overline{\2}"),
     (re.compile(r"\{:\}|\\text\s*\{\s*:\s*\}|\\colon(?![A-Za-z])"), ":"),
     (re.compile(r"\\text\s*\{\s*,\s*\}"), ", "),
-    (re.compile(r"(\\mathbb\{R\}\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"), r"\1\\setminus "),
+    (
+        re.compile(r"(\\mathbb\{R\}\s*|[)\]]\s*)(?:-|\\(?:backslash|smallsetminus)(?![A-Za-z]))(?=\s*\\\{)"),
+        r"\1\\setminus ",
+    ),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
     (re.compile(r"(?<![A-Za-z\\_])C\(\s*([0-9a-z]+)\s*,\s*([0-9a-z]+)\s*\)"), r"\\binom{\1}{\2}"),
     (re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*C\s*_\s*{_CHOSEN}"), r"\\binom{\1\2}{\3\4}"),
+    (
+        re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*P\s*_\s*{_CHOSEN}"),
+        r"\\frac{(\1\2)!}{(\1\2-\3\4)!}",
+    ),
+    # Not C_1^2, which is a constant's square.
+    (
+        re.compile(
+            rf"(?<![\w\\}}])(?:C|\\mathrm\{{C\}})\s*_\s*(?:\{{\s*([0-9]{{2,}}|2?[mn])\s*\}}|([4-9mn]))\s*\^\s*{_CHOSEN}"
+        ),
+        r"\\binom{\1\2}{\3\4}",
+    ),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
         re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"),
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
@@ -151,9 +187,14 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(rf"(?<=[)\]])\s*{_IN_TEXT_OR}\s*(?=[(\[])"),
         lambda found: r"\cup " if _OPEN_END.search(found.string) else ",",
     ),
+    (
+        re.compile(r"^\[\s*(\[[^\[\]]+\](?:,\s*\[[^\[\]]+\])*)\s*\]$"),
+        lambda found: rf"\begin{{pmatrix}}{_rows(found[1])}\end{{pmatrix}}",
+    ),
     (re.compile(r"\\langle|\\rangle"), lambda found: "(" if found[0] == r"\langle" else ")"),
     (re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))"), lambda found: rf"\sqrt{{{found[1] or found[2]}}}"),
     (re.compile(rf"(?!{_UPRIGHT}{_UNIT_LETTER}){STYLE}\s*\{{\s*([0-9][0-9.,]*|[a-z])\s*\}}"), r" \1 "),
+    (re.compile(r"(?<=[0-9])\s+_(?=[0-9{])"), "_"),
     (
         re.compile(
             rf"\\frac\s*\{{\s*(?:d|(\\partial))\s*({_SQUARE})?({_VARIABLE})\s*\}}"
@@ -254,6 +295,25 @@ def one_spelling(answer: str) -> str:
 def _script(found: re.Match[str]) -> str:
     sign = "_" if "₀" <= found[0][0] <= "₉" else "^"
     return f"{sign}{{{normalize('NFKC', found[0])}}}".replace("−", "-")
+
+
+def _rows(lists: str) -> str:
+    return r"\\".join(row.replace(",", "&") for row in re.findall(r"\[([^\[\]]+)\]", lists))
+
+
+def _root(inside: str | None) -> str:
+    return r"\sqrt" if inside is None else rf"\sqrt{{{inside}}}"
+
+
+def _double_factorial(number: str | None, letter: str, sign: str | None) -> str:
+    """7!! is 7 \\cdot 5 \\cdot 3, and to a parser (7!)!."""
+    if letter:
+        half, top = letter, {None: None, "-": f"2{letter}", "+": f"2{letter}+1"}[sign]
+    else:
+        whole = int(number or 0)
+        half, top = str((whole + 1) // 2), str(whole + 1) if whole % 2 else None
+    product = rf"2^{{{half}}}\cdot {half}!"
+    return f"({product})" if top is None else rf"\frac{{({top})!}}{{{product}}}"
 
 
 def _derivative(name: str, order: int) -> str:

@@ -36,7 +36,9 @@ _NO_UNIT_WORDS = """
     binary octal decimal hexadecimal ternary percent pct percentage am pm noon midnight remainder ish approx
     hundreds thousands millions billions trillions dozens gross lakh lakhs crore crores halves thirds fourths fifths
     sixths sevenths eighths ninths tenths hundredths thousandths millionths factorial root radical twice doubled tripled
-    impossible incorrect invalid rejected excluded extraneous fail fails never none too"""
+    impossible incorrect invalid rejected excluded extraneous fail fails never none too
+    one four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+    twenty thirty forty fifty sixty seventy eighty ninety half point inverse reciprocal choose permute"""
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
 _POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
