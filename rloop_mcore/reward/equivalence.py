@@ -196,7 +196,7 @@ def _apart(gold: Any, answer: Any) -> bool:
     """
     if isinstance(gold, Eq) and isinstance(answer, Eq):
         solved, other = (gold, answer) if _is_name(gold.lhs) else (answer, gold)
-        if not _is_name(solved.lhs) or solved.rhs.has(solved.lhs):
+        if not _is_name(solved.lhs) or not isinstance(solved.rhs, Expr) or solved.rhs.has(solved.lhs):
             return False
         left, right = (side.xreplace({solved.lhs: solved.rhs}) for side in other.args)
         return all(isinstance(side, Expr) for side in (left, right)) and _tried(left - right + 1, S.One) == {False}
@@ -204,9 +204,10 @@ def _apart(gold: Any, answer: Any) -> bool:
 
 
 def _nothing_solves(gold: Any, answer: Any) -> bool:
-    """Are they two equations, other ones, of which the gold has no solution? All such are one to math-verify."""
+    """Are they two equations, other ones, of which the gold has no solution? All such, and the empty set, are one to
+    math-verify."""
     if not isinstance(gold, Eq) or not isinstance(answer, Eq):
-        return False
+        return isinstance(gold, Eq) and answer is S.EmptySet
     sides = (*gold.args, *answer.args)
     if set(gold.args) == set(answer.args) or not all(isinstance(side, Expr) for side in sides):
         return False

@@ -105,7 +105,18 @@ def _set_apart(text: str) -> Reading:
     degrees = _DEGREES.search(text)
     text = _DEGREES.sub("", text)
     text, unit = split_unit(_SCALE.sub(lambda scale: rf"\cdot 10^{{{_SCALES[scale[1].lower()]}}} ", text).strip())
+    if unit and "," in text and not text.startswith(("(", "[")):
+        text, unit = _listed(text, unit)
     return Reading(_numbers(text), unit or (f"degree{degrees[1] or ''}" if degrees else currency))
+
+
+def _listed(text: str, unit: str) -> tuple[str, str]:
+    """A list without the units of its entries, the last of which is off already; and theirs, where they differ."""
+    *entries, last = text.split(",")
+    numbers, units = zip(*map(split_unit, entries), strict=True)
+    if not all(units):
+        return text, unit
+    return ",".join((*numbers, last)), unit if {*units} == {unit} else ", ".join((*units, unit))
 
 
 def _numbers(text: str) -> str:

@@ -251,6 +251,10 @@ _CASES = re.compile(
     r"(?![A-Za-z]))"
 )
 _UNEQUAL = re.compile(r"([A-Za-z])\s*\\ne(?![A-Za-z])")
+# Where a formula has no value: \frac{x+1}{x-1}, x \ne 1.
+_RESTRICTED = re.compile(
+    r"((?:(?!\\(?:[lg][et]|ne|in|pm)(?![A-Za-z]))[^=<>,])+),\s*([A-Za-z])\s*\\ne(?![A-Za-z])[^=<>]+"
+)
 _THAT = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*(?:\\mathbb\s*\{R\}|R)\s*)?(?:\||:)\s*((?:(?!\\[{}]).)+)\\\}")
 
 
@@ -283,6 +287,8 @@ def one_spelling(answer: str) -> str:
         text = that[2].strip().replace(",", " and ")
     if _LOGIC.search(text) and all(_RELATION.search(part) for part in _LOGIC.sub("\0", text).split("\0")):
         text = _LOGIC.sub(lambda found: " or " if found[1] else " and ", text)
+    if (restricted := _RESTRICTED.fullmatch(text)) and re.search(rf"(?<![A-Za-z\\\\]){restricted[2]}", restricted[1]):
+        return restricted[1]
     if (unequal := _UNEQUAL.search(text)) and "=" not in text:  # x \ne 1, 2 and x > 0, x \ne 1 are one condition
         parts = [part for part in re.split(r",|\\land", _OR.sub(",", text)) if not part.endswith(r"\in \mathbb{R}")]
         if all(part.count("(") == part.count(")") for part in parts):

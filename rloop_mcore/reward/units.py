@@ -72,7 +72,7 @@ def split_unit(answer: str) -> tuple[str, str]:
     if compound := _COMPOUND.fullmatch(_UNWRAP.sub(r" \1 ", answer).strip()):
         numbers, units = zip(*_QUANTITY.findall(compound[0]), strict=True)
         names = [_lookup(unit) for unit in units]
-        if all(names):
+        if all(names) and len({*names}) == len(names):  # 2 cm, 3 cm is a list
             return f"({','.join(numbers)})", ", ".join(filter(None, names))
     answer = _MICRO.sub(lambda found: f"{found[1] or found[2] or ''}µ", _ANGSTROM.sub(" angstrom ", answer))
     answer = _OHM.sub(lambda found: f"{found[1]}{found[2] or found[3] or ''}ohm", answer)
