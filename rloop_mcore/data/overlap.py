@@ -24,8 +24,9 @@ def overlapping(problems: Iterable[Problem], evaluation: Iterable[Problem]) -> d
     runs: Counter[tuple[str, ...]] = Counter()
     for problem in evaluation:
         words = _words(problem)
-        texts.add("".join(words))
-        runs.update(set(_runs(words)))
+        if (text := "".join(words)) not in texts:  # one that stands there twice is no turn of phrase
+            texts.add(text)
+            runs.update(set(_runs(words)))
     found = {}
     for problem in problems:
         words = _words(problem)

@@ -36,6 +36,11 @@ def test_a_run_of_thirteen_words() -> None:
     assert overlapping([problem("a", LONG + " Where?")], []) == {}
 
 
+def test_a_problem_that_the_evaluation_set_repeats_is_no_turn_of_phrase() -> None:
+    evaluation = [problem("x", LONG), problem("y", LONG.upper() + "!")]
+    assert overlapping([problem("a", LONG + " Where?")], evaluation) == {"a": "13-gram"}
+
+
 def test_a_turn_of_phrase_is_no_overlap() -> None:
     phrase = "The answer can be written as m/n where m and n are relatively prime positive integers. Find m+n."
     evaluation = [problem("x", f"First thing. {phrase}"), problem("y", f"Another. {phrase}")]
