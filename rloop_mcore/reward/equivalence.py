@@ -196,10 +196,10 @@ def _apart(gold: Any, answer: Any) -> bool:
     """
     if isinstance(gold, Eq) and isinstance(answer, Eq):
         solved, other = (gold, answer) if _is_name(gold.lhs) else (answer, gold)
-        if not _is_name(solved.lhs) or not isinstance(solved.rhs, Expr) or solved.rhs.has(solved.lhs):
+        if not _is_name(solved.lhs) or not _is_formula(solved.rhs) or solved.rhs.has(solved.lhs):
             return False
         left, right = (side.xreplace({solved.lhs: solved.rhs}) for side in other.args)
-        return all(isinstance(side, Expr) for side in (left, right)) and _tried(left - right + 1, S.One) == {False}
+        return _is_formula(left) and _is_formula(right) and _tried(left - right + 1, S.One) == {False}
     return not isinstance(gold, Symbol) and not isinstance(answer, Symbol) and _tried(gold, answer) == {False}
 
 
@@ -209,7 +209,7 @@ def _nothing_solves(gold: Any, answer: Any) -> bool:
     if not isinstance(gold, Eq) or not isinstance(answer, Eq):
         return isinstance(gold, Eq) and answer is S.EmptySet
     sides = (*gold.args, *answer.args)
-    if set(gold.args) == set(answer.args) or not all(isinstance(side, Expr) for side in sides):
+    if set(gold.args) == set(answer.args) or not all(map(_is_formula, sides)):
         return False
     ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
     place = {letter: _POINTS[0] + n for n, letter in enumerate(sorted(ratio.free_symbols, key=str))}
@@ -379,6 +379,10 @@ def _is_solved(item: Any) -> bool:
         return True
     sides = [(item.lhs, item.rhs), (item.rhs, item.lhs)]
     return any(_is_name(side) or _is_size(side) for side, other in sides if not side.free_symbols & other.free_symbols)
+
+
+def _is_formula(side: Any) -> bool:
+    return isinstance(side, Expr) and not isinstance(side, MatrixBase)
 
 
 def _is_name(side: Any) -> bool:

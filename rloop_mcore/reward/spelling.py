@@ -14,6 +14,7 @@ _SIGNS = str.maketrans(
         "≈": r"\approx ", "¢": r"\text{ cents}",
         "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "ℝ": r"\mathbb{R}",
         "、": ",", "’": "'", "′": "'", "\u2011": "-", "\u2044": "/",
+        "\f": r"\f", "\b": r"\b",  # of \frac and \binom, in a file that escaped them once
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     }
 )  # fmt: skip
@@ -262,7 +263,8 @@ def one_spelling(answer: str) -> str:
     """Without delimiters, bold marks, boxes, a final period, and sizes of brackets."""
     answer = _ENTITY.sub(lambda found: unescape(found[0]), answer)
     answer = _SCRIPTS.sub(_script, answer)
-    text = _inside(_NOISE.sub("", _BOX.sub("", " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split()))))
+    answer = " ".join(_SPACE.sub(" ", answer.translate(_SIGNS)).split())
+    text = _without_edges(_inside(_NOISE.sub("", _BOX.sub("", answer))))
     for pattern, same in _SAME:
         text = pattern.sub(same, text)
     if (said := _FOR_ALL.search(text, 1)) and not _CASES.search(_BOUNDS.sub("", said[1] or "")):
@@ -270,17 +272,7 @@ def one_spelling(answer: str) -> str:
     period = _INTEGER.fullmatch(text)
     if period and re.search(rf"{period[2]}\s*\\pi|\\pi\s*{period[2]}", period[1]):
         text = period[1]
-    before = None
-    while text != before:
-        before = text
-        text = _EDGES.sub("", text)
-        if text.endswith(".") and not text.endswith(".."):
-            text = text[:-1].rstrip()
-        for left, right in _DELIMITERS:
-            inner = text[len(left) : len(text) - len(right)]
-            if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
-                text = inner.strip()
-        text = _inside(text)
+    text = _without_edges(text)
     if r"\ldots" in text:  # no parser reads it
         text = _LOOSE_SPACE.sub("", text)
     if (that := _THAT.fullmatch(text)) and _CONDITION.search(that[2]):  # the set of all x that ...
@@ -296,6 +288,21 @@ def one_spelling(answer: str) -> str:
     if _INEQUALITY.search(text):  # there "and" and "or" are not the same
         return _OR.sub(lambda found: "," if "or" in found.groups() else r" \land ", text)
     return _OR.sub(lambda found: ", " if text[found.end() :][:1].isdigit() else ",", text)
+
+
+def _without_edges(text: str) -> str:
+    before = None
+    while text != before:
+        before = text
+        text = _EDGES.sub("", text)
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
+        for left, right in _DELIMITERS:
+            inner = text[len(left) : len(text) - len(right)]
+            if text.startswith(left) and text.endswith(right) and inner.strip() and left not in inner:
+                text = inner.strip()
+        text = _inside(text)
+    return text
 
 
 def _script(found: re.Match[str]) -> str:
