@@ -167,26 +167,27 @@ def equivalent(gold: Parsed, answer: Parsed) -> bool:
     solved = all(map(_is_solved, gold))
     answer = tuple(item for item in answer if _is_solved(item) or not solved)
     answer = tuple(item for item in answer if not all(_apart(one, item) for one in gold))
-    answer = tuple(item for item in answer if not any(_nothing_solves(one, item) for one in gold))
     items = [*gold, *answer]
     magnitudes = [_magnitude(part) for item in items for part in _parts(item)]
     zeros = _zeros(magnitudes)
     digits = max(0, min(math.ceil(max(magnitudes, default=0.0)), _MOST_DIGITS))
     if zeros > _MOST_ZEROS:
         return any(one == other for one in gold for other in answer)
+    precision = _PRECISION + zeros + digits
+    if any(_same_order(one, other) or _same_equation(one, other, precision) for one in gold for other in answer):
+        return True
+    answer = tuple(item for item in answer if not any(_nothing_solves(one, item) for one in gold))
     if verify(
         list(gold),
         list(answer),
         float_rounding=_ROUNDING + _zeros(_magnitude(number) for item in items for number in _numbers(item)),
-        numeric_precision=_PRECISION + zeros + digits,
+        numeric_precision=precision,
         timeout_seconds=None,
     ):
         return True
-    if any(_same_order(one, other) for one in gold for other in answer):
-        return True
     if any(_same_region(one, other) for one in gold for other in answer if _is_solved(other)):
         return True
-    return any(_same_formula(one, other, _PRECISION + zeros + digits) for one in gold for other in answer)
+    return any(_same_formula(one, other, precision) for one in gold for other in answer)
 
 
 def _apart(gold: Any, answer: Any) -> bool:
@@ -204,21 +205,28 @@ def _apart(gold: Any, answer: Any) -> bool:
 
 
 def _nothing_solves(gold: Any, answer: Any) -> bool:
-    """Are they two equations, other ones, of which the gold has no solution? All such, and the empty set, are one to
-    math-verify."""
+    """Is the gold an equation without a solution? All such, and the empty set, are one to math-verify."""
     if not isinstance(gold, Eq) or not isinstance(answer, Eq):
         return isinstance(gold, Eq) and answer is S.EmptySet
-    sides = (*gold.args, *answer.args)
-    if set(gold.args) == set(answer.args) or not all(map(_is_formula, sides)):
-        return False
-    ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
-    place = {letter: _POINTS[0] + n for n, letter in enumerate(sorted(ratio.free_symbols, key=str))}
-    if _tried(ratio, ratio.subs(place)) == {True}:  # 2x^2 + 2 = 0 is x^2 + 1 = 0
+    if not all(map(_is_formula, (*gold.args, *answer.args))):
         return False
     try:
         return not solve(gold, gold.free_symbols)
     except Exception:  # SymPy raises many kinds for what it cannot solve
         return False
+
+
+def _same_equation(gold: Any, answer: Any, digits: int) -> bool:
+    """Is one of two equations the other times a number: 2x^2 + 2 = 0 and x^2 = -1?"""
+    if not isinstance(gold, Eq) or not isinstance(answer, Eq) or not all(map(_is_formula, (*gold.args, *answer.args))):
+        return False
+    if {*gold.args} == {*answer.args}:
+        return True
+    if gold.has(*_IN_PIECES) or answer.has(*_IN_PIECES):
+        return False
+    ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
+    place = {letter: _POINTS[0] + n for n, letter in enumerate(sorted(ratio.free_symbols, key=str))}
+    return _tried(ratio, ratio.subs(place), _MANY, digits) == {True}
 
 
 def _same_formula(gold: Any, answer: Any, digits: int) -> bool:

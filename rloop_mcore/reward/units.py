@@ -37,9 +37,14 @@ _NO_UNIT_WORDS = """
     hundreds thousands millions billions trillions dozens gross lakh lakhs crore crores halves thirds fourths fifths
     sixths sevenths eighths ninths tenths hundredths thousandths millionths factorial root radical twice doubled tripled
     impossible incorrect invalid rejected excluded extraneous fail fails never none too
-    one four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
-    twenty thirty forty fifty sixty seventy eighty ninety half point inverse reciprocal choose permute"""
+    half inverse reciprocal choose permute"""
 _NO_UNIT = frozenset(_NO_UNIT_WORDS.split())
+# Neither are these, but in "five-dollar bills".
+_NUMBER_WORDS = re.compile(
+    r"(?:one|four|five|six(?:ty)?|seven(?:ty)?|eighty?|nine(?:ty)?|ten|eleven|twelve|thirteen|fifteen"
+    r"|(?:four|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty)(?![A-Za-z-])",
+    re.IGNORECASE,
+)
 _POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
@@ -92,12 +97,13 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
     if text.lstrip().startswith("-"):
         return ""
     known, sign, power_word = True, 1, 1
-    for word in _WORD.finditer(_SQUARED.sub(r"\2 \1", text)):
+    text = _SQUARED.sub(r"\2 \1", text)
+    for word in _WORD.finditer(text):
         spelling = word[1]
         if spelling is None or spelling == "per":
             sign = -1  # of all that follows: J/kg K
             continue
-        if spelling.casefold() in _NO_UNIT:
+        if spelling.casefold() in _NO_UNIT or _NUMBER_WORDS.match(text, word.start()):
             return ""
         if spelling in _POWER_WORDS:  # 18 square units; of 18 square inches and 18 in^2
             power_word = _POWER_WORDS[spelling]
