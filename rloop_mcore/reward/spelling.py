@@ -75,7 +75,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"(?:\\|(?<![A-Za-z]))sqrt\s*\(([^()]*)\)|(?<![A-Za-z\\])sqrt(?=\s*\{)"),
         lambda found: _root(found[1]),
     ),
-    (re.compile(rf"{_CIS}\s*(?:\(({_NESTED})\)|({_ANGLE}))"), r"(\\cos(\1\2)+i\\sin(\1\2))"),
+    (re.compile(rf"{_CIS}{_GAP}(?:\(({_NESTED})\)|({_ANGLE}))"), r"(\\cos(\1\2)+i\\sin(\1\2))"),
     (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty "),
     (re.compile(r"\\(?:varnothing\b|O\b)|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\bigcup(?![A-Za-z_])"), r"\\cup "),

@@ -25,6 +25,8 @@ def same_values(gold: Reading, answer: Reading, equal: Callable[[str, str], bool
     ours, theirs = named_values(gold.text), named_values(answer.text)
     if not ours or set(theirs) - set(ours) or gold.percent != answer.percent:
         return None
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        return None
     if gold.either != answer.either or (theirs and len(theirs) < len(ours)):
         return False  # x = 1 or y = 2; a = b = 1 for a = b = c = 1
     values = [theirs[name] for name in ours] if theirs else []

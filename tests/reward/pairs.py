@@ -61,6 +61,10 @@ PAIRS: dict[str, list[Pair]] = {
         ("(n,m)=(1,2)", "(m,n)=(2,1)", True),
         ("(n,m)=(1,2)", "(m,n)=(1,2)", False),
         ("x=0,y=0", "x=y=0", True),
+        (r"a=5\text{ cm}, b=6\text{ cm}", r"b=6\text{ cm}, a=5\text{ cm}", True),
+        (r"a=5\text{ cm}, b=6\text{ cm}", r"a=5\text{ m}, b=6\text{ m}", False),
+        (r"\mu=3,\sigma=2", "2,3", False),
+        (r"A=\{1,2\}, B=\{3\}", r"B=\{3\}, A=\{2,1\}", True),
         ("x=0,y=0", "x=y=1", False),
         ("a=b=c=1", "a=b=1", False),
         ("a=b=c=1", "a=1,b=1,c=1", True),
@@ -138,6 +142,7 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\text{cis }75^\circ", r"\cos75^\circ+i\sin75^\circ", True),
         (r"\text{cis }75^\circ", r"\text{cis}(105^\circ)", False),
         (r"2\operatorname{cis}\frac{\pi}{6}", r"\sqrt3+i", True),
+        (r"2\,\text{cis}\,15^\circ", r"2\text{cis}(15^\circ)", True),
     ],
     "letters below letters, dots, styles without braces": [
         ("m_p/m_e", r"\frac{m_p}{m_e}", True),
