@@ -6,6 +6,7 @@ Each mistake raises a UserError of one sentence that names the key; what is lega
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -113,6 +114,8 @@ _SHARES = (
 _MOST_PROCESSES = 10**6  # more than anybody has: looking for a legal layout of a slip of the finger would take days
 _LARGEST = 2**31 - 1  # of whole numbers: more is a slip of the finger, and overflows somewhere later
 _MOST_WORKERS = 1024  # of them each is a process
+_MOST_BUCKET_MIB = 16384  # two are held, of whole size: beyond it nothing is faster, and memory is not to be had
+_COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, logits divided by a temperature leave fp32's range or differ by rounding only
 _LONGEST_S = 1e8  # three years; some times more, and torch's clocks overflow
 _LEAST_THRESHOLD = 1e-6  # below the doubles' precision, counting up to the samples that it takes would never end
 _BELOW_ONE = tuple(f"{section}.{name}" for section in _OPTIMIZERS for name in ("beta1", "beta2"))
@@ -131,6 +134,8 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
             raise UserError(f"{key}={value} must be at most {_LARGEST}.")
         if key.endswith("_s") and not key.endswith("_gb_s") and value > _LONGEST_S:
             raise UserError(f"{key}={value:g} must be at most {_LONGEST_S:g} seconds.")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{key} is empty: give {key}=VALUE, or leave it out.")
         if not all(map(_is_text, value if isinstance(value, list) else [value])):
             raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
     if config.reward.workers > _MOST_WORKERS:
@@ -155,15 +160,20 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
     if config.actor.optimizer_offload > 1:
         raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
+    if config.rollout.bucket_mib > _MOST_BUCKET_MIB:
+        raise UserError(f"rollout.bucket_mib={config.rollout.bucket_mib} must be at most {_MOST_BUCKET_MIB}.")
+    for key in ("rollout.temperature", "evaluation.temperature"):
+        if values[key] and not _COLDEST <= values[key] <= _HOTTEST:
+            raise UserError(f"{key}={values[key]} must be from {_COLDEST} to {_HOTTEST:g}.")
+    interface = config.cluster.interface
+    if interface is not None and not re.fullmatch(r"[^\s/:]{1,15}", interface):
+        raise UserError(f"cluster.interface={interface!r} is no name of an interface: such as ib0, from `ip address`.")
     steps = config.rft.steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] <= steps[1]):
         raise UserError(f"rft.steps={steps} must be [first, last], RL steps from 0 on, or [].")
     for key in _BELOW_ONE:
         if not 0 <= values[key] < 1:
             raise UserError(f"{key}={values[key]} must be at least 0 and below 1.")
-    for key in ("run.dir", "model.path", "data.train"):
-        if not values[key].strip():
-            raise UserError(f"{key} is empty: give {key}=VALUE.")
     if (count := processes(config.layout)) > _MOST_PROCESSES:
         raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
     if config.run.seed < 0:

@@ -53,7 +53,9 @@ def write_report(
     are the runs' tokenizers, in their order; without them responses of the cache are shown as token ids.
     Raises UserError where a directory is not a run's.
     """
-    write_atomic(out, render(read_runs(run_dirs), table, words))
+    page = render(read_runs(run_dirs), table, words)
+    # paths in it may hold bytes that were no text in the locale, and as UTF-8 mostly are one
+    write_atomic(out, page.encode(errors="surrogateescape").decode(errors="replace"))
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[Run]:

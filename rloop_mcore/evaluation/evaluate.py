@@ -64,8 +64,8 @@ class EngineEvaluator:
             started = time.monotonic()
             self._sampled = name, self._sample(), time.monotonic() - started
         _, rows, seconds = self._sampled
-        with atomic_path(self.directory / f"{name}.parquet") as path:
-            pq.write_table(_samples_table(rows, self.decode), path, compression="zstd", write_page_checksum=True)
+        with atomic_path(self.directory / f"{name}.parquet") as path, open(path, "wb") as file:
+            pq.write_table(_samples_table(rows, self.decode), file, compression="zstd", write_page_checksum=True)
         scores = scores_of(rows, self.config.samples, self.config.k)
         metrics = intervals(scores, self.seed)
         record = {

@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from typing import Any
 
@@ -51,16 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, Fault) as error:
         print(f"rloop: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:
-        if not _unread():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left isn't tried again at the exit
-        return _UNREAD
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         return _UNREAD  # rich has seen to what is left
     except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO) and _unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left isn't tried again at the exit
+            return _UNREAD
         told = _told(error)
         if told is None:
             raise
@@ -81,6 +79,22 @@ def _open_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             os.set_inheritable(number, True)  # for the ranks
             setattr(sys, name, os.fdopen(number, "w"))
+    said = sys.__stderr__
+    if said is not None and sys.stderr is said:
+        sys.stderr = _Messages(said.buffer, encoding=said.encoding, line_buffering=True)
+
+
+class _Messages(io.TextIOWrapper):
+    """Standard error, where a terminal that is gone or a full disk changes neither the work nor the exit code."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 def _run(arguments: list[str]) -> int:
@@ -99,7 +113,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _unread() -> bool:
-    """Whether who read the output has seen enough, as `head` does."""
+    """Whether who read the output has seen enough, as `head` does, or was a terminal that is gone."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # 0: errors alone
     return bool(poll.poll(0))

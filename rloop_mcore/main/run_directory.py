@@ -81,7 +81,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir={self.path} cannot be created ({error.strerror}): choose another.") from error
         if not os.access(self.path, os.W_OK):
-            raise UserError(f"run.dir={self.path} is not writable: choose another.")
+            raise UserError(f"run.dir={self.path} is not writable: make it so, or choose another.")
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".tmp-")}
         if names and not names & {"config.yaml", "lock", "model", "slurm", "preflight.json"}:  # what a run makes first
             raise UserError(f"run.dir={self.path} holds other files ({min(names)}): choose an empty or new folder.")

@@ -217,17 +217,20 @@ def _watch(
 def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator[None]:
     """A signal: finish the step, checkpoint, exit 75. A second SIGTERM or SIGINT: kill at once (a resume still works).
 
-    SIGUSR1 and SIGUSR2 are for schedulers, which tell a job so that it will soon be killed, perhaps more than once.
+    SIGUSR1 and SIGUSR2 are for schedulers, which tell a job so that it will soon be killed, perhaps more than once. A
+    terminal that is closed sends SIGHUP, more than once too; nohup has it ignored.
     """
     insisted = False
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    repeated = (*SCHEDULERS, *hang_up)
 
     def handle(signum: int, frame: Any) -> None:
         nonlocal insisted
-        if insisted and signum not in SCHEDULERS:
+        if insisted and signum not in repeated:
             run.write_ending(75, "killed as asked; the same command goes on from the last commit")
             ranks.kill()
             return
-        insisted = insisted or signum not in SCHEDULERS
+        insisted = insisted or signum not in repeated
         try:
             if not run.stop_requested():
                 run.request_stop(f"{signal.Signals(signum).name} came")
@@ -236,5 +239,5 @@ def _stop_signals(run: RunDirectory, ranks: subprocess.Popen[bytes]) -> Iterator
             return
         print("rloop: stopping after this step; Ctrl-C or SIGTERM again to kill at once", file=sys.stderr, flush=True)
 
-    with handling((signal.SIGTERM, signal.SIGINT, *SCHEDULERS), handle):
+    with handling((signal.SIGTERM, signal.SIGINT, *repeated), handle):
         yield

@@ -47,12 +47,19 @@ class EnginePlan:
 
 
 def weight_bytes(model: Architecture, config: Config, tp: int = 1, dp: int = 1) -> int:
-    """On one of an engine's tp GPUs, of which dp groups have an attention each."""
+    """On one of an engine's tp GPUs, of which dp groups have an attention each.
+
+    A key/value head is copied where a group's GPUs are above them, as in `cache_bytes`.
+    """
     element = element_bytes(config.precision)
     of_matrix = _FP8_BYTES if config.rollout.quantization == "fp8" else element
+    kv_copies = max(1, tp // dp // model.kv_heads)
+    copied = dict.fromkeys(_OF_A_GROUP, 1.0)
+    for name in ("linear_qkv", "linear_qkv.bias"):
+        copied[name] = (model.heads + 2 * model.kv_heads * kv_copies) / (model.heads + 2 * model.kv_heads)
     return int(
         sum(
-            count * (of_matrix if name in _MATRICES else element) * (dp if name in _OF_A_GROUP else 1) / tp
+            count * (of_matrix if name in _MATRICES else element) * (dp * copied[name] if name in copied else 1) / tp
             for name, count in total_parameters(model).items()
             if name not in ("total", "active")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import SEEK_END
@@ -21,7 +22,10 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     Raises UserError where it is missing or damaged, on opening it or on reading.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            pa.OSFile(os.fsencode(path)) as opened,  # a text would be taken for UTF-8
+            pq.ParquetFile(opened, page_checksum_verification=True) as file,
+        ):
             yield file
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a string that is not UTF-8
         raise UserError(f"{path} is missing or damaged, or not a Parquet file ({error}).") from error

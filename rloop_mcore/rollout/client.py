@@ -29,6 +29,7 @@ _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
 _FILES_AGAIN_S = 0.2
+_ROUNDING = 0.01  # of a logprob near 0, in bf16
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -91,6 +92,8 @@ class EngineClient:
         try:
             await self._call("GET", "/health", timeout_s=timeout_s)
         except EngineError as error:
+            if error.status == 429:  # never SGLang's: a proxy in front of it that counts requests, and tells no more
+                return
             if error.status != 503:
                 raise
             await self.server_info()  # its scheduler answers this one, paused or not
@@ -288,7 +291,7 @@ class EngineClient:
                 (_tp_rank(rank["parallelism_info"]), {str(k): str(v) for k, v in rank["checksums"].items()})
                 for rank in answer["ranks"]
             ]
-        except (TypeError, LookupError, ValueError, AttributeError) as error:
+        except (ArithmeticError, TypeError, LookupError, ValueError, AttributeError) as error:
             raise self._error(path, f"the answer is not that of SGLang: {_short(answer)}") from error
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
@@ -390,6 +393,8 @@ def parse_completion(answer: Any, where: str) -> Completion:
         raise EngineError(f"{where}: {counts} do not name the same tokens", 200)
     if not math.isfinite(sum(logprobs)):
         raise EngineError(f"{where}: a logprob is not finite", 200)
+    if max(logprobs, default=0.0) > _ROUNDING:
+        raise EngineError(f"{where}: a logprob is {max(logprobs):g}, and none is above 0", 200)
     return Completion(scored_ids, logprobs, str(reason), versions)
 
 

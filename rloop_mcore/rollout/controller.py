@@ -447,7 +447,8 @@ class Controller:
                     ended = engine.server.failure()
                     if ended is not None:
                         raise EngineError(f"{error}\n{ended}") from error
-                    starting = error.status is None or error.status >= 500  # a proxy in front of it says 502 or 503
+                    # a proxy in front of it says 429, 502 or 503
+                    starting = error.status is None or error.status == 429 or error.status >= 500
                     if not starting or left < 0:
                         raise
                 await asyncio.sleep(_POLL_S)

@@ -17,7 +17,8 @@ from rloop_mcore.errors import UserError
 
 # variables of the submitting shell that every job gets, beside cluster.slurm.environment
 _ALWAYS = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "RLOOP_CHAIN")
-_PLAIN = re.compile(r"[^\s'\"\\`$;&|<>()#]+")  # what sbatch reads in an #SBATCH line as it stands
+# what sbatch reads otherwise in an #SBATCH line, or a shell would; not & | ( ), of which constraints are made
+_SIGNS = re.compile(r"[\s'\"\\`$;<>#]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED")
 _LONGEST_WARNING_S = 65535
@@ -153,9 +154,8 @@ def _check(slurm: SlurmConfig) -> None:
     for line in slurm.setup:
         if "\n" in line:
             raise UserError(f"cluster.slurm.setup holds {line!r}: give one shell line an entry.")
-    read = subprocess.run(
-        ["/bin/bash", "-n"], input="\n".join(slurm.setup), capture_output=True, text=True, timeout=_READ_S
-    )
+    closed = "{ :; " + "\n".join(slurm.setup) + "\n}"  # a line that goes on would take what comes next
+    read = subprocess.run(["/bin/bash", "-n"], input=closed, capture_output=True, text=True, timeout=_READ_S)
     if read.returncode != 0:
         why = read.stderr.partition("\n")[0].removeprefix("/bin/bash: ")
         raise UserError(f"cluster.slurm.setup={slurm.setup} is nothing that bash can run: {why}.")
@@ -171,16 +171,17 @@ def _check(slurm: SlurmConfig) -> None:
 def _check_directories(runs: Sequence[Run], container: str) -> None:
     """Slurm puts the job's number where the name of a log has %, and mounts are lists with : and ,."""
     for run in runs:
-        for sign in "%\\" if container == "none" else "%\\:,":
-            if sign in str(run.directory):
+        for sign in str(run.directory):
+            if _SIGNS.match(sign) or sign in ("%" if container == "none" else "%:,"):
+                called = "blank" if sign.isspace() else sign
                 raise UserError(
-                    f"run.dir={run.directory} cannot be a job's, for the {sign} in it: choose another name."
+                    f"run.dir={run.directory} cannot be a job's, for the {called} in it: choose another name."
                 )
 
 
 def _checked(directives: list[str]) -> list[str]:
     for line in directives:
-        if not _PLAIN.fullmatch(line):
+        if _SIGNS.search(line):
             raise UserError(f"{line!r} can't stand in an #SBATCH line: leave out blanks, quotes and shell signs.")
     return directives
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -74,7 +75,7 @@ class ShardFile:
         settings = {"page_checksum_verification": True, "pre_buffer": False, "read_dictionary": list(dictionary)}
         try:
             with (
-                pa.OSFile(str(self.path)) as file,
+                pa.OSFile(os.fsencode(self.path)) as file,  # a text would be taken for UTF-8
                 pq.ParquetFile(file, metadata=self._metadata, **settings) as parquet,
             ):
                 return parquet.read_row_groups(list(groups), columns=list(columns), use_threads=False)

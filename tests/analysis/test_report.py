@@ -34,6 +34,14 @@ def page(rloop_run: Path, dapo_run: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_a_path_whose_bytes_were_no_text_in_the_locale_is_shown_as_utf_8(rloop_run: Path, tmp_path: Path) -> None:
+    spelled = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    folder = rloop_run.rename(tmp_path / spelled)
+    out = tmp_path / "report.html"
+    write_report([folder.with_name(spelled.encode().decode("ascii", "surrogateescape"))], out)
+    assert spelled in out.read_text(encoding="utf-8")
+
+
 def test_figures_hold_the_runs_numbers(page: Path) -> None:
     html = page.read_text()
     by_title = dict(zip(titles(html), figures(html), strict=True))

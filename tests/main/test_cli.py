@@ -132,6 +132,23 @@ def test_a_command_that_is_started_without_its_streams(closed: str, code: int) -
     assert (done.returncode, done.stderr) == (code, "")
 
 
+def test_a_terminal_that_is_gone_reads_no_more() -> None:
+    terminal, end = os.openpty()
+    script = "import sys; from rloop_mcore.main.cli import main; sys.stdin.read(); sys.exit(main())"
+    command = [sys.executable, "-c", script, "plan", "model=qwen2.5_7b", "--json"]
+    planning = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=end, stderr=subprocess.PIPE, text=True)
+    os.close(end)
+    os.close(terminal)
+    _, said = planning.communicate(timeout=60)
+    assert (planning.returncode, said) == (141, "")
+
+
+def test_messages_that_nobody_can_read_change_no_exit_code() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rloop_mcore.main.cli", "plan", "model=qwen2.5_7b", "layout.tp=5"]
+        assert subprocess.run(command, stderr=full, timeout=60).returncode == 2
+
+
 def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refuse(BrokenPipeError(errno.EPIPE, "of an engine"), monkeypatch)
     with open(tmp_path / "out", "w") as out, monkeypatch.context() as patched:

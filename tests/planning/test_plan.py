@@ -78,6 +78,13 @@ def test_cache_of_an_engine() -> None:
     assert engine.sleeps
 
 
+def test_an_engine_over_more_gpus_than_key_value_heads_copies_them() -> None:
+    """Qwen2.5-7B over 28 GPUs: each has one of its 28 query heads, and one of its 4 key and value heads."""
+    wide = engine_plan(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, tp=28)), 80 * GIB)
+    copied = 28 * (3584 + 1) * 2 * 4 * 128 * (28 // 4 - 1)
+    assert wide.weights == int(2 * (total_parameters(QWEN_7B)["total"] + copied) / 28)
+
+
 def test_an_engine_in_fp8_has_half_the_weights_and_a_larger_cache() -> None:
     """Of Qwen2.5-7B all but embedding, output layer, norms and biases: a byte a value and 4 for each 128 x 128."""
     fp8 = engine_plan(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, quantization="fp8")), 80 * GIB)

@@ -189,6 +189,7 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "not that of SGLang"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None], [-0.5, 6, None]], "same tokens"),
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
+        (("meta_info", "output_token_logprobs"), [[0.7, 4, None], [-0.5, 5, None]], "0.7, and none is above 0"),
         (("meta_info", "weight_version"), "default", "never synced"),
         (("meta_info", "finish_reason"), {}, "lacks 'type'"),
     ],
@@ -428,6 +429,14 @@ def test_the_rank_of_checksums_is_read_in_both_forms(place: object) -> None:
     assert _ask(handler, lambda client: client.checksums()) == [(1, {"a": "1f"})]
 
 
+def test_a_rank_that_is_no_number_is_a_fault_of_the_server() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text='{"ranks": [{"checksums": {}, "parallelism_info": {"tp_rank": 1e400}}]}')
+
+    with pytest.raises(EngineError, match="/weights_checker: the answer is not that of SGLang"):
+        _ask(handler, lambda client: client.checksums())
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_server_that_generates_nothing_now_is_asked_what_it_is(alive: bool) -> None:
     async def handler(request: web.Request) -> web.Response:
@@ -438,6 +447,13 @@ def test_a_server_that_generates_nothing_now_is_asked_what_it_is(alive: bool) ->
         return
     with pytest.raises(EngineError, match="/server_info: status 503"):
         _ask(handler, lambda client: client.health())
+
+
+def test_a_proxy_that_counts_requests_tells_nothing_of_the_server_behind_it() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=429)
+
+    _ask(handler, lambda client: client.health())
 
 
 def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:

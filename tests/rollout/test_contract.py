@@ -167,6 +167,15 @@ def test_top_p_leaves_the_rest_out(endpoint: Endpoint, reference: PreTrainedMode
     assert {a["output_ids"][0] for a in answers} <= set(chances.indices[:kept].tolist())
 
 
+def test_a_temperature_next_to_0_is_0_and_null_leaves_off(endpoint: Endpoint) -> None:
+    settings = ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "stop", "sampling_seed", "regex")
+    greedy = endpoint.generate(PROMPT, max_new_tokens=4, temperature=0)
+    cold = endpoint.generate(PROMPT, max_new_tokens=4, temperature=1e-7, **dict.fromkeys(settings))
+    assert cold["output_ids"] == greedy["output_ids"]
+    scored, expected = ([t[0] for t in a["meta_info"]["output_token_logprobs"]] for a in (cold, greedy))
+    assert scored == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
@@ -174,6 +183,7 @@ def test_top_p_leaves_the_rest_out(endpoint: Endpoint, reference: PreTrainedMode
         ({"input_ids": [5], "sampling_params": {"temprature": 1}}, "temprature"),
         ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
         ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
+        ({"input_ids": [5], "sampling_params": {"sampling_seed": 2**63}}, "sampling_seed"),
     ],
 )
 def test_bad_requests_are_answered_and_survived(endpoint: Endpoint, body: dict, word: str) -> None:

@@ -161,6 +161,7 @@ def test_a_server_that_has_ended_before_the_start_is_started_once_more_and_a_slo
     [
         (None, 5.0, 5.0, True),
         (502, 5.0, 5.0, True),  # of a proxy in front of it
+        (429, 5.0, 5.0, True),
         (404, 5.0, 0.0, False),
         (502, HOUR, 600.0, False),
     ],

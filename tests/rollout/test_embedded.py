@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import pickle
 import threading
@@ -56,7 +57,10 @@ def test_one_seed_one_sample_whatever_else_is_asked(endpoint: Endpoint) -> None:
         ({"input_ids": [5], "sampling_params": {"temperature": -1}}, "temperature"),
         ({"input_ids": [5], "sampling_params": {"top_p": 0}}, "top_p"),
         ({"input_ids": [5], "sampling_params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+        ({"input_ids": [5], "sampling_params": {"max_new_tokens": None}}, "max_new_tokens"),
+        ({"input_ids": [5], "sampling_params": {"temperature": math.inf}}, "temperature"),
         ({"input_ids": [5], "sampling_params": {"regex": "a+"}}, "regex"),
+        ({"input_ids": [5], "sampling_params": {"top_k": 5}}, "top_k"),
         ({"input_ids": [5], "sampling_params": {"stop_token_ids": 5}}, "stop_token_ids"),
         ({"input_ids": [[5], [6]], "sampling_params": [{}]}, "sampling_params"),
     ],

@@ -183,6 +183,8 @@ def test_values_reach_the_command_as_they_are(tmp_path: Path) -> None:
         ("cluster.slurm.partition='a b'", "'--partition=a b' can't stand in an #SBATCH line"),
         ("cluster.slurm.account='$(id)'", "can't stand in an #SBATCH line"),
         ("cluster.slurm.job_name='a#b'", "can't stand in an #SBATCH line"),
+        ("cluster.slurm.setup=['cat <<END']", "is nothing that bash can run"),  # it would print the script
+        ("cluster.slurm.setup=['module load a \\\\']", "is nothing that bash can run"),
         ("cluster.slurm.time=86400", "cluster.slurm.time=86400 is 60 days of minutes"),  # YAML's 24:00:00
         ("cluster.slurm.time=3600", "cluster.slurm.time=3600 is 2.5 days of minutes"),  # YAML's 1:00:00
         ("cluster.slurm.time=soon", "cluster.slurm.time=soon is no time limit"),
@@ -220,7 +222,14 @@ def test_a_time_limit_in_which_no_run_would_be_started_is_refused() -> None:
         script_of("cluster.slurm.time=60", "cluster.stop_margin_s=3600")
 
 
-@pytest.mark.parametrize(("name", "container"), [("50%", "none"), ("a:b", "apptainer"), ("a,b", "pyxis")])
+@pytest.mark.parametrize("constraint", ["a100&ib", "[rack1|rack2]", "(x|y)&z"])
+def test_a_constraint_of_several_features_stands_as_it_is(constraint: str) -> None:
+    assert f"--constraint={constraint}" in directives(script_of(f"cluster.slurm.constraint='{constraint}'"))
+
+
+@pytest.mark.parametrize(
+    ("name", "container"), [("50%", "none"), ("a b", "none"), ("a#b", "none"), ("a:b", "apptainer"), ("a,b", "pyxis")]
+)
 def test_a_directory_that_a_job_would_not_find_is_refused(name: str, container: str) -> None:
     image = [] if container == "none" else [f"cluster.slurm.container={container}", "cluster.slurm.image=x"]
     with pytest.raises(UserError, match=f"run.dir=/runs/{name} cannot be a job's"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -158,6 +160,30 @@ def test_a_run_that_is_told_to_stop_checkpoints_and_wants_to_be_started_again(
     found, expected = runs.status(run_dir), runs.status(undisturbed)
     assert (found["policy_digest"], found["cache"]) == (expected["policy_digest"], expected["cache"])
     assert metrics_places(run_dir) == metrics_places(undisturbed)
+
+
+@pytest.mark.parametrize("session", ["the terminal's", "another"])
+def test_a_run_whose_terminal_is_gone_checkpoints(session: str, tmp_path: Path) -> None:
+    """The first is told so, by SIGHUP; the other goes on, and is told to stop later."""
+    run_dir = tmp_path / "run"
+    terminal, end = os.openpty()
+    program = "import os, sys; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+    begins = [sys.executable, "-c", program] if session == "the terminal's" else []
+    process = subprocess.Popen(
+        [*begins, *runs.command("train", "experiment=tiny", f"run.dir={run_dir}")],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+        cwd=runs.ROOT,
+        env=runs.environment(),
+    )
+    os.close(end)
+    runs.wait_for("the first update", lambda: has("commit", 0, "sft", 1)(runs.records(run_dir)), process)
+    os.close(terminal)
+    if session == "another":
+        runs.wait_for("the fifth", lambda: has("commit", 0, "sft", 5)(runs.records(run_dir)), process)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(runs.DEADLINE_S) == 75
+    name = "SIGTERM" if session == "another" else "SIGHUP"
+    assert runs.status(run_dir)["message"] == f"stopped: {name} came; the same command goes on from here"
 
 
 @pytest.fixture

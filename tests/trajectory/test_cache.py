@@ -45,6 +45,28 @@ def fill(directory, rows, cuts=()):
     return TrajectoryCache(directory)
 
 
+def test_a_folder_is_found_in_a_locale_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    fill(folder, step_rows(0, 0))
+    pq.write_table(pa.table({"a": [7]}), folder / "any.parquet")
+    program = """
+import sys
+from pathlib import Path
+from rloop_mcore.platform.parquet import open_parquet
+from rloop_mcore.trajectory.cache import TrajectoryCache
+assert sys.getfilesystemencoding() != "utf-8"
+folder = Path(sys.argv[1])
+with open_parquet(folder / "any.parquet") as file:
+    assert file.read()["a"].to_pylist() == [7]
+print(len(list(TrajectoryCache(folder).rows())), TrajectoryCache(folder).phases()[0].trajectories)
+"""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder], env=os.environ | plain, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(len(step_rows(0, 0)))] * 2, done.stderr
+
+
 def plain_experts(rows, query):
     outcomes = defaultdict(list)
     for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -28,22 +28,26 @@ class SamplingParams:
     no_stop_trim: bool = False
 
 
-# Fields of the contract that are accepted only with the value that leaves them off.
+_GREEDY = 1e-6  # below it SGLang takes a temperature for 0
+
+# Fields of the contract that are accepted only with a value that leaves them off, as null does.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "top_k": (-1,),
-    "min_p": (0, None),
+    "top_k": (-1, 1 << 30),
+    "min_p": (0,),
     "min_new_tokens": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "json_schema": (None,),
-    "regex": (None,),
-    "ebnf": (None,),
-    "structural_tag": (None,),
-    "stop_regex": (None, []),
-    "logit_bias": (None,),
-    "custom_params": (None,),
-    "stream_interval": (None,),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "stop_regex": ([],),
+    "logit_bias": (),
+    "custom_params": (),
+    "stream_interval": (),
+    "beam_width": (),
+    "watermark": (),
     "spaces_between_special_tokens": (True,),
 }
 _KNOWN = {f.name for f in fields(SamplingParams)}
@@ -132,10 +136,12 @@ def parse_sampling(raw: Any, vocabulary: int) -> SamplingParams:
     if not isinstance(raw, dict):
         raise BadRequest("sampling_params must be an object or a list of objects")
     for name, value in raw.items():
-        if name in _OFF and value not in _OFF[name]:
+        if name in _OFF and value is not None and value not in _OFF[name]:
             raise BadRequest(f"sampling_params.{name}={value!r} is not implemented by the embedded engine")
         if name not in _OFF and name not in _KNOWN:
             raise BadRequest(f"unknown sampling_params field {name!r}")
+    if raw.get("max_new_tokens", 1) is None:
+        raise BadRequest("sampling_params.max_new_tokens=None, as many as there is room for, is not implemented")
     given = {name: value for name, value in raw.items() if name in _KNOWN and value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
@@ -146,13 +152,16 @@ def parse_sampling(raw: Any, vocabulary: int) -> SamplingParams:
         given[name] = tuple(listed)
     params = SamplingParams(**given)
     _check(params, vocabulary)
-    return params
+    return replace(params, temperature=0.0) if params.temperature < _GREEDY else params
 
 
 def _check(params: SamplingParams, vocabulary: int) -> None:
     rules = {
         "max_new_tokens": (type(params.max_new_tokens) is int and params.max_new_tokens >= 1, "an integer >= 1"),
-        "temperature": (type(params.temperature) in (int, float) and params.temperature >= 0, "a number >= 0"),
+        "temperature": (
+            type(params.temperature) in (int, float) and 0 <= params.temperature < float("inf"),
+            "a number >= 0",
+        ),
         "top_p": (type(params.top_p) in (int, float) and 0 < params.top_p <= 1, "a number in (0, 1]"),
         "n": (type(params.n) is int and params.n >= 1, "an integer >= 1"),
         "stop": (all(isinstance(s, str) and s for s in params.stop), "non-empty strings"),
@@ -160,7 +169,11 @@ def _check(params: SamplingParams, vocabulary: int) -> None:
             all(type(i) is int and 0 <= i < vocabulary for i in params.stop_token_ids),
             "vocabulary ids",
         ),
-        "sampling_seed": (type(params.sampling_seed) in (int, type(None)), "an integer"),
+        "sampling_seed": (
+            params.sampling_seed is None
+            or (type(params.sampling_seed) is int and -(2**63) <= params.sampling_seed < 2**63),
+            "an integer of 64 bits",
+        ),
         "ignore_eos": (isinstance(params.ignore_eos, bool), "true or false"),
     }
     for name, (holds, wanted) in rules.items():
