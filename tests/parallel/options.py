@@ -113,7 +113,7 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
             case None:
                 loss = loss + token_loss.sum() / sum(lengths)
         of_row = {"entropy": entropy, "ratio_mean": ratio, "importance_mean": weight, "kl": divergence}
-        apart = new - engine  # of tokens that the engine drew: E[exp(apart)] = 1, and E[-apart] is KL(engine || trainer)
+        apart = new - engine  # the engine drew the tokens: E[exp(apart)] = 1, and E[-apart] is KL(engine || trainer)
         of_row |= {"clip_fraction": flat, "mismatch_mean": apart.abs(), "mismatch_k3": apart.exp() - 1 - apart}
         for name, values in {"ratio_max": ratio, "mismatch_max": apart.abs()}.items():
             maxima[name] = max(maxima[name], values.max().item())
