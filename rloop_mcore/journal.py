@@ -18,7 +18,7 @@ seconds) is for people, nothing is decided by it. Events with a meaning here, ot
 A record is on disk before `record` returns, and what it names must be on disk before it is recorded. So a crash can
 damage the last line only, and that line was never relied on: it is dropped. A bad line before it is damage by
 something else and is refused. (Such damage to the last line itself can't be told from a crash: the run then resumes
-from the commit before.)
+from the commit before, if `checkpoint.keep` has left its checkpoint, and else says how to begin the phase anew.)
 """
 
 from __future__ import annotations

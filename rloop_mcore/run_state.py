@@ -13,7 +13,7 @@ from rloop_mcore.algorithm.guard import Streak, what_is_wrong
 from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.commits import Commits, remove
 from rloop_mcore.config import Config, OptimizerConfig
-from rloop_mcore.errors import Fault, Interrupted
+from rloop_mcore.errors import Fault, Interrupted, UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.kept_policies import removable, removed
 from rloop_mcore.protocols import Actor, Cache, Evaluator, Rollout
@@ -94,11 +94,13 @@ class RunState:
     ) -> int:
         """Put the actor where the phase stands: at `start`, or at the last commit. Returns the steps done.
 
-        Raises Fault where the guard stopped the run there, and `guard` still says so.
+        Raises Fault where the guard stopped the run there, and `guard` still says so; UserError where the commit's
+        checkpoint is gone.
         """
         commit = self.journal.newest("commit", iteration, phase)
         self._streak = Streak(**(commit or {}).get("streak", {}))
         if commit is not None:
+            self._check_checkpoint(commit)
             self._heed_guard(iteration, phase, commit["step"], steps)
         self._synced = None
         self._policy_bytes = bytes_of(start.path.glob("*.safetensors"))
@@ -108,6 +110,17 @@ class RunState:
             return 0
         self.actor.load(self.directory / commit["checkpoint"])
         return int(commit["step"])
+
+    def _check_checkpoint(self, commit: Mapping[str, Any]) -> None:
+        """Raises UserError where it is gone: by hand, or with `checkpoint.keep` newer ones that the journal lost."""
+        if (checkpoint := self.directory / commit["checkpoint"]).is_dir():
+            return
+        phase = commit["iteration"], commit["phase"]
+        first = next(r["n"] for r in self.journal.commits() if (r["iteration"], r["phase"]) == phase)
+        raise UserError(
+            f"{checkpoint} is gone, from which the run would go on: restore it, or cut {self.journal.path} before line "
+            f"{first + 1} to begin this phase (iteration {phase[0]} {phase[1]}) anew."
+        )
 
     def commit(self, iteration: int, phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Log a step and, every `checkpoint.every` steps, make everything up to it durable.

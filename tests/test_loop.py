@@ -618,6 +618,31 @@ def test_more_checkpoints_may_be_kept_after_a_restart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
 
 
+@pytest.mark.parametrize(("iteration", "phase"), [(0, "explore"), (1, "explore"), (1, "exploit")])
+def test_a_checkpoint_that_is_gone_is_told_and_its_phase_can_begin_anew(
+    tmp_path: Path, iteration: int, phase: str
+) -> None:
+    """With checkpoint.keep=1 the one before the last commit is gone where the journal lost its last line."""
+    config, run, whole = configure("rft.deduplicate=false"), tmp_path / "run", tmp_path / "whole"
+    start(whole, config)
+    shutil.copytree(whole, run)
+    journal = run / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    last = max(n for n, r in enumerate(Journal(journal).records) if place_of(r) == (iteration, phase, "commit"))
+    journal.write_bytes(b"".join(lines[:last]))
+    with pytest.raises(UserError, match=rf"is gone, .*cut {journal} before line (\d+) to begin this phase") as told:
+        start(run, config)
+    cut = int(str(told.value).partition("before line ")[2].split()[0])
+    assert place_of(Journal(journal).records[cut - 1]) == (iteration, phase, "commit")
+    journal.write_bytes(b"".join(lines[: cut - 1]))
+    start(run, config)
+    assert facts(run) == facts(whole)
+
+
+def place_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record.get("iteration"), record.get("phase"), record["event"]
+
+
 def folders(directory: Path) -> set[str]:
     return {path.name for path in (directory / "policies").iterdir()}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
@@ -20,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded, count_in_parts
+from rloop_mcore.errors import UserError
 from rloop_mcore.platform.manifest import check_manifest
 from rloop_mcore.platform.precision import scales, set_scales
 
@@ -36,7 +38,7 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
 
     Raises UserError where the checkpoint is not what was saved.
     """
-    check_manifest(path, trust=True)  # those from before there were manifests have none
+    _check(path)
     saved = load_sharded_metadata(str(path))
     wanted = state_of(chunks, optimizer, saved)
     # Megatron would quantise a matrix in the parts that it reads, each by a scale of its own, and keep the last scale.
@@ -59,6 +61,18 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
     copy_to_offloaded(optimizer.megatron)
     count_in_parts(optimizer.megatron)
     torch.set_rng_state(state["rng"])
+
+
+def _check(path: Path) -> None:
+    """Collective: every rank reads its share of the files; UserError on all of them where one is not what was saved."""
+    failures, mine = [""] * dist.get_world_size(), ""
+    try:  # those from before there were manifests have none
+        check_manifest(path, trust=True, share=(dist.get_rank(), dist.get_world_size()))
+    except UserError as error:
+        mine = str(error)
+    dist.all_gather_object(failures, mine)
+    if failure := next(filter(None, failures), ""):
+        raise UserError(failure)
 
 
 def state_of(

@@ -21,7 +21,7 @@ from rloop_mcore.actor.checkpoint import state_of
 from rloop_mcore.actor.optimizer import PolicyOptimizer
 from rloop_mcore.errors import DiskFull, Fault
 from rloop_mcore.platform.files import is_disk_full, new_directory
-from rloop_mcore.platform.manifest import write_manifest
+from rloop_mcore.platform.manifest import crc32_of, write_manifest
 
 # Megatron 0.19's default writer needs nvidia_resiliency_ext; 0.16 has only this one, and no argument to ask for it.
 _OWN_WRITER = (
@@ -71,9 +71,9 @@ class PendingSave:
                 **_OWN_WRITER,
             )
             self._directory = stack.pop_all()
-        self._written: Future[None] = Future()
+        self._written: Future[dict[str, int]] = Future()  # its files and their checksums
         if self._request.async_fn is None:  # other ranks hold all that this one does
-            self._written.set_result(None)
+            self._written.set_result({})
             return
         buckets = self._request.async_fn_args[1]
         buckets[:] = [_copied(bucket) for bucket in buckets]
@@ -89,12 +89,14 @@ class PendingSave:
         try:
             with self._directory:
                 self._agree(self._failure(timeout_s))
+                written: list[dict[str, int]] = [{}] * dist.get_world_size()
+                dist.all_gather_object(written, self._written.result())
                 if self._folder is not None:
                     (self._folder / _RESERVE).unlink()
                 for finalize in self._request.finalize_fns:
                     finalize()
                 if self._folder is not None:
-                    write_manifest(self._folder)
+                    write_manifest(self._folder, {name: crc for files in written for name, crc in files.items()})
         except OSError as error:
             failure = error
         self._agree(failure)
@@ -124,8 +126,8 @@ def _copied(bucket: tuple[str, str, tuple[list[Any], list[Any]]]) -> tuple[str, 
     return file, key, (texts, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors])
 
 
-def _write(request: Any, written: Future[None]) -> None:
-    """Write and fsync this rank's file; hand Megatron the result, and `written` the outcome."""
+def _write(request: Any, written: Future[dict[str, int]]) -> None:
+    """Write and fsync this rank's file; hand Megatron the result, and `written` its name and checksum."""
     outcomes: queue.Queue[tuple[int, Any]] = queue.Queue()
     running: queue.Queue[int] = queue.Queue()
     running.put(0)
@@ -137,7 +139,9 @@ def _write(request: Any, written: Future[None]) -> None:
         if isinstance(outcome, Exception):
             raise outcome
         results.put({index: outcome})
+        file = Path(bucket[0])
+        checksums = {file.name: crc32_of(file)}
     except BaseException as error:
         written.set_exception(error)
     else:
-        written.set_result(None)
+        written.set_result(checksums)

@@ -108,7 +108,7 @@ def finish(
     (folder / _METADATA).write_bytes(pickle.dumps(Metadata(entries, storage_data=stored)))
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / _COMMON)
     (folder / _BACKEND).write_text(json.dumps(_NAMES), encoding="utf-8")
-    write_manifest(folder)
+    write_manifest(folder, crc32={})
 
 
 def _offsets(chunk: ChunkStorageMetadata) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def test_parameters_in_fp8_are_read_in_bf16_and_their_scales_are_the_saved_ones(
         assert module is linear
         happened.append([value.tolist() for value in values])
 
-    monkeypatch.setattr(checkpoint, "check_manifest", lambda path, trust: None)
+    monkeypatch.setattr(checkpoint, "_check", lambda path: None)
     monkeypatch.setattr(checkpoint, "load_sharded_metadata", lambda path: {})
     monkeypatch.setattr(checkpoint, "state_of", lambda *_: {"model0": {"linear.weight": weight}})
     monkeypatch.setattr(checkpoint, "set_scales", set_scales)

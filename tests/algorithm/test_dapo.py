@@ -60,6 +60,12 @@ def test_an_absurd_ratio_gives_finite_loss_and_gradient():
         assert torch.isfinite(gradient).all()
 
 
+def test_without_the_dual_clip_a_ratio_counts_up_to_e_to_the_20():
+    logprobs = torch.tensor([[19.5, 20.5, 30.0]], dtype=torch.float64)
+    loss, _ = policy_loss(logprobs, torch.zeros_like(logprobs), torch.tensor([[-1.0]]), 0.2, 0.28, 0.0)
+    np.testing.assert_allclose(loss.log().numpy(), [[19.5, 20.0, 20.0]])
+
+
 def group(problem_id: str, correct: list[bool]) -> Group:
     rows = [
         Trajectory(0, 0, problem_id, i, (1,), (2,), (-0.5,), "stop", ((0, 1),), c, float(c), "")

@@ -54,3 +54,7 @@ def test_only_bad_steps_in_a_row_count() -> None:
             due.append((step, streak.length, streak.reason))
     assert due == [(5, 3, "e"), (8, 6, "h")]
     assert streak == Streak()
+
+
+def test_with_a_patience_of_one_every_bad_step_is_enough() -> None:
+    assert [Streak(length, "a").is_due(1) for length in range(4)] == [False, True, True, True]

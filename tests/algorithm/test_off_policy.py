@@ -43,6 +43,11 @@ def test_the_mask_is_symmetric_around_one():
     assert (weights > 0).tolist() == [False, True, True, False]
 
 
+def test_a_mask_without_room_keeps_what_is_exactly_equal():
+    equal = torch.tensor([-0.7, -1.3])
+    assert importance_weights(equal, equal, "mask", 1.0).tolist() == [1.0, 1.0]
+
+
 def test_a_weight_scales_the_gradient_of_its_token_and_nothing_else():
     engine, trainer = torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.0])
     logprobs = trainer.clone().requires_grad_()

@@ -76,6 +76,8 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
     lengths = [len(row.trajectory.response_ids) for row in batch]
     loss = torch.zeros(())
     sums = dict.fromkeys(("entropy", "ratio_mean", "importance_mean", "off_policy_kept", "kl"), 0.0)
+    sums |= dict.fromkeys(("clip_fraction", "mismatch_mean", "mismatch_k3"), 0.0)
+    maxima = {"ratio_max": 0.0, "mismatch_max": 0.0}
     for row, length in zip(batch, lengths, strict=True):
         trajectory, advantage = row.trajectory, row.advantage
         old, engine, reference = (
@@ -87,6 +89,8 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
         dual = options.get("dual_clip", 10.0)
         if advantage < 0 and dual:
             policy = policy.clamp(max=-dual * advantage)
+        # tokens whose gradient the clips remove
+        flat = (ratio > 1.28) if advantage > 0 else (ratio < 0.8) | (ratio > (dual or math.inf))
         weight, cap = (old - engine).exp(), options.get("importance_cap", 0.0)
         match options.get("importance"):
             case "truncate":
@@ -109,10 +113,14 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
             case None:
                 loss = loss + token_loss.sum() / sum(lengths)
         of_row = {"entropy": entropy, "ratio_mean": ratio, "importance_mean": weight, "kl": divergence}
+        apart = new - engine  # the engine drew the tokens: E[exp(apart)] = 1, and E[-apart] is KL(engine || trainer)
+        of_row |= {"clip_fraction": flat, "mismatch_mean": apart.abs(), "mismatch_k3": apart.exp() - 1 - apart}
+        for name, values in {"ratio_max": ratio, "mismatch_max": apart.abs()}.items():
+            maxima[name] = max(maxima[name], values.max().item())
         for name, values in (of_row | {"off_policy_kept": torch.full((length,), float(kept))}).items():
             sums[name] += values.sum().item() / sum(lengths)
     loss.backward()
-    return sums | {"loss": loss.item()}
+    return sums | maxima | {"loss": loss.item()}
 
 
 def adam_reference(model: PreTrainedModel) -> list[float]:

@@ -59,6 +59,16 @@ def test_one_process_goes_on_from_any_of_them(results: dict[str, dict[str, Any]]
     assert tensor_distance(resumed["trained"], results[name]["trained"]) <= TOLERANCE
 
 
+def test_a_bit_that_a_disk_has_changed_is_said_on_every_rank(results: dict[str, dict[str, Any]]) -> None:
+    """Whoever read it: none may go on, or wait for the others."""
+    one, other = results["TP2"]["changed"]
+    assert one == other
+    assert one.pop("none") == ["no UserError"]
+    assert len(one) == 2
+    for name, said in one.items():
+        assert all(f"TP2.async/{name} has another content than was written" in each for each in said), said
+
+
 def test_a_failed_write_is_a_fault_on_every_rank_and_no_checkpoint(results: dict[str, dict[str, Any]]) -> None:
     failures = results["TP2"]["failures"]
     for rank, (full, slow, no_space, no_policy, no_start, no_end) in enumerate(failures["said"]):

@@ -75,7 +75,8 @@ def test_an_update_is_that_of_its_formula(results: dict[str, dict[str, Any]], la
     assert tensor_distance(result["gradients"], gradients_of(model)) <= TOLERANCE
     metrics = {name: value for name, value in result["metrics"].items() if name in wanted}
     assert metrics == pytest.approx({name: wanted[name] for name in metrics}, rel=1e-4)
-    assert {"loss", "entropy", "ratio_mean"} <= set(metrics)
+    always = {"loss", "entropy", "ratio_mean", "ratio_max", "clip_fraction"}
+    assert always | {"mismatch_mean", "mismatch_max", "mismatch_k3"} <= set(metrics)
 
 
 def test_the_batch_exercises_every_option() -> None:
@@ -84,6 +85,7 @@ def test_the_batch_exercises_every_option() -> None:
     plain = update_reference(build("dense"), {})
     assert all(abs(losses[name]["loss"] - plain["loss"]) > 1e-3 for name in UPDATES)
     assert 0.1 < losses["off-policy mask"]["off_policy_kept"] < 0.9
+    assert 0.1 < plain["clip_fraction"] < 0.9
     assert losses["masked importance"]["importance_mean"] < losses["truncated importance"]["importance_mean"]
 
 

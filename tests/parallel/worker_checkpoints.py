@@ -2,7 +2,7 @@
 
 JOBS is a JSON list of {"name", "layout", "precision", "distributed_optimizer", "resume": names of earlier jobs}; FOLDER
 holds the dense model of the parity suite in `dense` and gets the checkpoints and NAME.pt, what each job came to. TP2
-also fails.
+also fails, and loads what a disk has changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from rloop_mcore.actor import parallel  # noqa: E402
 from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, LayoutConfig, OptimizerConfig  # noqa: E402
-from rloop_mcore.errors import DiskFull, Fault  # noqa: E402
+from rloop_mcore.errors import DiskFull, Fault, UserError  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=1e-3, clip_grad=0.5, warmup_updates=2)
@@ -140,6 +140,30 @@ def fail_to_save(trainer: Trainer) -> dict[str, Any]:
     return {"said": everyone, "left": left, "then": sorted(path.name for path in folder.iterdir())}
 
 
+def load_what_has_changed(trainer: Trainer, checkpoint: Path) -> list[dict[str, list[str]]]:
+    """A bit of each file with tensors changes, one at a time; what every rank said to it, and whether all then load."""
+    said: dict[str, list[str]] = {}
+    for file in sorted(checkpoint.glob("*.distcp")):
+        for part in (0.1, 0.5, 0.9):
+            if dist.get_rank() == 0:
+                flip(file, part)
+            dist.barrier()
+            said.setdefault(file.name, []).append(failure(trainer, UserError, "load", checkpoint))
+            if dist.get_rank() == 0:
+                flip(file, part)
+            dist.barrier()
+    said["none"] = [failure(trainer, UserError, "load", checkpoint)]
+    everyone: list[dict[str, list[str]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, said)
+    return everyone
+
+
+def flip(file: Path, part: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * part)] ^= 1
+    file.write_bytes(content)
+
+
 @contextmanager
 def writer_to_a_full_disk() -> Iterator[type[Fault]]:
     """Rank 1's file is one that has no space, ever."""
@@ -209,6 +233,7 @@ def main() -> None:
         for source in (f"{job['name']}.sync", f"{job['name']}.async", *job["resume"]):
             result[source] = trainer.resumed(source)
         if job["name"] == "TP2":
+            result["changed"] = load_what_has_changed(trainer, folder / "TP2.async")
             result["failures"] = fail_to_save(trainer)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{job['name']}.pt")

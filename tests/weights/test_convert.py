@@ -352,14 +352,14 @@ def class_by_a_detour(name: str) -> bytes:
 
 def by_a_detour(folder: Path) -> None:
     (folder / ".metadata").write_bytes(class_by_a_detour("_StorageInfo.__init__.__class__"))
-    write_manifest(folder)  # whoever sends a checkpoint can send a manifest with it
+    write_manifest(folder, crc32={})  # whoever sends a checkpoint can send a manifest with it
 
 
 def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    write_manifest(folder)
+    write_manifest(folder, crc32={})
 
 
 def without_storage(folder: Path) -> None:
