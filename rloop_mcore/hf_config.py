@@ -23,7 +23,7 @@ _DTYPE = (lambda value: value in (None, *_DTYPES), f"one of {', '.join(_DTYPES)}
 # of a config.json: transformers refuses other types, and so does every engine; what a family reads it checks itself
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), _FLOAT),
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "use_cache"), _FLAG),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "use_cache", "is_causal"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "sliding_window"), _TOKEN),
     **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     "eos_token_id": _TOKENS,
@@ -44,7 +44,7 @@ _NOT_NULL = {
     "num_key_value_heads": ("mistral", "qwen3_moe"),
     "attention_bias": ("llama", "qwen3", "qwen3_moe"),
     "mlp_bias": ("llama",),
-    **dict.fromkeys(("norm_topk_prob", "decoder_sparse_step"), ("qwen3_moe",)),
+    **dict.fromkeys(("num_experts", "norm_topk_prob", "decoder_sparse_step"), ("qwen3_moe",)),
 }
 
 

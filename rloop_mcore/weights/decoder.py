@@ -17,6 +17,9 @@ HONOURED = {
     "attention_dropout": 0.0,
     "quantization_config": None,
     "use_sliding_window": False,
+    "is_causal": True,
+    "per_layer_config": None,
+    "text_config": None,
 }
 
 
@@ -169,6 +172,8 @@ def _rotary_arguments(config: HfConfig, rope: Any) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"{config.file}: the rotary parameters are {rope!r}; they have to be an object.")
     theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))
+    if by_layer := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise UserError(f"{config.file}: rotary parameters by kind of layer ({by_layer[0]}) are not supported.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     arguments = {"rotary_base": config.positive("rope_theta", theta), "rotary_percent": 1.0}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

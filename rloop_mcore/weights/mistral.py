@@ -10,7 +10,8 @@ from rloop_mcore.weights.family import Family, HfConfig
 
 
 def _architecture(config: HfConfig) -> dict[str, Any]:
-    config.honour(decoder.HONOURED | {"sliding_window": None})
+    # with layer_types, transformers takes it for a Ministral, which has a window
+    config.honour(decoder.HONOURED | {"sliding_window": None, "layer_types": None})
     if "sliding_window" not in config.values:
         raise UserError(
             f"{config.file} has no sliding_window, which transformers takes for 4096: set it to null where the model "

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
+from rloop_mcore.hf_config import read_hf_config
 from rloop_mcore.main import train
 from rloop_mcore.main.cli import main
 
@@ -44,6 +45,7 @@ def refused(tmp_path: Path) -> str:
         ({"pad_token_id": True}, "config.json: pad_token_id is True; it has to be a whole number or null"),
         ({"use_cache": "yes"}, "config.json: use_cache is 'yes'; it has to be true or false"),
         ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings is 1; it has to be true or false"),
+        ({"is_causal": None}, "config.json: is_causal is None; it has to be true or false"),
         ({"layer_types": "full_attention"}, "config.json: layer_types is 'full_attention'; it has to be a list"),
         (
             {"layer_types": ["full_attention"]},
@@ -82,6 +84,12 @@ def test_mistakes_in_config_json(changes: dict[str, Any], sentence: str, tmp_pat
     write_model(tmp_path / "model", seed=0)
     change_config(tmp_path / "model", **changes)
     assert refused(tmp_path).startswith(sentence)
+
+
+def test_a_key_that_transformers_takes_no_null_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": null, "num_local_experts": 4}')
+    with pytest.raises(UserError, match=r"config\.json: num_experts is null, which engines don't take for"):
+        read_hf_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_model import build_chunks, in_ddp, logits_of, open_groups
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, VOCABULARY, make_folder, some_ids
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from rloop_mcore.actor import parallel
 from rloop_mcore.config import LayoutConfig
@@ -258,6 +258,10 @@ def test_weights_that_are_no_numbers_are_not_loaded(tmp_path: Path) -> None:
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it has to be a number above 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* is not supported"),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5}, "rope_parameters .* rope_scaling .* differ"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, r"by kind of layer \(full_attention\) are not"),
+        ({"is_causal": False}, "is_causal is False; only True"),  # attention to what comes after, for transformers
+        ({"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "per_layer_config is .*; only None"),
+        ({"text_config": {"rms_norm_eps": 0.1}}, "text_config is .*; only None"),
     ],
 )
 def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence: str) -> None:
@@ -286,6 +290,14 @@ def test_what_is_not_honoured_of_experts_is_refused(tmp_path: Path, change: dict
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
         HfBridge(tmp_path / "m")
+
+
+def test_mistral_with_kinds_of_layers_is_refused(tmp_path: Path) -> None:
+    folder, kinds = tmp_path / "m", ["full_attention"]
+    make_folder(folder, "mistral", kv_heads=1, ratio=1, tied=True, num_hidden_layers=1, layer_types=kinds)
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "MinistralForCausalLM"
+    with pytest.raises(UserError, match=r"layer_types is \['full_attention'\]; only None"):
+        HfBridge(folder)
 
 
 def test_mistral_without_the_key_of_its_window_is_refused(tmp_path: Path) -> None:
