@@ -167,7 +167,8 @@ def test_a_run_whose_terminal_is_gone_checkpoints(session: str, tmp_path: Path) 
     """The first is told so, by SIGHUP; the other goes on, and is told to stop later."""
     run_dir = tmp_path / "run"
     terminal, end = os.openpty()
-    program = "import os, sys; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+    heeds = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # though the tests are under nohup
+    program = f"{heeds}; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
     begins = [sys.executable, "-c", program] if session == "the terminal's" else []
     process = subprocess.Popen(
         [*begins, *runs.command("train", "experiment=tiny", f"run.dir={run_dir}")],
