@@ -123,15 +123,23 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
 
 
 def base_policy(config: Config, journal: Journal) -> Policy:
-    """The policy of model.path, later the theta of the iteration under way; its weights must be what they were."""
+    """The policy of model.path, later the theta of the iteration under way; its weights must be what they were.
+
+    So must be those of the RL policy that the iteration has come to, where the run goes on from these.
+    """
     if not journal.done(0, "base"):
         path = Path(config.model.path).resolve()
         return Policy(path, digest_of(path))
     # Not the newest theta: until its phase is done, that is made anew, and may be half there.
     exploited = [place for place in journal.places() if (place["event"], place["phase"]) == ("done", "exploit")]
     theta = journal.start_policy(len(exploited))
-    if digest_of(theta.path) != theta.digest:
-        raise UserError(
-            f"{theta.path} holds other weights than {journal.path} says: restore them, or choose another run.dir."
-        )
+    needed = [theta]
+    if journal.done(len(exploited), "explore") and not (config.algorithm.reset and config.rft.enabled):
+        last = next(record for record in reversed(journal.records) if record["event"] == "measured")
+        needed.append(Policy(journal.path.parent / last["path"], last["digest"]))
+    for policy in needed:
+        if digest_of(policy.path) != policy.digest:
+            raise UserError(
+                f"{policy.path} holds other weights than {journal.path} says: restore them, or choose another run.dir."
+            )
     return theta

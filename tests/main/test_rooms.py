@@ -30,11 +30,34 @@ def test_a_theta_that_is_no_longer_what_it_was_is_not_gone_on_from(exploited: in
     for iteration in range(exploited):
         journal.record("done", iteration=iteration, phase="exploit")
     for index in (1 - needed, needed):
-        (weights,) = (tmp_path / "policies" / f"theta_{index}").glob("*.safetensors")
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
+        damage(tmp_path / "policies" / f"theta_{index}")
         if index != needed:
             assert base_policy(config, journal) == journal.start_policy(needed)
     with pytest.raises(UserError, match=rf"theta_{needed} holds other weights than "):
         base_policy(config, journal)
+
+
+@pytest.mark.parametrize("override", ["algorithm.reset=true", "algorithm.reset=false", "rft.enabled=false"])
+def test_an_rl_policy_that_is_gone_on_from_has_to_be_what_it_was_too(override: str, tmp_path: Path) -> None:
+    """With the reset nothing is trained from it: what it was is measured already."""
+    config, journal = load_config(["experiment=tiny", "model.path=m", override]), Journal(tmp_path / "journal.jsonl")
+    journal.record("done", iteration=0, phase="base")
+    for index, (event, name) in enumerate({"policy": "theta_0", "measured": "i0_explore_000001"}.items()):
+        path = f"policies/{name}"
+        write_model(tmp_path / path, seed=index)
+        journal.record(event, iteration=0, name=name, path=path, digest=digest_of(tmp_path / path))
+    damage(tmp_path / path)
+    assert base_policy(config, journal) == journal.start_policy(0)  # until the exploration is done, it is not the last
+    journal.record("done", iteration=0, phase="explore", step=1)
+    if override == "algorithm.reset=true":
+        assert base_policy(config, journal) == journal.start_policy(0)
+    else:
+        with pytest.raises(UserError, match="i0_explore_000001 holds other weights than "):
+            base_policy(config, journal)
+
+
+def damage(policy: Path) -> None:
+    (weights,) = policy.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
