@@ -450,10 +450,14 @@ def test_a_server_that_generates_nothing_now_is_asked_what_it_is(alive: bool) ->
 
 
 def test_a_proxy_that_counts_requests_tells_nothing_of_the_server_behind_it() -> None:
+    asked: list[str] = []
+
     async def handler(request: web.Request) -> web.Response:
+        asked.append(request.path)
         return web.Response(status=429)
 
     _ask(handler, lambda client: client.health())
+    assert asked == ["/health"]
 
 
 def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
