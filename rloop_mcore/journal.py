@@ -33,7 +33,7 @@ from typing import Any
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import fsync_path
-from rloop_mcore.types import Policy
+from rloop_mcore.types import Policy, PolicyName
 
 PHASES = ("base", "sft", "explore", "select", "exploit", "evaluate")
 _OWN_KEYS = {"n", "event", "time", "check"}
@@ -98,6 +98,15 @@ class Journal:
             if record["event"] == "policy" and record["iteration"] == iteration:
                 return Policy(path=self.path.parent / record["path"], digest=record["digest"])
         raise LookupError(f"{self.path} records no policy for iteration {iteration}")
+
+    def endpoint(self, iteration: int) -> Policy:
+        """The RL policy at the end of an exploration. Raises LookupError before that is done."""
+        done = self.newest("done", iteration, "explore")
+        if done is None:
+            raise LookupError(f"{self.path} records no end of exploration {iteration}")
+        name = str(PolicyName(iteration, "explore", done["step"]))
+        record = next(record for record in self.records if record["event"] == "measured" and record["name"] == name)
+        return Policy(path=self.path.parent / record["path"], digest=record["digest"])
 
     def newest(self, event: str, iteration: int, phase: str) -> dict[str, Any] | None:
         """The newest `commit` or `done` of a phase (one of PHASES) of an iteration; None before the first."""

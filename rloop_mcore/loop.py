@@ -66,7 +66,7 @@ class RLoop:
 
     def exploit(self, iteration: int, start: Policy) -> None:
         """theta_{i+1}: theta_i fine-tuned on D_expert(i); an empty set leaves theta_i, and says so."""
-        endpoint, experts = self.state.endpoint(iteration), self.state.experts(iteration)
+        endpoint, experts = self.state.journal.endpoint(iteration), self.state.experts(iteration)
         origin = start if self.config.algorithm.reset else endpoint
         if not self.config.rft.enabled:
             theta, reason = endpoint, "rft.enabled=false: the RL endpoint"

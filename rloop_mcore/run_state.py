@@ -252,12 +252,6 @@ class RunState:
         self._record("policy", **fields)
         self.tracker.message(f"theta_{index}: {reason}")
 
-    def endpoint(self, iteration: int) -> Policy:
-        """The RL policy at the end of an exploration phase that is done."""
-        name = str(PolicyName(iteration, "explore", self._steps_explored()[iteration]))
-        record = next(r for r in self.journal.records if r["event"] == "measured" and r["name"] == name)
-        return Policy(self.directory / record["path"], record["digest"])
-
     def measure(self, iteration: int, phase: str, step: int, policy: Policy | None = None) -> None:
         """Keep a policy (the actor's own, unless given) and evaluate it on the validation problems, once."""
         name = str(PolicyName(iteration, phase, step))
@@ -308,15 +302,11 @@ class RunState:
         return str(path.relative_to(self.directory) if path.is_relative_to(self.directory) else path.resolve())
 
     def _global_step(self, iteration: int, phase: str, step: int) -> int:
-        """RL steps taken in the run so far: the x axis of every curve."""
-        explored = self._steps_explored()
+        """RL steps taken in the run so far: the x axis of every curve. The guard may end an exploration early."""
+        done = (r for r in self.journal.records if r["event"] == "done" and r["phase"] == "explore")
+        explored = {record["iteration"]: record["step"] for record in done}
         before = sum(steps for earlier, steps in explored.items() if earlier < iteration)
         return {"base": 0, "sft": step, "explore": before + step}.get(phase, before + explored.get(iteration, 0))
-
-    def _steps_explored(self) -> dict[int, int]:
-        """RL steps of each iteration whose exploration is done; the guard may have ended it early."""
-        done = (r for r in self.journal.records if r["event"] == "done" and r["phase"] == "explore")
-        return {record["iteration"]: record["step"] for record in done}
 
     def _has(self, event: str, fields: Mapping[str, Any]) -> bool:
         """Whether the journal holds such a record."""

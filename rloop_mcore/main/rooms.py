@@ -132,11 +132,11 @@ def base_policy(config: Config, journal: Journal) -> Policy:
         return Policy(path, digest_of(path))
     # Not the newest theta: until its phase is done, that is made anew, and may be half there.
     exploited = [place for place in journal.places() if (place["event"], place["phase"]) == ("done", "exploit")]
-    theta = journal.start_policy(len(exploited))
+    iteration = len(exploited)
+    theta = journal.start_policy(iteration)
     needed = [theta]
-    if journal.done(len(exploited), "explore") and not (config.algorithm.reset and config.rft.enabled):
-        last = next(record for record in reversed(journal.records) if record["event"] == "measured")
-        needed.append(Policy(journal.path.parent / last["path"], last["digest"]))
+    if journal.done(iteration, "explore") and not (config.algorithm.reset and config.rft.enabled):
+        needed.append(journal.endpoint(iteration))
     for policy in needed:
         if digest_of(policy.path) != policy.digest:
             raise UserError(
