@@ -206,9 +206,9 @@ def _apart(gold: Any, answer: Any) -> bool:
 
 def _nothing_solves(gold: Any, answer: Any) -> bool:
     """Is the gold an equation without a solution? All such, and the empty set, are one to math-verify."""
-    if not isinstance(gold, Eq) or not isinstance(answer, Eq):
-        return isinstance(gold, Eq) and answer is S.EmptySet
-    if not all(map(_is_formula, (*gold.args, *answer.args))):
+    if answer is S.EmptySet:
+        return isinstance(gold, Eq)
+    if not _are_equations(gold, answer):
         return False
     try:
         return not solve(gold, gold.free_symbols)
@@ -218,7 +218,7 @@ def _nothing_solves(gold: Any, answer: Any) -> bool:
 
 def _same_equation(gold: Any, answer: Any, digits: int) -> bool:
     """Is one of two equations the other times a number: 2x^2 + 2 = 0 and x^2 = -1?"""
-    if not isinstance(gold, Eq) or not isinstance(answer, Eq) or not all(map(_is_formula, (*gold.args, *answer.args))):
+    if not _are_equations(gold, answer):
         return False
     if {*gold.args} == {*answer.args}:
         return True
@@ -387,6 +387,11 @@ def _is_solved(item: Any) -> bool:
         return True
     sides = [(item.lhs, item.rhs), (item.rhs, item.lhs)]
     return any(_is_name(side) or _is_size(side) for side, other in sides if not side.free_symbols & other.free_symbols)
+
+
+def _are_equations(*items: Any) -> bool:
+    """Of formulas, on either side."""
+    return all(isinstance(item, Eq) and all(map(_is_formula, item.args)) for item in items)
 
 
 def _is_formula(side: Any) -> bool:
