@@ -147,7 +147,9 @@ def _check_writable(values: Mapping[str, Any]) -> None:
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{key} is empty: give {key}=VALUE, or leave it out.")
         if not all(map(_is_text, value if isinstance(value, list) else [value])):
-            raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
+            raise UserError(
+                f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names, or run with LC_ALL=C.UTF-8."
+            )
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
