@@ -119,7 +119,8 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """Write after the last good line; what a crash or a failed write left there goes first."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        created = 0 if self._size else os.O_CREAT  # one that is gone meanwhile would be made of zeros
+        fd = os.open(self.path, os.O_WRONLY | created, 0o644)
         try:
             os.ftruncate(fd, self._size)
             os.lseek(fd, 0, os.SEEK_END)

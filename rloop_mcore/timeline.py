@@ -31,11 +31,11 @@ class Timeline:
     @contextmanager
     def span(self, track: str, name: str, **facts: Any) -> Iterator[None]:
         """Record the block as `name` on `track`, also where it raises."""
-        begin = time.time()
+        begin, clock = time.time(), time.monotonic()  # a clock may be set meanwhile
         try:
             yield
         finally:
-            self.add(track, name, begin, time.time() - begin, **facts)
+            self.add(track, name, begin, time.monotonic() - clock, **facts)
 
     def add(self, track: str, name: str, begin: float, seconds: float, **facts: Any) -> None:
         """Record a span that has passed."""

@@ -127,6 +127,16 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     `elsewhere`: the run is for other machines, so the programs that it names needn't be on this one.
     """
     values = flat(config)
+    _check_writable(values)
+    _check_ranges(values)
+    _check_machine(config, elsewhere)
+    _check_reward_and_guard(config)
+    _check_algorithm(config)
+    _check_rollout(config, elsewhere)
+
+
+def _check_writable(values: Mapping[str, Any]) -> None:
+    """Numbers that can be counted with, and texts that a file can hold."""
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number.")
@@ -137,9 +147,13 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{key} is empty: give {key}=VALUE, or leave it out.")
         if not all(map(_is_text, value if isinstance(value, list) else [value])):
-            raise UserError(f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names.")
-    if config.reward.workers > _MOST_WORKERS:
-        raise UserError(f"reward.workers={config.reward.workers} must be at most {_MOST_WORKERS}, or 0: one a core.")
+            raise UserError(
+                f"{key}={value!r} holds bytes that are no UTF-8 text: rename what it names, or run with LC_ALL=C.UTF-8."
+            )
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    """What each key alone may be."""
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"{key}={values[key]} is not one of {', '.join(filter(None, choices))}.")
@@ -158,41 +172,44 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     for key in _SHARES:
         if values[key] is not None and not 0 < values[key] <= 1:
             raise UserError(f"{key}={values[key]} must be above 0 and at most 1.")
-    if config.actor.optimizer_offload > 1:
-        raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
-    if config.rollout.bucket_mib > _MOST_BUCKET_MIB:
-        raise UserError(f"rollout.bucket_mib={config.rollout.bucket_mib} must be at most {_MOST_BUCKET_MIB}.")
-    for key in ("rollout.temperature", "evaluation.temperature"):
-        if values[key] and not _COLDEST <= values[key] <= _HOTTEST:
-            raise UserError(f"{key}={values[key]} must be from {_COLDEST} to {_HOTTEST:g}.")
-    interface = config.cluster.interface
-    if interface is not None and not re.fullmatch(r"[^\s/:]{1,15}", interface):
-        raise UserError(f"cluster.interface={interface!r} is no name of an interface: such as ib0, from `ip address`.")
-    steps = config.rft.steps
-    if steps and (len(steps) != 2 or not 0 <= steps[0] <= steps[1]):
-        raise UserError(f"rft.steps={steps} must be [first, last], RL steps from 0 on, or [].")
     for key in _BELOW_ONE:
         if not 0 <= values[key] < 1:
             raise UserError(f"{key}={values[key]} must be at least 0 and below 1.")
-    if (count := processes(config.layout)) > _MOST_PROCESSES:
-        raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
+    for key in ("rollout.temperature", "evaluation.temperature"):
+        if values[key] and not _COLDEST <= values[key] <= _HOTTEST:
+            raise UserError(f"{key}={values[key]} must be from {_COLDEST} to {_HOTTEST:g}.")
+
+
+def _check_machine(config: Config, elsewhere: bool) -> None:
+    """Of `run`, `layout`, `actor`, `cluster` and `tracking`: what the machines have to bear."""
     if config.run.seed < 0:
         raise UserError(f"run.seed={config.run.seed} must be at least 0.")
-    if config.reward.correct <= config.reward.wrong:
-        raise UserError(
-            f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}: the policy "
-            "learns what is rewarded more."
-        )
-    low, high = config.guard.entropy_low, config.guard.entropy_high
-    if low is not None and high is not None and low >= high:
-        raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
+    if (count := processes(config.layout)) > _MOST_PROCESSES:
+        raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
+    if config.actor.optimizer_offload > 1:
+        raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
+    interface = config.cluster.interface
+    if interface is not None and not re.fullmatch(r"[^\s/:]{1,15}", interface):
+        raise UserError(f"cluster.interface={interface!r} is no name of an interface: such as ib0, from `ip address`.")
     if config.tracking.wandb_project and not elsewhere and find_spec("wandb") is None:
         raise UserError(
             f"tracking.wandb_project={config.tracking.wandb_project} needs wandb, which is not installed: "
             "`pip install wandb`, or set tracking.wandb_project=null."
         )
-    _check_algorithm(config)
-    _check_rollout(config, elsewhere)
+
+
+def _check_reward_and_guard(config: Config) -> None:
+    reward, guard = config.reward, config.guard
+    if reward.workers > _MOST_WORKERS:
+        raise UserError(f"reward.workers={reward.workers} must be at most {_MOST_WORKERS}, or 0: one a core.")
+    if reward.correct <= reward.wrong:
+        raise UserError(
+            f"reward.correct={reward.correct} must be above reward.wrong={reward.wrong}: the policy learns what is "
+            "rewarded more."
+        )
+    low, high = guard.entropy_low, guard.entropy_high
+    if low is not None and high is not None and low >= high:
+        raise UserError(f"guard.entropy_low={low} must be below guard.entropy_high={high}.")
 
 
 def _is_text(value: Any) -> bool:
@@ -247,6 +264,8 @@ def _check_algorithm(config: Config) -> None:
                 f"checkpoint.policy_steps holds {step}: a step is from 1 to algorithm.rl_steps={algorithm.rl_steps}."
             )
     rft, last = config.rft, algorithm.rl_steps - 1
+    if rft.steps and (len(rft.steps) != 2 or not 0 <= rft.steps[0] <= rft.steps[1]):
+        raise UserError(f"rft.steps={rft.steps} must be [first, last], RL steps from 0 on, or [].")
     if rft.steps and last >= 0 and rft.steps[0] > last:
         raise UserError(f"rft.steps={rft.steps} leaves no expert: an exploration's RL steps are from 0 to {last}.")
     if rft.min_tokens > config.rollout.max_tokens:
@@ -264,6 +283,8 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_rollout(config: Config, elsewhere: bool) -> None:
     rollout = config.rollout
+    if rollout.bucket_mib > _MOST_BUCKET_MIB:
+        raise UserError(f"rollout.bucket_mib={rollout.bucket_mib} must be at most {_MOST_BUCKET_MIB}.")
     if not elsewhere:
         check_python(rollout, elsewhere=False)
     if rollout.engine == "sglang" and not rollout.endpoints:

@@ -126,6 +126,15 @@ def test_a_failed_fsync_is_not_a_record_and_the_next_one_is(tmp_path, monkeypatc
     assert [r["event"] for r in Journal(path).records] == ["first", "second"]
 
 
+def test_a_journal_that_is_gone_meanwhile_is_not_made_anew_of_zeros(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.record("first")
+    journal.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        journal.record("second")
+    assert not journal.path.exists()
+
+
 def test_file_and_directory_entry_are_fsynced_before_record_returns(tmp_path, monkeypatch):
     synced = []
     real = os.fsync

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.trace import trace
-from rloop_mcore.timeline import Timeline, chrome_trace
+from rloop_mcore.timeline import Timeline, chrome_trace, read_spans
 
 
 def test_a_trace_holds_every_span_once_on_its_track(tmp_path: Path) -> None:
@@ -35,6 +36,15 @@ def test_a_trace_holds_every_span_once_on_its_track(tmp_path: Path) -> None:
     assert (spans[0]["ts"], spans[0]["dur"], spans[1]["ts"], spans[1]["dur"]) == (0.0, 2e6, 1e6, 0.5e6)
     names = {e["tid"]: e["args"]["name"] for e in found["traceEvents"] if e["name"] == "thread_name"}
     assert [names[span["tid"]] for span in spans] == ["engines", "trainer", "trainer"]
+
+
+def test_a_clock_that_is_set_meanwhile_lengthens_no_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(tmp_path)
+    with timeline.span("trainer", "update"):
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+    timeline.close()
+    (span,) = read_spans(tmp_path / "timeline.jsonl")
+    assert 0 <= span["seconds"] < 60
 
 
 def test_overlapping_spans_of_a_track_get_rows_of_their_own() -> None:

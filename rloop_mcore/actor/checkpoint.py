@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from rloop_mcore.actor.optimizer import PolicyOptimizer, copy_to_offloaded, count_in_parts
-from rloop_mcore.errors import UserError
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.platform.manifest import check_manifest
 from rloop_mcore.platform.precision import scales, set_scales
 
@@ -64,15 +64,21 @@ def load(path: Path, chunks: list[DistributedDataParallel], optimizer: PolicyOpt
 
 
 def _check(path: Path) -> None:
-    """Collective: every rank reads its share of the files; UserError on all of them where one is not what was saved."""
-    failures, mine = [""] * dist.get_world_size(), ""
+    """Collective: every rank reads its share of the files.
+
+    UserError on all of them where one is not what was saved, Fault where a rank can't read it.
+    """
+    failures: list[Exception | None] = [None] * dist.get_world_size()
+    mine: Exception | None = None
     try:  # those from before there were manifests have none
         check_manifest(path, trust=True, share=(dist.get_rank(), dist.get_world_size()))
     except UserError as error:
-        mine = str(error)
+        mine = error
+    except OSError as error:
+        mine = Fault(f"{path} can't be read by rank {dist.get_rank()} ({error})")
     dist.all_gather_object(failures, mine)
-    if failure := next(filter(None, failures), ""):
-        raise UserError(failure)
+    if (failure := next(filter(None, failures), None)) is not None:
+        raise failure
 
 
 def state_of(

@@ -1,4 +1,5 @@
-"""Training problems that an evaluation set holds too: the same text, or a run of 13 words of it."""
+"""Training problems that an evaluation set holds too, as the same text or a run of 13 words of it, and those that
+contradict each other."""
 
 from __future__ import annotations
 
@@ -34,6 +35,22 @@ def overlapping(problems: Iterable[Problem], evaluation: Iterable[Problem]) -> d
             found[problem.id] = "exact"
         elif any(runs[run] == 1 for run in _runs(words)):
             found[problem.id] = f"{WORDS}-gram"
+    return found
+
+
+def contradicting(problems: Iterable[Problem]) -> dict[str, str]:
+    """The ids of those of `problems` whose text an earlier one has with another answer, each with the two answers.
+
+    Texts are equal as in `overlapping`, answers but for spaces around them: 0.5 is another than 1/2 here.
+    """
+    first: dict[str, Problem] = {}
+    found = {}
+    for problem in problems:
+        if not (words := _words(problem)):
+            continue
+        earlier = first.setdefault("".join(words), problem)
+        if problem.answer.strip() != earlier.answer.strip():
+            found[problem.id] = f"answer {problem.answer:.40}, which is {earlier.answer:.40} in {earlier.id}"
     return found
 
 

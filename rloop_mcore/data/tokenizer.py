@@ -29,7 +29,7 @@ class TextTokenizer:
                     "of transformers writes it"
                 )
         try:
-            self._tokenizer = Tokenizer.from_file(str(files[0]))
+            self._tokenizer = Tokenizer.from_buffer(files[0].read_bytes())  # a path is UTF-8 to it, whatever the locale
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{files[0]} is not a tokenizer: {error}") from None
         # transformers saves what the last call before asked for, and asks for neither where nobody says so

@@ -139,10 +139,13 @@ class JobFolder:
         return [json.loads(file.read_text())["where"] for file in files if file.exists()]
 
     def failures(self, nodes: int) -> list[dict[str, Any]]:
-        """What was written by `write_failure` so far: ranks killed by a signal first, then by time."""
+        """What was written by `write_failure` so far: ranks killed by a signal first, then by time.
+
+        The file system's: the nodes' clocks may be apart.
+        """
         files = [self.folder / f"failed-{node}.json" for node in range(nodes)]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
-        return sorted(found, key=lambda failure: (failure["code"] >= 0, failure["time"]))
+        files = sorted((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime_ns)
+        return sorted((json.loads(file.read_text()) for file in files), key=lambda failure: failure["code"] >= 0)
 
     def _write(self, name: str, fields: dict[str, Any]) -> None:
         write_atomic(self.folder / name, json.dumps(fields))

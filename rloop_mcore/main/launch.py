@@ -56,7 +56,8 @@ def launch(options: argparse.Namespace) -> int:
         if configs[0].cluster.slurm.container == "none":
             for warning in dict.fromkeys(warning for config in configs for warning in _absent(config)):
                 print(f"rloop: warning: {warning}", file=sys.stderr)
-        script = training_script(configs[0], runs, options.force)
+        config = configs[0]
+        script = training_script(config, runs, options.force)
     if options.dry_run:
         print(script, end="")
         return 0
@@ -72,7 +73,7 @@ def launch(options: argparse.Namespace) -> int:
         for path in new:
             _remove(path)
         raise
-    print(f"submitted job {job}; its log is {_log_of(job, runs)}")
+    print(f"submitted job {job}; its log is {_log_of(job, log_file(runs, config.cluster.slurm.flags), len(runs))}")
     for path in kept:
         write_atomic(path, script)
     return 0
@@ -174,6 +175,6 @@ def _submit(script: str) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def _log_of(job: str, runs: Sequence[Run]) -> str:
-    log = log_file(runs).replace("%j", job).replace("%A", job).replace("%a", "K")
-    return f"{log} for run K, from 0 on" if len(runs) > 1 else log
+def _log_of(job: str, log: str, runs: int) -> str:
+    log = log.replace("%j", job).replace("%A", job).replace("%a", "K")
+    return f"{log} for run K, from 0 on" if runs > 1 else log

@@ -53,7 +53,8 @@ def _first(overrides: Sequence[str], force: bool, job: JobFolder) -> int:
         print(f"rloop: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     finally:
-        job.end(code)
+        with suppress(OSError):  # of a disk that is full, read-only or away, which was said
+            job.end(code)
     return code
 
 

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +62,9 @@ def start_ranks(run: Path, rendezvous: Rendezvous, log: Path) -> subprocess.Pope
 
 
 def first_failure(log: Path) -> dict[str, Any] | None:
-    """Rank, exit code (negative: a signal) and time of the first rank of torchrun's `log` to fall; None: none did."""
+    """Rank and exit code (negative: a signal) of the first rank of torchrun's `log` to fall; None: none did."""
     reports = _ROOT_CAUSE.findall(log.read_text(errors="replace")) if log.exists() else []
-    return {"rank": int(reports[-1][0]), "code": int(reports[-1][1]), "time": time.time()} if reports else None
+    return {"rank": int(reports[-1][0]), "code": int(reports[-1][1])} if reports else None
 
 
 def work_for(supervisor: int) -> None:

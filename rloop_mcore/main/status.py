@@ -33,6 +33,7 @@ def status(path: Path, as_json: bool) -> int:
         if last.get("total") and all(last.get(key) == state[key] for key in ("iteration", "phase")):
             state["step"] = f"{state['step']} of {last['total']}"
         others = {key: value for key, value in last.items() if key not in _SAID_ABOVE}
+        state["expert"] = [f"{count} trajectories of iteration {i}" for i, count in enumerate(state["expert"])]
         state["metrics"] = figures_text(last) or others  # of a step there are dozens: --json has them all
         for key, value in state.items():
             if value not in (None, [], {}):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -169,8 +169,19 @@ def _supervise(run: RunDirectory, config: Config, job: JobFolder | None) -> tupl
     ranks = start_ranks(run.path, rendezvous, log)
     with _stop_signals(run, ranks):
         code = _watch(run, ranks, keeper, watchdog, job, config.cluster.nodes)
+    try:
+        return _ending(run, job, config.cluster.nodes, code, log)
+    except OSError as error:
+        raise Fault(
+            f"the ranks ended with exit code {code}, and {run.path} can't be read or written any more "
+            f"({error.strerror}); the same command goes on from the last commit"
+        ) from error
+
+
+def _ending(run: RunDirectory, job: JobFolder | None, nodes: int, code: int, log: Path) -> tuple[int, str]:
+    """After the ranks ended with `code`: the run's exit code, and what is to be said."""
     if job is not None:
-        explain(run, job, config.cluster.nodes)
+        explain(run, job, nodes)
     ending = run.ending()
     if ending is not None:
         return int(ending["code"]), str(ending["message"])
@@ -198,19 +209,22 @@ def _watch(
         try:
             return ranks.wait(_LOOK_S)
         except subprocess.TimeoutExpired:
-            if (why := watchdog.look()) is not None:
-                print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
-                kept = keep_all_stacks(run, job, nodes)
-                # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
-                run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
-                kill_children()
-            if job is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
-                log = job.log("engines-0")
-                run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
-            if ended is None and (run.ending() or {"code": 0})["code"] != 0:
-                ended = time.monotonic()
+            with suppress(OSError):  # of a file server that is away: whether the run can go on is for its ranks to find
+                if (why := watchdog.look()) is not None:
+                    print(f"rloop: {why}: collecting stacks", file=sys.stderr, flush=True)
+                    try:
+                        kept = keep_all_stacks(run, job, nodes)
+                        # first: the ranks of other nodes, which lose these, would say so where nothing stands yet
+                        run.write_ending(75, f"{why}; {kept}; the same command goes on from the last commit")
+                    finally:
+                        kill_children()
+                if job is not None and keeper is not None and keeper.poll() is not None and run.ending() is None:
+                    log = job.log("engines-0")
+                    run.write_ending(1, f"the keeper of the engines of node 0 ended; its log is {log}", log_tail(log))
+                if ended is None and run.ending() is not None:
+                    ended = time.monotonic()
             if ended is not None and time.monotonic() > ended + _GRACE_S:
-                ranks.kill()
+                ranks.kill()  # torchrun waits for minutes for a node that has gone, at a good end too
 
 
 @contextmanager

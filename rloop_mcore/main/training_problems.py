@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rloop_mcore.config import Config
-from rloop_mcore.data.overlap import overlapping
+from rloop_mcore.data.overlap import contradicting, overlapping
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.errors import UserError
 from rloop_mcore.reward.golds import unverifiable
@@ -20,7 +20,8 @@ _SHOWN = 10
 
 
 def training_problems(config: Config, validation: Sequence[Problem], golds: Path) -> list[Problem]:
-    """Load them; report overlap with `validation`, left out with `data.remove_overlap`, and bad golds, left out.
+    """Load them; report overlap with `validation`, left out with `data.remove_overlap`, bad golds, left out, and
+    problems that stand there with two answers, which stay.
 
     Bad golds of `validation` are reported too, and stay. Raises UserError if no problem is left to train on. The same
     problems at every start of a run: a gold that is merely slow stays. golds: the file that keeps which are bad.
@@ -41,6 +42,12 @@ def training_problems(config: Config, validation: Sequence[Problem], golds: Path
     if bad:
         _warn(f"{len(bad)} of {len(problems)} gold answers don't verify against themselves and are left out", bad)
     problems = [problem for problem in problems if problem.id not in bad]
+    if twice := contradicting(problems):
+        _warn(
+            f"{len(twice)} of {len(problems)} training problems have the text of an earlier one and another answer: of "
+            "each such pair one teaches what is wrong, unless the two answers mean the same; they stay",
+            twice,
+        )
     if not problems:
         raise UserError(f"no problem of data.train={config.data.train} is left to train on (see the warnings above)")
     return problems

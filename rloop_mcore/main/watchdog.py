@@ -61,7 +61,7 @@ class Watchdog:
     def _beat(self) -> int:
         try:
             return self._run.heartbeat.stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:  # of a run directory that is gone, or on a file server that is away
             return 0
 
 

@@ -34,6 +34,7 @@ _DECIDED = {
     "test-only": "`rloop launch --dry-run` prints the script",
 }
 _SHORT = {"a": "array", "D": "chdir", "N": "nodes", "t": "time", "W": "wait"}
+_OUTPUT = re.compile(r"(?:--ou[a-z]*=|-o)(.+)")  # sbatch takes a name's beginning
 _READ_S = 60.0  # for bash to read a few lines, on a login node that is busy
 _WAY_OUT_S = 20  # before a job's end, to have it requeued while it still runs
 
@@ -65,7 +66,7 @@ def training_script(config: Config, runs: Sequence[Run], force: bool) -> str:
         raise UserError("cluster.slurm.hetjob=true needs rollout.nodes, the second component, to be 1 or more.")
     _check_directories(runs, slurm.container)
     array = "" if len(runs) == 1 else f"--array=0-{len(runs) - 1}"
-    output = log_file(runs)
+    output = log_file(runs, slurm.flags)
     directives = _directives(config, nodes - apart, output, slurm.flags)
     directives += ["--requeue", f"--signal=B:USR1@{slurm.signal_s}", *([array] if array else [])]
     if apart:
@@ -87,8 +88,13 @@ def training_script(config: Config, runs: Sequence[Run], force: bool) -> str:
     )
 
 
-def log_file(runs: Sequence[Run]) -> str:
-    """Where the job's output goes, by Slurm's patterns: %j the job, %A the array, %a the task. No run: a command's."""
+def log_file(runs: Sequence[Run], flags: Sequence[str]) -> str:
+    """Where the job's output goes, by Slurm's patterns: %j the job, %A the array, %a the task. No run: a command's.
+
+    flags: cluster.slurm.flags, of which the last --output is what sbatch takes.
+    """
+    if chosen := [found[1] for found in map(_OUTPUT.fullmatch, flags) if found]:
+        return chosen[-1]
     if not runs:
         return "rloop-%j.out"
     return f"{runs[0].directory}/slurm/%j.out" if len(runs) == 1 else f"{runs[0].directory.parent}/%A_%a.out"
@@ -96,7 +102,8 @@ def log_file(runs: Sequence[Run]) -> str:
 
 def command_script(config: Config, command: Sequence[str]) -> str:
     """The job that runs another `rloop` command on one node. Raises UserError for a bad value."""
-    directives = _directives(config, 1, log_file(()), config.cluster.slurm.flags)
+    flags = config.cluster.slurm.flags
+    directives = _directives(config, 1, log_file((), flags), flags)
     return _render("command.sh.jinja", config, _checked(directives), command=shlex.join(command))
 
 

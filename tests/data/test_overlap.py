@@ -1,7 +1,7 @@
 """Which training problems an evaluation set holds too."""
 
 from rloop_mcore.config import Config
-from rloop_mcore.data.overlap import overlapping
+from rloop_mcore.data.overlap import contradicting, overlapping
 from rloop_mcore.types import Problem
 
 LONG = "A train leaves the station at noon with a speed of $60$ miles per hour and meets another after two hours."
@@ -63,3 +63,9 @@ def test_the_option_is_off_by_default() -> None:
 def test_a_large_set_is_looked_through_once() -> None:
     problems = [problem(str(n), f"Problem {n}: {LONG}") for n in range(2000)]
     assert len(overlapping(problems, problems[:1])) == 2000
+
+
+def test_one_text_with_two_answers() -> None:
+    texts = [("a", "What is $1+1$?", "2"), ("b", "what is 1 + 1", " 2"), ("c", "What is 1+1?", "3"), ("d", "?", "1")]
+    problems = [Problem(name, text, answer) for name, text, answer in [*texts, ("e", "!", "2")]]
+    assert contradicting(problems) == {"c": "answer 3, which is 2 in a"}

@@ -126,6 +126,15 @@ def test_eos_may_be_described_by_an_object(tmp_path: Path) -> None:
     assert write_tokenizer(tmp_path, eos={"content": "</s>", "lstrip": False}).eos_id == 1
 
 
+def test_a_folder_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"  # as UTF-8 is in another locale
+    folder.mkdir()
+    assert write_tokenizer(tmp_path).encode("7") == (10,)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).rename(folder / name)
+    assert TextTokenizer(folder).encode("7") == (10,)
+
+
 def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         TextTokenizer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import threading
@@ -179,7 +180,7 @@ def test_the_rank_that_was_killed_is_the_cause_and_not_the_one_that_said_so_firs
     job = JobFolder(folder)
     run.write_ending(1, "rank 0: RuntimeError: Connection closed by peer", "a traceback")
     job.log("torchrun-0").write_text(TORCHRUN.replace("-9", "1").replace("rank      : 5", "rank      : 0"))
-    job.write_failure(1, {"rank": 5, "code": -9, "time": time.time() + 1})
+    job.write_failure(1, {"rank": 5, "code": -9})
     job.log("rank-5").write_text("its last words\n")
     explain(run, job, 2)
     assert "its last words" in capsys.readouterr().err
@@ -187,6 +188,20 @@ def test_the_rank_that_was_killed_is_the_cause_and_not_the_one_that_said_so_firs
     assert ending["code"] == 1
     assert ending["message"].startswith("rank 5 on node 1 (")
     assert ending["message"].endswith("was killed by signal 9")
+
+
+def test_who_fell_first_does_not_depend_on_the_nodes_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = JobFolder(tmp_path)
+    for number, clock in ((2, 9e8), (0, 5e8), (1, 7e8)):  # in this order, each by a clock of its own
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        (tmp_path / "torchrun.log").write_text(TORCHRUN.replace("-9", "1").replace("rank      : 5", f"rank : {number}"))
+        failure = first_failure(tmp_path / "torchrun.log")
+        assert failure is not None
+        job.write_failure(number, failure)
+        os.utime(tmp_path / f"failed-{number}.json", (0, 10 + (2, 0, 1).index(number)))  # the file system's
+    assert [failure["rank"] for failure in job.failures(3)] == [2, 0, 1]
+    job.write_failure(1, {"rank": 1, "code": -9})
+    assert [failure["rank"] for failure in job.failures(3)] == [1, 2, 0]
 
 
 def test_a_run_that_was_stopped_needs_no_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

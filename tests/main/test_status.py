@@ -46,13 +46,17 @@ def test_the_best_checkpoint_and_the_last_words(tmp_path: Path, capsys: pytest.C
 def test_a_step_is_told_with_how_many_its_phase_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path)
     run.config.write_text(to_yaml(load_config([f"run.dir={tmp_path}", "model.path=m", "data.train=d"])))
-    Journal(run.journal).record("commit", iteration=0, phase="explore", step=7)
+    journal = Journal(run.journal)
+    for iteration, experts in enumerate((10, 12)):
+        journal.record("done", iteration=iteration, phase="select", experts=experts)
+    journal.record("commit", iteration=0, phase="explore", step=7)
     logged = {"iteration": 0, "phase": "explore", "step": 8, "total": 300, "loss": 0.5, "lr": 1e-6}
     for phase, step in (("explore", "7 of 300"), ("exploit", "7")):  # which is not committed yet
         (tmp_path / "metrics.jsonl").write_text(json.dumps(logged | {"phase": phase}) + "\n")
         status(tmp_path, as_json=False)
         printed = capsys.readouterr().out.splitlines()
         assert f"step           {step}" in printed
+        assert "expert         10 trajectories of iteration 0; 12 trajectories of iteration 1" in printed
         assert "metrics        loss 0.500" in printed  # and nothing of the learning rate
 
 

@@ -28,3 +28,14 @@ def test_bad_golds_are_left_out_of_training_and_stay_in_the_validation_set(
         assert "1 of 2 gold answers of data.validation don't verify against themselves" in caplog.text
         assert "v2 (unparsable)" in caplog.text
         assert "1 of 2 gold answers don't verify against themselves and are left out: bad (unparsable)" in caplog.text
+
+
+def test_a_problem_with_two_answers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"problem": "Why?", "answer": answer}) + "\n" for answer in ("42", "43")))
+    config = load_config(["run.dir=r", "model.path=m", f"data.train={train}", "reward.workers=1"])
+    with caplog.at_level(logging.WARNING):
+        problems = training_problems(config, [], tmp_path / "golds.json")
+    assert [problem.answer for problem in problems] == ["42", "43"]
+    assert "1 of 2 training problems have the text of an earlier one and another answer" in caplog.text
+    assert f"{problems[1].id} (answer 43, which is 42 in {problems[0].id})" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import select
@@ -24,6 +25,7 @@ from simulated_fleet import SimulatedFleet, make_requests, run_virtually
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import RewardConfig, TrackingConfig
+from rloop_mcore.errors import Fault
 from rloop_mcore.main import run_directory, train
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.main.stacks import collect
@@ -134,6 +136,50 @@ def test_why_a_stalled_run_ends_stands_there_before_its_ranks_fall(
         assert train._watch(run, ranks, None, watchdog, None, 1) == -9
         other.join(20)
     assert [ending["code"] for ending in seen if ending] == [75]
+
+
+def away(*_: object) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_file_server_that_is_away_ends_no_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so when the ranks have ended; meanwhile they are watched as ever."""
+    run, config = RunDirectory(tmp_path), load_config(["experiment=tiny"])
+    monkeypatch.setattr(train, "_LOOK_S", 0.05)
+    monkeypatch.setattr(RunDirectory, "ending", away)
+    monkeypatch.setattr(train, "start_ranks", lambda *_: subprocess.Popen(["sh", "-c", "sleep 0.5; exit 3"]))
+    with pytest.raises(Fault, match=rf"the ranks ended with exit code 3, and {tmp_path} can't be read or written any"):
+        train._supervise(run, config, None)
+    watchdog, clock = watch(tmp_path, "guard.stall_floor_s=60")
+    beat(tmp_path)
+    assert silent_for(watchdog, clock, 1) is None
+    (tmp_path / "heartbeat").unlink()
+    (tmp_path / "heartbeat").symlink_to("heartbeat")  # no stat of it, not for the want of it
+    assert silent_for(watchdog, clock, 62) == "stalled: nothing has got done for 61 s"
+
+
+def test_ranks_whose_stacks_cannot_be_kept_are_killed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = watch(tmp_path)[0]
+    monkeypatch.setattr(train, "_LOOK_S", 0.05)
+    monkeypatch.setattr(watchdog, "look", lambda: "stalled")
+    monkeypatch.setattr(RunDirectory, "write_ending", away)
+    with subprocess.Popen(["sleep", "60"]) as ranks:
+        assert train._watch(RunDirectory(tmp_path), ranks, None, watchdog, None, 1) == -9
+
+
+def test_torchrun_that_waits_for_a_node_that_has_gone_does_not_hold_up_a_good_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own patience is 300 s."""
+    run, watchdog = RunDirectory(tmp_path), watch(tmp_path)[0]
+    monkeypatch.setattr(train, "_LOOK_S", 0.05)
+    monkeypatch.setattr(train, "_GRACE_S", 0.2)
+    run.write_ending(0, "")
+    with subprocess.Popen(["sleep", "20"]) as ranks:
+        assert train._watch(run, ranks, None, watchdog, None, 2) == -9
+    assert run.ending() == {"code": 0, "message": ""}
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_a_bit_that_a_disk_has_changed_is_said_on_every_rank(results: dict[str, 
     one, other = results["TP2"]["changed"]
     assert one == other
     assert one.pop("none") == ["no UserError"]
+    (unread,) = one.pop("unreadable")
+    assert unread.endswith("TP2.async can't be read by rank 1 ([Errno 5] Input/output error)")
     assert len(one) == 2
     for name, said in one.items():
         assert all(f"TP2.async/{name} has another content than was written" in each for each in said), said

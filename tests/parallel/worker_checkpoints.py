@@ -32,6 +32,8 @@ from rloop_mcore.actor import parallel  # noqa: E402
 from rloop_mcore.actor.actor import MegatronActor  # noqa: E402
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, LayoutConfig, OptimizerConfig  # noqa: E402
 from rloop_mcore.errors import DiskFull, Fault, UserError  # noqa: E402
+from rloop_mcore.platform import manifest  # noqa: E402
+from rloop_mcore.platform.manifest import crc32_of  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=1e-3, clip_grad=0.5, warmup_updates=2)
@@ -152,10 +154,18 @@ def load_what_has_changed(trainer: Trainer, checkpoint: Path) -> list[dict[str, 
             if dist.get_rank() == 0:
                 flip(file, part)
             dist.barrier()
+    if dist.get_rank() == 1:
+        manifest.crc32_of = failing_disk
+    said["unreadable"] = [failure(trainer, Fault, "load", checkpoint)]
+    manifest.crc32_of = crc32_of
     said["none"] = [failure(trainer, UserError, "load", checkpoint)]
     everyone: list[dict[str, list[str]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, said)
     return everyone
+
+
+def failing_disk(file: Path) -> int:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def flip(file: Path, part: float) -> None:

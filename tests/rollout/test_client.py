@@ -267,13 +267,13 @@ def _few_files(spare: int) -> Iterator[None]:
 
 
 def test_calls_wait_for_a_file_of_this_process(endpoint: Endpoint) -> None:
-    async def calls() -> None:
+    async def calls() -> list[None]:
         async with closing(EngineClient(endpoint.url, endpoint.key, VOCABULARY, 30.0)) as client:
             await client.health()
             with _few_files(4):
-                await asyncio.gather(*(client.health() for _ in range(20)))
+                return await asyncio.gather(*(client.health() for _ in range(20)))
 
-    asyncio.run(calls())
+    assert asyncio.run(calls()) == [None] * 20
 
 
 def test_where_there_is_no_file_for_long_the_engine_is_not_blamed() -> None:
@@ -418,7 +418,15 @@ def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypa
 
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])
 def test_a_server_that_can_is_taken(version: str, lacks: str) -> None:
-    _ask(_server(version, lacks), lambda client: client.check_server(30.0))
+    asked = set()
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.add(request.path)
+        return await _server(version, lacks)(request)
+
+    _ask(handler, lambda client: client.check_server(30.0))
+    assert "/pause_generation" in asked
+    assert ("/begin_weight_update" in asked) == (not lacks)  # where a version has no such route it is not looked for
 
 
 @pytest.mark.parametrize("place", [{"tp_rank": 1}, [{"tp_rank": 1}]], ids=["before 0.5.21", "since"])

@@ -529,6 +529,7 @@ def test_where_a_jobs_log_will_be_is_said(
     (tmp_path / "sweep").write_text(f"run.dir={tmp_path}/a\nrun.dir={tmp_path}/b\n")
     for words, task in (
         (["experiment=tiny", f"run.dir={tmp_path}/one"], ""),
+        (["experiment=tiny", f"run.dir={tmp_path}/one", "cluster.slurm.flags=['--out=/l/%j','-o/l/of-%j']"], ""),
         (["experiment=tiny", "--sweep", str(tmp_path / "sweep")], "K"),
         (["--", "trace", "r"], ""),
     ):
@@ -536,6 +537,7 @@ def test_where_a_jobs_log_will_be_is_said(
         (output,) = {line for line in directives(capsys.readouterr().out) if line.startswith("--output=")}
         log = output.removeprefix("--output=").replace("%A", "7").replace("%j", "7").replace("%a", task)
         assert main(["launch", *words]) == 0
+        assert log.startswith("/l/of-7") == ("-o/l" in " ".join(words))
         assert f"submitted job 7; its log is {log}" in capsys.readouterr().out
 
 
