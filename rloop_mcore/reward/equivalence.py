@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
@@ -102,6 +102,11 @@ _Latex2Sympy.convert_postfix_list = _side_by_side
 _GAMMA = re.compile(r"(?<!(?:hat|bar|dot|vec|lde|ine)\{)\\(?:gamma(?![A-Za-z])|Gamma(?![A-Za-z]|\s*\())")
 # Of a named function the parser takes it for the reciprocal.
 _INVERSE = re.compile(r"(?<![A-Za-z\\])([fghFGH])\s*\^\s*\{\s*-1\s*\}\s*(?=\()")
+# Of more than a letter or a number an f is a factor to the parser, f(x+1) is fx + f; of two arguments a function.
+_APPLIED = re.compile(
+    r"(?<![A-Za-z\\])f\s*\((?!\s*(?:[A-Za-z]|[0-9.]+)\s*\))((?:[-+*/^{}0-9fmntxyz\s.]|\\(?:frac|sqrt|cdot)"
+    r"|\((?:[-+*/^{}0-9mntxyz\s]|\\(?:frac|sqrt|cdot))*\))+)\)"
+)
 # Of letters the parser takes them for polynomials: to it \gcd(m, n) is 1.
 _GCD = re.compile(
     r"(?:\\(?:text|mathrm|operatorname)\s*\{\s*(gcd|lcm)\s*\}|\\?\b(gcd|lcm))\s*\(((?:[^()]|\([^()]*\))*)\)"
@@ -110,7 +115,7 @@ _GCD = re.compile(
 # To the parser an e is Euler's number there, and a d begins a differential: m_e is nothing.
 _NAMED_E_OR_D = re.compile(
     r"(?<!\\int)(?<!\\log)(?<!\\lim)(?<!\\sum)(?<!\\sup)(?<!\\inf)(?<!\\max)(?<!\\min)(?<!\\prod)(?<=[A-Za-z}])\s*"
-    r"_\s*(?:([de])(?![a-z])|\{\s*([de])\s*\})"
+    r"_\s*(?:([de])|\{\s*([de])\s*\})"
 )
 
 _NORMALISATION = NormalizationConfig(
@@ -143,6 +148,7 @@ def parse_answer(text: str) -> Parsed:
         parts = [parse_answer(part) for part in text.split(r"\land")]
         whole = all(len(part) == 1 and _is_inequality(part[0]) for part in parts)
         return (And(*(one for part in parts for one in And.make_args(part[0]))),) if whole else ()
+    text = _APPLIED.sub(_of_two, text)
     text = _INVERSE.sub(r"\\tilde{\1}", _GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
     text = _NAMED_E_OR_D.sub(r"_{\\text{\1\2}}", text)
     found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
@@ -150,6 +156,10 @@ def parse_answer(text: str) -> Parsed:
         _exact(_with_imaginary_unit(_with_values(item))) for item in found if isinstance(item, (Basic, MatrixBase))
     )
     return tuple(item for item in items if not _says_nothing(item))
+
+
+def _of_two(found: re.Match[str]) -> str:
+    return f"f({_APPLIED.sub(_of_two, found[1])},0)"
 
 
 def _of_letters(found: re.Match[str]) -> str:
@@ -445,7 +455,8 @@ def _region(item: Any) -> Any:
     if isinstance(item, Eq) and isinstance(item.rhs, Set):
         return item.rhs  # x in [1, 2]
     if isinstance(item, FiniteSet) and any(map(_is_inequality, item.args)):
-        return Union(*(part.as_set() for part in item.args))  # x < -1 or x > 1
+        parts = [part.as_set() for part in item.args]  # x < -1 or x > 1; but x > 5, x > 6 says no such thing
+        return Union(*parts) if all(one.is_disjoint(other) for one, other in combinations(parts, 2)) else None
     if _is_inequality(item):
         return item.as_set()
     return item if isinstance(item, Set) and not isinstance(item, FiniteSet) else None

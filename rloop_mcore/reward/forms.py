@@ -19,6 +19,7 @@ _DETAILS = re.compile(
 )
 _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "pm"})
 _CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?")
+_DATE = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-[0-3][0-9]")  # no difference
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 # What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
@@ -26,7 +27,7 @@ _NAMED = re.compile(
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
     | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
     | (?<=[A-Za-z])\^\{-1\}(?=\() | \\[,;:!\ ]
-    | (?<=[A-Za-z0-9}])\ ?(?:[+/:-]|\\(?:cdot|cap|cup)(?![A-Za-z]))\ ?(?=[A-Za-z])
+    | (?<=[A-Za-z0-9})])\ ?(?:[+/:-]|\\(?:cdot|cap|cup)(?![A-Za-z]))\ ?(?=[A-Za-z])
     | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
     | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])
     | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )++
@@ -34,11 +35,18 @@ _NAMED = re.compile(
     re.VERBOSE,
 )
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
-_LETTER = re.compile(rf"(?i:({_GREEK}))|\\[A-Za-z]+|[A-Za-z]{{3,}}|([A-Za-z])")  # neither a command's nor a word's
+# Neither a command's nor a word's: of Alice, but not of the mgR and Mgh that are products.
+_LETTER = re.compile(
+    rf"(?i:({_GREEK}))|\\text[a-z]*\s*\{{[^{{}}]*[A-Za-z]{{3}}[^{{}}]*\}}|\\[A-Za-z]+"
+    r"|(?<![A-Za-z])(?:[a-z]{3,}|(?=[A-Za-z]*[AEIOUYaeiouy])(?:[A-Z][a-z]{2,}|[A-Z]{3,}))(?![A-Za-z])|([A-Za-z])"
+)
+_FEW = re.compile(r"\(?(?:[a-z]{1,3}|[A-Z]{1,3})\)?")
 _LIMIT = re.compile(r"\\lim\s*_\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MATRICES = re.compile(r"[A-Z]\s*\^\s*\{(?:\(T\)|-1)\}")
 _CAPITAL = re.compile(r"(?<![a-z\\])[A-Z](?:\s*\^\s*\{[^{}]*\})?")
-_SIGN = re.compile(r"(?:(?<![A-Za-z\\])[A-Za-z]|[A-Za-z]\}|\\nabla)\s*\\(times|cdot)(?![A-Za-z])\s*(?=\\?[A-Za-z])")
+_SIGN = re.compile(
+    r"(?:(?<![A-Za-z\\])[A-Za-z]|[A-Za-z]\}|\\nabla)\s*\\(times|cdot)(?![A-Za-z])\s*(?=\\?[A-Za-z])(?!\\(?:frac|sqrt|pi|binom)(?![A-Za-z]))"
+)
 _VECTOR = re.compile(r"\\(?:vec|nabla|overrightarrow|mathbf)(?![A-Za-z])")
 _FACTOR = re.compile(rf"\\times(?![A-Za-z])|{_LETTER.pattern}")
 _UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
@@ -49,6 +57,7 @@ _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(
 _FUNCTION = re.compile(r"([fgh])\(([a-z])\)\s*=(.*)")
 _LEFT_SIDE = re.compile(r"([A-Za-z])(\([a-z]\))?\s*=")
 _PERIOD = re.compile(r"(?<![A-Za-z\\])([klmn])\s*\\pi(?![A-Za-z])|\\pi\s*([klmn])(?![A-Za-z])")
+_MULTIPLE = re.compile(r"[nN]\s*=[^=]*?(?<![A-Za-z\\])([klm])(?![A-Za-z])[^=]*")  # n = 2k + 1, of any integer k
 _ANY_CONSTANT = re.compile(r"[A-DKacdklmn](?:_[0-9])?")
 _OF_A_PERIOD = frozenset("xtyz")
 _OF_A_SOLUTION = frozenset("efghikstuvwxyz")  # letters beside its constants: the c of a + b + c is none
@@ -83,11 +92,14 @@ def same_text(gold: str, answer: str) -> bool | None:
     A parser would take words for products of letters: "east" would be "seat".
     """
     one, other = plain_text(gold), plain_text(answer)
-    both = [re.fullmatch(r"[a-z-]{4,}|[0-9:]+[ap]m", text) or text in _SHORT_WORDS for text in (one, other)]
+    both = [
+        re.fullmatch(r"(?=.*[a-z]{3})[a-z-]{4,}|[0-9:]+[ap]m", text) or text in _SHORT_WORDS for text in (one, other)
+    ]
     if all(both):
         return one == other
+    formula = re.search(r"[\\/^=+*]|^\S+$", _TEXT.sub("", gold))  # of letters: abc/4R is not abc/4r
     if one and one == other and words_of(gold):
-        return True
+        return True if not formula or len({*map(plain_text, cases_apart(gold, answer))}) == 1 else None
     if "=" in gold and sorted(re.sub(r"\s", "", gold).split("=")) == sorted(re.sub(r"\s", "", answer).split("=")):
         return True  # AB = BA, which says nothing to a parser
     if both[0] and not _COMMAND.search(_TEXT.sub("", gold)):
@@ -104,6 +116,8 @@ def conflict(gold: Reading, answer: Reading) -> bool:
         return True
     if _LOOSE.search(answer.text) and not _LOOSE.search(gold.text):
         return True  # n \equiv 72, 72\ldots, 72', x|_{x=72}, (0,\infty]
+    if "," in gold.text and r"\ldots" in gold.text and r"\ldots" not in answer.text:
+        return True  # a parser drops them
     if "%" in answer.text and "," in answer.text and "%" not in gold.text:
         return True  # of a list the parser drops the sign
     if gold.either != answer.either and words_of(gold.text):
@@ -169,14 +183,15 @@ def cases_apart(gold: str, answer: str) -> tuple[str, str]:
     """Both texts, with other letters for capitals that occur beside their small letters: to a parser they are one.
     So are I^2 and I, which is the identity to it; and E_1 is nothing.
 
-    Not where the gold is but letters: choices, and x for X, are taken either way.
+    Not where both are but letters of one case: choices, and x for X, are taken either way; but not mgr for mgR.
     """
     found_letters = (found[1] or found[2] for text in (gold, answer) for found in _LETTER.finditer(text))
     letters = {letter for letter in found_letters if letter}
-    capitals = [letter for letter in sorted(letters) if letter in "EI" or letter.lower() in letters - {letter}]
-    if not capitals or all(re.fullmatch(r"\(?[a-z]{1,3}\)?", plain_text(text)) for text in (gold, answer)):
+    small = letters | {*_COMMAND.sub("", _TEXT.sub("", f"{gold} {answer}"))}  # and those of words
+    capitals = [letter for letter in sorted(letters) if letter in "EI" or letter.lower() in small - {letter}]
+    if not capitals or all(_FEW.fullmatch(_TEXT.sub(r"\1", text).strip(" ~.$")) for text in (gold, answer)):
         return gold, answer
-    free = [letter for letter in "qwzvyuthkmnpsxabrcjgf" if not {letter, letter.upper()} & letters]
+    free = [letter for letter in "qwzvyuthkmnpsxabrcjgf" if not {letter, letter.upper()} & small]
     other = dict(zip(capitals, free, strict=False))
 
     def renamed(found: re.Match[str]) -> str:
@@ -189,7 +204,7 @@ def in_letters_of(gold: str, answer: str) -> Iterator[str]:
     """The answer, and that with its constants (and its function's argument) named as the gold's are, in every order.
 
     C e^{2x} is A e^{2x}, and f(n) = n + 2 is f(x) = x + 2; C_1 and C_2 may change places. So is \\pi/4 + n\\pi for the
-    gold \\pi/4 + k\\pi, and y = x for y(x) = x or f(x) = x.
+    gold \\pi/4 + k\\pi, n = 2m + 1 for n = 2k + 1, and y = x for y(x) = x or f(x) = x.
     """
     answer = _with_left_side_of(gold, answer)
     yield answer
@@ -206,6 +221,8 @@ def in_letters_of(gold: str, answer: str) -> Iterator[str]:
         constants |= {name for name in ours - theirs - {one[1]} if _ANY_CONSTANT.fullmatch(name)}
     if (found := _PERIOD.search(gold)) and ours <= _OF_A_PERIOD | set(found.groups()):
         constants = {found[1] or found[2]}
+    if (found := _MULTIPLE.fullmatch(gold)) and ours <= {"n", "N", found[1]}:
+        constants = {found[1]}
     named = sorted(name for name in theirs if name in constants or name not in ours)
     if len(named) == len(constants) <= _MOST_CONSTANTS and all(map(_ANY_CONSTANT.fullmatch, named)):
         for order in permutations(sorted(constants)):
@@ -231,8 +248,10 @@ def _with_symbols(text: str, names: dict[str, str]) -> str:
 
 
 def _ratios_conflict(gold: str, answer: str) -> bool:
-    """4:30 is a time and no quotient; the quotient of 1:2:3 is not that of 1:3:2."""
+    """4:30 is a time and no quotient; the quotient of 1:2:3 is not that of 1:3:2, nor a date the difference."""
     sides = [_TEXT.sub(r"\1", side).replace(" ", "") for side in (gold, answer)]
+    if _DATE.fullmatch(sides[0]):
+        return sides[0] != sides[1]
     parts = [side.split(":") if _RATIO.fullmatch(side) else [] for side in sides]
     if not any(parts) or parts[0] == parts[1]:
         return False

@@ -153,12 +153,11 @@ def _as_often(gold: str, answer: str) -> bool:
     To math-verify a list is a set. A gold that repeats an entry is no set: 16,3,1,1 is four values in some order. One
     that repeats none, or has braces, is a set of solutions, and an answer may name a double root twice.
     """
-    listed = Counter(entries(gold)) if "," in gold else {}
-    repeated = [one for one, often in listed.items() if often > 1]
-    if not repeated:
+    listed = Counter(entries(gold) if "," in gold else ())
+    if len(listed) == listed.total():
         return True
     named = entries(answer[2:-2] if answer.startswith(r"\{") and answer.endswith(r"\}") else answer)
-    return all(sum(_equal(one, other) for other in named) == listed[one] for one in repeated)
+    return all(sum(_equal(one, other) for other in named) == often for one, often in listed.items())
 
 
 def _verdict(correct: bool) -> Verdict:

@@ -35,6 +35,7 @@ _EDGES = re.compile(
 )
 _NOISE = re.compile(
     r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?"
+    r"|mathbf(?=\s*\{\s*-?\\(?:[dt]?frac|sqrt)(?![A-Za-z]))"
     r"|(?:bf|bm|boldsymbol|ensuremath|underline|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
     r"|(?:[hv]?phantom\s*\{[^{}]*|(?:text)?color\s*\{\s*[A-Za-z]+\s*)\})\s?"
 )
@@ -91,9 +92,9 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\var(?=(?:phi|epsilon|theta|rho)(?![A-Za-z]))"), r"\\"),
     (re.compile(r"\\(max|min|gcd)\s*\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
     (re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-([^{}+-]*)\}"), r"(-\\sqrt[\1]{\2})"),
-    (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])"), r"\\ldots"),
+    (re.compile(r"\\(?:c?dots|dotsc)(?![A-Za-z])|\.\.\.|…"), r"\\ldots"),
     (re.compile(r"\\(?:[hm]box|text(?:sf|rm)|mathsf)(?![A-Za-z])"), r"\\text"),
-    (re.compile(r"(\\(?:mathrm|d?dot)(?![A-Za-z]))\s*([A-Za-z]|\\[a-z]+)"), r"\1{\2}"),
+    (re.compile(r"(\\(?:mathrm|mathbf|vec|hat|bar|tilde|d?dot)(?![A-Za-z]))\s*([A-Za-z]|\\[a-z]+)"), r"\1{\2}"),
     (re.compile(r"_\s*(?:\\(max|min)(?![A-Za-z])|\{\s*\\(max|min)\s*\})"), r"_{\1\2}"),
     (re.compile(r"^\{-\}"), "-"),
     (re.compile(r"^[^{}]+\\choose(?![A-Za-z])[^{}]+$"), r"{\g<0>}"),
@@ -118,6 +119,12 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     ),
     (re.compile(r"\\\\\s*\[[0-9.]+\s*(?:pt|em|ex|mm|cm)\]|\\cr(?![A-Za-z])"), r"\\\\ "),
     (re.compile(r"(?<=\{)([pbvBV]?)smallmatrix(?=\})"), r"\1matrix"),
+    (  # the "if" of a row of cases, or its comma
+        re.compile(
+            r"(?:,\s*|\\text\s*\{\s*,?\s*\}\s*)?&\s*(?:\\text\s*\{\s*(?:if|for|when)\s*\}|(?:if|for|when)\s)\s*|,\s*&"
+        ),
+        "&",
+    ),
     (
         re.compile(r"\^\s*(?:\\prime(?![A-Za-z])|\{((?:\s*\\prime)+)\s*\})"),
         lambda found: "'" * max(1, (found[1] or "").count("p")),
@@ -167,7 +174,10 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"\\mathbb\{R\}\s*(?:\^|_)\s*\{?\s*([-+]|(?:>|\\ge)\s*0)\s*\}?$"),
         lambda found: "(-\\infty,0)" if found[1] == "-" else ("[" if "g" in found[1] else "(") + "0,\\infty)",
     ),
-    (re.compile(r"^\\text\s*\{\s*no (?:real )?solutions?\s*\}$", re.IGNORECASE), r"\\emptyset "),
+    (
+        re.compile(r"^(?:\\text\s*\{)?\s*(?:no (?:real )?solutions?|(?:the )?empty set)\s*\}?$", re.IGNORECASE),
+        r"\\emptyset ",
+    ),
     (
         re.compile(
             r"^(?:\\(?:text|mathrm)\s*\{\s*)?(Rs|INR|USD?|EUR)(?:\.|(?<=US)\\?\$)?[\s~}]*(?:\\[ ,;:]\s*)?(?=[0-9.])"
@@ -177,7 +187,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\((?:\\(?:text|mathrm)\s*\{\s*|\\b)?mod[\s}]*(?:\\[,;:]\s*)?([0-9]+)\s*\)"), r"\\pmod{\1}"),
     (re.compile(r"\\[pb]?mod\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))"), r"\\pmod{\1\2}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
-    (re.compile(r"^(?:\\text\s*\{\s*(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
+    (re.compile(r"^(?:(?:\\text\s*\{\s*)?(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
     (re.compile(r"^\\text\s*\{\s*(\(?[A-J]\)?(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)\(?[A-J]\)?)+)\s*\}$"), r"\1"),
     (re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})"), r"\\ln "),
     (re.compile(r"(\\text(?:bf)?\s*\{\s*(?:\([A-J]\)|[A-J][.):]))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
@@ -237,11 +247,11 @@ _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
 _LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
 _FOR_ALL = re.compile(  # what is said of the letters in it
-    r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some)|where)\b)([^=]{0,80})$"
+    r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some|integers?)|where)\b)([^=]{0,80})$"
     r"|,\s*[A-Za-z]\s*\\in\s*\\mathbb\{R\}$"
 )
-# The number of a period: \frac{\pi}{4} + k\pi, k \in \mathbb{Z}.
-_INTEGER = re.compile(r"(.*?)(?:,|\\text\s*\{[\s,]*for\s*\})\s*([klmn])\s*\\in\s*\\mathbb\{Z\}")
+# Any integer, as of a period: \frac{\pi}{4} + k\pi, k \in \mathbb{Z}; n = 2k + 1 (k \in \mathbb{Z}).
+_INTEGER = re.compile(r"(.*?)(?:,|\(|\\text\s*\{[\s,]*for\s*\})\s*([klmn])\s*\\in\s*\\math(?:bb|bf)\{Z\}\)?")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt)(?![A-Za-z])")
 _CONDITION = re.compile(rf"{_INEQUALITY.pattern}|\\ne(?![A-Za-z])")
 _RELATION = re.compile(rf"{_CONDITION.pattern}|=|\\in(?![A-Za-z])")
@@ -270,7 +280,7 @@ def one_spelling(answer: str) -> str:
     if (said := _FOR_ALL.search(text, 1)) and not _CASES.search(_BOUNDS.sub("", said[1] or "")):
         text = text[: said.start()]
     period = _INTEGER.fullmatch(text)
-    if period and re.search(rf"{period[2]}\s*\\pi|\\pi\s*{period[2]}", period[1]):
+    if period and re.search(rf"{period[2]}\s*\\pi|\\pi\s*{period[2]}|^[nN]\s*=.*{period[2]}", period[1]):
         text = period[1]
     text = _without_edges(text)
     if r"\ldots" in text:  # no parser reads it

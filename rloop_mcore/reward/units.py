@@ -20,6 +20,8 @@ cup; acre; hectare ha; Hz hertz; kHz; MHz; GHz; THz; N newton; kN; dyn dyne; J j
 eV; keV; MeV; GeV; cal calorie; kcal; W watt; mW; kW kilowatt; MW; GW; V volt; mV; kV; A ampere; mA; µA; ohm; kohm; Mohm
 Pa pascal; kPa; MPa; GPa; atm; C coulomb; F farad; T tesla; K kelvin; mol mole; mmol; M molar; dB decibel
 bit; byte; kB KB; MB; GB; cent; dollar USD; euro EUR; rupee INR Rs; unit
+cm 厘米 см; m 米 м; km 千米 公里 км; g 克; kg 千克 公斤 кг; s 秒; min 分钟 мин; h 小时 ч; day 天 дней; year 年
+dollar 美元; yuan 元; ruble руб рублей; people 人; 个; 只; 本; 次; 种
 """
 _NAME = {
     spelling: names.split()[0] for line in _NAMES.split("\n") for names in line.split(";") for spelling in names.split()
@@ -46,6 +48,8 @@ _NUMBER_WORDS = re.compile(
     re.IGNORECASE,
 )
 _POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+_LETTERS = "A-Za-zµÀ-ɏЀ-ӿ一-鿿"
+_FOREIGN = re.compile("[Ѐ-ӿ一-鿿]")  # of these words only known ones are units: not 以上, "or more"
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
 _POWER = r"(?:\s*\^\s*(?:[0-9]|\{-?[0-9]\}))?"
@@ -55,9 +59,9 @@ _IN_TEXT = re.compile(
     rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*+)$"
 )
 _TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in text
-_BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[A-Za-zµ]++\.?{_POWER}[/\s]*+)++)$")
+_BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[{_LETTERS}]++\.?{_POWER}[/\s]*+)++)$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
-_WORD = re.compile(r"([A-Za-zµ]+)(?:\s*\^\s*\{?(-?[0-9])\}?)?|/")
+_WORD = re.compile(rf"([{_LETTERS}]+)(?:\s*\^\s*\{{?(-?[0-9])\}}?)?|/")
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\.?")
 _COMPOUND = re.compile(rf"(?:{_QUANTITY.pattern}[\s,]*){{2,}}")  # 5 feet 6 inches
 _SQUARED = re.compile(r"([A-Za-z]+) (squared|cubed)\b")  # feet squared
@@ -109,8 +113,10 @@ def _name(text: str, spaced: bool, known_only: bool) -> str:
             power_word = _POWER_WORDS[spelling]
             continue
         name = _lookup(spelling)
-        if name is None or (not spaced and len(spelling) < 3 and spelling not in _UNSPACED):
-            if known_only or (len(spelling) < 3 and spelling != "of"):  # 20 cups of feed
+        if name is None or (
+            not spaced and len(spelling) < 3 and spelling not in _UNSPACED and not _FOREIGN.match(spelling)
+        ):
+            if known_only or _FOREIGN.match(spelling) or (len(spelling) < 3 and spelling != "of"):  # 20 cups of feed
                 return ""
             known = False
             name = spelling

@@ -57,6 +57,16 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
         (r"l^2(\mathbb{N})", r"l^{1}(\mathbb{N})", False),
         (r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}", r"\begin{cases}x & x\ge0\\-x & x<0\end{cases}", True),
         (r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}", r"\begin{cases}x & x\le0\\-x & x<0\end{cases}", False),
+        (
+            r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}",
+            r"\begin{cases}x, & \text{if }x\ge0\\-x & \text{for }x<0\end{cases}",
+            True,
+        ),
+        (
+            r"\begin{cases} x & x \geq 0 \\ -x & x<0\end{cases}",
+            r"\begin{cases}x, & \text{if }x\ge0\\x & \text{if }x<0\end{cases}",
+            False,
+        ),
     ],
 )
 def test_what_no_parser_reads_is_its_spelling(gold: str, answer: str, equal: bool) -> None:
