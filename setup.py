@@ -19,18 +19,19 @@ setup(
     },
     entry_points={"console_scripts": ["rloop=rloop_mcore.main.cli:main"]},
     install_requires=[
-        "torch>=2.6,<2.15",  # megatron-core 0.19 can't load the checkpoints that 2.15 writes: no run would resume
+        # 2.11: the oldest that is tested, on a GPU too; megatron-core 0.19 can't load the checkpoints that 2.15 writes
+        "torch>=2.11,<2.15",
         "megatron-core>=0.19,<0.20; python_version>='3.12'",
         "megatron-core==0.16.1; python_version<'3.12'",
         "transformers>=5,<6",
         "safetensors>=0.5",
-        "hydra-core>=1.3,<2",
+        "hydra-core>=1.3.2,<2",
         "math-verify>=0.9,<0.10",
         "pyarrow>=18",
         "aiohttp>=3.10",
         "jinja2>=3.1",
         "latex2mathml>=3.77",
-        "numpy>=1.26",
+        "numpy>=2",
         "packaging>=23",
         "plotly>=6",
         "psutil>=5.9",

@@ -80,7 +80,7 @@ def test_num_experts_as_the_hub_writes_it(tmp_path: Path) -> None:
     expected = HfBridge(tmp_path / "m").architecture()
     file = tmp_path / "m" / "config.json"
     config = json.loads(file.read_text())
-    config["num_experts"] = config.pop("num_local_experts")  # transformers 5's name
+    config["num_experts"] = config.pop("num_local_experts", 4)  # the name of transformers from 5.1 or so on
     file.write_text(json.dumps(config))
     assert HfBridge(tmp_path / "m").architecture() == expected
     assert expected["transformer"]["num_moe_experts"] == 4
@@ -279,7 +279,7 @@ def test_what_is_not_honoured_is_refused(tmp_path: Path, change: dict, sentence:
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1"),
         ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
-        ({"num_local_experts": None}, "has no num_local_experts"),
+        ({"num_experts": None, "num_local_experts": None}, "has no num_local_experts"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it has to be a whole number from 1 to 4"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
     ],
