@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
+ADOPTED = 0  # the version of weights that no run has sent; those of a run begin at 1
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
@@ -142,6 +146,20 @@ class EngineClient:
 
     async def weight_version(self) -> str:
         return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
+
+    async def check_untouched(self, folder: Path) -> None:
+        """Raises EngineError where a run has brought other weights than the server was started with; warns where that
+        was another folder than `folder`."""
+        path = "/model_info"
+        info = await self._json("GET", path)
+        version, started_with = (str(_get(info, name, self.url + path)) for name in ("weight_version", "model_path"))
+        if version.isdigit() and version != str(ADOPTED):
+            text = (
+                f"it holds the weights that a run sent it as version {version}, not those of its folder: start it anew"
+            )
+            raise self._error(path, text, 200)
+        if Path(started_with).resolve() != folder.resolve():
+            log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
