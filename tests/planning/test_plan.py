@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,14 @@ before = resident("VmRSS")
 TileHasher().update(weights)
 print(resident("VmHWM") - before)
 """
+
+
+def test_a_search_over_many_stages_takes_seconds() -> None:
+    """The 94 layers of Qwen3-235B on 128 GPUs: how layers are dealt to stages is found once a number of stages."""
+    model = replace(QWEN_30B, layers=94, hidden=4096, heads=64, expert_ffn=1536)
+    begun = time.process_time()
+    assert len(ranked(model, run_on(1, LayoutConfig(dp=8)), 128)) > 1000
+    assert time.process_time() - begun < 12  # 3 here
 
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(128, 1), (384, 4)])
