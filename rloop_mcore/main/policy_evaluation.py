@@ -125,7 +125,7 @@ class PolicyEvaluation:
         deterministic = platform.deterministic(config.run.deterministic, platform.choose(config.cluster.device))
         fleet = fleet_of(config, servers, None, self._policy, deterministic)
         self._stack.enter_context(fleet)
-        fleet.adopt_weights()
+        fleet.adopt_weights(self._policy)
         return fleet
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -150,11 +151,16 @@ def stages(layout: LayoutConfig, layers: int) -> list[int]:
     """
     if layout.stages:
         return list(layout.stages)
-    count = layout.pp * layout.vpp
+    return list(_balanced(layers, layout.pp * layout.vpp))
+
+
+@lru_cache(maxsize=4096)
+def _balanced(layers: int, count: int) -> tuple[int, ...]:
+    """A search asks for each layout's anew, stage by stage."""
     if layers % count == 0:
-        return [layers // count] * count
+        return (layers // count,) * count
     split = [1] * count
     for _ in range(layers - count):
         work = [(n + (stage in (0, count - 1)), stage in (0, count - 1), stage) for stage, n in enumerate(split)]
         split[min(work)[2]] += 1
-    return split
+    return tuple(split)

@@ -101,10 +101,17 @@ def _passing(model: Architecture, config: Config, stage: int) -> tuple[int, int,
         chunk_bytes(model, layout, chunk, tokens, recompute, modules) + (0 if chunk.last else output)
         for chunk in chunks
     ]
-    kept = most_held(held, stage, count, layout.pp)
+    kept = most_held(held, stage, count, layout.pp) + _replayed_bytes(model, config, sum(c.layers for c in chunks))
     working = layer_working_bytes(model, layout, tokens, recompute, modules) if any(c.layers for c in chunks) else 0
     logits = loss_working_bytes(model, layout, tokens, modules) if chunks[-1].last else 0
     return kept, working, logits
+
+
+def _replayed_bytes(model: Architecture, config: Config, layers: int) -> int:
+    """The experts that routing replay keeps of each position of an update, all replicas' (`actor/routing.py`)."""
+    if config.actor.routing_replay == "none":
+        return 0
+    return rows_of_update(config) * longest_row(config) * layers * model.top_k * (1 if model.experts <= 256 else 4)
 
 
 def _sync_bytes(model: Architecture, config: Config) -> int:

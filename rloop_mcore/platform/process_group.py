@@ -47,9 +47,14 @@ def join_group(
     """Join, as `rank`, the group whose rendezvous store `host_store` serves at `address:port`; blocks until all have.
 
     backend: nccl or gloo. Names of groups are unique in a process; leave with `leave_group`. Every operation in the
-    group has the same deadline. Raises TimeoutError when not all `world_size` ranks came within `timeout_s` seconds.
+    group has the same deadline. Raises TimeoutError when not all `world_size` ranks came within `timeout_s` seconds,
+    and at once where the store is gone: TCPStore alone would knock there for more than twice as long.
     """
     timeout = timedelta(seconds=timeout_s)
+    try:
+        socket.create_connection((address, port), timeout_s).close()
+    except OSError as error:
+        raise TimeoutError(f"group {group_name!r}: nobody waits at {address}:{port} ({error})") from error
     try:
         store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=True)
         with _failures_raised():

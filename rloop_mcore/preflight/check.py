@@ -68,11 +68,11 @@ def _meet(config: Config, place: Place, mine: Facts, word: str, workers: Workers
             }
             learned = {what: answer.result() for what, answer in asked.items()}
         links = meeting.share("links", learned, knocking_s(place.nodes) + _MARGIN_S)
-    device = Counter(facts[rank].device for rank in meeting.members).most_common(1)[0][0]
-    able = [rank for rank in meeting.members if facts[rank].device == device]
+    devices = Counter(facts[rank].device for rank in meeting.members if facts[rank].device != "none").most_common(1)
+    able = [rank for rank in meeting.members if devices and facts[rank].device == devices[0][0]]
     rates = {}
     apart = any("error" in answer for values in links.values() for answer in values["doors"].values())
-    if not apart and not any("interface" in each.trouble for each in facts.values()):
+    if able and not apart and not any("interface" in each.trouble for each in facts.values()):
         plan, count = rounds(able), max(1, min(len(facts[rank].gpus) for rank in able))
         results = workers.run(plan, (meeting.address, meeting.port), address, count) if place.rank in able else []
         rates = meeting.share("collectives", {"results": results}, seconds(plan))

@@ -106,7 +106,7 @@ def _gpus(config: Config, found: Findings) -> list[Problem]:
     if not wanted:
         wanted, key = _usual([len(facts.gpus) for _, facts in present]), "the others' "
     texts: dict[int, list[str]] = {}
-    usual = _usual([facts.device for _, facts in present])
+    usual = _usual([facts.device for _, facts in present if "gpus" not in facts.trouble] or ["none"])
     for rank, facts in present:
         said = texts.setdefault(rank, [])
         if "gpus" in facts.trouble:

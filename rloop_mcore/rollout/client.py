@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
+ADOPTED = 0  # the version of weights that no run has sent; those of a run begin at 1
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
@@ -66,6 +70,7 @@ class EngineClient:
         """partial: calls are to go on over weight syncs."""
         self.url, self._partial = url.rstrip("/"), partial
         self.vocabulary, self.generate_timeout_s = vocabulary, generate_timeout_s
+        self._key = api_key or ""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
         self._requests: set[asyncio.Task[bytes]] = set()
@@ -137,11 +142,25 @@ class EngineClient:
         """What the server says of itself, less the keys that SGLang tells with it: messages quote answers."""
         info = await self._json("GET", "/server_info", timeout_s=timeout_s)
         if not isinstance(info, dict):
-            raise self._error("/server_info", f"the answer is not that of SGLang: {_short(info)}", 200)
+            raise self._error("/server_info", f"the answer is not that of SGLang: {self._quoted(info)}", 200)
         return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
         return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
+
+    async def check_untouched(self, folder: Path) -> None:
+        """Raises EngineError where a run has brought other weights than the server was started with; warns where that
+        was another folder than `folder`."""
+        path = "/model_info"
+        info = await self._json("GET", path)
+        version, started_with = (str(_get(info, name, self.url + path)) for name in ("weight_version", "model_path"))
+        if version.isdigit() and version != str(ADOPTED):
+            text = (
+                f"it holds the weights that a run sent it as version {version}, not those of its folder: start it anew"
+            )
+            raise self._error(path, text, 200)
+        if Path(started_with).resolve() != folder.resolve():
+            log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
@@ -292,13 +311,13 @@ class EngineClient:
                 for rank in answer["ranks"]
             ]
         except (ArithmeticError, TypeError, LookupError, ValueError, AttributeError) as error:
-            raise self._error(path, f"the answer is not that of SGLang: {_short(answer)}") from error
+            raise self._error(path, f"the answer is not that of SGLang: {self._quoted(answer)}") from error
 
     async def _succeed(self, path: str, body: dict[str, Any], timeout_s: float = _CONTROL_TIMEOUT_S) -> None:
         """A 200 alone does not mean that it was done: `success` must be true."""
         answer = await self._json("POST", path, body, timeout_s)
         if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise self._error(path, f"did not succeed: {_short(answer)}")
+            raise self._error(path, f"did not succeed: {self._quoted(answer)}")
 
     async def _json(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
@@ -307,7 +326,7 @@ class EngineClient:
         try:
             return parse_json(raw)
         except ValueError as error:
-            raise self._error(path, f"the answer is not JSON ({error}): {_short(raw)}", 200) from error
+            raise self._error(path, f"the answer is not JSON ({error}): {self._quoted(raw)}", 200) from error
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
@@ -356,11 +375,16 @@ class EngineClient:
             await asyncio.sleep(_FILES_AGAIN_S)  # other calls give theirs back
         if response.status != 200:  # a redirected POST would come as a GET
             moved = response.headers.get("Location")
-            text = f"status {response.status}{f' to {moved}' if moved else ''}: {_short(raw)}"
+            text = f"status {response.status}{f' to {moved}' if moved else ''}: {self._quoted(raw)}"
             text += f" (the key of running servers is {KEY_VARIABLE})" if response.status == 401 else ""
             asked = response.headers.get("Retry-After", "")  # or a date, by a clock that may be another
             raise self._error(path, text, response.status, float(asked) if asked.isdecimal() else 0.0)
         return raw
+
+    def _quoted(self, value: Any) -> str:
+        """An answer, cut short, without the key: SGLang's /server_info has it, and a proxy may echo its request."""
+        text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+        return _short(text.replace(self._key, "(the key)") if self._key else text)
 
     def _error(self, path: str, text: str, status: int | None = None, retry_after_s: float = 0.0) -> EngineError:
         return EngineError(f"{self.url}{path}: {text}", status, self.url, retry_after_s)
@@ -435,5 +459,5 @@ def _get(mapping: Any, name: str, where: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    text = str(value)
     return text if len(text) <= 500 else f"{text[:500]}... ({len(text)} characters)"

@@ -7,10 +7,11 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rloop_mcore.protocols import Answered, WeightChannel
-from rloop_mcore.rollout.client import EngineClient, EngineError
+from rloop_mcore.rollout.client import ADOPTED, EngineClient, EngineError
 from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
 from rloop_mcore.rollout.launch import stop_all
 from rloop_mcore.rollout.served import ServedModel
@@ -119,11 +120,16 @@ class Fleet:
         self.version = None
         self._submit(self._controller.sleep()).result()
 
-    def adopt_weights(self) -> None:
-        """Take what the engines were started with as version 0: an evaluation trains nothing."""
+    def adopt_weights(self, folder: Path) -> None:
+        """Take what the engines were started with, the model in `folder`, as version 0: an evaluation trains nothing.
+
+        Raises EngineError for an engine that a run has brought other weights.
+        """
         self.wait_ready()
-        self._adopt({engine: _client(engine) for engine in self._controller.in_state("waiting")})
-        self.version = 0
+        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
+        self._submit(together(*(client.check_untouched(folder) for client in clients.values()))).result()
+        self._adopt(clients)
+        self.version = ADOPTED
 
     def submit(
         self,
@@ -188,8 +194,8 @@ class Fleet:
         return metrics
 
     def _adopt(self, clients: dict[Engine, EngineClient]) -> None:
-        self._submit(together(*(client.set_weight_version("0") for client in clients.values()))).result()
-        self._submit(self._promote(clients, 0)).result()
+        self._submit(together(*(client.set_weight_version(str(ADOPTED)) for client in clients.values()))).result()
+        self._submit(self._promote(clients, ADOPTED)).result()
 
     def _catch_up(self, version: int | None) -> None:
         """Bring engines that came back to the current weights, while the others go on generating."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,29 @@ before = resident("VmRSS")
 TileHasher().update(weights)
 print(resident("VmHWM") - before)
 """
+
+
+def test_a_search_over_many_stages_takes_seconds() -> None:
+    """The 94 layers of Qwen3-235B on 128 GPUs: how layers are dealt to stages is found once a number of stages."""
+    model = replace(QWEN_30B, layers=94, hidden=4096, heads=64, expert_ffn=1536)
+    begun = time.process_time()
+    assert len(ranked(model, run_on(1, LayoutConfig(dp=8)), 128)) > 1000
+    assert time.process_time() - begun < 12  # 3 here
+
+
+@pytest.mark.parametrize(("experts", "bytes_each"), [(128, 1), (384, 4)])
+def test_an_update_has_the_choices_that_routing_replay_keeps(experts: int, bytes_each: int) -> None:
+    """With 8 updates a step, 2,048 rows of up to 20,479 positions each: on each GPU, whatever dp is."""
+    model = replace(QWEN_30B, experts=experts)
+    layout = LayoutConfig(pp=2, dp=8, ep=8, stages=[23, 25])
+    config = replace(run_on(2, layout, engines=4, tp=4, max_tokens=19456), data=DataConfig("t", max_prompt_tokens=1024))
+    config.algorithm.prompts_per_step, config.algorithm.group_size, config.algorithm.updates_per_step = 1024, 16, 8
+    replayed = replace(config, actor=replace(config.actor, routing_replay="first_forward"))
+    for stage, layers in enumerate(layout.stages):
+        before, after = (Plan.of(model, each).stages[stage].phases for each in (config, replayed))
+        choices = 2048 * 20479 * layers * 8 * bytes_each
+        assert after["train"]["activations"] - before["train"]["activations"] == choices
+        assert after["rollout"] == before["rollout"]
 
 
 def test_a_sync_has_the_memory_that_sglangs_checksums_take() -> None:

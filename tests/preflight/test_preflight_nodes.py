@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nodes
 import pytest
+import torch
 from nodes import Node
 
 from rloop_mcore.errors import Fault
@@ -40,6 +41,18 @@ def test_fit_nodes_are_fit(tmp_path: Path) -> None:
 def test_a_node_alone_is_told_of_as_one(tmp_path: Path) -> None:
     codes, _, printed = nodes.run(tmp_path, [Node()])
     assert (codes, "preflight: the node is fit (cpu)" in printed) == ([0], True), printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(("without", "code"), [([True], 69), ([True, True], 2), ([True, False], 69)])
+def test_a_node_that_sees_no_gpu_is_told_that_alone(tmp_path: Path, without: list[bool], code: int) -> None:
+    """No collective is tried on it, which would fail in other words."""
+    asked = [Node(["cluster.device=cuda"] if blind else []) for blind in without]
+    codes, report, printed = nodes.run(tmp_path, asked)
+    assert codes == [code] * len(without), printed
+    (problem,) = report["problems"]
+    assert problem["message"].endswith(": torch sees no GPU, and cluster.device=cuda")
+    assert problem["nodes"] == ([] if code == 2 else ["n0"])
 
 
 def test_each_bad_node_is_named_with_what_is_bad(tmp_path: Path) -> None:

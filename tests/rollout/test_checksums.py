@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from served_model import tile_checksum
 
-from rloop_mcore.errors import Fault
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.hashers import TileHasher, embedded_hasher, sglang_cpu_hasher
@@ -226,3 +228,15 @@ def test_an_engine_that_leaves_out_a_rank_is_not_verified(ranks: list[int], monk
     client = EngineClient("http://engine", None, vocabulary=10, generate_timeout_s=1.0)
     with pytest.raises(EngineError, match=r"http://engine: .* ranks .* has 2"):
         asyncio.run(_verify(client, [sums, sums], 1.0))
+
+
+def test_a_served_model_is_what_config_json_says() -> None:
+    config = {"vocab_size": 45, "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 16}
+    of = partial(ServedModel.of, folder=Path("/models/m"))
+    assert of(config | {"torch_dtype": "bfloat16"}, fp8=True) == ServedModel(45, 8, 2, 16, "bfloat16", fp8=True)
+    assert of({"vocab_size": 45, "num_attention_heads": 8}) == ServedModel(45, 8, 8, 1, "float32")
+    other = {"num_experts": None, "num_local_experts": 4, "dtype": "half"}
+    assert of(config | other) == ServedModel(45, 8, 2, 4, "half")
+    for name in ("vocab_size", "num_attention_heads"):
+        with pytest.raises(UserError, match=f"/models/m/config.json has no {name}: it is not the folder of a language"):
+            of({key: value for key, value in config.items() if key != name})

@@ -491,3 +491,23 @@ def test_the_keys_in_a_servers_info_are_dropped() -> None:
         return web.json_response({"api_key": "secret", "launch_command": "--api-key secret", "tp_size": 2})
 
     assert _ask(handler, lambda client: client.server_info()) == {"tp_size": 2}
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_what_a_message_quotes_has_no_key(status: int) -> None:
+    """A /server_info that is cut off, a proxy that shows what it was sent: what they end in is logged."""
+
+    async def echo(request: web.Request) -> web.Response:
+        text = f"{'x' * 480} {request.headers['Authorization']} and so on"  # the message is cut within the key
+        return web.Response(text=text, status=status)
+
+    async def ask(client: EngineClient) -> None:
+        key = "0123456789abcdef" * 4
+        async with closing(EngineClient(client.url, key, 10, 30.0)) as other:
+            for call in (other.server_info, other.weight_version, other.begin_update, other.checksums):
+                with pytest.raises(EngineError) as caught:
+                    await call()
+                assert "0123" not in str(caught.value)
+                assert "Bearer (the key)" in str(caught.value)
+
+    _ask(echo, ask)

@@ -101,13 +101,17 @@ class Evil:
 
 
 @pytest.mark.parametrize("what", [Evil(), [("a", Evil())], [1, 2], [("a", 1)], None])
-def test_handles_that_are_no_tensors_are_refused(endpoint: Endpoint, what: object) -> None:
+def test_handles_that_are_no_tensors_are_refused(endpoint: Endpoint, model_path: Path, what: object) -> None:
     text = base64.b64encode(pickle.dumps(what)).decode() if what is not None else "not base64!"
     assert endpoint.request("/begin_weight_update", {})[0] == 200
     try:
         status, answer = endpoint.request("/update_weights_from_tensor", {"serialized_named_tensors": [text]})
         assert status == 400
         assert "serialized_named_tensors" in answer["message"]
+        assert endpoint.request("/end_weight_update", {})[0] == 400
+        assert endpoint.request("/health_generate")[0] == 503  # whichever bucket of a sync it was
     finally:
         endpoint.request("/end_weight_update", {})
+        assert endpoint.request("/update_weights_from_disk", {"model_path": str(model_path)})[0] == 200
+    assert endpoint.request("/health_generate")[0] == 200
     assert not Path("/tmp/rloop_evil_was_here").exists()

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from served_model import EOS, VOCABULARY, token_logprobs
-from transformers import AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rloop_mcore.rollout.embedded.engine import Engine
 from rloop_mcore.rollout.embedded.generation import Generation
 from rloop_mcore.rollout.embedded.model import CausalModel
-from rloop_mcore.rollout.embedded.params import Sample, SamplingParams
+from rloop_mcore.rollout.embedded.params import GenerateRequest, Sample, SamplingParams
+from rloop_mcore.rollout.embedded.responses import describe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -370,3 +372,26 @@ def test_stop_strings_end_a_sample_where_they_appear(model: CausalModel) -> None
         end = text.find(stop) + len(stop) if stop in text else len(text)
         assert model.tokenizer.decode(_ids(call)[row]) == text[:end]
     assert call.finish_reason(0) == {"type": "stop", "matched": stop}
+
+
+@pytest.mark.parametrize("before", [0, 3, 40])
+@pytest.mark.parametrize("stop", ["\n\nQ:", "答案：答案", "🙂🙂🙂🙂🙂🙂", "</answer>", "<|im_end|>"])
+def test_stop_strings_are_seen_in_tokens_of_a_byte(model: CausalModel, stop: str, before: int) -> None:
+    """Byte-level BPE: a character may be four tokens, an added token is a whole word, a special one is no text."""
+    bytes_of = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(bytes_of)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["</answer>"])
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    bytewise = copy.copy(model)
+    bytewise.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokens = tokenizer.encode("é" * before + stop + "and more").ids
+    samples = _samples([(2,)], 1, max_new_tokens=len(tokens), ignore_eos=True, stop=("never", stop))
+    call = Generation(bytewise, samples)
+    for token in tokens:
+        call.record(np.array([0]), np.array([token]), np.array([-1.0], dtype=np.float32))
+    assert call.finish_reason(0) == {"type": "stop", "matched": stop}
+    assert _ids(call)[0] == tokens[: len(tokens) - len("and more")]
+    answer = describe(call, GenerateRequest(samples, True, True, -1, {""}), "1")[0]
+    assert answer["text"] == "é" * before

@@ -311,6 +311,41 @@ def test_success_with_nothing_transferred_is_noticed(
         assert_all_serve(fleet, policy, 6)
 
 
+def test_an_engine_that_is_late_for_a_group_that_was_given_up_is_not_lost(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """The other one failed as it was to join, so that nobody is there any more when the late one comes."""
+    came: list[Any] = []
+
+    async def late(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        async def join() -> Any:
+            await asyncio.sleep(1.0)
+            return await forward(body)
+
+        came.append(asyncio.ensure_future(join()))  # though the trainer hears no more of it
+        return web.json_response(await asyncio.shield(came[-1]))
+
+    async def fail_and_wait(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        if "/init_weights_update_group" not in proxies[0].calls:
+            await asyncio.sleep(0.2)
+        return await answer_500(request, body, forward)
+
+    async def pause_when_it_came(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        if came:
+            await asyncio.sleep(1.2)
+        return web.json_response(await forward(body))
+
+    with within(60), fleet_of(proxies, "late", start_timeout_s=10.0) as fleet:
+        fleet.wait_ready()
+        proxies[0].faults["/init_weights_update_group"] = times(1, late)
+        proxies[0].faults["/pause_generation"] = pause_when_it_came
+        proxies[1].faults["/init_weights_update_group"] = times(1, fail_and_wait)
+        fleet.sync(weights(policy), 7)
+        assert came[0].done()
+        assert proxies[0].restarts == 0
+        assert_all_serve(fleet, policy, 7)
+
+
 @pytest.mark.parametrize("other_dies", [True, False])
 def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
     proxies: list[FaultyProxy], policy: PreTrainedModel, other_dies: bool

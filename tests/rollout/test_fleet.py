@@ -316,7 +316,7 @@ def test_an_engine_of_adopted_weights_that_is_killed_comes_back_with_them(
     """As in `rloop evaluate`, where no sync brings it back."""
     server = start_server(model_path, tmp_path, "engine", max_running=16)
     with make_fleet([server], None) as fleet:
-        fleet.adopt_weights()
+        fleet.adopt_weights(model_path)
         server.process.kill()
         server.process.wait()
         answers = fleet.submit(_requests(), SAMPLING)
@@ -326,6 +326,39 @@ def test_an_engine_of_adopted_weights_that_is_killed_comes_back_with_them(
             finally:
                 fleet.cancel()
         assert_by(reference, _requests(), answers.result(0), 0)
+
+
+def test_weights_that_a_run_sent_are_not_adopted_for_those_of_the_folder(
+    model_path: Path,
+    other_path: Path,
+    tmp_path: Path,
+    reference: PreTrainedModel,
+    other_model: PreTrainedModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run has trained with a server of `rollout.endpoints`; then `rloop evaluate` is given it."""
+    server = start_server(model_path, tmp_path, "engine", max_running=16)
+    try:
+        for _ in range(2):  # the second evaluation finds the version of the first
+            with make_fleet([Borrowed(server)], None) as fleet:
+                fleet.adopt_weights(model_path)
+                _assert_by(reference, fleet, 0)
+        assert not caplog.records
+        with make_fleet([Borrowed(server)], None) as fleet:
+            fleet.adopt_weights(other_path)
+        assert f"was started with {model_path}, and is taken to hold {other_path}" in caplog.text
+        with make_fleet([Borrowed(server)], None) as fleet:
+            fleet.sync(_weights(other_model), 3)
+        with (
+            make_fleet([Borrowed(server)], None) as fleet,
+            pytest.raises(EngineError, match="version 3, not those of its folder: start it anew"),
+        ):
+            fleet.adopt_weights(model_path)
+        with make_fleet([Borrowed(server)], None) as fleet:
+            fleet.sync(_weights(reference), 4)
+            _assert_by(reference, fleet, 4)
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from rloop_mcore.platform.process_group import join_group
 from rloop_mcore.weights.channel import BroadcastChannel
 
 TENSORS = [torch.arange(6.0).reshape(2, 3), torch.tensor([0.5]), torch.randn(4, 4).t()]
@@ -89,6 +90,16 @@ def test_an_engine_that_never_joins() -> None:
         channel.join()
     assert time.monotonic() - started < 10
     channel.close()
+
+
+def test_a_group_whose_store_is_gone_is_no_long_wait() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match=f"group 'gone': nobody waits at 127.0.0.1:{port}"):
+        join_group("gloo", "127.0.0.1", port, 2, 1, "gone", timeout_s=20.0)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("before", [None, "0"])

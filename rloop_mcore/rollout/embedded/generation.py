@@ -10,7 +10,7 @@ import numpy as np
 from rloop_mcore.rollout.embedded.model import CausalModel
 from rloop_mcore.rollout.embedded.params import Sample
 
-_STOP_TAIL = 8  # tokens looked at beyond a stop string's length in characters
+_STOP_TAIL = 8  # tokens looked at beyond a stop string's length in bytes: a token may be a byte of a character
 
 RUNNING, LENGTH, STOP_TOKEN, STOP_STRING, ABORTED = range(5)
 
@@ -74,7 +74,8 @@ class Generation:
         if self.state[row] == STOP_TOKEN:
             return
         stops, end = self.samples[row].params.stop, int(self.lengths[row])
-        tail = self.tokens[row, max(0, end - _STOP_TAIL - max(map(len, stops))) : end]
+        longest = max(len(s.encode()) for s in stops)
+        tail = self.tokens[row, max(0, end - _STOP_TAIL - longest) : end]
         assert self.model.tokenizer is not None
         text = self.model.tokenizer.decode(tail.tolist())
         found = next((s for s in stops if s in text), None)

@@ -59,6 +59,6 @@ def _texts(call: Generation) -> list[str]:
         ids = call.tokens[row, : call.lengths[row]].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=sample.params.skip_special_tokens)
         if call.state[row] == STOP_STRING and not sample.params.no_stop_trim:
-            text = text[: text.find(call.matched[row])]
+            text = text.partition(call.matched[row])[0]  # it is not in it where it is a special token's and was skipped
         texts.append(text)
     return texts
