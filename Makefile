@@ -13,7 +13,7 @@ INSTALL = env $${PIP_FIND_LINKS:+UV_FIND_LINKS="$$PIP_FIND_LINKS"} $${PIP_INDEX_
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-trl install-sglang quickstart test test-core test-sglang test-mbridge test-slurm kill-campaign check format bench
+.PHONY: install install-trl install-sglang quickstart test test-core test-lowest test-sglang test-mbridge test-slurm kill-campaign check format bench
 
 install: $(STAMP)
 
@@ -74,6 +74,16 @@ CORE := actor algorithm data evaluation parallel planning platform rollout traje
 
 test-core: install
 	$(PYTEST) $(addprefix tests/,$(CORE)) --ignore tests/rollout/test_faults.py
+
+# The oldest versions that setup.py allows: a user's environment may have them already.
+LOWEST := .venv-lowest
+OF_VERSIONS := weights rollout/test_engine.py rollout/test_contract.py main/test_cli.py system/test_commands.py test_compose.py
+
+test-lowest: install
+	@python=$$(tools/find_python.sh 3.12) && "$$python" -m venv --clear $(LOWEST)
+	@$(INSTALL) --python $(LOWEST)/bin/python --resolution lowest-direct -e .
+	@$(INSTALL) --python $(LOWEST)/bin/python pytest pytest-timeout hypothesis
+	$(LOWEST)/bin/python -m pytest $(addprefix tests/,$(OF_VERSIONS))
 
 # The engines' contract, byte for byte the tests that the embedded engine passes, against the real server on this CPU.
 test-sglang: install install-sglang

@@ -54,7 +54,7 @@ TIMES = pa.schema(
     ]
 )
 
-_LISTS = {"prompt_ids": "i", "response_ids": "i", "logprobs": "f"}  # with the code of `struct`
+_LISTS = {"prompt_ids": "i", "response_ids": "i", "logprobs": "f"}  # with the code of `struct` and NumPy
 _LENGTHS = {"prompt_tokens": "prompt_ids", "response_tokens": "response_ids"}
 FIELDS = [name for name in SCHEMA.names if name not in _LENGTHS]  # the columns that a trajectory has itself
 
@@ -112,7 +112,7 @@ def _list_array(values: Sequence[Sequence[float]], type_: pa.ListType, code: str
     """A list column, several times faster than pa.array over nested sequences. struct.error beyond 32 bits."""
     offsets = np.fromiter(accumulate(map(len, values), initial=0), np.int32, len(values) + 1)
     packed = b"".join(pack(f"{len(row)}{code}", *row) for row in values)
-    flat = np.frombuffer(packed, type_.value_type.to_pandas_dtype())
+    flat = np.frombuffer(packed, code)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=type_)
 
 
