@@ -46,6 +46,9 @@ class TensorReader:
         self.folder = folder
         self.entries = catalogue(folder)
         self._maps: dict[Path, mmap.mmap] = {}
+        for file in {entry.file for entry in self.entries.values()}:  # now: one that is replaced later has other places
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def dtype(self, name: str) -> torch.dtype:
         return next(dtype for dtype, word in DTYPES.items() if word == self.entries[name].dtype)
@@ -53,9 +56,6 @@ class TensorReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor over the file's bytes, in a storage of its own. Writing to it does not change the file."""
         entry = self.entries[name]
-        if entry.file not in self._maps:
-            with entry.file.open("rb") as file:
-                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         dtype = self.dtype(name)
         if not prod(entry.shape):
             return torch.empty(entry.shape, dtype=dtype)

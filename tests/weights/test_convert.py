@@ -601,6 +601,22 @@ def test_a_disk_that_is_full_at_the_last_small_file_is_an_error_of_the_system(tm
         finish(tmp_path, [], {})
 
 
+@pytest.mark.parametrize("how", ["another", "none"])
+def test_a_source_that_is_replaced_meanwhile_is_converted_as_it_was(how: str, source: Path, tmp_path: Path) -> None:
+    before, file = digest_of(source), source / "model.safetensors"
+    conversion = hf_to_mcore.plan(source, tmp_path / "mcore", Layout())
+    tensors = dict(sorted(load_file(file).items(), reverse=True))
+    file.unlink()
+    if how == "another":
+        plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with TensorWriter(source, plan) as writer:  # in another order
+            for name, tensor in tensors.items():
+                writer.write(name, tensor * 2)
+    conversion.run(lambda size: None)
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == before
+
+
 def test_a_target_that_somebody_made_meanwhile_is_left_alone(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
