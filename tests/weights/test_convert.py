@@ -395,6 +395,11 @@ def without_storage(folder: Path) -> None:
     edit_metadata(folder, lambda metadata: setattr(metadata, "storage_data", None))
 
 
+def dtype_that_is_none(folder: Path) -> None:
+    key = "decoder.final_layernorm.weight"
+    edit_metadata(folder, lambda metadata: setattr(metadata.state_dict_metadata[key].properties, "dtype", {}))
+
+
 def place_of_a_word(folder: Path) -> None:
     edit_metadata(folder, lambda metadata: setattr(next(iter(metadata.storage_data.values())), "offset", "x"))
 
@@ -463,6 +468,7 @@ MALFORMED_CHECKPOINTS = {
         [],
         "q_layernorm",
     ),
+    "a dtype that is none": (dtype_that_is_none, [], "is {}; it has to be float32"),
     "a place that is a word": (place_of_a_word, [], "cannot be read: ValueError"),
 }
 
