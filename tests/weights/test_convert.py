@@ -84,6 +84,30 @@ def test_files_are_cut_as_the_ranks_of_a_layout_would(source: Path, tmp_path: Pa
     assert digest_of(back) == digest_of(source)
 
 
+def test_every_rank_has_a_file_of_its_own_stage_and_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_folder(tmp_path / "source", **CASES["qwen3-moe"])  # 4 layers of 4 experts
+    arguments = [tmp_path / "source", tmp_path / "mcore"]
+    refused([*arguments, "--ep", "3"], "--ep 3 does not divide the 4 experts of a layer", tmp_path / "mcore", capsys)
+    layout = ["--tp", "2", "--pp", "2", "--ep", "2", "--threads", "1"]
+    assert main(["convert", *map(str, arguments), *layout]) == 0
+    ranks: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+    for index, info in pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes()).storage_data.items():
+        if not index.fqn.rpartition("/")[0].endswith("_extra_state"):
+            stack = tuple(index.offset)[
+                : 2 if ".experts." in index.fqn else int(index.fqn.startswith("decoder.layers"))
+            ]
+            ranks.setdefault((index.fqn, stack), set()).add(int(info.relative_path.split("_")[2]))
+    assert ranks["embedding.word_embeddings.weight", ()] == {0, 1}  # (stage * ep + expert rank) * tp + tp rank
+    assert ranks["output_layer.weight", ()] == {4, 5}
+    assert ranks["decoder.final_layernorm.weight", ()] == {4}
+    for layer in range(4):
+        first = layer // 2 * 4
+        assert ranks["decoder.layers.self_attention.linear_proj.weight", (layer,)] == {first, first + 1}
+        for expert in range(4):
+            own = first + expert // 2 * 2
+            assert ranks["decoder.layers.mlp.experts.experts.linear_fc1.weight", (layer, expert)] == {own, own + 1}
+
+
 def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     mcore, back, direct = tmp_path / "mcore", tmp_path / "back", tmp_path / "direct"
     assert main(["convert", str(source), str(mcore), "--dtype", "bf16", "--tp", "2"]) == 0
