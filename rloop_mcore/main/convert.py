@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.filesize import decimal
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.run_directory import check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
-from rloop_mcore.platform.process import allow_many_files
+from rloop_mcore.platform.process import allow_many_files, handling
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
 from rloop_mcore.weights.conversion import Conversion
@@ -49,8 +50,10 @@ def convert(options: argparse.Namespace) -> int:
         return 0
     meter = _Meter(display, 2 * conversion.bytes)
     try:
-        remove_abandoned(target)
-        conversion.run(meter.add)
+        with handling(_ending(), signal.default_int_handler):
+            remove_abandoned(target)
+            conversion.run(meter.add)
+            remove_abandoned(target)  # what was killed less than a minute before this began
     except OSError as error:
         raise Fault(f"{target} was not written: {error}.") from error
     finally:
@@ -60,6 +63,11 @@ def convert(options: argparse.Namespace) -> int:
         f"{target}: {conversion.tensors} tensors, {decimal(conversion.bytes)} in {seconds:.1f} s, verified."
     )
     return 0
+
+
+def _ending() -> list[int]:
+    """The signals that end a process by default, as Ctrl-C does, and would leave what is unfinished."""
+    return [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
 
 
 def _check_target(target: Path, size: int) -> None:
@@ -95,10 +103,10 @@ def _plan(options: argparse.Namespace, to: str) -> Conversion:
 
 def _other_than(source: Path) -> str:
     """mcore for an HF folder, hf for a checkpoint. Raises UserError for neither."""
+    if (source / "config.json").exists() and not (source / ".metadata").exists():
+        return "mcore"  # hubs keep a metadata.json of their own in some models
     if (source / "metadata.json").exists():
         return "hf"
-    if (source / "config.json").exists():
-        return "mcore"
     raise UserError(
         f"{source} has neither config.json nor metadata.json: it is no Hugging Face folder and no Megatron checkpoint."
     )

@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from rloop_mcore.errors import Fault, UserError
-from rloop_mcore.weights.hf_folder import TOKENIZER_FILES, bytes_of
+from rloop_mcore.weights.hf_folder import TOKENIZER_FILES, bytes_of, is_finite
 
 HF_FILES = "hf"  # folder in a checkpoint of ours: the config and tokenizer files of the model
 AT_ONCE = 2  # of the largest tensor, in memory
@@ -96,10 +96,11 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype`. Raises UserError where float16, whose largest is 65504, has no room for a value."""
+    """A finite tensor in `dtype`. Raises UserError where that has no room for a value."""
     result = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and not torch.equal(result.isinf(), tensor.isinf()):
-        raise UserError(f"{name} has values beyond float16's 65504: give --dtype bf16 or fp32.")
+    if dtype != tensor.dtype and not is_finite(result):
+        word, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        raise UserError(f"{name} has values beyond {word}'s {most:g}: give another --dtype.")
     return result
 
 

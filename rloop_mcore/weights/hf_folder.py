@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer's templates that have a name
 CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a folder in order: dtype and shape
@@ -45,6 +46,9 @@ class TensorReader:
         self.folder = folder
         self.entries = catalogue(folder)
         self._maps: dict[Path, mmap.mmap] = {}
+        for file in {entry.file for entry in self.entries.values()}:  # now: one that is replaced later has other places
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def dtype(self, name: str) -> torch.dtype:
         return next(dtype for dtype, word in DTYPES.items() if word == self.entries[name].dtype)
@@ -52,9 +56,6 @@ class TensorReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor over the file's bytes, in a storage of its own. Writing to it does not change the file."""
         entry = self.entries[name]
-        if entry.file not in self._maps:
-            with entry.file.open("rb") as file:
-                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         dtype = self.dtype(name)
         if not prod(entry.shape):
             return torch.empty(entry.shape, dtype=dtype)
@@ -67,9 +68,14 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor an infinity. It takes no memory."""
+    return not tensor.numel() or all(math.isfinite(float(bound)) for bound in tensor.aminmax())
+
+
 def check_finite(names: str, tensor: torch.Tensor, source: Path) -> None:
     """Raises UserError where a tensor of `source` holds NaN or an infinity: such a model says nothing."""
-    if tensor.numel() and not all(math.isfinite(float(bound)) for bound in tensor.aminmax()):
+    if not is_finite(tensor):
         raise UserError(f"{source}: {names} holds NaN or infinity: the weights are damaged, get them anew.")
 
 
@@ -151,6 +157,9 @@ def write_config(folder: Path, source: Path, dtypes: set[torch.dtype]) -> None:
     for name in CONFIG_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    for template in source.glob(f"{_MORE_TEMPLATES}/*.jinja"):
+        (folder / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / _MORE_TEMPLATES / template.name)
     config = read_json(source / "config.json")
     if len(dtypes) == 1:
         for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:

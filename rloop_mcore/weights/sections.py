@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.weights.families import choose_family
-from rloop_mcore.weights.family import Family, HfConfig, Parameter, Place, Split, place
+from rloop_mcore.weights.families import check_config, choose_family
+from rloop_mcore.weights.family import Parameter, Place, Split, place
 from rloop_mcore.weights.torch_dist import Box
 
 
@@ -64,9 +64,8 @@ class Model:
 
     def __init__(self, folder: Path, family: str = "auto") -> None:
         """Raises UserError where no family fits, or config.json cannot be honoured."""
-        self.config = HfConfig.read(folder)
-        self.family: Family = choose_family(self.config, family)
-        self.family.architecture(self.config)
+        self.config = check_config(folder, family)
+        self.family = choose_family(self.config, family)
         parameters = self.family.exported(self.config)
         self.layers = self.config.size("num_hidden_layers")
         self.experts = sum(p.expert for p in parameters) // self.layers // 2  # of each layer; fc1 and fc2 each

@@ -79,8 +79,8 @@ class BlockFile:
         begin = self._file.tell()
         try:
             torch.save(value, self._file)
-        except RuntimeError as error:  # torch's writer, of a file that takes no more
-            raise OSError(f"{self.name} cannot be written: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:  # torch's writer ends the archive on the way out, and complains of that
+            raise error.__context__ or error from None
         self.stored[index] = _StorageInfo(self.name, begin, self._file.tell() - begin)
 
     def close(self) -> None:
@@ -106,7 +106,9 @@ def finish(
     }
     entries |= {index.fqn: BytesStorageMetadata() for index in stored if index.fqn not in tensors}
     (folder / _METADATA).write_bytes(pickle.dumps(Metadata(entries, storage_data=stored)))
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / _COMMON)
+    common = io.BytesIO()
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, common)
+    (folder / _COMMON).write_bytes(common.getvalue())  # torch's own writer has no word for a full disk
     (folder / _BACKEND).write_text(json.dumps(_NAMES), encoding="utf-8")
     write_manifest(folder, crc32={})
 
@@ -158,7 +160,10 @@ class BlockReader:
         try:
             with (folder / _METADATA).open("rb") as file:
                 found = ListedUnpickler(file, _OF_METADATA).load()
-            self._stored: dict[MetadataIndex, _StorageInfo] = dict(found.storage_data)
+            self._stored = {
+                index: _StorageInfo(str(info.relative_path), int(info.offset), int(info.length))
+                for index, info in dict(found.storage_data).items()
+            }
             self.tensors = {
                 str(key): StoredTensor(
                     entry.properties.dtype,
@@ -168,7 +173,7 @@ class BlockReader:
                 for key, entry in found.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-            names = {str(info.relative_path) for info in self._stored.values()}
+            names = {info.relative_path for info in self._stored.values()}
         except Exception as error:  # a pickle that is damaged, or none of a checkpoint, fails in every way there is
             raise UserError(f"{folder / _METADATA} cannot be read: {type(error).__name__}: {error}.") from error
         self._maps = {name: self._open(name) for name in names}
@@ -176,7 +181,7 @@ class BlockReader:
     def check(self, key: str) -> None:
         """Raises UserError unless the blocks of tensor `key` are whole, and make up the whole tensor."""
         stored, where = self.tensors[key], f"{self.folder}: tensor {key}"
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in list(DTYPES):  # whatever a pickle has put there
             raise UserError(f"{where} is {stored.dtype}; it has to be float32, bfloat16 or float16.")
         for offsets, sizes in stored.boxes:
             fits = len(offsets) == len(sizes) == len(stored.shape) and all(

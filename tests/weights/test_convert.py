@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from rloop_mcore.weights import conversion, hf_to_mcore
 from rloop_mcore.weights.digest import digest_of
 from rloop_mcore.weights.hf_folder import TensorWriter
 from rloop_mcore.weights.sections import Layout
-from rloop_mcore.weights.torch_dist import BlockReader
+from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
 
 CASES = {
     "qwen2": {"family": "qwen2", "kv_heads": 2, "ratio": 7, "tied": False},
@@ -83,6 +84,30 @@ def test_files_are_cut_as_the_ranks_of_a_layout_would(source: Path, tmp_path: Pa
     assert digest_of(back) == digest_of(source)
 
 
+def test_every_rank_has_a_file_of_its_own_stage_and_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_folder(tmp_path / "source", **CASES["qwen3-moe"])  # 4 layers of 4 experts
+    arguments = [tmp_path / "source", tmp_path / "mcore"]
+    refused([*arguments, "--ep", "3"], "--ep 3 does not divide the 4 experts of a layer", tmp_path / "mcore", capsys)
+    layout = ["--tp", "2", "--pp", "2", "--ep", "2", "--threads", "1"]
+    assert main(["convert", *map(str, arguments), *layout]) == 0
+    ranks: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+    for index, info in pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes()).storage_data.items():
+        if not index.fqn.rpartition("/")[0].endswith("_extra_state"):
+            stack = tuple(index.offset)[
+                : 2 if ".experts." in index.fqn else int(index.fqn.startswith("decoder.layers"))
+            ]
+            ranks.setdefault((index.fqn, stack), set()).add(int(info.relative_path.split("_")[2]))
+    assert ranks["embedding.word_embeddings.weight", ()] == {0, 1}  # (stage * ep + expert rank) * tp + tp rank
+    assert ranks["output_layer.weight", ()] == {4, 5}
+    assert ranks["decoder.final_layernorm.weight", ()] == {4}
+    for layer in range(4):
+        first = layer // 2 * 4
+        assert ranks["decoder.layers.self_attention.linear_proj.weight", (layer,)] == {first, first + 1}
+        for expert in range(4):
+            own = first + expert // 2 * 2
+            assert ranks["decoder.layers.mlp.experts.experts.linear_fc1.weight", (layer, expert)] == {own, own + 1}
+
+
 def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     mcore, back, direct = tmp_path / "mcore", tmp_path / "back", tmp_path / "direct"
     assert main(["convert", str(source), str(mcore), "--dtype", "bf16", "--tp", "2"]) == 0
@@ -103,6 +128,15 @@ def test_a_value_that_float16_has_no_room_for_is_refused(
     for folder in (source, tmp_path / "mcore"):
         assert main(["convert", str(folder), str(tmp_path / "half"), "--dtype", "fp16"]) == 2
         assert "model.norm.weight has values beyond float16's 65504" in capsys.readouterr().err
+        assert not (tmp_path / "half").exists()
+
+
+def test_what_rounds_to_an_infinity_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    edit_tensors(source, lambda t: t["model.norm.weight"].__setitem__(0, 3.4e38))  # a number in float32
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    for folder in (source, tmp_path / "mcore"):
+        assert main(["convert", str(folder), str(tmp_path / "half"), "--dtype", "bf16"]) == 2
+        assert "model.norm.weight has values beyond bfloat16's 3.38953e+38" in capsys.readouterr().err
         assert not (tmp_path / "half").exists()
 
 
@@ -148,6 +182,21 @@ def test_a_source_without_tokenizer_files_converts_with_a_warning(
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     assert "warning: " in (said := capsys.readouterr().out)
     assert "has no tokenizer files" in said
+
+
+def test_a_folder_with_the_hubs_metadata_is_a_folder(source: Path, tmp_path: Path) -> None:
+    (source / "metadata.json").write_text("{}")
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_chat_templates_that_have_a_name_are_copied(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
 
 
 # -- what cannot be converted -----------------------------------------------------------------------------------------
@@ -285,6 +334,10 @@ MALFORMED_FOLDERS = {
         lambda f: edit_config(f, architectures=["GPT2LMHeadModel"]),
         "architectures is ['GPT2LMHeadModel']; supported are Qwen2ForCausalLM",
     ),
+    "a kind of model that is not its architecture's": (
+        lambda f: edit_config(f, model_type="llama"),
+        "model_type is 'llama', and architectures is of qwen2",
+    ),
     "an activation that is not supported": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "pickles": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -366,6 +419,15 @@ def without_storage(folder: Path) -> None:
     edit_metadata(folder, lambda metadata: setattr(metadata, "storage_data", None))
 
 
+def dtype_that_is_none(folder: Path) -> None:
+    key = "decoder.final_layernorm.weight"
+    edit_metadata(folder, lambda metadata: setattr(metadata.state_dict_metadata[key].properties, "dtype", {}))
+
+
+def place_of_a_word(folder: Path) -> None:
+    edit_metadata(folder, lambda metadata: setattr(next(iter(metadata.storage_data.values())), "offset", "x"))
+
+
 def without_a_block(folder: Path) -> None:
     key = "decoder.layers.mlp.linear_fc2.weight"
     edit_metadata(folder, lambda metadata: metadata.state_dict_metadata[key].chunks.pop())
@@ -425,7 +487,13 @@ MALFORMED_CHECKPOINTS = {
         "has shape [4, 32], ",
     ),
     "no config": (lambda f: shutil.rmtree(f / "hf"), [], "give --config"),
-    "another family": (lambda f: edit_config(f / "hf", architectures=["Qwen3ForCausalLM"]), [], "q_layernorm"),
+    "another family": (
+        lambda f: edit_config(f / "hf", architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
+        [],
+        "q_layernorm",
+    ),
+    "a dtype that is none": (dtype_that_is_none, [], "is {}; it has to be float32"),
+    "a place that is a word": (place_of_a_word, [], "cannot be read: ValueError"),
 }
 
 
@@ -463,7 +531,7 @@ def test_rows_beyond_the_vocabulary_are_dropped_with_a_warning(
 def test_a_byte_that_was_written_wrongly_is_found(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = hf_to_mcore.finish
+    whole = hf_to_mcore.finish
 
     def damaged(folder: Path, *arguments: object) -> None:
         key = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
@@ -473,7 +541,7 @@ def test_a_byte_that_was_written_wrongly_is_found(
             if at >= 0:
                 content[at + 10] ^= 1
                 other.write_bytes(content)
-        finish(folder, *arguments)
+        whole(folder, *arguments)
 
     monkeypatch.setattr(hf_to_mcore, "finish", damaged)
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 1
@@ -515,27 +583,79 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
     assert digest_of(tmp_path / "back") == digest_of(source)
 
 
-def test_ctrl_c_ends_it_at_once_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_at_once_and_leaves_nothing(number: int, source: Path, tmp_path: Path) -> None:
+    """Ctrl-C, scancel and a terminal that is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, source, tmp_path / "mcore"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     while "block" not in process.stdout.readline():
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(5) == 130  # all of it would take 10 s
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_was_killed_just_before_is_removed_at_the_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".tmp-2-mcore"
+    left.mkdir()
+    whole = hf_to_mcore.finish
+
+    def a_minute_later(*arguments: Any) -> None:
+        assert left.exists()  # it might be another machine's, whose lock isn't seen here
+        os.utime(left, (time.time() - 100, time.time() - 100))
+        whole(*arguments)
+
+    monkeypatch.setattr(hf_to_mcore, "finish", a_minute_later)
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mcore", "source"]
+
+
+def test_a_file_that_takes_no_more_is_named_by_what_the_system_says(tmp_path: Path) -> None:
+    file = BlockFile(tmp_path / "blocks")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.add("key", ((0,), (100_000,)), torch.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_at_the_last_small_file_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "common.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        finish(tmp_path, [], {})
+
+
+@pytest.mark.parametrize("how", ["another", "none"])
+def test_a_source_that_is_replaced_meanwhile_is_converted_as_it_was(how: str, source: Path, tmp_path: Path) -> None:
+    before, file = digest_of(source), source / "model.safetensors"
+    conversion = hf_to_mcore.plan(source, tmp_path / "mcore", Layout())
+    tensors = dict(sorted(load_file(file).items(), reverse=True))
+    file.unlink()
+    if how == "another":
+        plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with TensorWriter(source, plan) as writer:  # in another order
+            for name, tensor in tensors.items():
+                writer.write(name, tensor * 2)
+    conversion.run(lambda size: None)
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == before
 
 
 def test_a_target_that_somebody_made_meanwhile_is_left_alone(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = hf_to_mcore.finish
+    whole = hf_to_mcore.finish
 
     def late(*arguments: Any) -> None:
         (tmp_path / "mcore").mkdir()
         (tmp_path / "mcore" / "precious").write_text("x")
-        finish(*arguments)
+        whole(*arguments)
 
     monkeypatch.setattr(hf_to_mcore, "finish", late)
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 1
