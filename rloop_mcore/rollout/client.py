@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 
-from rloop_mcore.errors import Fault
+from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.platform.files import parse_json
 from rloop_mcore.rollout.embedded import KEY_VARIABLE
 from rloop_mcore.rollout.together import together
@@ -149,16 +149,15 @@ class EngineClient:
         return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
 
     async def check_untouched(self, folder: Path) -> None:
-        """Raises EngineError where a run has brought other weights than the server was started with; warns where that
+        """Raises UserError where a run has brought other weights than the server was started with; warns where that
         was another folder than `folder`."""
-        path = "/model_info"
-        info = await self._json("GET", path)
-        version, started_with = (str(_get(info, name, self.url + path)) for name in ("weight_version", "model_path"))
+        info, where = await self._json("GET", "/model_info"), f"{self.url}/model_info"
+        version, started_with = (str(_get(info, name, where)) for name in ("weight_version", "model_path"))
         if version.isdigit() and version != str(ADOPTED):
-            text = (
-                f"it holds the weights that a run sent it as version {version}, not those of its folder: start it anew"
+            raise UserError(
+                f"rollout.endpoints: {self.url} holds the weights that a run sent it as version {version}, not those "
+                "of its folder: start it anew."
             )
-            raise self._error(path, text, 200)
         if Path(started_with).resolve() != folder.resolve():
             log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
 

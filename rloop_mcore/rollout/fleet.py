@@ -123,7 +123,7 @@ class Fleet:
     def adopt_weights(self, folder: Path) -> None:
         """Take what the engines were started with, the model in `folder`, as version 0: an evaluation trains nothing.
 
-        Raises EngineError for an engine that a run has brought other weights.
+        Raises UserError for an engine that a run has brought other weights.
         """
         self.wait_ready()
         clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}

@@ -26,6 +26,7 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.rollout.buckets import Buffers
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.controller import Probe
@@ -351,7 +352,7 @@ def test_weights_that_a_run_sent_are_not_adopted_for_those_of_the_folder(
             fleet.sync(_weights(other_model), 3)
         with (
             make_fleet([Borrowed(server)], None) as fleet,
-            pytest.raises(EngineError, match="version 3, not those of its folder: start it anew"),
+            pytest.raises(UserError, match="version 3, not those of its folder: start it anew"),
         ):
             fleet.adopt_weights(model_path)
         with make_fleet([Borrowed(server)], None) as fleet:
