@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, GpuConfig, LayoutConfig, RolloutConfig
 from rloop_mcore.errors import UserError
+from rloop_mcore.planning import layouts
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, cache_bytes, check_engine, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
@@ -58,12 +58,12 @@ print(resident("VmHWM") - before)
 """
 
 
-def test_a_search_over_many_stages_takes_seconds() -> None:
-    """The 94 layers of Qwen3-235B on 128 GPUs: how layers are dealt to stages is found once a number of stages."""
+def test_a_search_deals_layers_to_stages_once_a_number_of_stages() -> None:
+    """The 94 layers of Qwen3-235B on 128 GPUs: anew for each stage of each layout it took minutes."""
     model = replace(QWEN_30B, layers=94, hidden=4096, heads=64, expert_ffn=1536)
-    begun = time.process_time()
+    layouts._balanced.cache_clear()
     assert len(ranked(model, run_on(1, LayoutConfig(dp=8)), 128)) > 1000
-    assert time.process_time() - begun < 12  # 3 here
+    assert layouts._balanced.cache_info().misses <= 94
 
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(128, 1), (384, 4)])

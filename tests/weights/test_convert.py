@@ -553,6 +553,7 @@ def test_a_byte_that_was_written_wrongly_is_found(
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background has it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 from rloop_mcore.main.cli import main
 from rloop_mcore.weights import torch_dist
 add = torch_dist.BlockFile.add
