@@ -18,6 +18,7 @@ import psutil
 from rloop_mcore.platform.process import STACKS, STACKS_SIGNAL
 
 _ANSWER_S = 15.0  # for the processes to write their stacks, all at once
+_BY_SIGNAL_S = 4.0  # to do it by the thread that is there for it; then the signal asks
 _QUIET_S = 0.3  # and then they are done
 _PY_SPY_S = 20.0
 
@@ -60,8 +61,17 @@ class _Asked:
         self._file = os.open(file, os.O_RDONLY)
         self._before = self.size()
         self._process = os.pidfd_open(pid)
-        for number in (STACKS_SIGNAL, signal.SIGCONT):
-            os.kill(pid, number)
+        self.pid, self.by_signal = pid, False
+        ask = os.readlink(file).removeprefix(f"/memfd:{STACKS}-").split()[0]
+        with open(f"/proc/{pid}/fd/{ask}", "wb", buffering=0) as pipe:
+            pipe.write(b"?")
+        os.kill(pid, signal.SIGCONT)
+
+    def signal_too(self) -> None:
+        """Something may hang with the interpreter's lock."""
+        self.by_signal = True
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, STACKS_SIGNAL)
 
     def size(self) -> int:
         return os.fstat(self._file).st_size
@@ -81,11 +91,16 @@ class _Asked:
 
 def _wait(asked: Sequence[_Asked]) -> None:
     """Until all have answered and are silent again."""
-    deadline = time.monotonic() + _ANSWER_S
+    begun = time.monotonic()
+    deadline = begun + _ANSWER_S
     sizes, changed = [process.size() for process in asked], time.monotonic()
     while time.monotonic() < deadline:
         if all(process.answered() for process in asked) and time.monotonic() - changed >= _QUIET_S:
             return
+        if time.monotonic() > begun + _BY_SIGNAL_S:
+            for process in asked:
+                if not process.answered() and not process.by_signal:
+                    process.signal_too()
         time.sleep(0.05)
         if (now := [process.size() for process in asked]) != sizes:
             sizes, changed = now, time.monotonic()

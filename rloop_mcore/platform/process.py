@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,10 +63,27 @@ def importing() -> Iterator[None]:
 
 
 def show_stacks_when_asked() -> None:
-    """At STACKS_SIGNAL write the stacks of all threads, whatever they wait for, to a file in memory (Linux).
+    """Write the stacks of all threads to a file in memory whenever asked (Linux).
 
-    Others read it as /proc/PID/fd/N, where N is a link to `memfd:rloop-stacks`; a process without one must not be sent
-    the signal, which would end it.
+    Others read it as /proc/PID/fd/N, where N is a link to `memfd:rloop-stacks-M`, and ask by a byte to /proc/PID/fd/M.
+    A thread answers, which waits for the interpreter's lock. Where something hangs with that lock, STACKS_SIGNAL asks
+    without: no thread runs then, where one did the walk over its frames would end the process three times in ten. A
+    process without such a file must not be sent the signal, which would end it.
     """
     if sys.platform == "linux":
-        faulthandler.register(STACKS_SIGNAL, file=os.memfd_create(STACKS), all_threads=True)
+        asked, ask = os.pipe()
+        file = os.memfd_create(f"{STACKS}-{ask}")
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+        threading.Thread(target=_show_stacks, args=(asked, file), name=STACKS, daemon=True).start()
+
+
+def _show_stacks(asked: int, file: int) -> None:
+    while os.read(asked, 1):
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = []
+        for ident, frame in sys._current_frames().items():
+            lines = [f"Thread {names.get(ident, ident)} (most recent call first):"]
+            for each, line in traceback.walk_stack(frame):
+                lines.append(f'  File "{each.f_code.co_filename}", line {line} in {each.f_code.co_name}')
+            stacks.append("\n".join(lines))
+        os.write(file, ("\n\n".join(stacks) + "\n").encode(errors="replace"))

@@ -262,14 +262,20 @@ where_it_hangs()
 """
 
 
+# As if something kept the interpreter's lock: the thread that shows the stacks does not come to it.
+HELD = "from rloop_mcore.platform import process\nprocess._show_stacks = lambda *_: None\n"
+
+
 @contextmanager
 def there(program: str) -> Iterator[subprocess.Popen[str]]:
     """The process, where it hangs."""
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -294,9 +300,40 @@ def test_a_process_shows_where_it_hangs(hanging: subprocess.Popen[str], tmp_path
     assert hanging.poll() is None
 
 
+BUSY = """
+import asyncio, threading
+async def deep(n):
+    await (deep(n - 1) if n else asyncio.sleep(0))
+async def busy():
+    while True:
+        await asyncio.gather(*(deep(20) for _ in range(20)))
+threading.Thread(target=lambda: asyncio.run(busy()), daemon=True).start()
+"""
+
+
+def test_a_process_whose_other_threads_are_at_work_survives_to_show_its_stacks(tmp_path: Path) -> None:
+    """faulthandler's walk over the frames of threads that run ended it in three cases of ten."""
+    with there(BUSY + HANGS) as process:
+        for _ in range(15):
+            (name,) = collect([psutil.Process(process.pid)], tmp_path)
+            text = (tmp_path / name).read_text()
+            assert "in where_it_hangs" in text
+            assert "in run_forever" in text
+        assert process.poll() is None
+
+
+def test_a_process_that_keeps_the_interpreters_lock_is_asked_by_a_signal(tmp_path: Path) -> None:
+    holds = "import ctypes\nsleep = ctypes.PyDLL(None).sleep\n"  # PyDLL: without giving the lock back
+    program = HANGS.replace("time.sleep(600)", "sleep(600)")
+    with there(holds + program) as process:
+        (name,) = collect([psutil.Process(process.pid)], tmp_path)
+    assert "in where_it_hangs" in (tmp_path / name).read_text()
+
+
 def test_of_a_process_that_does_not_answer_the_kernel_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rloop_mcore.main.stacks._ANSWER_S", 0.5)
-    blocked = "from rloop_mcore.platform.process import STACKS_SIGNAL\nimport signal\n"
+    monkeypatch.setattr("rloop_mcore.main.stacks._BY_SIGNAL_S", 0.1)
+    blocked = f"{HELD}from rloop_mcore.platform.process import STACKS_SIGNAL\nimport signal\n"
     blocked += "signal.pthread_sigmask(signal.SIG_BLOCK, [STACKS_SIGNAL])\n"
     with there(blocked + HANGS) as process:
         (name,) = collect([psutil.Process(process.pid)], tmp_path)
@@ -308,7 +345,7 @@ def test_of_a_process_that_does_not_answer_the_kernel_is_heard(tmp_path: Path, m
 def answering(does: str) -> str:
     """A program that hangs and, asked for its stacks, does this instead; `file` is where they would go."""
     return (
-        "import faulthandler, os, signal, time\nfrom rloop_mcore.platform.process import STACKS_SIGNAL\n"
+        f"{HELD}import faulthandler, os, signal, time\nfrom rloop_mcore.platform.process import STACKS_SIGNAL\n"
         "faulthandler.register = lambda *args, file, **kwargs: signal.signal(\n"
         f"    STACKS_SIGNAL, lambda *_: ({does}))\n{HANGS}"
     )
