@@ -18,7 +18,7 @@ import psutil
 from rloop_mcore.platform.process import STACKS, STACKS_SIGNAL
 
 _ANSWER_S = 15.0  # for the processes to write their stacks, all at once
-_BY_SIGNAL_S = 4.0  # to do it by the thread that is there for it; then the signal asks
+_BY_SIGNAL_S = 4.0  # of these the thread that is there for it has, then a signal asks: what hangs may keep it waiting
 _QUIET_S = 0.3  # and then they are done
 _PY_SPY_S = 20.0
 
@@ -43,8 +43,13 @@ def collect(processes: Sequence[psutil.Process], folder: Path) -> list[str]:
                 others[name] = process
             else:
                 asked[name] = _Asked(process.pid, file)
-    _wait(list(asked.values()))
-    stacks = {name: process.answer() for name, process in asked.items()}
+    begun = time.monotonic()
+    _wait(list(asked.values()), begun + _BY_SIGNAL_S)
+    for each in asked.values():
+        if not each.answered():
+            each.send(STACKS_SIGNAL)
+    _wait(list(asked.values()), begun + _ANSWER_S)
+    stacks = {name: each.answer() for name, each in asked.items()}
     for name, process in others.items():
         with suppress(psutil.Error):
             stacks[name] = _by_py_spy(process)
@@ -61,17 +66,14 @@ class _Asked:
         self._file = os.open(file, os.O_RDONLY)
         self._before = self.size()
         self._process = os.pidfd_open(pid)
-        self.pid, self.by_signal = pid, False
         ask = os.readlink(file).removeprefix(f"/memfd:{STACKS}-").split()[0]
         with open(f"/proc/{pid}/fd/{ask}", "wb", buffering=0) as pipe:
             pipe.write(b"?")
-        os.kill(pid, signal.SIGCONT)
+        self.send(signal.SIGCONT)
 
-    def signal_too(self) -> None:
-        """Something may hang with the interpreter's lock."""
-        self.by_signal = True
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, STACKS_SIGNAL)
+    def send(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it has ended
+            signal.pidfd_send_signal(self._process, number)
 
     def size(self) -> int:
         return os.fstat(self._file).st_size
@@ -89,18 +91,12 @@ class _Asked:
         return words or f"no answer within {_ANSWER_S:g} s\n"
 
 
-def _wait(asked: Sequence[_Asked]) -> None:
+def _wait(asked: Sequence[_Asked], deadline: float) -> None:
     """Until all have answered and are silent again."""
-    begun = time.monotonic()
-    deadline = begun + _ANSWER_S
     sizes, changed = [process.size() for process in asked], time.monotonic()
     while time.monotonic() < deadline:
         if all(process.answered() for process in asked) and time.monotonic() - changed >= _QUIET_S:
             return
-        if time.monotonic() > begun + _BY_SIGNAL_S:
-            for process in asked:
-                if not process.answered() and not process.by_signal:
-                    process.signal_too()
         time.sleep(0.05)
         if (now := [process.size() for process in asked]) != sizes:
             sizes, changed = now, time.monotonic()
