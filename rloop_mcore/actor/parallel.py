@@ -54,7 +54,7 @@ def leave_layout() -> None:
 
     Megatron only forgets its groups, and their threads and buffers stay.
     """
-    parallel_state.destroy_model_parallel()
+    _forget_groups()
     dist.barrier()  # no rank waits in them for this one any more
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
@@ -64,5 +64,12 @@ def leave_layout() -> None:
 def destroy() -> None:
     """Leave all groups; without it a rank may abort at exit."""
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _forget_groups()
         dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):  # Megatron keeps two, and a group held keeps its threads
+            setattr(parallel_state, name, None)

@@ -192,8 +192,10 @@ def _share_groups(parallel_state: Any) -> None:
         return made[tuple(ranks)]
 
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
-        made.clear()
-        initialize(*args, **kwargs)
+        try:
+            initialize(*args, **kwargs)
+        finally:
+            made.clear()  # a group held here would keep its threads
 
     parallel_state.create_group = create_group
     parallel_state.initialize_model_parallel = initialize_model_parallel

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from ranks import launch
 
-from rloop_mcore import platform
-
-platform.setup("cpu", threads=1)
-
-from rloop_mcore.actor import parallel  # noqa: E402
-from rloop_mcore.config import LayoutConfig  # noqa: E402
+GROUP = 3  # threads of one of gloo's groups; one of them wakes a hundred times a second
 
 
-@pytest.fixture(autouse=True)
-def _leave() -> Iterator[None]:
-    yield
-    parallel.destroy()
-
-
-def polling_threads() -> int:
-    """Those of gloo's groups that wake a hundred times a second."""
-    return sum(path.read_text() == "gloo_tcp_loop\n" for path in Path("/proc/self/task").glob("*/comm"))
-
-
-def test_one_process_has_its_own_group_and_torchruns() -> None:
-    before = polling_threads()
-    parallel.initialize(LayoutConfig(), seed=0, timeout_s=60.0)
-    assert polling_threads() - before == 2
-
-
-def test_a_layout_that_is_left_takes_its_threads_along() -> None:
-    before = polling_threads()
-    for _ in range(3):
-        parallel.initialize(LayoutConfig(), seed=0, timeout_s=60.0)
-        parallel.leave_layout()
-        assert polling_threads() - before == 1
+def test_a_layout_has_one_group_beside_torchruns_and_takes_it_along() -> None:
+    """In a process of its own: the groups of other tests end when they like."""
+    said = launch(Path(__file__).with_name("worker_groups.py"), processes=1)
+    assert [int(number) / GROUP for number in said.split()] == [2, 1, 2, 1, 2, 1, 0]
