@@ -186,13 +186,15 @@ def _hf_rows(source: str) -> Iterator[Row]:
 
 
 def hub_dataset(name: str, subset: str | None, split: str) -> Any:
-    """A data set of Hugging Face's hub. Raises UserError where it cannot be had."""
+    """A data set of Hugging Face's hub, or of a folder like one there. Raises UserError where it cannot be had."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"data set {name!r} needs the datasets package: pip install 'rloop-mcore[hf-datasets]'")
     import datasets
 
+    # Of a folder whose README describes its files the library would give what it has kept of them, changed or not.
+    mode = "force_redownload" if Path(name).is_dir() else None
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split, download_mode=mode)
     except Exception as error:  # datasets raises many kinds for a wrong name, split or network
         raise UserError(f"data set {name!r}, split {split!r}, could not be loaded ({error!s:.200})") from error
 

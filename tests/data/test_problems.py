@@ -102,6 +102,16 @@ def test_hugging_face_data_set(tmp_path: Path) -> None:
         load_problems(f"hf:{folder}:nowhere")
 
 
+def test_a_folder_that_changes_is_read_anew(tmp_path: Path) -> None:
+    """The library keeps what it read of a folder, and takes a README that says the same for the same rows."""
+    pytest.importorskip("datasets", reason="the hf-datasets extra is not installed")
+    configs = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.jsonl"
+    (tmp_path / "README.md").write_text(f"---\n{configs}\n---\n")
+    for row in ROWS[:2]:
+        jsonl(tmp_path / "rows.jsonl", [{**row, "meta": {"level": 1}}])
+        assert [problem.id for problem in load_problems(f"hf:{tmp_path}")] == [row["id"]]
+
+
 @pytest.mark.parametrize(("task", "numbers"), [("countdown", 4), ("countdown3", 3)])
 def test_generated_tasks(task: str, numbers: int) -> None:
     test = load_problems(f"{task}:test")
