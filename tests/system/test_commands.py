@@ -22,6 +22,8 @@ pytestmark = pytest.mark.system
         (["status", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--live", "--out", "page.html"], "--live serves the page and writes no file"),
+        (["report", "/nowhere", "--port", "8000"], "--port 8000 is of --live"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
         (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "--policy /nowhere holds no config.json"),
         (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
