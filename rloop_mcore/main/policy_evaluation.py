@@ -51,8 +51,11 @@ class PolicyEvaluation:
     def run(self, name: str, data: str, problems: Sequence[Problem]) -> dict[str, Any]:
         """The record of the benchmark `name`, `problems` of `data`: its kept samples count, missing ones are drawn."""
         config, started = self._config, time.monotonic()
+        limit = config.evaluation.limit
+        if limit is not None and limit < len(problems):  # a run's own is for its validation, and easily forgotten
+            self._display.message(f"{name}: the first {limit} of {len(problems)} problems, by evaluation.limit={limit}")
         prompts = TemplatePrompts(
-            problems[: config.evaluation.limit],
+            problems[:limit],
             self._tokenizer,
             self._template,
             config.run.seed,

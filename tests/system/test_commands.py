@@ -121,5 +121,6 @@ def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4", "maj@4"}
     assert result["problems"] == 5
+    assert "countdown-validation: the first 5 of 200 problems, by evaluation.limit=5" in done.stdout
     assert sum(result["reasons"].values()) == 20
     assert "pass@4" in done.stdout
