@@ -47,7 +47,8 @@ def evaluate(options: argparse.Namespace) -> int:
         validate.check_model(config, policy)
         catalogue(policy)
         evaluation = PolicyEvaluation(config, policy, str(source.path), options.out, display, stack)
-        records = [evaluation.run(name, data, problems) for name, (data, problems) in benchmarks.items()]
+        prompts = {name: evaluation.prompts(name, problems) for name, (_, problems) in benchmarks.items()}
+        records = [evaluation.run(name, *benchmarks[name], prompts[name]) for name in benchmarks]
     result = _together(records, config.run.seed)
     if other is not None:
         result["against"] = {"file": str(options.against), "benchmarks": compare(records, other, config.run.seed)}
