@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from rloop_mcore import validate
@@ -122,13 +122,18 @@ def _check_inputs(config: Config) -> None:
     own_python = slurm.container != "none" or slurm.venv is not None or slurm.setup
     for load, name in ((load_verifier, config.reward.verifier), (load_sampler, config.data.sampler)):
         if name is not None and not (own_python and ":" in name):
-            load(name)
+            with redirect_stdout(sys.stderr):  # a module may print as it is imported, and the script is what is printed
+                load(name)
     tokenizer = None
     if config.model.path != GENERATED_MODEL and "model.path" not in elsewhere:
         check_folder(Path(config.model.path), config.model.family)
         tokenizer = TextTokenizer(Path(config.model.path))
-    if "data.template" not in elsewhere:
-        template_file(config.data.template) if tokenizer is None else PromptTemplate(config.data.template, tokenizer)
+    if "data.template" in elsewhere:
+        return
+    if tokenizer is not None:
+        PromptTemplate(config.data.template, tokenizer)
+    else:
+        template_file(config.data.template)
 
 
 def _absent(config: Config) -> dict[str, str]:

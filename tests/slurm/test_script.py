@@ -497,6 +497,18 @@ def test_a_mistake_that_can_be_seen_here_is_refused_before_it_is_queued(
     assert main([*command, *in_image, override]) == (0 if override.endswith(other_places) else 2)
 
 
+def test_what_a_verifier_prints_is_no_part_of_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """slurm/*.sbatch run what is printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talkative.py").write_text("print('hello')\ndef right(*_):\n    return True, 'correct'\n")
+    command = ["launch", "--dry-run", "experiment=tiny", "run.dir=run", "reward.verifier=talkative:right"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert (out.partition("\n")[0], err) == ("#!/bin/bash", "hello\n")
+
+
 def test_a_run_that_would_be_refused_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For a key that must stay, or since it has failed alike three times."""
     run = RunDirectory(tmp_path / "run")
