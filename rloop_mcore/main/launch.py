@@ -164,12 +164,20 @@ def _unseen(command: argparse.Namespace) -> Iterator[str]:
 def _lines(file: Path) -> dict[str, list[str]]:
     """The overrides of each line of a sweep file, by where it is; empty lines and comments are none."""
     try:
-        lines = [shlex.split(line, comments=True) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--sweep {file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"--sweep {file} holds a line that is no shell words ({error}).") from error
-    if not (found := {f"{file}, line {number}: ": line for number, line in enumerate(lines, 1) if line}):
+    except UnicodeDecodeError as error:
+        raise UserError(f"--sweep {file} has to be UTF-8 text ({error.reason}, byte {error.start}).") from error
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: no words of a shell ({error}).") from error
+        if words:
+            found[f"{file}, line {number}: "] = words
+    if not found:
         raise UserError(f"--sweep {file} is empty: write the overrides of one run on each line.")
     return found
 

@@ -558,6 +558,13 @@ def test_a_mistake_in_a_sweep_is_told_with_its_line(tmp_path: Path, capsys: pyte
     sweep.write_text(f"run.dir={tmp_path}/a\n# the second\nrun.dir={tmp_path}/b layout.tp=0\n")
     assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
     assert f"{sweep}, line 3: layout.tp=0 must be greater than 0." in capsys.readouterr().err
+    for content, words in (
+        (b"run.dir=a\nrun.dir='b\n", f"{sweep}, line 2: no words of a shell (No closing quotation)."),
+        (b"run.dir=caf\xe9\n", f"--sweep {sweep} has to be UTF-8 text (invalid continuation byte, byte 11)."),
+    ):
+        sweep.write_bytes(content)
+        assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
+        assert capsys.readouterr().err == f"rloop: {words}\n"
 
 
 def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
