@@ -66,7 +66,8 @@ def _typed(tree: Any, absent: str | None = None) -> Config:
         for key in missing:
             OmegaConf.update(tree, key, absent)
     elif missing:
-        raise UserError(f"{missing[0]} has no value: give {missing[0]}=VALUE on the command line.")
+        wanted = " ".join(f"{key}=VALUE" for key in missing)
+        raise UserError(f"no value for {', '.join(missing)}: give {wanted} on the command line.")
     return cast(Config, OmegaConf.to_object(tree))
 
 
@@ -80,6 +81,10 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
         except HydraException as error:
             raise UserError(_unreadable(text)) from error
         key = override.key_or_group
+        if not key:
+            raise UserError(_unreadable(text))
+        if override.is_delete():
+            raise UserError(f"{text} takes a key away, and a run has them all: leave it out, or write {key}=VALUE.")
         if override.is_sweep_override():
             lists = f"write {key}=[A,B] for a list, \"{key}='A,B'\" for a text"
             raise UserError(f"{text} has several values: {f'choose one {key}' if key in groups else lists}.")
@@ -87,9 +92,8 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
             _check_folders(override.value())
         if key in groups and override.value() is None:
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
-        if key.startswith("hydra.") or key in keys | groups | sections:
-            continue
-        raise UserError(unknown_key(key, groups, f" (in {text!r})"))
+        if key not in keys | groups | sections | {"hydra.searchpath"}:
+            raise UserError(unknown_key(key, groups, f" (in {text!r})"))
 
 
 def _unreadable(text: str) -> str:

@@ -286,7 +286,7 @@ class SlurmConfig:
     time: str | None = None  # limit of one job of the chain, e.g. 04:00:00, in YAML with quotes; null: the partition's
     signal_s: int = 300  # seconds before the limit at which the run is told to stop
     flags: list[str] = field(default_factory=list)  # further options of sbatch, e.g. --exclude=n7
-    cpus_per_node: int = 0  # 0: whole nodes
+    cpus_per_node: int = 0  # 0: whole nodes, with all their memory; else --mem in `flags` says how much of it
     hetjob: bool = False  # the rollout.nodes are a second component of a heterogeneous job
     engine_flags: list[str] = field(default_factory=list)  # further options of that component
     setup: list[str] = field(default_factory=list)  # shell lines that come first, e.g. "module load cuda/12.8"

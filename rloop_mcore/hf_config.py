@@ -53,7 +53,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     object with keys of their types; likewise for a generation_config.json beside it, which they read too."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint.")
+        raise UserError(
+            f"model.path={folder} holds no config.json: give the folder of a Hugging Face checkpoint, which "
+            "`hf download NAME --local-dir FOLDER` makes of one on the hub."
+        )
     values = read_json(path)
     _check_types(path, values, _TYPES)
     for key, families in _NOT_NULL.items():

@@ -138,6 +138,9 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["data.train=café.jsonl"], ["data.train=café.jsonl", "\"data.train='VALUE'\""]),
         (["cluster.slurm.flags=[--exclude=n7]"], ["cluster.slurm.flags=['A','B']"]),
         (["hydra.searchpath=[/nowhere]"], ["hydra.searchpath", "/nowhere", "no folder"]),
+        (["hydra.run.dir=runs/a"], ["hydra.run.dir is not a key", "did you mean run.dir?"]),
+        (["~model.path"], ["~model.path takes a key away", "model.path=VALUE"]),
+        (["=3"], ["'=3' is not an override", "key=value"]),
     ],
 )
 def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: list[str]) -> None:
@@ -146,6 +149,11 @@ def test_a_mistake_is_one_sentence_naming_the_key(overrides: list[str], words: l
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_all_keys_that_are_missing_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"^no value for data.train, run.dir: give data.train=VALUE run.dir=VALUE on"):
+        load_config(["model.path=m"])
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def test_lengths_beyond_the_positions_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_path_without_config_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.path=.* holds no config.json"):
+    with pytest.raises(UserError, match=r"model.path=.* holds no config.json: .* `hf download NAME"):
         check_model(load_config(NEEDED), tmp_path)
 
 

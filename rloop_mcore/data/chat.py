@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,8 +28,9 @@ Messages = Sequence[Mapping[str, str]]
 
 
 def in_words(error: Exception) -> str:
-    """What a template's failure says of itself; some say nothing."""
-    return str(error) or type(error).__name__
+    """What a template's failure says of itself, and in which line its text is wrong; some say nothing."""
+    where = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+    return where + (str(error) or type(error).__name__)
 
 
 class ChatTemplate:
@@ -51,7 +52,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template of {self._where} is not a Jinja template: {error}") from None
+            raise UserError(f"the chat template of {self._where} is not a Jinja template: {in_words(error)}") from None
 
     def render(self, messages: Messages, variables: Mapping[str, Any], answered: bool = False) -> str:
         """The messages as text, up to where the model's answer begins, or to the end of the last one if `answered`.

@@ -141,7 +141,7 @@ def _text(row: dict[str, Any], column: str, required: bool = True) -> str:
 
 
 def _rows(source: str) -> Iterator[Row]:
-    if source.startswith(HF_PREFIX):
+    if source.startswith(HF_PREFIX) and source.removeprefix(HF_PREFIX).partition(":")[0]:
         return _hf_rows(source)
     if source.partition(":")[0] in GENERATED:
         return _generated_rows(source)

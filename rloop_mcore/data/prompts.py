@@ -106,7 +106,7 @@ def solution_of(problem: Problem) -> str:
     """The demonstration that comes with a problem. Raises UserError where none does."""
     solution = problem.meta.get("solution")
     if not isinstance(solution, str) or not solution.strip():
-        raise UserError(f"problem {problem.id} has no text in meta.solution, which a demonstration needs")
+        raise UserError(f"sft.demonstrations: problem {problem.id} has no text in meta.solution to learn from")
     return solution
 
 

@@ -33,6 +33,17 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.jinja"))
 
 
+def template_file(name: str) -> Path:
+    """The file of a shipped template, or a user's `.jinja` file. Raises UserError where there is none."""
+    path = Path(name) if name.endswith(".jinja") else FOLDER / f"{name}.jinja"
+    if not path.is_file():
+        raise UserError(
+            f"data.template {name!r} not found; it must be one of {', '.join(template_names())}, "
+            "or the path of a .jinja file"
+        )
+    return path
+
+
 class PromptTemplate:
     """A template by the name of a shipped one, or by the path of a user's `.jinja` file, for a tokenizer.
 
@@ -42,12 +53,7 @@ class PromptTemplate:
     """
 
     def __init__(self, name: str, tokenizer: TextTokenizer) -> None:
-        path = Path(name) if name.endswith(".jinja") else FOLDER / f"{name}.jinja"
-        if not path.is_file():
-            raise UserError(
-                f"data.template {name!r} not found; it must be one of {', '.join(template_names())}, "
-                "or the path of a .jinja file"
-            )
+        path = template_file(name)
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True)
         try:
             self.text = path.read_text(encoding="utf-8")

@@ -10,16 +10,18 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from rloop_mcore import config
 from rloop_mcore.config import config_folder
 
-_EXAMPLES = {  # of each command's --help; formatted with `folder`
+_EXAMPLES = {  # of each command's --help; formatted with `keys` and `folder`
     "train": """
   rloop train experiment=tiny run.dir=runs/tiny        every phase in a minute or less
   rloop train experiment=quickstart_base               the quickstart's base model; then experiment=quickstart
   rloop train model.path=/models/Qwen2.5-Math-7B data.train=dapo.jsonl data.validation=aime24.jsonl run.dir=runs/7b
 
-The same command again goes on where the run stands, after any kill. Every key, with its default and what it means, is
-in rloop_mcore/config.py; experiments are the files of {folder}.
+The same command again goes on where the run stands, after any kill.
+Every key, with its default and meaning: {keys}
+Experiments: {folder}
 """,
     "launch": """
   rloop launch experiment=rloop_qwen2.5_math_7b model.path=/models/Qwen2.5-Math-7B run.dir=/shared/runs/7b --dry-run
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.choices[name]
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.description = textwrap.fill(command.description or "", 100)
-        command.epilog = "examples:" + examples.format(folder=config_folder() / "experiment")
+        command.epilog = "examples:" + examples.format(keys=config.__file__, folder=config_folder() / "experiment")
     return top
 
 

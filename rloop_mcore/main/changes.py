@@ -85,30 +85,51 @@ def take_changes(run: RunDirectory, config: Config, force: bool) -> bool:
     Returns whether anything has. Raises UserError for a change that would make the run something that it doesn't say it
     is, unless forced.
     """
-    if not run.journal.exists():  # nothing has been done with an earlier configuration
-        return False
-    before, now = flat(run.read_config()), flat(config)
-    changed = [key for key in now if now[key] != before[key] and key != "run.dir"]
+    changed = _changed(run, config)
     if not changed:
         return False
     with run.lock("lock.rank0"):  # a rank that was killed may still be on its way out, and the journal is its
         journal = Journal(run.journal)
-        obstacles = {key: rule for key in changed if (rule := obstacle_to(key, now[key], journal)) is not None}
+        obstacles = _obstacles(run, changed, journal, force)
         for key, rule in obstacles.items():
-            if not (force and rule.forcible):
-                others = "choose another run.dir, or add --force" if rule.forcible else "or choose another run.dir"
-                raise UserError(
-                    f"{run.path} was started with {key}={_spelled(before[key])}, not {_spelled(now[key])}: "
-                    f"{rule.reason}; resume it with the same command, {others}."
-                )
-        for key, rule in obstacles.items():
-            print(f"rloop: warning: {key}={_spelled(now[key])} is forced: {rule.reason}.", file=sys.stderr)
-        words = ", ".join(f"{key}={_spelled(now[key])} (was {_spelled(before[key])})" for key in changed)
+            print(f"rloop: warning: {key}={_spelled(changed[key]['now'])} is forced: {rule.reason}.", file=sys.stderr)
+        words = ", ".join(f"{key}={_spelled(c['now'])} (was {_spelled(c['before'])})" for key, c in changed.items())
         print(f"rloop: changed: {words}", file=sys.stderr, flush=True)
-        fields = {"keys": {key: {"before": before[key], "now": now[key]} for key in changed}, "forced": list(obstacles)}
+        fields = {"keys": changed, "forced": list(obstacles)}
         if not (journal.records and fields.items() <= journal.records[-1].items()):
             journal.record("changed", **fields)  # a kill before the new config.yaml is written comes here again
     return True
+
+
+def check_changes(run: RunDirectory, config: Config, force: bool) -> None:
+    """Raises UserError where `take_changes` will: for who only submits the run, which may be at work."""
+    if changed := _changed(run, config):
+        _obstacles(run, changed, Journal(run.journal), force)
+
+
+def _changed(run: RunDirectory, config: Config) -> dict[str, dict[str, Any]]:
+    """The keys that are others than the run has been made with: before, and now."""
+    if not run.journal.exists():  # nothing has been done with an earlier configuration
+        return {}
+    before, now = flat(run.read_config()), flat(config)
+    keys = [key for key in now if now[key] != before[key] and key != "run.dir"]
+    return {key: {"before": before[key], "now": now[key]} for key in keys}
+
+
+def _obstacles(
+    run: RunDirectory, changed: Mapping[str, Mapping[str, Any]], journal: Journal, force: bool
+) -> dict[str, Rule]:
+    """What is against the changes. Raises UserError where they are not forced, or can't be."""
+    found = {key: rule for key in changed if (rule := obstacle_to(key, changed[key]["now"], journal)) is not None}
+    for key, rule in found.items():
+        if not (force and rule.forcible):
+            others = "choose another run.dir, or add --force" if rule.forcible else "or choose another run.dir"
+            before, now = (_spelled(changed[key][when]) for when in ("before", "now"))
+            raise UserError(
+                f"{run.path} was started with {key}={before}, not {now}: {rule.reason}; resume it with the same "
+                f"command, {others}."
+            )
+    return found
 
 
 def take_inputs(run: RunDirectory, config: Config, digests: Mapping[str, str], force: bool) -> None:

@@ -17,7 +17,7 @@ from rloop_mcore.data.benchmarks import load_benchmark
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
-from rloop_mcore.main.against import compare, read_result
+from rloop_mcore.main.against import check_comparable, compare, read_result
 from rloop_mcore.main.evaluation_tables import print_comparison, print_results
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
 from rloop_mcore.main.policy_evaluation import PolicyEvaluation
@@ -34,6 +34,11 @@ def evaluate(options: argparse.Namespace) -> int:
     source = find_policy(options.policy, options.step)
     config = _config(options, source)
     benchmarks = _benchmarks(options)
+    if other is not None:  # now: what takes hours comes before they are compared
+        keys = config.evaluation
+        metrics = [f"avg@{keys.samples}", *(f"pass@{k}" for k in keys.k)]
+        asked = {name: ([each.id for each in found[: keys.limit]], metrics) for name, (_, found) in benchmarks.items()}
+        check_comparable(asked, other)
     display = ProgressDisplay()
     with ExitStack() as stack:
         stack.callback(display.close)
@@ -42,7 +47,8 @@ def evaluate(options: argparse.Namespace) -> int:
         validate.check_model(config, policy)
         catalogue(policy)
         evaluation = PolicyEvaluation(config, policy, str(source.path), options.out, display, stack)
-        records = [evaluation.run(name, data, problems) for name, (data, problems) in benchmarks.items()]
+        prompts = {name: evaluation.prompts(name, problems) for name, (_, problems) in benchmarks.items()}
+        records = [evaluation.run(name, *benchmarks[name], prompts[name]) for name in benchmarks]
     result = _together(records, config.run.seed)
     if other is not None:
         result["against"] = {"file": str(options.against), "benchmarks": compare(records, other, config.run.seed)}

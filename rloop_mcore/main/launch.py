@@ -8,21 +8,28 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import GENERATED_MODEL, Config
-from rloop_mcore.data.problems import FILES, problem_sources
+from rloop_mcore.data.curriculum import load_sampler
+from rloop_mcore.data.problems import FILES, HF_PREFIX, load_problems, problem_sources
+from rloop_mcore.data.prompts import solution_of
+from rloop_mcore.data.templates import PromptTemplate, template_file
+from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.main.changes import check_changes
+from rloop_mcore.main.crashes import CrashRecord
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
+from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
-from rloop_mcore.weights.families import check_config
+from rloop_mcore.weights.families import check_config, check_folder
 
 _SUBMIT_S = 120.0
 _NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
@@ -45,7 +52,7 @@ def launch(options: argparse.Namespace) -> int:
         configs = []
         for where, line in lines.items():
             try:
-                configs.append(_config([*options.overrides, *line]))
+                configs.append(_config([*options.overrides, *line], options.force))
             except UserError as error:
                 raise UserError(f"{where}{error}") from error
         runs = [
@@ -54,8 +61,9 @@ def launch(options: argparse.Namespace) -> int:
         ]
         _check_distinct(runs, configs)
         if configs[0].cluster.slurm.container == "none":
-            for warning in dict.fromkeys(warning for config in configs for warning in _absent(config)):
-                print(f"rloop: warning: {warning}", file=sys.stderr)
+            absent = (f"{key}={file}" for config in configs for key, file in _absent(config).items())
+            for what in dict.fromkeys(absent):
+                print(f"rloop: warning: {what} {_NOT_HERE}", file=sys.stderr)
         config = configs[0]
         script = training_script(config, runs, options.force)
     if options.dry_run:
@@ -79,10 +87,11 @@ def launch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config(overrides: Sequence[str]) -> Config:
+def _config(overrides: Sequence[str], force: bool) -> Config:
     """A run's configuration, checked as far as that is possible where it is submitted.
 
-    The layout and the memory where the model's sizes are known here, by model.path or model.architecture.
+    The layout and the memory where the model's sizes are known here, by model.path or model.architecture; files where
+    they are here; where there is a run, as its start will, which takes unsafe changes by `force`.
     """
     config = load_config(overrides)
     in_image = config.cluster.slurm.container != "none"
@@ -94,17 +103,53 @@ def _config(overrides: Sequence[str]) -> Config:
         check_config(folder, config.model.family)
     if there or any(vars(config.model.architecture).values()):
         check_fit(Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config))
+    _check_inputs(config)
+    run = RunDirectory(Path(config.run.dir))
+    check_changes(run, config, force)
+    if not force:
+        CrashRecord(run, config).check(force=False)
     return config
 
 
-def _absent(config: Config) -> Iterator[str]:
-    """Files of the run that are not to be seen here. Its nodes may see more, so it is for the user to say."""
+def _check_inputs(config: Config) -> None:
+    """What the run reads: its names, and what is here, of data the first row. Raises UserError."""
+    slurm, elsewhere = config.cluster.slurm, _absent(config)
+    for key, (source, _) in problem_sources(config).items():
+        if key not in elsewhere and not source.startswith(HF_PREFIX):
+            first = load_problems(source, 1)[0]
+            if key == "sft.demonstrations":
+                solution_of(first)
+    own_python = slurm.container != "none" or slurm.venv is not None or slurm.setup
+    for load, name in ((load_verifier, config.reward.verifier), (load_sampler, config.data.sampler)):
+        if name is not None and not (own_python and ":" in name):
+            with redirect_stdout(sys.stderr):  # a module may print as it is imported, and the script is what is printed
+                load(name)
+    tokenizer = None
+    if config.model.path != GENERATED_MODEL and "model.path" not in elsewhere:
+        check_folder(Path(config.model.path), config.model.family)
+        tokenizer = TextTokenizer(Path(config.model.path))
+    if "data.template" in elsewhere:
+        return
+    if tokenizer is not None:
+        PromptTemplate(config.data.template, tokenizer)
+    else:
+        template_file(config.data.template)
+
+
+def _absent(config: Config) -> dict[str, str]:
+    """Files of the run that are not to be seen here, by key: all, where it runs in an image.
+
+    Its nodes may see more, so it is for the user to say.
+    """
+    slurm = config.cluster.slurm
     files = {key: source for key, (source, _) in problem_sources(config).items() if Path(source).suffix in FILES}
     if config.model.path != GENERATED_MODEL:
         files["model.path"] = config.model.path
-    for key, file in files.items():
-        if not Path(file).exists():
-            yield f"{key}={file} {_NOT_HERE}"
+    if config.data.template.endswith(".jinja"):
+        files["data.template"] = config.data.template
+    if slurm.venv is not None:
+        files["cluster.slurm.venv"] = slurm.venv
+    return {key: file for key, file in files.items() if slurm.container != "none" or not Path(file).exists()}
 
 
 def _unseen(command: argparse.Namespace) -> Iterator[str]:
@@ -119,12 +164,20 @@ def _unseen(command: argparse.Namespace) -> Iterator[str]:
 def _lines(file: Path) -> dict[str, list[str]]:
     """The overrides of each line of a sweep file, by where it is; empty lines and comments are none."""
     try:
-        lines = [shlex.split(line, comments=True) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--sweep {file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"--sweep {file} holds a line that is no shell words ({error}).") from error
-    if not (found := {f"{file}, line {number}: ": line for number, line in enumerate(lines, 1) if line}):
+    except UnicodeDecodeError as error:
+        raise UserError(f"--sweep {file} has to be UTF-8 text ({error.reason}, byte {error.start}).") from error
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: no words of a shell ({error}).") from error
+        if words:
+            found[f"{file}, line {number}: "] = words
+    if not found:
         raise UserError(f"--sweep {file} is empty: write the overrides of one run on each line.")
     return found
 

@@ -48,16 +48,18 @@ class PolicyEvaluation:
         self._template = PromptTemplate(config.data.template, self._tokenizer)
         self._digest = digest_of(policy)
 
-    def run(self, name: str, data: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    def prompts(self, name: str, problems: Sequence[Problem]) -> TemplatePrompts:
+        """The first `evaluation.limit` problems of the benchmark `name` as prompts. Raises UserError where none is."""
+        config, limit = self._config, self._config.evaluation.limit
+        if limit is not None and limit < len(problems):  # a run's own is for its validation, and easily forgotten
+            self._display.message(f"{name}: the first {limit} of {len(problems)} problems, by evaluation.limit={limit}")
+        return TemplatePrompts(
+            problems[:limit], self._tokenizer, self._template, config.run.seed, config.data.max_prompt_tokens
+        )
+
+    def run(self, name: str, data: str, problems: Sequence[Problem], prompts: TemplatePrompts) -> dict[str, Any]:
         """The record of the benchmark `name`, `problems` of `data`: its kept samples count, missing ones are drawn."""
         config, started = self._config, time.monotonic()
-        prompts = TemplatePrompts(
-            problems[: config.evaluation.limit],
-            self._tokenizer,
-            self._template,
-            config.run.seed,
-            config.data.max_prompt_tokens,
-        )
         conditions = Conditions.of(config, self._digest, data, problems, self._template)
         with open_samples(self._out, name, conditions, self._display.message) as kept:
             if kept.lost:

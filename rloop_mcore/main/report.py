@@ -16,6 +16,10 @@ from rloop_mcore.main.run_directory import RunDirectory
 
 def report(options: argparse.Namespace) -> int:
     """Write what the options ask for, and say where it is. Raises UserError for a folder that is no run."""
+    if options.live and (options.out or options.export):
+        raise UserError("--live serves the page and writes no file: leave out --out and --export, or --live.")
+    if options.port and not options.live:
+        raise UserError(f"--port {options.port} is of --live: add that, or leave it out.")
     if options.live:
         from rloop_mcore.main.live import serve_live
 

@@ -217,5 +217,6 @@ def test_no_problems_and_no_file(tmp_path: Path) -> None:
         load_problems(jsonl(tmp_path / "p.jsonl", []))
     with pytest.raises(UserError, match="does not exist"):
         load_problems(str(tmp_path / "q.jsonl"))
-    with pytest.raises(UserError, match=r"must be a \.jsonl or \.parquet file, hf:NAME"):
-        load_problems(str(tmp_path / "p.csv"))
+    for source in (str(tmp_path / "p.csv"), "hf:", "hf::train"):
+        with pytest.raises(UserError, match=r"must be a \.jsonl or \.parquet file, hf:NAME"):
+            load_problems(source)

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.paired import compare_paired
+from rloop_mcore.main import evaluate as evaluation
 from rloop_mcore.main.against import compare, read_result
+from rloop_mcore.main.arguments import parse
 
 
 def record(scores: dict[str, float], **changes: Any) -> dict[str, Any]:
@@ -78,6 +81,32 @@ def test_a_result_that_cannot_be_compared_is_refused_before_anything_is_sampled(
     (tmp_path / "r.json").write_text(json.dumps(record({"a": 0.5}) | changes))
     with pytest.raises(UserError, match="is not what"):
         read_result(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("math500", {}, "has math500, and none of these is evaluated now"),
+        ("mine", {}, "two results of mine have no problem in common"),
+        (
+            "mine",
+            {"counts": {"q1": [0, 8]}, "scores": {"avg@8": {"q1": 0}}},
+            r"no metric in common \(avg@4, pass@1 and avg@8\)",
+        ),
+    ],
+)
+def test_what_has_nothing_in_common_is_refused_before_anything_is_sampled(
+    name: str, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the whole evaluation, whose results were then neither printed nor written."""
+    write_model(tmp_path / "model", seed=0)
+    (tmp_path / "mine.jsonl").write_text('{"id": "q1", "problem": "1,2=3", "answer": "3"}\n')
+    (tmp_path / "other.json").write_text(json.dumps(record({"a": 0.5}, name=name) | changes))
+    monkeypatch.setattr(evaluation, "PolicyEvaluation", None)
+    typed = ["evaluate", "--policy", f"{tmp_path}/model", "--data", f"{tmp_path}/mine.jsonl", "experiment=tiny"]
+    typed += ["--samples", "4", "--k", "1", "--against", f"{tmp_path}/other.json", "--out", f"{tmp_path}/out"]
+    with pytest.raises(UserError, match=words):
+        evaluation.evaluate(parse(typed))
 
 
 def test_the_bytes_of_another_file_are_not_shown(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_what_jobs_start_is_not_offered(capsys: pytest.CaptureFixture[str]) -> N
     assert "node" not in listed
 
 
+def test_the_help_of_train_names_places_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    places = re.findall(r": (/.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [Path(place).name for place in places] == ["config.py", "experiment"]
+    assert all(Path(place).exists() for place in places)
+
+
 COMMANDS = ("train", "launch", "plan", "preflight", "status", "evaluate", "report", "compare", "cache", "trace")
 COMMANDS += ("convert", "grade")
 

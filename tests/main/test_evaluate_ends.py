@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config
+from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import DiskFull, Fault, UserError
-from rloop_mcore.main.evaluate import _config, _explained
+from rloop_mcore.main.arguments import parse
+from rloop_mcore.main.evaluate import _config, _explained, evaluate
 from rloop_mcore.main.policies import Source
+from rloop_mcore.main.policy_evaluation import PolicyEvaluation
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.run_config import to_yaml
 
@@ -51,3 +54,14 @@ def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
     source = Source(tmp_path / "checkpoints" / "i0_explore_000001", RunDirectory(tmp_path))
     with pytest.raises(UserError, match="hold other weights"):
         _config(options, source)
+
+
+def test_a_benchmark_whose_prompts_are_too_long_is_refused_before_another_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", seed=0)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"problem": "1," * 20 + "=1", "answer": "1"}) + "\n")
+    monkeypatch.setattr(PolicyEvaluation, "run", None)
+    typed = ["evaluate", "--policy", f"{tmp_path}/model", "--data", "countdown3:test", "experiment=tiny"]
+    with pytest.raises(UserError, match=r"all 1 prompts are longer than data\.max_prompt_tokens=16"):
+        evaluate(parse([*typed, "--data", f"{tmp_path}/long.jsonl", "--out", f"{tmp_path}/out"]))

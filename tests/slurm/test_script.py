@@ -15,9 +15,13 @@ import pytest
 
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config
+from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main.cli import main
+from rloop_mcore.main.crashes import CrashRecord
+from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.run_config import to_yaml
 from rloop_mcore.slurm.script import Run, command_script, training_script
 
 ROOT = Path(__file__).parents[2]
@@ -443,18 +447,88 @@ def test_files_that_are_not_there_where_a_run_is_submitted_are_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A typo is found now, not when the job starts. A container has other paths."""
-    (tmp_path / "there.jsonl").touch()
+    (tmp_path / "there.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
     words = ["launch", "--dry-run", f"run.dir={tmp_path}/run", "model.path=/no/model", "data.train=/no/t.jsonl"]
-    words.append(f"data.validation={tmp_path}/there.jsonl")
+    words += [f"data.validation={tmp_path}/there.jsonl", "data.template=/no/t.jinja", "cluster.slurm.venv=/no/env"]
     assert main(words) == 0
     found = capsys.readouterr().err.splitlines()
     assert [line.partition(" does not exist here")[0] for line in found] == [
         "rloop: warning: data.train=/no/t.jsonl",
         "rloop: warning: model.path=/no/model",
+        "rloop: warning: data.template=/no/t.jinja",
+        "rloop: warning: cluster.slurm.venv=/no/env",
     ]
     assert main([*words, "cluster.slurm.container=pyxis", "cluster.slurm.image=i.sqsh"]) == 0
     assert main(["launch", "--dry-run", "experiment=tiny", f"run.dir={tmp_path}/run"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.template=chatt", "data.template 'chatt' not found"),
+        ("data.template=broken.jinja", "template broken.jinja: line 1: Expected an expression"),
+        ("reward.verifier=mth", "reward.verifier='mth' is no known verifier"),
+        ("reward.verifier=nowhere:f", "cannot import 'nowhere'"),
+        ("data.sampler=easy", "data.sampler='easy' is no known sampler"),
+        ("data.train=train.csv", "data source 'train.csv' must be a .jsonl"),
+        ("data.validation=countdown3:dev", "countdown3 has the splits train"),
+        ("data.train=numbers.jsonl", "numbers.jsonl:1: answer is int 2; it must be a string"),
+        ("sft.demonstrations=countdown3:train", "sft.demonstrations: problem countdown_train/0 has no text"),
+        ("model.path=headless", "headless/tokenizer.json does not exist"),
+    ],
+)
+def test_a_mistake_that_can_be_seen_here_is_refused_before_it_is_queued(
+    override: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job would wait for its nodes first, for days perhaps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numbers.jsonl").write_text('{"problem": "1 + 1", "answer": 2}\n')
+    (tmp_path / "broken.jinja").write_text("{% if %}{{ problem }}")
+    for name in ("model", "headless"):
+        write_model(tmp_path / name, seed=0)
+    (tmp_path / "headless" / "tokenizer.json").unlink()
+    command = ["launch", "--dry-run", "experiment=tiny", "model.path=model", "run.dir=run"]
+    assert main(command) == 0
+    assert main([*command, override]) == 2
+    assert words in capsys.readouterr().err
+    in_image = ["cluster.slurm.container=pyxis", "cluster.slurm.image=i.sqsh"]  # where names are all that is known here
+    other_places = ("broken.jinja", "nowhere:f", "numbers.jsonl", "headless")
+    assert main([*command, *in_image, override]) == (0 if override.endswith(other_places) else 2)
+
+
+def test_what_a_verifier_prints_is_no_part_of_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """slurm/*.sbatch run what is printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talkative.py").write_text("print('hello')\ndef right(*_):\n    return True, 'correct'\n")
+    command = ["launch", "--dry-run", "experiment=tiny", "run.dir=run", "reward.verifier=talkative:right"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert (out.partition("\n")[0], err) == ("#!/bin/bash", "hello\n")
+
+
+def test_a_run_that_would_be_refused_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a key that must stay, or since it has failed alike three times."""
+    run = RunDirectory(tmp_path / "run")
+    command = ["launch", "--dry-run", "experiment=tiny", f"run.dir={run.path}"]
+    config = load_config(command[2:])
+    run.create()
+    run.config.write_text(to_yaml(config))
+    Journal(run.journal).record("commit", iteration=0, phase="explore", step=1)
+    kept = run.journal.read_bytes()
+    assert main([*command, "algorithm.iterations=3", "cluster.slurm.time=60"]) == 0
+    assert main([*command, "algorithm.group_size=8"]) == 2
+    assert "was started with algorithm.group_size=16, not 8" in capsys.readouterr().err
+    assert main([*command, "algorithm.group_size=8", "--force"]) == 0
+    for _ in range(3):
+        CrashRecord(run, config).note("out of memory")
+    assert main(command) == 2
+    assert "ended 3 times in a row" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    assert main(command) == 2  # it is the job's start that tries again
+    assert run.journal.read_bytes() == kept
 
 
 def test_a_sweep_is_an_array_with_a_run_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,6 +558,13 @@ def test_a_mistake_in_a_sweep_is_told_with_its_line(tmp_path: Path, capsys: pyte
     sweep.write_text(f"run.dir={tmp_path}/a\n# the second\nrun.dir={tmp_path}/b layout.tp=0\n")
     assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
     assert f"{sweep}, line 3: layout.tp=0 must be greater than 0." in capsys.readouterr().err
+    for content, words in (
+        (b"run.dir=a\nrun.dir='b\n", f"{sweep}, line 2: no words of a shell (No closing quotation)."),
+        (b"run.dir=caf\xe9\n", f"--sweep {sweep} has to be UTF-8 text (invalid continuation byte, byte 11)."),
+    ):
+        sweep.write_bytes(content)
+        assert main(["launch", "--dry-run", "experiment=tiny", "--sweep", str(sweep)]) == 2
+        assert capsys.readouterr().err == f"rloop: {words}\n"
 
 
 def test_another_command_is_a_job_of_one_task(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

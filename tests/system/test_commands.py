@@ -22,6 +22,8 @@ pytestmark = pytest.mark.system
         (["status", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere"], "/nowhere is not a run directory"),
         (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--live", "--out", "page.html"], "--live serves the page and writes no file"),
+        (["report", "/nowhere", "--port", "8000"], "--port 8000 is of --live"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
         (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "--policy /nowhere holds no config.json"),
         (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
@@ -119,5 +121,6 @@ def test_evaluate_writes_what_it_prints(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert set(result["metrics"]) == {"avg@4", "pass@1", "pass@4", "maj@4"}
     assert result["problems"] == 5
+    assert "countdown-validation: the first 5 of 200 problems, by evaluation.limit=5" in done.stdout
     assert sum(result["reasons"].values()) == 20
     assert "pass@4" in done.stdout
