@@ -16,7 +16,7 @@ from aiohttp import web
 from served_model import VOCABULARY, Endpoint
 
 from rloop_mcore.rollout import client as client_module
-from rloop_mcore.rollout.client import EngineClient, EngineError, parse_completion
+from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -204,7 +204,7 @@ def test_fields_that_are_missing_or_contradict(path: tuple[str, ...], value: Any
     else:
         holder[path[-1]] = value
     with pytest.raises(EngineError, match=words):
-        parse_completion(answer, "here")
+        EngineClient("http://here", None, 10, 30.0)._completion(answer)
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 10), (-1,)])
@@ -493,13 +493,13 @@ def test_the_keys_in_a_servers_info_are_dropped() -> None:
     assert _ask(handler, lambda client: client.server_info()) == {"tp_size": 2}
 
 
-@pytest.mark.parametrize("status", [200, 502])
+@pytest.mark.parametrize("status", [200, 302, 502])
 def test_what_a_message_quotes_has_no_key(status: int) -> None:
     """A /server_info that is cut off, a proxy that shows what it was sent: what they end in is logged."""
 
     async def echo(request: web.Request) -> web.Response:
         text = f"{'x' * 480} {request.headers['Authorization']} and so on"  # the message is cut within the key
-        return web.Response(text=text, status=status)
+        return web.Response(text=text, status=status, headers={"Location": text})
 
     async def ask(client: EngineClient) -> None:
         key = "0123456789abcdef" * 4
@@ -509,5 +509,35 @@ def test_what_a_message_quotes_has_no_key(status: int) -> None:
                     await call()
                 assert "0123" not in str(caught.value)
                 assert "Bearer (the key)" in str(caught.value)
+
+    _ask(echo, ask)
+
+
+_SPAN = {"version": "3", "start": 0, "end": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "call"),
+    [
+        ({"headers": ...}, EngineClient.weight_version),
+        ({"version": ...}, EngineClient.has_update_sessions),
+        ([{"headers": ...}], _generate),
+        ([GOOD | {"meta_info": GOOD["meta_info"] | {"weight_version": ...}}], _generate),  # type: ignore[operator]
+        ([GOOD | {"meta_info": GOOD["meta_info"] | {"weight_versions": [_SPAN | {"end": ...}]}}], _generate),  # type: ignore[operator]
+    ],
+)
+def test_what_a_message_quotes_of_an_answer_that_can_be_read_has_no_key(
+    answer: object, call: Callable[[EngineClient], Awaitable[object]]
+) -> None:
+    """..., which stands for a field of the request, is in the place of what should be there."""
+
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(text=json.dumps(answer, default=lambda _: request.headers["Authorization"]))
+
+    async def ask(client: EngineClient) -> None:
+        async with closing(EngineClient(client.url, "0123456789abcdef" * 4, 10, 30.0)) as other:
+            with pytest.raises(EngineError, match=r"Bearer \(the key\)") as caught:
+                await call(other)
+            assert "0123" not in str(caught.value)
 
     _ask(echo, ask)
