@@ -29,6 +29,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ADOPTED = 0  # the version of weights that no run has sent; those of a run begin at 1
+UNFINISHED = "unfinished"  # that of weights of which a sync has written a part, or is about to
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
@@ -149,15 +150,15 @@ class EngineClient:
         return str(self._get(await self._json("GET", "/model_info"), "weight_version", "/model_info"))
 
     async def check_untouched(self, folder: Path) -> None:
-        """Raises UserError where a run has brought other weights than the server was started with; warns where that
-        was another folder than `folder`."""
+        """Raises UserError where a run has brought other weights than the server was started with, or a part of them;
+        warns where that was another folder than `folder`."""
         info = await self._json("GET", "/model_info")
         version, started_with = (str(self._get(info, name, "/model_info")) for name in ("weight_version", "model_path"))
-        if version.isdigit() and version != str(ADOPTED):
-            raise UserError(
-                f"rollout.endpoints: {self.url} holds the weights that a run sent it as version {version}, not those "
-                "of its folder: start it anew."
-            )
+        sent = f"the weights that a run sent it as version {version}" if version.isdigit() else ""
+        if version == UNFINISHED:
+            sent = "a part of the weights that a run was sending it"
+        if sent and version != str(ADOPTED):
+            raise UserError(f"rollout.endpoints: {self.url} holds {sent}, not those of its folder: start it anew.")
         if Path(started_with).resolve() != folder.resolve():
             log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
 

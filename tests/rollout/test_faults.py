@@ -47,6 +47,7 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.rollout import fleet as fleet_module
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
@@ -299,7 +300,10 @@ def test_a_fleet_of_wrong_engines_is_an_error(proxies: list[FaultyProxy], policy
 
 
 def test_success_with_nothing_transferred_is_noticed(
-    proxies: list[FaultyProxy], policy: PreTrainedModel, reference: PreTrainedModel
+    proxies: list[FaultyProxy],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The engine is in no broadcast, and says that it was: the trainer waits for it in vain, once."""
     channel_s = 5.0
@@ -308,6 +312,7 @@ def test_success_with_nothing_transferred_is_noticed(
         fleet.sync(weights(reference), 5)
         proxies[1].faults["/update_weights_from_distributed"] = times(1, succeed_without_doing)
         fleet.sync(weights(policy), 6)
+        assert "the weights are sent again: weight broadcast 1 of 1 to the 2 engine ranks" in caplog.text
         assert_all_serve(fleet, policy, 6)
 
 
@@ -574,6 +579,8 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
     adopted = [RunningServer(endpoint.url, endpoint.key) for endpoint in endpoints]
     with fleet_of(adopted, "trainer") as fleet:
         fleet.sync(weights(policy), 11)
+    for endpoint in endpoints:  # as an evaluation leaves it
+        endpoint.request("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
     arguments = [__file__, str(model_path), *(f"{endpoint.url} {endpoint.key}" for endpoint in endpoints)]
     with within(HANG_S):
         trainer = subprocess.run([sys.executable, "-c", TRAINER, *arguments], timeout=HANG_S, check=False)
@@ -584,6 +591,9 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
             status, answer = endpoint.request("/generate", {"input_ids": [5]})
         assert status == 503, answer
         assert "the weights are incomplete" in answer["message"]
+    words = "a part of the weights that a run was sending it, not those of its folder: start it anew"
+    with within(20), fleet_of(adopted, "evaluation") as fleet, pytest.raises(UserError, match=words):
+        fleet.adopt_weights(model_path)
     with within(60), fleet_of(adopted, "trainer") as fleet:  # the trainer's next start
         assert fleet.sync(weights(policy), 12)["engines_serving"] == 2
         assert_all_serve(fleet, policy, 12)

@@ -344,12 +344,18 @@ def test_weights_that_a_run_sent_are_not_adopted_for_those_of_the_folder(
             with make_fleet([Borrowed(server)], None) as fleet:
                 fleet.adopt_weights(model_path)
                 _assert_by(reference, fleet, 0)
+            endpoint_of(server).request("/pause_generation", {})  # as a run leaves it that dies as it begins a sync
         assert not caplog.records
         with make_fleet([Borrowed(server)], None) as fleet:
             fleet.adopt_weights(other_path)
         assert f"was started with {model_path}, and is taken to hold {other_path}" in caplog.text
-        with make_fleet([Borrowed(server)], None) as fleet:
-            fleet.sync(_weights(other_model), 3)
+        endpoint = endpoint_of(server)
+        with make_fleet([RunningServer(endpoint.url, endpoint.key)], None) as evaluation:
+            evaluation.adopt_weights(model_path)
+            with make_fleet([Borrowed(server)], None) as fleet:
+                fleet.sync(_weights(other_model), 3)
+            with pytest.raises(UserError, match="version 3, not those of its folder"):
+                evaluation.generate(_requests(), SAMPLING)
         with (
             make_fleet([Borrowed(server)], None) as fleet,
             pytest.raises(UserError, match="version 3, not those of its folder: start it anew"),
