@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -342,6 +343,7 @@ def _server(version: str, lacks: str = "") -> Callable[[web.Request], Awaitable[
         ("0.5.16", "", r"/server_info: SGLang 0\.5\.16 is not supported: 0\.5\.17 to 0\.5\.23 are$"),
         ("0.5.20", "/pause_generation", r"/pause_generation: there is no such route"),
         ("0.5.21", "/begin_weight_update", r"/begin_weight_update: there is no such route"),
+        ("0.5.23", "/weights_checker", r"/weights_checker: there is no such route"),
     ],
 )
 def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, words: str) -> None:
@@ -414,6 +416,23 @@ def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypa
 
     _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client]))
     assert flushes == [400, 400, 200]
+
+
+_INFO = {"version": "0.5.23", "dtype": "float32", "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [({"version": "0.5.20"}, "from before and after SGLang 0.5.21"), ({"dtype": "bfloat16"}, "differ in dtype")],
+)
+def test_engines_of_two_kinds_cannot_be_synced_together(other: dict[str, str], words: str) -> None:
+    infos = itertools.cycle([_INFO, _INFO | other])
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(next(infos) if request.path == "/server_info" else {"success": True})
+
+    with pytest.raises(EngineError, match=words):
+        _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client, client]))
 
 
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])

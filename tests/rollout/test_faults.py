@@ -429,6 +429,19 @@ def test_a_connection_that_is_reset_fences_at_once(proxies: list[FaultyProxy], p
         assert proxies[1].restarts == 1
 
 
+def test_an_engine_that_comes_back_while_the_policy_is_ahead_has_the_version_of_what_it_is_sent(
+    proxies: list[FaultyProxy], policy: PreTrainedModel, reference: PreTrainedModel
+) -> None:
+    """One step off: the batch of weights 7 is generated while the actor holds weights 8."""
+    held = reference
+    with within(60), fleet_of(proxies[:1], "ahead") as fleet:
+        fleet.sync(lambda: weights(held)(), 7)
+        held = policy
+        proxies[0].faults["/generate"] = times(1, reset_the_connection)
+        requests = requests_of(5)
+        assert_by(policy, requests, fleet.wait(fleet.submit(requests, SHORT), 8), 8)
+
+
 def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
     proxies: list[FaultyProxy], policy: PreTrainedModel
 ) -> None:
