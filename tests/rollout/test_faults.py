@@ -612,6 +612,29 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
         assert_all_serve(fleet, policy, 12)
 
 
+def test_an_adopted_engine_that_hangs_in_a_broadcast_is_left_out_and_rejoins(
+    servers: list[EmbeddedServer], endpoints: list[Endpoint], policy: PreTrainedModel, reference: PreTrainedModel
+) -> None:
+    """It cannot be killed from here, so that the broadcast lasts to its deadline."""
+    channel_s, process = 8.0, servers[1].process.pid
+    adopted = [RunningServer(endpoint.url, endpoint.key) for endpoint in endpoints]
+    try:
+        with within(HANG_S), fleet_of(adopted, "adopted") as fleet:
+            fleet._sync.channel.timeout_s = channel_s  # type: ignore[attr-defined]
+            fleet.sync(weights(reference), 1)
+            with within(2 * channel_s + BUCKET_S):
+                metrics = fleet.sync(half_way(policy, lambda: os.kill(process, signal.SIGSTOP)), 2)
+            assert metrics["engines_serving"] == 1
+            assert_all_serve(fleet, policy, 2)
+            os.kill(process, signal.SIGCONT)
+            wait_until(lambda: fleet._controller.in_state("waiting"))
+            fleet._catch_up(2)
+            assert len(fleet._controller.in_state("serving")) == 2
+            assert_all_serve(fleet, policy, 2)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
 def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that NCCL does not let go, and servers that take as long as they may to end."""
 
