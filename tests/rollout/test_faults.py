@@ -442,6 +442,19 @@ def test_an_engine_that_comes_back_while_the_policy_is_ahead_has_the_version_of_
         assert_by(policy, requests, fleet.wait(fleet.submit(requests, SHORT), 8), 8)
 
 
+def test_an_engine_that_comes_back_and_takes_the_weights_no_more_is_given_up(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """A refusal loses no engine in a sync. Here nobody else would bring it back, and its call would wait for ever."""
+    with within(60), fleet_of(proxies[:1], "no more") as fleet:
+        fleet.sync(weights(policy), 7)
+        proxies[0].faults["/generate"] = reset_the_connection
+        proxies[0].faults["/begin_weight_update"] = answer_400
+        with pytest.raises(EngineError, match=r"no engine is left; .*/begin_weight_update: status 400"):
+            fleet.generate(requests_of(5), SHORT)
+        assert proxies[0].restarts == 3
+
+
 def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
     proxies: list[FaultyProxy], policy: PreTrainedModel
 ) -> None:
