@@ -13,11 +13,13 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 from served_model import VOCABULARY, Endpoint
 
 from rloop_mcore.rollout import client as client_module
 from rloop_mcore.rollout.client import EngineClient, EngineError
+from rloop_mcore.rollout.hashers import embedded_hasher
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -416,6 +418,49 @@ def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypa
 
     _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client]))
     assert flushes == [400, 400, 200]
+
+
+def test_a_sync_does_one_thing_after_the_other() -> None:
+    """From the pause to the verification the weights have no version; and a bucket that is on its way is waited for."""
+    tensor, hasher, done = torch.arange(4.0), embedded_hasher(), []
+    hasher.update(tensor)
+    checksums = {name: hasher.hexdigest() for name in "ab"}
+    answers = {
+        "/server_info": {"version": "0.5.23+rloop.embedded", "dtype": "float32"},
+        "/weights_checker": {"ranks": [{"checksums": checksums, "parallelism_info": {"tp_rank": 0}}]},
+        "/model_info": {"weight_version": "5"},
+    }
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/update_weights_from_tensor":
+            await asyncio.sleep(0.2)
+        version = (await request.json())["new_version"] if request.path == "/update_weight_version" else None
+        done.append(version or request.path)
+        return web.json_response(answers.get(request.path, {"success": True}))
+
+    async def run(client: EngineClient) -> None:
+        loop = asyncio.get_running_loop()
+        submit = lambda work: asyncio.run_coroutine_threadsafe(work, loop)  # noqa: E731
+        sync = WeightSync(None, "gloo", 30.0, 1, ServedModel(10))
+        await asyncio.to_thread(sync.run, [client], iter([("a", tensor), ("b", tensor)]), 5, submit)
+
+    _ask(handler, run)
+    assert done == [
+        *("/server_info", "/pause_generation", "unfinished", "/flush_cache", "/server_info", "/begin_weight_update"),
+        *("/update_weights_from_tensor", "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"),
+        *("5", "/model_info", "/continue_generation"),
+    ]
+
+
+def test_every_sample_of_a_call_is_aborted() -> None:
+    rids = []
+
+    async def handler(request: web.Request) -> web.Response:
+        rids.append((await request.json())["rid"])
+        return web.Response()
+
+    _ask(handler, lambda client: client.abort("call", 3))
+    assert sorted(rids) == ["call-0", "call-1", "call-2"]
 
 
 _INFO = {"version": "0.5.23", "dtype": "float32", "device": "cpu"}
