@@ -532,6 +532,26 @@ def test_a_proxy_that_counts_requests_tells_nothing_of_the_server_behind_it() ->
     assert asked == ["/health"]
 
 
+def test_what_is_asked_of_a_server_that_is_given_up_fails_at_once_and_no_more_is_sent() -> None:
+    asked = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        await asyncio.sleep(20)
+        return web.json_response([GOOD])
+
+    async def ask(client: EngineClient) -> None:
+        under_way = asyncio.ensure_future(_generate(client))
+        await asyncio.sleep(0.2)
+        client.give_up("it is lost")
+        for call in (under_way, _generate(client)):
+            with pytest.raises(EngineError, match="/generate: it is lost"):
+                await asyncio.wait_for(call, 10)
+
+    _ask(handler, ask)
+    assert asked == ["/generate"]
+
+
 def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
     """Else its call would be sent to the next engine."""
 
