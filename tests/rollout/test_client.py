@@ -210,6 +210,12 @@ def test_fields_that_are_missing_or_contradict(path: tuple[str, ...], value: Any
         EngineClient("http://here", None, 10, 30.0)._completion(answer)
 
 
+def test_a_logprob_that_rounding_has_brought_above_0_is_taken() -> None:
+    logprobs = [[0.004, 4, None], [-0.5, 5, None]]
+    answer = GOOD | {"meta_info": GOOD["meta_info"] | {"output_token_logprobs": logprobs}}  # type: ignore[operator]
+    assert EngineClient("http://here", None, 10, 30.0)._completion(answer).logprobs == (0.004, -0.5)
+
+
 @pytest.mark.parametrize("prompt", [(), (1, 10), (-1,)])
 def test_bad_ids_are_never_sent(prompt: tuple[int, ...]) -> None:
     async def handler(request: web.Request) -> web.Response:

@@ -289,6 +289,19 @@ def test_an_engine_with_wrong_weights_is_not_used(
         assert "/generate" not in proxies[1].calls
 
 
+def test_an_engine_that_does_not_tell_its_version_is_not_used(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    async def tell_nothing(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        return web.json_response({})
+
+    proxies[1].faults["/model_info"] = tell_nothing
+    with within(30), fleet_of(proxies, "untold") as fleet:
+        assert fleet.sync(weights(policy), 5)["engines_serving"] == 1
+        assert f"{proxies[1].url}/model_info: the answer lacks 'weight_version': {{}}" in lost_because(fleet)
+        assert_all_serve(fleet, policy, 5)
+
+
 def test_a_fleet_of_wrong_engines_is_an_error(proxies: list[FaultyProxy], policy: PreTrainedModel) -> None:
     for proxy in proxies:
         proxy.faults["/weights_checker"] = edit_checksums(corrupt)
