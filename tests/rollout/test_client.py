@@ -38,6 +38,10 @@ GOOD = {
 }
 
 
+def _spans(*places: tuple[int, int]) -> list[dict[str, object]]:
+    return [{"version": str(3 + number), "start": start, "end": end} for number, (start, end) in enumerate(places)]
+
+
 @asynccontextmanager
 async def closing(client: EngineClient) -> AsyncIterator[EngineClient]:
     try:
@@ -194,6 +198,9 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "output_token_logprobs"), [[0.7, 4, None], [-0.5, 5, None]], "0.7, and none is above 0"),
         (("meta_info", "weight_version"), "default", "never synced"),
+        (("meta_info", "weight_versions"), _spans((0, 1)), "not those of 2 tokens"),
+        (("meta_info", "weight_versions"), _spans((0, 2), (0, 2)), "not those of 2 tokens"),
+        (("meta_info", "weight_versions"), _spans((0, 2), (2, 1), (1, 2)), "not those of 2 tokens"),
         (("meta_info", "finish_reason"), {}, "lacks 'type'"),
     ],
 )
@@ -578,7 +585,8 @@ def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
 
 def test_the_keys_in_a_servers_info_are_dropped() -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response({"api_key": "secret", "launch_command": "--api-key secret", "tp_size": 2})
+        keys = {"api_key": "secret", "admin_api_key": "secret", "launch_command": "--api-key secret"}
+        return web.json_response({**keys, "tp_size": 2})
 
     assert _ask(handler, lambda client: client.server_info()) == {"tp_size": 2}
 
