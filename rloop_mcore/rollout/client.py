@@ -29,6 +29,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ADOPTED = 0  # the version of weights that no run has sent; those of a run begin at 1
+UNFINISHED = "unfinished"  # that of weights of which a sync has written a part, or is about to
 _CONTROL_TIMEOUT_S = 60.0
 _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
@@ -146,18 +147,18 @@ class EngineClient:
         return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
-        return str(_get(await self._json("GET", "/model_info"), "weight_version", f"{self.url}/model_info"))
+        return str(self._get(await self._json("GET", "/model_info"), "weight_version", "/model_info"))
 
     async def check_untouched(self, folder: Path) -> None:
-        """Raises UserError where a run has brought other weights than the server was started with; warns where that
-        was another folder than `folder`."""
-        info, where = await self._json("GET", "/model_info"), f"{self.url}/model_info"
-        version, started_with = (str(_get(info, name, where)) for name in ("weight_version", "model_path"))
-        if version.isdigit() and version != str(ADOPTED):
-            raise UserError(
-                f"rollout.endpoints: {self.url} holds the weights that a run sent it as version {version}, not those "
-                "of its folder: start it anew."
-            )
+        """Raises UserError where a run has brought other weights than the server was started with, or a part of them;
+        warns where that was another folder than `folder`."""
+        info = await self._json("GET", "/model_info")
+        version, started_with = (str(self._get(info, name, "/model_info")) for name in ("weight_version", "model_path"))
+        sent = f"the weights that a run sent it as version {version}" if version.isdigit() else ""
+        if version == UNFINISHED:
+            sent = "a part of the weights that a run was sending it"
+        if sent and version != str(ADOPTED):
+            raise UserError(f"rollout.endpoints: {self.url} holds {sent}, not those of its folder: start it anew.")
         if Path(started_with).resolve() != folder.resolve():
             log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
 
@@ -168,11 +169,11 @@ class EngineClient:
     def _of_version(self, info: dict[str, Any], fact: Callable[[str], T]) -> T:
         """What `fact` says of the server's version. Raises EngineError where that is not a supported one."""
         path = "/server_info"
-        version = str(_get(info, "version", self.url + path))
+        version = str(self._get(info, "version", path))
         try:
             return fact(version)
         except ValueError as error:
-            raise self._error(path, str(error), 200) from error
+            raise self._error(path, self._quoted(error), 200) from error
 
     async def generate(self, requests: Sequence[SampleRequest], sampling: Sampling, rid: str) -> list[Completion]:
         """One /generate call; one completion a request, in order. A request with a partial response goes on from it.
@@ -197,12 +198,11 @@ class EngineClient:
         }
         stamped = self._stamped
         answers = await self._json("POST", "/generate", body, self.generate_timeout_s)
-        where = f"{self.url}/generate"
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._error(
                 "/generate", f"{len(requests)} prompts were sent, the answer is not a list of as many", 200
             )
-        completions = [parse_completion(answer, where) for answer in answers]
+        completions = [self._completion(answer) for answer in answers]
         if [answer["meta_info"].get("id") for answer in answers] != body["rid"]:
             raise self._error("/generate", "the answers are not those of the prompts, in their order", 200)
         for completion in completions:
@@ -348,8 +348,8 @@ class EngineClient:
             if _has_no_file(error):  # no fault of the server's
                 text = f"{self.url}{path}: no socket within {timeout_s:g} s: raise the limit of open files (ulimit -n)"
                 raise OSError(errno.EMFILE, text) from error
-            text = f"connection failed after {waited:.1f} s (deadline {timeout_s:g} s): {type(error).__name__}: {error}"
-            raise self._error(path, text) from error
+            text = f"connection failed after {waited:.1f} s (deadline {timeout_s:g} s): {type(error).__name__}: "
+            raise self._error(path, text + self._quoted(error)) from error
         finally:
             self._requests.discard(request)
 
@@ -374,16 +374,64 @@ class EngineClient:
             await asyncio.sleep(_FILES_AGAIN_S)  # other calls give theirs back
         if response.status != 200:  # a redirected POST would come as a GET
             moved = response.headers.get("Location")
-            text = f"status {response.status}{f' to {moved}' if moved else ''}: {self._quoted(raw)}"
+            text = f"status {response.status}{f' to {self._quoted(moved)}' if moved else ''}: {self._quoted(raw)}"
             text += f" (the key of running servers is {KEY_VARIABLE})" if response.status == 401 else ""
             asked = response.headers.get("Retry-After", "")  # or a date, by a clock that may be another
             raise self._error(path, text, response.status, float(asked) if asked.isdecimal() else 0.0)
         return raw
 
+    def _completion(self, answer: Any) -> Completion:
+        """From one answer of /generate; raises EngineError where a field is missing or they contradict."""
+        path = "/generate"
+        try:
+            meta, ids = self._get(answer, "meta_info", path), list(self._get(answer, "output_ids", path))
+            entries = self._get(meta, "output_token_logprobs", path)
+            reason = self._get(self._get(meta, "finish_reason", path), "type", path)
+            logprobs = tuple(float(entry[0]) for entry in entries)
+            scored_ids = tuple(int(entry[1]) for entry in entries)
+            whole = [{"version": self._get(meta, "weight_version", path), "start": 0, "end": len(ids)}]
+            versions = self._versions(meta.get("weight_versions") or whole, len(ids))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise self._error(path, f"the answer is not that of SGLang: {self._quoted(answer)}", 200) from error
+        if list(scored_ids) != ids:
+            counts = f"{len(ids)} output_ids and {len(scored_ids)} logprobs"
+            raise self._error(path, f"{counts} do not name the same tokens", 200)
+        if not math.isfinite(sum(logprobs)):
+            raise self._error(path, "a logprob is not finite", 200)
+        if max(logprobs, default=0.0) > _ROUNDING:
+            raise self._error(path, f"a logprob is {max(logprobs):g}, and none is above 0", 200)
+        return Completion(scored_ids, logprobs, str(reason), versions)
+
+    def _versions(self, spans: Any, tokens: int) -> tuple[tuple[int, int], ...]:
+        """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not of so many."""
+        path = "/generate"
+        runs: list[tuple[int, int]] = []
+        end = 0
+        for span in spans:
+            version, start, stop = (self._get(span, name, path) for name in ("version", "start", "end"))
+            if start != end or stop < end:
+                end = -1  # which no answer has
+                break
+            if stop > end:
+                if not str(version).isdigit():
+                    text = f"weight_version {self._quoted(version)!r} is not a number: the engine was never synced"
+                    raise self._error(path, text, 200)
+                runs.append((int(version), stop - end))
+            end = stop
+        if end != tokens:
+            raise self._error(path, f"weight_versions {self._quoted(spans)} are not those of {tokens} tokens", 200)
+        return tuple(runs)
+
+    def _get(self, mapping: Any, name: str, path: str) -> Any:
+        if not isinstance(mapping, dict) or name not in mapping:
+            raise self._error(path, f"the answer lacks {name!r}: {self._quoted(mapping)}", 200)
+        return mapping[name]
+
     def _quoted(self, value: Any) -> str:
         """An answer, cut short, without the key: SGLang's /server_info has it, and a proxy may echo its request."""
         text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-        return _short(text.replace(self._key, "(the key)") if self._key else text)
+        text = text.replace(self._key, "(the key)") if self._key else text
+        return text if len(text) <= 500 else f"{text[:500]}... ({len(text)} characters)"
 
     def _error(self, path: str, text: str, status: int | None = None, retry_after_s: float = 0.0) -> EngineError:
         return EngineError(f"{self.url}{path}: {text}", status, self.url, retry_after_s)
@@ -399,46 +447,6 @@ def _tp_rank(place: Any) -> int:
     return int((place[0] if isinstance(place, list) else place)["tp_rank"])
 
 
-def parse_completion(answer: Any, where: str) -> Completion:
-    """A `Completion` from one /generate answer; raises EngineError when a field is missing or they contradict."""
-    try:
-        meta, ids = _get(answer, "meta_info", where), list(_get(answer, "output_ids", where))
-        entries = _get(meta, "output_token_logprobs", where)
-        reason = _get(_get(meta, "finish_reason", where), "type", where)
-        logprobs = tuple(float(entry[0]) for entry in entries)
-        scored_ids = tuple(int(entry[1]) for entry in entries)
-        whole = [{"version": _get(meta, "weight_version", where), "start": 0, "end": len(ids)}]
-        versions = _versions(meta.get("weight_versions") or whole, len(ids), where)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise EngineError(f"{where}: the answer is not that of SGLang: {_short(answer)}", 200) from error
-    if list(scored_ids) != ids:
-        counts = f"{len(ids)} output_ids and {len(scored_ids)} logprobs"
-        raise EngineError(f"{where}: {counts} do not name the same tokens", 200)
-    if not math.isfinite(sum(logprobs)):
-        raise EngineError(f"{where}: a logprob is not finite", 200)
-    if max(logprobs, default=0.0) > _ROUNDING:
-        raise EngineError(f"{where}: a logprob is {max(logprobs):g}, and none is above 0", 200)
-    return Completion(scored_ids, logprobs, str(reason), versions)
-
-
-def _versions(spans: Any, tokens: int, where: str) -> tuple[tuple[int, int], ...]:
-    """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not of so many tokens."""
-    runs: list[tuple[int, int]] = []
-    end = 0
-    for span in spans:
-        version, start, stop = (_get(span, name, where) for name in ("version", "start", "end"))
-        if not str(version).isdigit():
-            raise EngineError(f"{where}: weight_version {version!r} is not a number: the engine was never synced", 200)
-        if start != end or stop < end:
-            break
-        if stop > end:
-            runs.append((int(version), stop - end))
-        end = stop
-    if end != tokens:
-        raise EngineError(f"{where}: weight_versions {_short(spans)} are not those of {tokens} tokens", 200)
-    return tuple(runs)
-
-
 def _joined(partial: Completion | None, rest: Completion) -> Completion:
     """The completion that `partial` and what was sampled after it make."""
     if partial is None:
@@ -449,14 +457,3 @@ def _joined(partial: Completion | None, rest: Completion) -> Completion:
     return Completion(
         partial.response_ids + rest.response_ids, partial.logprobs + rest.logprobs, rest.finish_reason, tuple(merged)
     )
-
-
-def _get(mapping: Any, name: str, where: str) -> Any:
-    if not isinstance(mapping, dict) or name not in mapping:
-        raise EngineError(f"{where}: the answer lacks {name!r}: {_short(mapping)}", 200)
-    return mapping[name]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 500 else f"{text[:500]}... ({len(text)} characters)"

@@ -63,6 +63,7 @@ class Fleet:
         self.version: int | None = None
         self._shares = len(self.servers) if deterministic else 0
         self._export: Callable[[], NamedTensors] | None = None
+        self._folder: Path | None = None  # of adopted weights
         self._sync = WeightSync(channel, backend, start_timeout_s, bucket_mib * 2**20, model)
         self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up
         self._controller = Controller(
@@ -123,12 +124,11 @@ class Fleet:
     def adopt_weights(self, folder: Path) -> None:
         """Take what the engines were started with, the model in `folder`, as version 0: an evaluation trains nothing.
 
-        Raises UserError for an engine that a run has brought other weights.
+        Raises UserError for an engine that a run has brought other weights; `wait` does where that happens later.
         """
         self.wait_ready()
-        clients = {engine: _client(engine) for engine in self._controller.in_state("waiting")}
-        self._submit(together(*(client.check_untouched(folder) for client in clients.values()))).result()
-        self._adopt(clients)
+        self._adopt({engine: _client(engine) for engine in self._controller.in_state("waiting")}, folder)
+        self._folder = folder
         self.version = ADOPTED
 
     def submit(
@@ -193,8 +193,13 @@ class Fleet:
         self._submit(self._promote(clients, version)).result()
         return metrics
 
-    def _adopt(self, clients: dict[Engine, EngineClient]) -> None:
-        self._submit(together(*(client.set_weight_version(str(ADOPTED)) for client in clients.values()))).result()
+    def _adopt(self, clients: dict[Engine, EngineClient], folder: Path) -> None:
+        async def adopt(client: EngineClient) -> None:
+            await client.check_untouched(folder)
+            await client.set_weight_version(str(ADOPTED))
+            await client.resume()  # somebody may have left it paused
+
+        self._submit(together(*(adopt(client) for client in clients.values()))).result()
         self._submit(self._promote(clients, ADOPTED)).result()
 
     def _catch_up(self, version: int | None) -> None:
@@ -208,10 +213,10 @@ class Fleet:
         def bring(clients: dict[Engine, EngineClient]) -> None:
             if not clients:
                 return
-            if self._export is None:  # a server started anew holds what it was started with before
-                self._adopt(clients)
-            else:
+            if self._export is not None:
                 self._bring(clients, self._export, version)
+            elif self._folder is not None:  # which a server started anew holds again
+                self._adopt(clients, self._folder)
 
         try:
             self._persist(waiting, bring)
@@ -244,6 +249,7 @@ class Fleet:
                     raise
                 failed |= lost
                 refusal = str(error) if _is_refusal(error) else ""
+                log.warning("the weights are sent again: %s", error)
 
     def _answering(self, failed: set[Engine]) -> list[Engine]:
         """The engines a sync can reach, those that failed in it only where there is no other; waits for one to come

@@ -141,9 +141,12 @@ class _ChildServer:
         return None if status is None else f"{self.kind} ended with status {status}; {self._last_lines()}"
 
     def _last_lines(self) -> str:
+        try:
+            text = self.log.read_text(errors="replace")
+        except OSError as error:  # run.dir is gone, or its file server: no reason to leave the engine lost for ever
+            return f"its log cannot be read ({error})"
         # SGLang tells the key at other log levels than the one it is started with (rollout.server_args).
-        text = self.log.read_text(errors="replace").replace(self.api_key, "(the key)")
-        lines = text.splitlines()[-_LOG_LINES:]
+        lines = text.replace(self.api_key, "(the key)").splitlines()[-_LOG_LINES:]
         return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
     async def restart(self) -> None:

@@ -1,4 +1,5 @@
-"""The weight sync: pause, flush, begin, broadcast the buckets, end, verify, stamp, continue, on all engines at once."""
+"""The weight sync on all engines at once: pause, unstamp, flush, begin, broadcast the buckets, end, verify, stamp,
+continue."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import torch
 from rloop_mcore.protocols import WeightChannel
 from rloop_mcore.rollout.buckets import Bucket, Buffers
 from rloop_mcore.rollout.checksums import ExpectedChecksums, KeptWeights, difference
-from rloop_mcore.rollout.client import EngineClient, EngineError, GroupSpec
+from rloop_mcore.rollout.client import UNFINISHED, EngineClient, EngineError, GroupSpec
 from rloop_mcore.rollout.fp8 import quantized
 from rloop_mcore.rollout.handles import handles_of
 from rloop_mcore.rollout.served import ServedModel, kept_dtype, kept_weights
@@ -105,6 +106,7 @@ class WeightSync:
         # run's are under way then (`versions.check_partial`), at most a health probe is.
         mode = "retract" if self._sessions else "abort"
         await _each(clients, lambda c: c.pause(mode))
+        await _each(clients, lambda c: c.set_weight_version(UNFINISHED))  # should this process die meanwhile
         await _each(clients, lambda c: c.flush_cache())
         await _each(clients, lambda c: c.wake("weights"))
         if clients != self._members:

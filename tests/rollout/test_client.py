@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -12,11 +13,13 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 from served_model import VOCABULARY, Endpoint
 
 from rloop_mcore.rollout import client as client_module
-from rloop_mcore.rollout.client import EngineClient, EngineError, parse_completion
+from rloop_mcore.rollout.client import EngineClient, EngineError
+from rloop_mcore.rollout.hashers import embedded_hasher
 from rloop_mcore.rollout.served import ServedModel
 from rloop_mcore.rollout.sync import WeightSync
 from rloop_mcore.types import Completion, SampleRequest, Sampling
@@ -33,6 +36,10 @@ GOOD = {
         "output_token_logprobs": [[-0.5, 4, None], [-1.5, 5, None]],
     },
 }
+
+
+def _spans(*places: tuple[int, int]) -> list[dict[str, object]]:
+    return [{"version": str(3 + number), "start": start, "end": end} for number, (start, end) in enumerate(places)]
 
 
 @asynccontextmanager
@@ -191,6 +198,9 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "output_token_logprobs"), [[0.7, 4, None], [-0.5, 5, None]], "0.7, and none is above 0"),
         (("meta_info", "weight_version"), "default", "never synced"),
+        (("meta_info", "weight_versions"), _spans((0, 1)), "not those of 2 tokens"),
+        (("meta_info", "weight_versions"), _spans((0, 2), (0, 2)), "not those of 2 tokens"),
+        (("meta_info", "weight_versions"), _spans((0, 2), (2, 1), (1, 2)), "not those of 2 tokens"),
         (("meta_info", "finish_reason"), {}, "lacks 'type'"),
     ],
 )
@@ -204,7 +214,13 @@ def test_fields_that_are_missing_or_contradict(path: tuple[str, ...], value: Any
     else:
         holder[path[-1]] = value
     with pytest.raises(EngineError, match=words):
-        parse_completion(answer, "here")
+        EngineClient("http://here", None, 10, 30.0)._completion(answer)
+
+
+def test_a_logprob_that_rounding_has_brought_above_0_is_taken() -> None:
+    logprobs = [[0.004, 4, None], [-0.5, 5, None]]
+    answer = GOOD | {"meta_info": GOOD["meta_info"] | {"output_token_logprobs": logprobs}}  # type: ignore[operator]
+    assert EngineClient("http://here", None, 10, 30.0)._completion(answer).logprobs == (0.004, -0.5)
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 10), (-1,)])
@@ -342,6 +358,7 @@ def _server(version: str, lacks: str = "") -> Callable[[web.Request], Awaitable[
         ("0.5.16", "", r"/server_info: SGLang 0\.5\.16 is not supported: 0\.5\.17 to 0\.5\.23 are$"),
         ("0.5.20", "/pause_generation", r"/pause_generation: there is no such route"),
         ("0.5.21", "/begin_weight_update", r"/begin_weight_update: there is no such route"),
+        ("0.5.23", "/weights_checker", r"/weights_checker: there is no such route"),
     ],
 )
 def test_a_server_that_cannot_serve_a_run_is_refused(version: str, lacks: str, words: str) -> None:
@@ -416,6 +433,66 @@ def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypa
     assert flushes == [400, 400, 200]
 
 
+def test_a_sync_does_one_thing_after_the_other() -> None:
+    """From the pause to the verification the weights have no version; and a bucket that is on its way is waited for."""
+    tensor, hasher, done = torch.arange(4.0), embedded_hasher(), []
+    hasher.update(tensor)
+    checksums = {name: hasher.hexdigest() for name in "ab"}
+    answers = {
+        "/server_info": {"version": "0.5.23+rloop.embedded", "dtype": "float32"},
+        "/weights_checker": {"ranks": [{"checksums": checksums, "parallelism_info": {"tp_rank": 0}}]},
+        "/model_info": {"weight_version": "5"},
+    }
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/update_weights_from_tensor":
+            await asyncio.sleep(0.2)
+        version = (await request.json())["new_version"] if request.path == "/update_weight_version" else None
+        done.append(version or request.path)
+        return web.json_response(answers.get(request.path, {"success": True}))
+
+    async def run(client: EngineClient) -> None:
+        loop = asyncio.get_running_loop()
+        submit = lambda work: asyncio.run_coroutine_threadsafe(work, loop)  # noqa: E731
+        sync = WeightSync(None, "gloo", 30.0, 1, ServedModel(10))
+        await asyncio.to_thread(sync.run, [client], iter([("a", tensor), ("b", tensor)]), 5, submit)
+
+    _ask(handler, run)
+    assert done == [
+        *("/server_info", "/pause_generation", "unfinished", "/flush_cache", "/server_info", "/begin_weight_update"),
+        *("/update_weights_from_tensor", "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"),
+        *("5", "/model_info", "/continue_generation"),
+    ]
+
+
+def test_every_sample_of_a_call_is_aborted() -> None:
+    rids = []
+
+    async def handler(request: web.Request) -> web.Response:
+        rids.append((await request.json())["rid"])
+        return web.Response()
+
+    _ask(handler, lambda client: client.abort("call", 3))
+    assert sorted(rids) == ["call-0", "call-1", "call-2"]
+
+
+_INFO = {"version": "0.5.23", "dtype": "float32", "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [({"version": "0.5.20"}, "from before and after SGLang 0.5.21"), ({"dtype": "bfloat16"}, "differ in dtype")],
+)
+def test_engines_of_two_kinds_cannot_be_synced_together(other: dict[str, str], words: str) -> None:
+    infos = itertools.cycle([_INFO, _INFO | other])
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(next(infos) if request.path == "/server_info" else {"success": True})
+
+    with pytest.raises(EngineError, match=words):
+        _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client, client]))
+
+
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])
 def test_a_server_that_can_is_taken(version: str, lacks: str) -> None:
     asked = set()
@@ -468,6 +545,26 @@ def test_a_proxy_that_counts_requests_tells_nothing_of_the_server_behind_it() ->
     assert asked == ["/health"]
 
 
+def test_what_is_asked_of_a_server_that_is_given_up_fails_at_once_and_no_more_is_sent() -> None:
+    asked = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        await asyncio.sleep(20)
+        return web.json_response([GOOD])
+
+    async def ask(client: EngineClient) -> None:
+        under_way = asyncio.ensure_future(_generate(client))
+        await asyncio.sleep(0.2)
+        client.give_up("it is lost")
+        for call in (under_way, _generate(client)):
+            with pytest.raises(EngineError, match="/generate: it is lost"):
+                await asyncio.wait_for(call, 10)
+
+    _ask(handler, ask)
+    assert asked == ["/generate"]
+
+
 def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
     """Else its call would be sent to the next engine."""
 
@@ -488,18 +585,19 @@ def test_who_is_cancelled_as_the_server_is_given_up_is_cancelled() -> None:
 
 def test_the_keys_in_a_servers_info_are_dropped() -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response({"api_key": "secret", "launch_command": "--api-key secret", "tp_size": 2})
+        keys = {"api_key": "secret", "admin_api_key": "secret", "launch_command": "--api-key secret"}
+        return web.json_response({**keys, "tp_size": 2})
 
     assert _ask(handler, lambda client: client.server_info()) == {"tp_size": 2}
 
 
-@pytest.mark.parametrize("status", [200, 502])
+@pytest.mark.parametrize("status", [200, 302, 502])
 def test_what_a_message_quotes_has_no_key(status: int) -> None:
     """A /server_info that is cut off, a proxy that shows what it was sent: what they end in is logged."""
 
     async def echo(request: web.Request) -> web.Response:
         text = f"{'x' * 480} {request.headers['Authorization']} and so on"  # the message is cut within the key
-        return web.Response(text=text, status=status)
+        return web.Response(text=text, status=status, headers={"Location": text})
 
     async def ask(client: EngineClient) -> None:
         key = "0123456789abcdef" * 4
@@ -509,5 +607,35 @@ def test_what_a_message_quotes_has_no_key(status: int) -> None:
                     await call()
                 assert "0123" not in str(caught.value)
                 assert "Bearer (the key)" in str(caught.value)
+
+    _ask(echo, ask)
+
+
+_SPAN = {"version": "3", "start": 0, "end": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "call"),
+    [
+        ({"headers": ...}, EngineClient.weight_version),
+        ({"version": ...}, EngineClient.has_update_sessions),
+        ([{"headers": ...}], _generate),
+        ([GOOD | {"meta_info": GOOD["meta_info"] | {"weight_version": ...}}], _generate),  # type: ignore[operator]
+        ([GOOD | {"meta_info": GOOD["meta_info"] | {"weight_versions": [_SPAN | {"end": ...}]}}], _generate),  # type: ignore[operator]
+    ],
+)
+def test_what_a_message_quotes_of_an_answer_that_can_be_read_has_no_key(
+    answer: object, call: Callable[[EngineClient], Awaitable[object]]
+) -> None:
+    """..., which stands for a field of the request, is in the place of what should be there."""
+
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(text=json.dumps(answer, default=lambda _: request.headers["Authorization"]))
+
+    async def ask(client: EngineClient) -> None:
+        async with closing(EngineClient(client.url, "0123456789abcdef" * 4, 10, 30.0)) as other:
+            with pytest.raises(EngineError, match=r"Bearer \(the key\)") as caught:
+                await call(other)
+            assert "0123" not in str(caught.value)
 
     _ask(echo, ask)

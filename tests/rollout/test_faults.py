@@ -47,6 +47,7 @@ from served_model import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.rollout import fleet as fleet_module
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
@@ -288,6 +289,19 @@ def test_an_engine_with_wrong_weights_is_not_used(
         assert "/generate" not in proxies[1].calls
 
 
+def test_an_engine_that_does_not_tell_its_version_is_not_used(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    async def tell_nothing(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        return web.json_response({})
+
+    proxies[1].faults["/model_info"] = tell_nothing
+    with within(30), fleet_of(proxies, "untold") as fleet:
+        assert fleet.sync(weights(policy), 5)["engines_serving"] == 1
+        assert f"{proxies[1].url}/model_info: the answer lacks 'weight_version': {{}}" in lost_because(fleet)
+        assert_all_serve(fleet, policy, 5)
+
+
 def test_a_fleet_of_wrong_engines_is_an_error(proxies: list[FaultyProxy], policy: PreTrainedModel) -> None:
     for proxy in proxies:
         proxy.faults["/weights_checker"] = edit_checksums(corrupt)
@@ -299,7 +313,10 @@ def test_a_fleet_of_wrong_engines_is_an_error(proxies: list[FaultyProxy], policy
 
 
 def test_success_with_nothing_transferred_is_noticed(
-    proxies: list[FaultyProxy], policy: PreTrainedModel, reference: PreTrainedModel
+    proxies: list[FaultyProxy],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The engine is in no broadcast, and says that it was: the trainer waits for it in vain, once."""
     channel_s = 5.0
@@ -308,6 +325,7 @@ def test_success_with_nothing_transferred_is_noticed(
         fleet.sync(weights(reference), 5)
         proxies[1].faults["/update_weights_from_distributed"] = times(1, succeed_without_doing)
         fleet.sync(weights(policy), 6)
+        assert "the weights are sent again: weight broadcast 1 of 1 to the 2 engine ranks" in caplog.text
         assert_all_serve(fleet, policy, 6)
 
 
@@ -422,6 +440,32 @@ def test_a_connection_that_is_reset_fences_at_once(proxies: list[FaultyProxy], p
         assert f"{proxies[1].url}/generate: connection failed" in lost_because(fleet)
         assert fleet.generate(requests, SHORT) == good
         assert proxies[1].restarts == 1
+
+
+def test_an_engine_that_comes_back_while_the_policy_is_ahead_has_the_version_of_what_it_is_sent(
+    proxies: list[FaultyProxy], policy: PreTrainedModel, reference: PreTrainedModel
+) -> None:
+    """One step off: the batch of weights 7 is generated while the actor holds weights 8."""
+    held = reference
+    with within(60), fleet_of(proxies[:1], "ahead") as fleet:
+        fleet.sync(lambda: weights(held)(), 7)
+        held = policy
+        proxies[0].faults["/generate"] = times(1, reset_the_connection)
+        requests = requests_of(5)
+        assert_by(policy, requests, fleet.wait(fleet.submit(requests, SHORT), 8), 8)
+
+
+def test_an_engine_that_comes_back_and_takes_the_weights_no_more_is_given_up(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """A refusal loses no engine in a sync. Here nobody else would bring it back, and its call would wait for ever."""
+    with within(60), fleet_of(proxies[:1], "no more") as fleet:
+        fleet.sync(weights(policy), 7)
+        proxies[0].faults["/generate"] = reset_the_connection
+        proxies[0].faults["/begin_weight_update"] = answer_400
+        with pytest.raises(EngineError, match=r"no engine is left; .*/begin_weight_update: status 400"):
+            fleet.generate(requests_of(5), SHORT)
+        assert proxies[0].restarts == 3
 
 
 def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
@@ -574,6 +618,8 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
     adopted = [RunningServer(endpoint.url, endpoint.key) for endpoint in endpoints]
     with fleet_of(adopted, "trainer") as fleet:
         fleet.sync(weights(policy), 11)
+    for endpoint in endpoints:  # as an evaluation leaves it
+        endpoint.request("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
     arguments = [__file__, str(model_path), *(f"{endpoint.url} {endpoint.key}" for endpoint in endpoints)]
     with within(HANG_S):
         trainer = subprocess.run([sys.executable, "-c", TRAINER, *arguments], timeout=HANG_S, check=False)
@@ -584,9 +630,35 @@ def test_a_trainer_that_dies_in_a_sync_leaves_nothing_that_serves(
             status, answer = endpoint.request("/generate", {"input_ids": [5]})
         assert status == 503, answer
         assert "the weights are incomplete" in answer["message"]
+    words = "a part of the weights that a run was sending it, not those of its folder: start it anew"
+    with within(20), fleet_of(adopted, "evaluation") as fleet, pytest.raises(UserError, match=words):
+        fleet.adopt_weights(model_path)
     with within(60), fleet_of(adopted, "trainer") as fleet:  # the trainer's next start
         assert fleet.sync(weights(policy), 12)["engines_serving"] == 2
         assert_all_serve(fleet, policy, 12)
+
+
+def test_an_adopted_engine_that_hangs_in_a_broadcast_is_left_out_and_rejoins(
+    servers: list[EmbeddedServer], endpoints: list[Endpoint], policy: PreTrainedModel, reference: PreTrainedModel
+) -> None:
+    """It cannot be killed from here, so that the broadcast lasts to its deadline."""
+    channel_s, process = 8.0, servers[1].process.pid
+    adopted = [RunningServer(endpoint.url, endpoint.key) for endpoint in endpoints]
+    try:
+        with within(HANG_S), fleet_of(adopted, "adopted") as fleet:
+            fleet._sync.channel.timeout_s = channel_s  # type: ignore[attr-defined]
+            fleet.sync(weights(reference), 1)
+            with within(2 * channel_s + BUCKET_S):
+                metrics = fleet.sync(half_way(policy, lambda: os.kill(process, signal.SIGSTOP)), 2)
+            assert metrics["engines_serving"] == 1
+            assert_all_serve(fleet, policy, 2)
+            os.kill(process, signal.SIGCONT)
+            wait_until(lambda: fleet._controller.in_state("waiting"))
+            fleet._catch_up(2)
+            assert len(fleet._controller.in_state("serving")) == 2
+            assert_all_serve(fleet, policy, 2)
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_checksums_tell_policies_apart(
 
 def test_buckets_keep_order_and_size() -> None:
     tensors = [(str(i), torch.arange(n, dtype=torch.float32)) for i, n in enumerate([3, 5, 100, 2, 2])]
-    buffers = Buffers(40, host=True)
+    buffers = Buffers(32, host=True)  # the first two fill one
     cut = [
         ([name for name, _ in bucket.tensors], bucket.data.view(torch.float32).tolist())
         for bucket in buffers.fill(iter(tensors), torch.float32)
@@ -344,12 +344,18 @@ def test_weights_that_a_run_sent_are_not_adopted_for_those_of_the_folder(
             with make_fleet([Borrowed(server)], None) as fleet:
                 fleet.adopt_weights(model_path)
                 _assert_by(reference, fleet, 0)
+            endpoint_of(server).request("/pause_generation", {})  # as a run leaves it that dies as it begins a sync
         assert not caplog.records
         with make_fleet([Borrowed(server)], None) as fleet:
             fleet.adopt_weights(other_path)
         assert f"was started with {model_path}, and is taken to hold {other_path}" in caplog.text
-        with make_fleet([Borrowed(server)], None) as fleet:
-            fleet.sync(_weights(other_model), 3)
+        endpoint = endpoint_of(server)
+        with make_fleet([RunningServer(endpoint.url, endpoint.key)], None) as evaluation:
+            evaluation.adopt_weights(model_path)
+            with make_fleet([Borrowed(server)], None) as fleet:
+                fleet.sync(_weights(other_model), 3)
+            with pytest.raises(UserError, match="version 3, not those of its folder"):
+                evaluation.generate(_requests(), SAMPLING)
         with (
             make_fleet([Borrowed(server)], None) as fleet,
             pytest.raises(UserError, match="version 3, not those of its folder: start it anew"),

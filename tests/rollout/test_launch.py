@@ -68,6 +68,16 @@ def test_a_failed_start_quotes_the_log(tmp_path: Path) -> None:
         server.stop()
 
 
+def test_how_a_server_ended_is_said_though_its_log_is_gone(model_path: Path, tmp_path: Path) -> None:
+    """An error here would leave the engine as lost, and never restarted."""
+    server = start_server(model_path, tmp_path, "engine")
+    server.log.unlink()
+    server.process.kill()
+    server.process.wait()
+    assert re.search(r"ended with status -9; its log cannot be read \(.*No such file", str(server.failure()))
+    server.stop()
+
+
 def test_a_start_that_takes_too_long_is_an_error_and_stop_ends_it(model_path: Path, tmp_path: Path) -> None:
     server = start_server(model_path, tmp_path, "engine")
     with pytest.raises(EngineError, match=r"not ready within 0 s"):
