@@ -130,7 +130,8 @@ class _Run:
             finish(folder, files, tensors)
             (folder / HF_FILES).mkdir()
             write_config(folder / HF_FILES, self.reader.folder, set(self.dtypes.values()))
-            written, sections, count = BlockReader(folder), self.model.sections, self.threads
+            written = BlockReader(folder, checksums=False)
+            sections, count = self.model.sections, self.threads
             checks = [partial(self._verify, written, sections[n::count], progress) for n in range(count)]
             in_threads(checks, count, self.memory)
 

@@ -447,6 +447,15 @@ def cut_file(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-64])
 
 
+def flip_a_bit(folder: Path, source: Path) -> None:
+    """In the last element of a tensor."""
+    own = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
+    (file,) = (file for file in folder.glob("*.distcp") if own in file.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.find(own) + len(own) - 4] ^= 1
+    file.write_bytes(content)
+
+
 def evil_metadata(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
@@ -455,6 +464,16 @@ def evil_metadata(folder: Path) -> None:
 MALFORMED_CHECKPOINTS = {
     "a file missing": (drop("*.distcp"), [], "which its manifest.json lists"),
     "a file cut off": (cut_file, [], "it is not what was written"),
+    "a bit flipped": (
+        lambda f: flip_a_bit(f, f.parent / "source"),
+        [],
+        ".distcp, tensor decoder.layers.mlp.linear_fc1.weight at byte ",
+    ),
+    "a bit flipped in somebody else's": (
+        lambda f: (flip_a_bit(f, f.parent / "source"), (f / "manifest.json").unlink()),
+        ["--trust"],
+        "has another content than was written (its crc32 is wrong)",
+    ),
     "a manifest nested without end": (
         lambda f: (f / "manifest.json").write_text("[" * 100_000),
         [],
@@ -534,13 +553,7 @@ def test_a_byte_that_was_written_wrongly_is_found(
     whole = hf_to_mcore.finish
 
     def damaged(folder: Path, *arguments: object) -> None:
-        key = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
-        for other in folder.glob("*.distcp"):
-            content = bytearray(other.read_bytes())
-            at = content.find(key)
-            if at >= 0:
-                content[at + 10] ^= 1
-                other.write_bytes(content)
+        flip_a_bit(folder, source)
         whole(folder, *arguments)
 
     monkeypatch.setattr(hf_to_mcore, "finish", damaged)
