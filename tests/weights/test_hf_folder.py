@@ -72,6 +72,8 @@ def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
     )
     files = [path.name for path in sorted(reordered.path.glob("*.safetensors"))]
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((reordered.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
     assert whole.digest == again.digest == reordered.digest == digest_of(reordered.path)
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
     reader = TensorReader(reordered.path)

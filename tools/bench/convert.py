@@ -30,6 +30,7 @@ from rloop_mcore.weights.sections import Layout, Model
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_attention_heads": 16,
@@ -46,6 +47,7 @@ SPARE = 1 << 28
 def main() -> None:
     options = arguments(__doc__ or "")
     threads = len(os.sched_getaffinity(0))
+    imports = memory_of_this_process("RssAnon")
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may be memory
         root = Path(folder)
         source, mcore, back, copy = root / "source", root / "mcore", root / "back", root / "copy"
@@ -85,8 +87,8 @@ def main() -> None:
         peaks = {}
         for name, work, result in (("mcore", to_mcore, mcore), ("hf", to_hf, back)):
             shutil.rmtree(result)
-            peaks[name] = peak_memory(work)
-        naive = peak_memory(lambda: load_all(source, root / "naive"))
+            peaks[name] = peak_memory(work) - imports
+        naive = peak_memory(lambda: load_all(source, root / "naive")) - imports
     bound = 3 * largest + SPARE
     print(
         f"{size / 1e9:.2f} GB bf16, {threads} threads: cp and fsync {median['cp']:.2f} s, to Megatron "
@@ -129,7 +131,7 @@ def load_all(source: Path, target: Path) -> None:
 
 
 def peak_memory(work: Callable[[], object]) -> int:
-    """How far a process's anonymous memory rises over `work`, which runs in a fork of this one."""
+    """The most anonymous memory of a process over `work`. It is a fork of this one, and has what this one kept."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_measured, args=(work, sender))
     process.start()
@@ -140,7 +142,7 @@ def peak_memory(work: Callable[[], object]) -> int:
 
 
 def _measured(work: Callable[[], object], sender: multiprocessing.connection.Connection) -> None:
-    before, peak, ended = memory_of_this_process("RssAnon"), 0, threading.Event()
+    peak, ended = 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -152,7 +154,7 @@ def _measured(work: Callable[[], object], sender: multiprocessing.connection.Con
     work()
     ended.set()
     watcher.join()
-    sender.send(peak - before)
+    sender.send(peak)
 
 
 if __name__ == "__main__":
