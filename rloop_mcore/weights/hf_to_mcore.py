@@ -40,7 +40,7 @@ class _Shard:
 
     section: Section
     rank: int
-    bytes: int
+    bytes: int  # under all its keys
 
 
 def plan(
@@ -92,7 +92,7 @@ def _by_file(model: Model, layout: Layout, dtypes: dict[str, torch.dtype], threa
             rank = model.writer(section, tp_rank, layout)
             if rank is not None:
                 size = prod(section.parameter.shape(layout.tp)) * dtypes[section.key].itemsize
-                of_rank[rank].append(_Shard(section, tp_rank, size))
+                of_rank[rank].append(_Shard(section, tp_rank, size * len(section.place.keys)))
     parts = -(-threads // ranks)
     files: dict[str, list[_Shard]] = {}
     for rank, shards in enumerate(of_rank):

@@ -191,9 +191,19 @@ def records(folder: Path, file: str) -> int:
     return total
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"layout": Layout(tp=2, pp=2)}])
-def test_what_is_planned_is_written_to_the_byte(options: dict, source: Path, tmp_path: Path) -> None:
-    layout, dtype = options.get("layout", Layout()), options.get("dtype")
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"),
+    [
+        ("llama", Layout(), None),
+        ("qwen2", Layout(tp=2, pp=2), torch.bfloat16),
+        ("qwen3-moe", Layout(ep=2), None),  # it has a norm under two keys
+    ],
+)
+def test_what_is_planned_is_written_to_the_byte(
+    name: str, layout: Layout, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make_folder(source, **CASES[name])
     there = hf_to_mcore.plan(source, tmp_path / "mcore", layout, dtype, threads=2)
     there.run(lambda size: None)
     assert there.files == {file.name: records(tmp_path / "mcore", file.name) for file in there.target.glob("*.distcp")}
