@@ -114,6 +114,35 @@ def test_every_rank_has_a_file_of_its_own_stage_and_experts(tmp_path: Path, caps
             assert ranks["decoder.layers.mlp.experts.experts.linear_fc1.weight", (layer, expert)] == {own, own + 1}
 
 
+OF_EVERY_LAYER = ["self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight"]
+OF_EVERY_LAYER += ["self_attention.linear_proj.weight", "mlp.linear_fc1.layer_norm_weight"]
+OF_A_LAYER = {
+    "qwen2": ["self_attention.linear_qkv.bias", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"],
+    "qwen3-moe": [
+        *("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight", "mlp.router.weight"),
+        *("mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"),
+        "pre_mlp_layernorm.weight",  # where Transformer Engine's modules look for it
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OF_A_LAYER)
+def test_a_checkpoint_has_the_keys_that_megatron_looks_for(name: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", **CASES[name])  # 4 layers, of 4 experts
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "mcore"), "--pp", "2"]) == 0
+    keys = {f"decoder.layers.{key}" for key in OF_EVERY_LAYER + OF_A_LAYER[name]}
+    keys |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    modules = [f"self_attention.{module}" for module in ("linear_qkv", "linear_proj", "core_attention")]
+    modules += [f"mlp.{module}" for module in ("linear_fc1", "linear_fc2") if name == "qwen2"]
+    keys |= {f"decoder.layers.{module}._extra_state/shard_{n}_4" for module in modules for n in range(4)}
+    for module in ("linear_fc1", "linear_fc2") if name == "qwen3-moe" else ():
+        experts = [f"shard_{layer}.{expert}_4.4" for layer in range(4) for expert in range(4)]
+        keys |= {f"decoder.layers.mlp.experts.experts.{module}._extra_state/{shard}" for shard in experts}
+    metadata = pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes())
+    assert metadata.state_dict_metadata.keys() == keys
+    assert {index.fqn for index in metadata.storage_data} == keys
+
+
 def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     mcore, back, direct = tmp_path / "mcore", tmp_path / "back", tmp_path / "direct"
     assert main(["convert", str(source), str(mcore), "--dtype", "bf16", "--tp", "2"]) == 0
@@ -167,6 +196,8 @@ def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     assert digest_of(tmp_path / "back") == digest_of(source)
+    for folder in (tmp_path / "mcore" / "hf", tmp_path / "back"):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # the source's
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
@@ -237,22 +268,42 @@ def test_a_checkpoint_with_a_config_beside_it_is_a_checkpoint(source: Path, tmp_
     assert digest_of(tmp_path / "back") == digest_of(source)
 
 
-def test_a_checkpoint_with_a_tensor_for_each_layer(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe"])
+def test_a_checkpoint_with_a_tensor_for_each_layer(name: str, tmp_path: Path) -> None:
     """As Megatron saves layers that are not all alike."""
+    source = tmp_path / "source"
+    make_folder(source, **CASES[name])
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     stacked, by_layer = BlockReader(tmp_path / "mcore"), tmp_path / "by_layer"
     by_layer.mkdir()
     file, tensors = BlockFile(by_layer / "__0_0.distcp"), {}
     for key, stored in stacked.tensors.items():
+        if name == "qwen3-moe" and key.endswith("fc1.layer_norm_weight"):  # what Megatron has under one of two keys
+            continue
         whole = stacked.read(key, ((0,) * len(stored.shape), stored.shape))
         layers = {key.replace("layers.", f"layers.{n}.", 1): whole[n] for n in range(4)}
-        for name, tensor in (layers if ".layers." in key else {key: whole}).items():
-            file.add(name, ((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
-            tensors[name] = stored.dtype, tuple(tensor.shape)
+        for own, tensor in (layers if ".layers." in key else {key: whole}).items():
+            file.add(own, ((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+            tensors[own] = stored.dtype, tuple(tensor.shape)
     file.close()
     finish(by_layer, [file], tensors)
     assert main(["convert", str(by_layer), str(tmp_path / "back"), "--config", str(source)]) == 0
     assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_sizes_that_a_config_leaves_out(tmp_path: Path) -> None:
+    """As Llama 2's: every head has its key and value, and they share the hidden size."""
+    source = tmp_path / "source"
+    make_folder(source, "llama", kv_heads=4, ratio=1, tied=False, hidden_size=64)
+    config = json.loads((source / "config.json").read_text())
+    assert (config.pop("num_key_value_heads"), config.pop("head_dim")) == (4, 16)
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert BlockReader(tmp_path / "mcore").tensors["decoder.layers.self_attention.linear_qkv.weight"].shape == (
+        4,
+        192,
+        64,
+    )
 
 
 def test_the_buffers_of_old_llamas_are_left_out(tmp_path: Path) -> None:
