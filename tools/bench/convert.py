@@ -47,11 +47,10 @@ SPARE = 1 << 28
 def main() -> None:
     options = arguments(__doc__ or "")
     threads = len(os.sched_getaffinity(0))
-    imports = memory_of_this_process("RssAnon")
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may be memory
         root = Path(folder)
         source, mcore, back, copy = root / "source", root / "mcore", root / "back", root / "copy"
-        write_model(source, layers=4 if options.quick else 16)
+        peak_memory(lambda: write_model(source, layers=4 if options.quick else 16))
 
         def to_mcore() -> None:
             hf_to_mcore.plan(source, mcore, Layout(), threads=threads).run(lambda size: None)
@@ -65,8 +64,11 @@ def main() -> None:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
 
+        # Before this process has done any work, whose memory it would keep and a fork not take anew.
+        peaks = {"mcore": peak_memory(to_mcore), "hf": peak_memory(to_hf)}
+        naive = peak_memory(lambda: load_all(source, root / "naive"))
+        (root / "naive").unlink()
         seconds: dict[str, list[float]] = {"cp": [], "mcore": [], "hf": []}
-        to_mcore()
         works = [("cp", cp, copy), ("mcore", to_mcore, mcore), ("hf", to_hf, back)]
         for number in range(2 if options.quick else 13):
             # By turns: on a virtual machine page cache that was not used before costs several times as much.
@@ -83,12 +85,6 @@ def main() -> None:
         median = {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         largest = hf_to_mcore.plan(source, root / "none", Layout()).largest
-        shutil.rmtree(copy)
-        peaks = {}
-        for name, work, result in (("mcore", to_mcore, mcore), ("hf", to_hf, back)):
-            shutil.rmtree(result)
-            peaks[name] = peak_memory(work) - imports
-        naive = peak_memory(lambda: load_all(source, root / "naive")) - imports
     bound = 3 * largest + SPARE
     print(
         f"{size / 1e9:.2f} GB bf16, {threads} threads: cp and fsync {median['cp']:.2f} s, to Megatron "
@@ -131,7 +127,7 @@ def load_all(source: Path, target: Path) -> None:
 
 
 def peak_memory(work: Callable[[], object]) -> int:
-    """The most anonymous memory of a process over `work`. It is a fork of this one, and has what this one kept."""
+    """How far a process's anonymous memory rises over `work`, which runs in a fork of this one."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_measured, args=(work, sender))
     process.start()
@@ -142,7 +138,7 @@ def peak_memory(work: Callable[[], object]) -> int:
 
 
 def _measured(work: Callable[[], object], sender: multiprocessing.connection.Connection) -> None:
-    peak, ended = 0, threading.Event()
+    before, peak, ended = memory_of_this_process("RssAnon"), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -154,7 +150,7 @@ def _measured(work: Callable[[], object], sender: multiprocessing.connection.Con
     work()
     ended.set()
     watcher.join()
-    sender.send(peak)
+    sender.send(peak - before)
 
 
 if __name__ == "__main__":
