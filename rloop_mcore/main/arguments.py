@@ -339,7 +339,7 @@ def _convert(commands: Any) -> None:
     command.add_argument("--family", default="auto", help="default: the one config.json names")
     command.add_argument("--trust", action="store_true", help="take a checkpoint that rloop did not write (to hf)")
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core, at most 8")
-    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    command.add_argument("--dry-run", action="store_true", help="check all but values, print the plan, write nothing")
 
 
 def _grade(commands: Any) -> None:

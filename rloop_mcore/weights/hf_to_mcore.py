@@ -40,7 +40,7 @@ class _Shard:
 
     section: Section
     rank: int
-    bytes: int
+    bytes: int  # under all its keys
 
 
 def plan(
@@ -92,7 +92,7 @@ def _by_file(model: Model, layout: Layout, dtypes: dict[str, torch.dtype], threa
             rank = model.writer(section, tp_rank, layout)
             if rank is not None:
                 size = prod(section.parameter.shape(layout.tp)) * dtypes[section.key].itemsize
-                of_rank[rank].append(_Shard(section, tp_rank, size))
+                of_rank[rank].append(_Shard(section, tp_rank, size * len(section.place.keys)))
     parts = -(-threads // ranks)
     files: dict[str, list[_Shard]] = {}
     for rank, shards in enumerate(of_rank):
@@ -130,7 +130,8 @@ class _Run:
             finish(folder, files, tensors)
             (folder / HF_FILES).mkdir()
             write_config(folder / HF_FILES, self.reader.folder, set(self.dtypes.values()))
-            written, sections, count = BlockReader(folder), self.model.sections, self.threads
+            written = BlockReader(folder, checksums=False)
+            sections, count = self.model.sections, self.threads
             checks = [partial(self._verify, written, sections[n::count], progress) for n in range(count)]
             in_threads(checks, count, self.memory)
 

@@ -15,6 +15,7 @@ import os
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,9 +152,14 @@ class StoredTensor:
 class BlockReader:
     """The tensors of a checkpoint, mapped into memory: what is not touched is not read."""
 
-    def __init__(self, folder: Path, trust: bool = False) -> None:
-        """Raises UserError unless it is a whole checkpoint, of ours or (`trust`) of somebody else's."""
-        self.folder = folder
+    def __init__(self, folder: Path, trust: bool = False, checksums: bool = True) -> None:
+        """Raises UserError unless it is a whole checkpoint, of ours or (`trust`) of somebody else's.
+
+        checksums: whether each block that is read has to have the crc32 that torch.save gave it, over 4 GB/s a thread;
+        not where the reader compares what was just written with where it came from.
+        """
+        self.folder, self._checksums = folder, checksums
+        self._sound: set[tuple[str, int]] = set()  # blocks that have theirs: file and offset
         if not (folder / _METADATA).is_file() or read_json(folder / _BACKEND).get("sharded_backend") != "torch_dist":
             raise UserError(f"{folder} is no Megatron checkpoint of format torch_dist ({_METADATA}, {_BACKEND}).")
         check_manifest(folder, trust)
@@ -213,7 +219,7 @@ class BlockReader:
     def read(self, key: str, box: Box) -> torch.Tensor:
         """That part of the tensor `key`: over the file's bytes where one block holds it, else put together.
 
-        Raises UserError where no block holds a part of it.
+        Raises UserError where no block holds a part of it, or one that does has another content than was written.
         """
         stored = self.tensors[key]
         offsets, sizes = box
@@ -253,6 +259,13 @@ class BlockReader:
             tensor = flat.as_strided(saved.shape, saved.stride, saved.offset)
         except Exception as error:  # as above
             raise UserError(f"{where} is no tensor of torch.save: {type(error).__name__}: {error}.") from error
+        if self._checksums and (info.relative_path, info.offset) not in self._sound:
+            if zlib.crc32(memoryview(whole)[begin : begin + record.file_size]) != record.CRC:
+                raise UserError(
+                    f"{where}, has another content than was written (its crc32 is wrong): restore the file, or convert "
+                    "another checkpoint."
+                )
+            self._sound.add((info.relative_path, info.offset))
         if tuple(saved.shape) != box[1] or saved.dtype != self.tensors[key].dtype:
             raise UserError(
                 f"{where} is {saved.dtype} {list(saved.shape)}, its metadata says {self.tensors[key].dtype} "

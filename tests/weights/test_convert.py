@@ -4,6 +4,7 @@ layout, is test_bridge_parallel's."""
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,15 @@ from tiny_models import make_folder
 
 from rloop_mcore.main.cli import main
 from rloop_mcore.platform.manifest import write_manifest
-from rloop_mcore.weights import conversion, hf_to_mcore
+from rloop_mcore.weights import conversion, hf_to_mcore, mcore_to_hf
 from rloop_mcore.weights.digest import digest_of
-from rloop_mcore.weights.hf_folder import TensorWriter
+from rloop_mcore.weights.hf_folder import TensorReader, TensorWriter
 from rloop_mcore.weights.sections import Layout
 from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
+
+sys.path.append(str(Path(__file__).parents[2] / "tools" / "bench"))
+
+import convert as bench
 
 CASES = {
     "qwen2": {"family": "qwen2", "kv_heads": 2, "ratio": 7, "tied": False},
@@ -108,6 +114,35 @@ def test_every_rank_has_a_file_of_its_own_stage_and_experts(tmp_path: Path, caps
             assert ranks["decoder.layers.mlp.experts.experts.linear_fc1.weight", (layer, expert)] == {own, own + 1}
 
 
+OF_EVERY_LAYER = ["self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_qkv.weight"]
+OF_EVERY_LAYER += ["self_attention.linear_proj.weight", "mlp.linear_fc1.layer_norm_weight"]
+OF_A_LAYER = {
+    "qwen2": ["self_attention.linear_qkv.bias", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"],
+    "qwen3-moe": [
+        *("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight", "mlp.router.weight"),
+        *("mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight"),
+        "pre_mlp_layernorm.weight",  # where Transformer Engine's modules look for it
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OF_A_LAYER)
+def test_a_checkpoint_has_the_keys_that_megatron_looks_for(name: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", **CASES[name])  # 4 layers, of 4 experts
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "mcore"), "--pp", "2"]) == 0
+    keys = {f"decoder.layers.{key}" for key in OF_EVERY_LAYER + OF_A_LAYER[name]}
+    keys |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    modules = [f"self_attention.{module}" for module in ("linear_qkv", "linear_proj", "core_attention")]
+    modules += [f"mlp.{module}" for module in ("linear_fc1", "linear_fc2") if name == "qwen2"]
+    keys |= {f"decoder.layers.{module}._extra_state/shard_{n}_4" for module in modules for n in range(4)}
+    for module in ("linear_fc1", "linear_fc2") if name == "qwen3-moe" else ():
+        experts = [f"shard_{layer}.{expert}_4.4" for layer in range(4) for expert in range(4)]
+        keys |= {f"decoder.layers.mlp.experts.experts.{module}._extra_state/{shard}" for shard in experts}
+    metadata = pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes())
+    assert metadata.state_dict_metadata.keys() == keys
+    assert {index.fqn for index in metadata.storage_data} == keys
+
+
 def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     mcore, back, direct = tmp_path / "mcore", tmp_path / "back", tmp_path / "direct"
     assert main(["convert", str(source), str(mcore), "--dtype", "bf16", "--tp", "2"]) == 0
@@ -161,6 +196,8 @@ def test_each_tensor_keeps_its_dtype(source: Path, tmp_path: Path) -> None:
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     assert digest_of(tmp_path / "back") == digest_of(source)
+    for folder in (tmp_path / "mcore" / "hf", tmp_path / "back"):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # the source's
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
@@ -173,6 +210,39 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     assert "__1_0.distcp" in said
     assert "largest tensor" in said
     assert sorted(tmp_path.iterdir()) == before
+
+
+def records(folder: Path, file: str) -> int:
+    """Bytes of tensors in a checkpoint's file."""
+    content, total = (folder / file).read_bytes(), 0
+    for info in pickle.loads((folder / ".metadata").read_bytes()).storage_data.values():
+        if info.relative_path == file:
+            with zipfile.ZipFile(io.BytesIO(content[info.offset : info.offset + info.length])) as archive:
+                total += sum(record.file_size for record in archive.infolist() if record.filename.endswith("/data/0"))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"),
+    [
+        ("llama", Layout(), None),
+        ("qwen2", Layout(tp=2, pp=2), torch.bfloat16),
+        ("qwen3-moe", Layout(ep=2), None),  # it has a norm under two keys
+    ],
+)
+def test_what_is_planned_is_written_to_the_byte(
+    name: str, layout: Layout, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make_folder(source, **CASES[name])
+    there = hf_to_mcore.plan(source, tmp_path / "mcore", layout, dtype, threads=2)
+    there.run(lambda size: None)
+    assert there.files == {file.name: records(tmp_path / "mcore", file.name) for file in there.target.glob("*.distcp")}
+    back = mcore_to_hf.plan(tmp_path / "mcore", tmp_path / "back", torch.float32)
+    back.run(lambda size: None)
+    written = {file.name: sum(t.nbytes for t in load_file(file).values()) for file in back.target.glob("*.safetensors")}
+    assert back.files == written
+    assert there.tensors == back.tensors == len(tensors_of(source))
 
 
 def test_a_source_without_tokenizer_files_converts_with_a_warning(
@@ -189,6 +259,61 @@ def test_a_folder_with_the_hubs_metadata_is_a_folder(source: Path, tmp_path: Pat
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_a_checkpoint_with_a_config_beside_it_is_a_checkpoint(source: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    shutil.copy(source / "config.json", tmp_path / "mcore")
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe"])
+def test_a_checkpoint_with_a_tensor_for_each_layer(name: str, tmp_path: Path) -> None:
+    """As Megatron saves layers that are not all alike."""
+    source = tmp_path / "source"
+    make_folder(source, **CASES[name])
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    stacked, by_layer = BlockReader(tmp_path / "mcore"), tmp_path / "by_layer"
+    by_layer.mkdir()
+    file, tensors = BlockFile(by_layer / "__0_0.distcp"), {}
+    for key, stored in stacked.tensors.items():
+        if name == "qwen3-moe" and key.endswith("fc1.layer_norm_weight"):  # what Megatron has under one of two keys
+            continue
+        whole = stacked.read(key, ((0,) * len(stored.shape), stored.shape))
+        layers = {key.replace("layers.", f"layers.{n}.", 1): whole[n] for n in range(4)}
+        for own, tensor in (layers if ".layers." in key else {key: whole}).items():
+            file.add(own, ((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+            tensors[own] = stored.dtype, tuple(tensor.shape)
+    file.close()
+    finish(by_layer, [file], tensors)
+    assert main(["convert", str(by_layer), str(tmp_path / "back"), "--config", str(source)]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
+
+
+def test_sizes_that_a_config_leaves_out(tmp_path: Path) -> None:
+    """As Llama 2's: every head has its key and value, and they share the hidden size."""
+    source = tmp_path / "source"
+    make_folder(source, "llama", kv_heads=4, ratio=1, tied=False, hidden_size=64)
+    config = json.loads((source / "config.json").read_text())
+    assert (config.pop("num_key_value_heads"), config.pop("head_dim")) == (4, 16)
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert BlockReader(tmp_path / "mcore").tensors["decoder.layers.self_attention.linear_qkv.weight"].shape == (
+        4,
+        192,
+        64,
+    )
+
+
+def test_the_buffers_of_old_llamas_are_left_out(tmp_path: Path) -> None:
+    source, name = tmp_path / "source", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    make_folder(source, **CASES["llama"])
+    before = digest_of(source)
+    edit_tensors(source, lambda t: t.update({name: torch.ones(8)}))
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == before
 
 
 def test_chat_templates_that_have_a_name_are_copied(source: Path, tmp_path: Path) -> None:
@@ -211,6 +336,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def in_bf16(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {name: tensors[name].bfloat16()}
 
 
 def in_two_shards(folder: Path) -> None:
@@ -325,6 +454,14 @@ MALFORMED_FOLDERS = {
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)})),
         "tensor model.norm.weight is I8",
     ),
+    "a layer in another dtype": (
+        lambda f: edit_tensors(f, lambda t: t.update(in_bf16(t, "model.layers.2.mlp.down_proj.weight"))),
+        "the tensors of decoder.layers.mlp.linear_fc2.weight differ in dtype: give --dtype",
+    ),
+    "a value projection in another dtype": (
+        lambda f: edit_tensors(f, lambda t: t.update(in_bf16(t, "model.layers.2.self_attn.v_proj.weight"))),
+        "model.layers.2.self_attn.v_proj.weight differ in dtype, and become one: give --dtype",
+    ),
     "a shard missing": (without_second_shard, "names model-00002-of-00002.safetensors, which is not in the folder"),
     "a shard too many": (with_third_shard, "does not name model-00003-of-00003.safetensors"),
     "shards and the whole": (with_the_whole_beside, "does not name model.safetensors, which is in the folder"),
@@ -379,12 +516,27 @@ def test_a_malformed_folder_is_one_sentence(
         (["--family", "lama"], "model.family is 'lama'"),
         (["--family", "llama"], "model.family is 'llama', and"),
         (["--trust"], "--config and --trust are for conversions to a Hugging Face folder"),
+        (["--config", "."], "--config and --trust are for conversions to a Hugging Face folder"),
     ],
 )
 def test_an_impossible_option_is_one_sentence(
     source: Path, tmp_path: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture
 ) -> None:
     refused([source, tmp_path / "mcore", *options], sentence, tmp_path / "mcore", capsys)
+
+
+def test_a_layout_is_no_option_for_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    refused([tmp_path / "mcore", tmp_path / "back", "--tp", "2"], "a folder has no layout", tmp_path / "back", capsys)
+
+
+def test_a_target_without_room_is_one_sentence(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused([source, tmp_path / ("x" * 201)], "its name is longer than 200 bytes", tmp_path / "x", capsys)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    refused([source, tmp_path / "mcore"], "128.4 kB are to be written, and 100.0 kB are free", tmp_path / "x", capsys)
 
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -447,6 +599,15 @@ def cut_file(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-64])
 
 
+def flip_a_bit(folder: Path, source: Path) -> None:
+    """In the last element of a tensor."""
+    own = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
+    (file,) = (file for file in folder.glob("*.distcp") if own in file.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.find(own) + len(own) - 4] ^= 1
+    file.write_bytes(content)
+
+
 def evil_metadata(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
@@ -455,6 +616,16 @@ def evil_metadata(folder: Path) -> None:
 MALFORMED_CHECKPOINTS = {
     "a file missing": (drop("*.distcp"), [], "which its manifest.json lists"),
     "a file cut off": (cut_file, [], "it is not what was written"),
+    "a bit flipped": (
+        lambda f: flip_a_bit(f, f.parent / "source"),
+        [],
+        ".distcp, tensor decoder.layers.mlp.linear_fc1.weight at byte ",
+    ),
+    "a bit flipped in somebody else's": (
+        lambda f: (flip_a_bit(f, f.parent / "source"), (f / "manifest.json").unlink()),
+        ["--trust"],
+        "has another content than was written (its crc32 is wrong)",
+    ),
     "a manifest nested without end": (
         lambda f: (f / "manifest.json").write_text("[" * 100_000),
         [],
@@ -464,6 +635,21 @@ MALFORMED_CHECKPOINTS = {
         lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:-1] + b"x"),
         [],
         ".metadata is not the file that manifest.json has the digest of",
+    ),
+    "its other pickle changed": (
+        lambda f: (f / "common.pt").write_bytes(bytes((f / "common.pt").stat().st_size)),
+        [],
+        "common.pt is not the file that manifest.json has the digest of",
+    ),
+    "a file outside": (
+        lambda f: edit_metadata(
+            f,
+            lambda metadata: setattr(
+                next(iter(metadata.storage_data.values())), "relative_path", "../source/config.json"
+            ),
+        ),
+        [],
+        "names '../source/config.json', which is no file of its own folder",
     ),
     "somebody else's": (drop("manifest.json"), [], "has no manifest.json: rloop did not write it"),
     "somebody else's, which runs code": (evil_metadata, ["--trust"], "it asks for posix.system"),
@@ -520,6 +706,9 @@ def test_a_dtype_that_the_blocks_do_not_have_is_found(
 def test_rows_beyond_the_vocabulary_are_dropped_with_a_warning(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    assert main(["convert", str(source), str(tmp_path / "whole")]) == 0
+    assert main(["convert", str(tmp_path / "whole"), str(tmp_path / "of-whole")]) == 0
+    assert "warning" not in capsys.readouterr().out
     assert main(["convert", str(source), str(tmp_path / "mcore"), "--tp", "2"]) == 0  # padded to 62 rows
     assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     assert "has 62 rows and the config's vocab_size is 61: the rest is dropped" in capsys.readouterr().out
@@ -534,13 +723,7 @@ def test_a_byte_that_was_written_wrongly_is_found(
     whole = hf_to_mcore.finish
 
     def damaged(folder: Path, *arguments: object) -> None:
-        key = load_file(source / "model.safetensors")["model.layers.2.mlp.up_proj.weight"].numpy().tobytes()
-        for other in folder.glob("*.distcp"):
-            content = bytearray(other.read_bytes())
-            at = content.find(key)
-            if at >= 0:
-                content[at + 10] ^= 1
-                other.write_bytes(content)
+        flip_a_bit(folder, source)
         whole(folder, *arguments)
 
     monkeypatch.setattr(hf_to_mcore, "finish", damaged)
@@ -548,6 +731,21 @@ def test_a_byte_that_was_written_wrongly_is_found(
     said = capsys.readouterr().err
     assert "model.layers.2.mlp.up_proj.weight, mapped back from its files, is not what was read" in said
     assert not (tmp_path / "mcore").exists()
+
+
+def test_a_byte_of_a_folder_that_was_written_wrongly_is_found(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+
+    def damaged(folder: Path) -> TensorReader:
+        edit_tensors(folder, lambda t: t["model.layers.3.self_attn.k_proj.bias"].view(torch.int32)[-1:].bitwise_xor_(1))
+        return TensorReader(folder)
+
+    monkeypatch.setattr(mcore_to_hf, "TensorReader", damaged)
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 1
+    assert "k_proj.bias, model.layers.3.self_attn.v_proj.bias, mapped back from its files" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mcore", "source"]
 
 
 SLOW = """
@@ -560,7 +758,7 @@ add = torch_dist.BlockFile.add
 def slow(*arguments):
     add(*arguments)
     print("block", flush=True)
-    time.sleep(0.2)
+    time.sleep(2)
 torch_dist.BlockFile.add = slow
 sys.exit(main(["convert", *sys.argv[1:]]))
 """
@@ -587,14 +785,13 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_can_be_repeated
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_at_once_and_leaves_nothing(number: int, source: Path, tmp_path: Path) -> None:
     """Ctrl-C, scancel and a terminal that is closed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, source, tmp_path / "mcore"], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", SLOW, source, tmp_path / "mcore", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "block" not in process.stdout.readline():
         pass
     process.send_signal(number)
-    assert process.wait(5) == 130  # all of it would take 10 s
+    assert process.wait(25) == 130  # all of it, 35 blocks, would take 70 s
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -689,6 +886,13 @@ def test_copies_wait_for_room() -> None:
             held.remove(size)
 
     conversion.in_threads([lambda n=n: work(n) for n in (4, 6, 3, 25, 7, 10, 1)], 4, memory)
+
+
+def test_the_model_of_the_bench_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 61}
+    monkeypatch.setattr(bench, "CONFIG", bench.CONFIG | small)
+    bench.write_model(tmp_path / "source", layers=2)
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "mcore")]) == 0
 
 
 SMOLLM2 = Path(os.environ.get("RLOOP_SMOLLM2", "runs/smollm2/model"))

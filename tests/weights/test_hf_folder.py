@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.weights.digest import combine, digest_of
-from rloop_mcore.weights.hf_folder import TensorReader, write_folder
+from rloop_mcore.weights.hf_folder import TensorReader, TensorWriter, write_folder
 from rloop_mcore.weights.tensor_files import catalogue, check_tensors
 
 TENSORS = {
@@ -45,6 +46,18 @@ def test_one_file(source: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, TENSORS[name])
     assert json.loads((policy.path / "config.json").read_text()) == {"model_type": "x", "torch_dtype": "float32"}
     assert policy.digest == digest_of(policy.path)
+    with safe_open(policy.path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers asks for it
+
+
+def test_every_tensor_is_aligned(tmp_path: Path) -> None:
+    plan = {"a": (torch.bfloat16, (3,)), "b": (torch.float32, (2,)), "cc": (torch.float16, (1, 1))}
+    with TensorWriter(tmp_path, plan) as writer:
+        for name, (dtype, shape) in plan.items():
+            writer.write(name, torch.ones(shape, dtype=dtype))
+    entries = catalogue(tmp_path)
+    assert min(entry.begin for entry in entries.values()) % 8 == 0
+    assert all(entries[name].begin % dtype.itemsize == 0 for name, (dtype, _) in plan.items())
 
 
 def test_a_file_that_takes_a_few_bytes_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +85,8 @@ def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
     )
     files = [path.name for path in sorted(reordered.path.glob("*.safetensors"))]
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((reordered.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
     assert whole.digest == again.digest == reordered.digest == digest_of(reordered.path)
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
     reader = TensorReader(reordered.path)
@@ -145,6 +160,12 @@ def broken(folder: Path, how: str) -> None:
     elif how == "outside":
         places = {"a": "model.safetensors", "b": "../model.safetensors", "c": "model.safetensors"}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    elif how == "twice":
+        save_file({"a": TENSORS["a"]}, folder / "other.safetensors")
+        places = dict.fromkeys(TENSORS, "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": places | {"a": "other.safetensors"}})
+        )
     elif how == "unnamed":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ""}}')
     elif how == "bad index":
@@ -164,6 +185,7 @@ def broken(folder: Path, how: str) -> None:
         ("missing shard", r"names model-9\.safetensors, which is not in the folder"),
         ("wrong shard", "places tensor zzz in model.safetensors, which does not hold it"),
         ("outside", "weight_map has to name files of its own folder"),
+        ("twice", r"does not place tensor a, which model\.safetensors holds"),
         ("unnamed", "weight_map has to name files of its own folder"),
         ("bad index", r"index\.json is no JSON object"),
     ],

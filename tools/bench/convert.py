@@ -30,6 +30,7 @@ from rloop_mcore.weights.sections import Layout, Model
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_attention_heads": 16,
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not /tmp, which may be memory
         root = Path(folder)
         source, mcore, back, copy = root / "source", root / "mcore", root / "back", root / "copy"
-        write_model(source, layers=4 if options.quick else 16)
+        peak_memory(lambda: write_model(source, layers=4 if options.quick else 16))
 
         def to_mcore() -> None:
             hf_to_mcore.plan(source, mcore, Layout(), threads=threads).run(lambda size: None)
@@ -63,8 +64,11 @@ def main() -> None:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
 
+        # Before this process has done any work, whose memory it would keep and a fork not take anew.
+        peaks = {"mcore": peak_memory(to_mcore), "hf": peak_memory(to_hf)}
+        naive = peak_memory(lambda: load_all(source, root / "naive"))
+        (root / "naive").unlink()
         seconds: dict[str, list[float]] = {"cp": [], "mcore": [], "hf": []}
-        to_mcore()
         works = [("cp", cp, copy), ("mcore", to_mcore, mcore), ("hf", to_hf, back)]
         for number in range(2 if options.quick else 13):
             # By turns: on a virtual machine page cache that was not used before costs several times as much.
@@ -81,12 +85,6 @@ def main() -> None:
         median = {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         largest = hf_to_mcore.plan(source, root / "none", Layout()).largest
-        shutil.rmtree(copy)
-        peaks = {}
-        for name, work, result in (("mcore", to_mcore, mcore), ("hf", to_hf, back)):
-            shutil.rmtree(result)
-            peaks[name] = peak_memory(work)
-        naive = peak_memory(lambda: load_all(source, root / "naive"))
     bound = 3 * largest + SPARE
     print(
         f"{size / 1e9:.2f} GB bf16, {threads} threads: cp and fsync {median['cp']:.2f} s, to Megatron "
