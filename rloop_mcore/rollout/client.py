@@ -410,7 +410,6 @@ class EngineClient:
         for span in spans:
             version, start, stop = (self._get(span, name, path) for name in ("version", "start", "end"))
             if start != end or stop < end:
-                end = -1  # which no answer has
                 break
             if stop > end:
                 if not str(version).isdigit():
@@ -418,9 +417,10 @@ class EngineClient:
                     raise self._error(path, text, 200)
                 runs.append((int(version), stop - end))
             end = stop
-        if end != tokens:
-            raise self._error(path, f"weight_versions {self._quoted(spans)} are not those of {tokens} tokens", 200)
-        return tuple(runs)
+        else:
+            if end == tokens:
+                return tuple(runs)
+        raise self._error(path, f"weight_versions {self._quoted(spans)} are not those of {tokens} tokens", 200)
 
     def _get(self, mapping: Any, name: str, path: str) -> Any:
         if not isinstance(mapping, dict) or name not in mapping:
