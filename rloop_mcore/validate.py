@@ -132,6 +132,8 @@ def check_values(config: Config, elsewhere: bool = False) -> None:
     _check_machine(config, elsewhere)
     _check_reward_and_guard(config)
     _check_algorithm(config)
+    _check_experts(config)
+    _check_evaluation(config)
     _check_rollout(config, elsewhere)
 
 
@@ -218,7 +220,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_algorithm(config: Config) -> None:
-    algorithm, evaluation = config.algorithm, config.evaluation
+    algorithm = config.algorithm
     if algorithm.group_size < 2:
         raise UserError(
             f"algorithm.group_size={algorithm.group_size} must be at least 2: an advantage compares responses."
@@ -253,17 +255,13 @@ def _check_algorithm(config: Config) -> None:
             f"algorithm.overlong_buffer={algorithm.overlong_buffer} must be below rollout.max_tokens="
             f"{config.rollout.max_tokens}."
         )
-    if not evaluation.k:
-        raise UserError("evaluation.k=[] names no k of pass@k: give some, such as [1,8,32].")
-    for k in evaluation.k:
-        if not 1 <= k <= evaluation.samples:
-            raise UserError(f"evaluation.k holds {k}: pass@k needs 1 <= k <= evaluation.samples={evaluation.samples}.")
-    for step in config.checkpoint.policy_steps:
-        if not 1 <= step <= algorithm.rl_steps:
-            raise UserError(
-                f"checkpoint.policy_steps holds {step}: a step is from 1 to algorithm.rl_steps={algorithm.rl_steps}."
-            )
-    rft, last = config.rft, algorithm.rl_steps - 1
+    if algorithm.iterations == 0 and config.sft.demonstrations is None:
+        raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
+
+
+def _check_experts(config: Config) -> None:
+    """What the exploitation takes of an exploration."""
+    rft, last = config.rft, config.algorithm.rl_steps - 1
     if rft.steps and (len(rft.steps) != 2 or not 0 <= rft.steps[0] <= rft.steps[1]):
         raise UserError(f"rft.steps={rft.steps} must be [first, last], RL steps from 0 on, or [].")
     if rft.steps and last >= 0 and rft.steps[0] > last:
@@ -273,12 +271,23 @@ def _check_algorithm(config: Config) -> None:
             f"rft.min_tokens={rft.min_tokens} leaves no expert: a response has at most rollout.max_tokens="
             f"{config.rollout.max_tokens}."
         )
-    if config.checkpoint.keep_best and config.data.validation is None:
+
+
+def _check_evaluation(config: Config) -> None:
+    """What is measured, and which policies are kept for it."""
+    evaluation, checkpoint, steps = config.evaluation, config.checkpoint, config.algorithm.rl_steps
+    if not evaluation.k:
+        raise UserError("evaluation.k=[] names no k of pass@k: give some, such as [1,8,32].")
+    for k in evaluation.k:
+        if not 1 <= k <= evaluation.samples:
+            raise UserError(f"evaluation.k holds {k}: pass@k needs 1 <= k <= evaluation.samples={evaluation.samples}.")
+    for step in checkpoint.policy_steps:
+        if not 1 <= step <= steps:
+            raise UserError(f"checkpoint.policy_steps holds {step}: a step is from 1 to algorithm.rl_steps={steps}.")
+    if checkpoint.keep_best and config.data.validation is None:
         raise UserError(
-            f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.validation: it says which are the best."
+            f"checkpoint.keep_best={checkpoint.keep_best} needs data.validation: it says which are the best."
         )
-    if algorithm.iterations == 0 and config.sft.demonstrations is None:
-        raise UserError("algorithm.iterations=0 leaves nothing to do: set it to 1 or more, or set sft.demonstrations.")
 
 
 def _check_rollout(config: Config, elsewhere: bool) -> None:
