@@ -87,18 +87,20 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
     evaluator = None
     if held_out is not None:
         evaluator = EngineEvaluator(
-            rollout,
-            rewards,
-            prompts_of(validation).prompts,
-            prompts.decode,
-            config.evaluation,
-            Sampling(config.rollout.max_tokens, config.evaluation.temperature, config.evaluation.top_p, template.stop),
-            config.run.seed,
-            run.evaluation,
-            2 * config.rollout.max_running,
-            lambda done, total: tracker.show("evaluation", done, total),
+            rollout=rollout,
+            rewards=rewards,
+            prompts=prompts_of(validation).prompts,
+            decode=prompts.decode,
+            config=config.evaluation,
+            sampling=Sampling(
+                config.rollout.max_tokens, config.evaluation.temperature, config.evaluation.top_p, template.stop
+            ),
+            seed=config.run.seed,
+            directory=run.evaluation,
+            at_once=2 * config.rollout.max_running,
+            progress=lambda done, total: tracker.show("evaluation", done, total),
             # what was asked under an id: analyses pair two runs' answers by it
-            conditions_of(config) | {"problem_digests": {each.id: content_id(each) for each in validation}},
+            conditions=conditions_of(config) | {"problem_digests": {each.id: content_id(each) for each in validation}},
         )
     cache = TrajectoryCache(run.cache.resolve())
     must_stop = stop_requests(config.cluster, run)
