@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from rloop_mcore.errors import UserError
 
 _QUIET_S = 60.0
+_FLUSH_S = 0.05
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock; NFS without its lock manager
 
 
@@ -28,6 +31,25 @@ def fsync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def flushing(descriptors: Sequence[int]) -> Iterator[None]:
+    """Have what the block writes to these files go to the disk meanwhile, so that fsync finds little left to do."""
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(_FLUSH_S):
+            for descriptor in descriptors:
+                os.fdatasync(descriptor)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(flush)
+        try:
+            yield
+        finally:
+            ended.set()
+        flushed.result()  # an error of the disk is told once: a later fsync may not have it
 
 
 def is_disk_full(error: BaseException | None) -> bool:

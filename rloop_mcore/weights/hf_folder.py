@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import new_directory, read_json
+from rloop_mcore.platform.files import flushing, new_directory, read_json
 from rloop_mcore.types import Policy
 from rloop_mcore.weights.digest import combine
 from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue
@@ -95,9 +96,11 @@ class TensorWriter:
         self._missing = set(plan)
         self._places: dict[str, tuple[int, int]] = {}  # file descriptor and offset
         self._descriptors: list[int] = []
+        self._open = ExitStack()
         for file_name, names in self.files.items():
             fd = os.open(folder / file_name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self._descriptors.append(fd)
+            self._open.callback(os.close, fd)
             header, offsets = _header(plan, names)
             _write_at(fd, memoryview(header), 0)
             self._places |= {name: (fd, len(header) + offset) for name, offset in offsets.items()}
@@ -116,12 +119,12 @@ class TensorWriter:
         _write_at(fd, bytes_of(tensor), offset)
 
     def __enter__(self) -> TensorWriter:
+        self._open.enter_context(flushing(self._descriptors))
         return self
 
     def __exit__(self, *error: object) -> None:
         """Raises ValueError where a tensor was not written."""
-        for fd in self._descriptors:
-            os.close(fd)
+        self._open.close()
         if error[0] is None and self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
 

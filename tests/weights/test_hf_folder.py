@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,29 @@ def test_a_file_that_takes_a_few_bytes_at_a_time(source: Path, tmp_path: Path, m
     parts = write_folder(tmp_path / "parts", SHAPES, iter(TENSORS.items()), source)
     files = [policy.path / "model.safetensors" for policy in (whole, parts)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_tensors_go_to_the_disk_while_others_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the disk says against it is told: an fsync that follows may not say it once more."""
+    fdatasync, flushed = os.fdatasync, threading.Event()
+
+    def on_a_bad_disk(fd: int) -> None:
+        fdatasync(fd)
+        assert os.fstat(fd).st_ino == (tmp_path / "model.safetensors").stat().st_ino
+        flushed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", on_a_bad_disk)
+    plan = {name: (torch.float32, shape) for name, shape in SHAPES.items()}
+
+    def write() -> None:
+        with TensorWriter(tmp_path, plan) as writer:
+            for name, tensor in TENSORS.items():
+                writer.write(name, tensor)
+                assert flushed.wait(60)
+
+    with pytest.raises(OSError, match="Input/output"):
+        write()
 
 
 def test_both_names_of_the_dtype_are_kept_up(source: Path, tmp_path: Path) -> None:
