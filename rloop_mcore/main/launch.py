@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +24,7 @@ from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.changes import check_changes
 from rloop_mcore.main.crashes import CrashRecord
+from rloop_mcore.main.policies import Source
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.plan import Plan
@@ -29,12 +32,17 @@ from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
+from rloop_mcore.wandb_run import check_key
 from rloop_mcore.weights.families import check_config, check_folder
 
 _SUBMIT_S = 120.0
+_ASK_S = 10.0  # for sinfo, which only a warning comes of
 _NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
 # options of commands that name what is read
 _READ = ("run", "runs", "first", "second", "policy", "data", "benchmark_files", "against", "source", "config", "file")
+_ON_GPUS = ("train", "evaluate", "preflight")  # commands that take them where there are some
+_FLAGS_OF_GPUS = ("--gpu", "--gres", "--tres", "-G")
+_GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:\d+")  # as sinfo has a node's: gpu:h100:8(S:0-1)
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -43,6 +51,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
+        _check_command(options.inner_options, config, options.dry_run)
         if config.cluster.slurm.container == "none":
             for file in _unseen(options.inner_options):
                 print(f"rloop: warning: {file} {_NOT_HERE}", file=sys.stderr)
@@ -52,7 +61,7 @@ def launch(options: argparse.Namespace) -> int:
         configs = []
         for where, line in lines.items():
             try:
-                configs.append(_config([*options.overrides, *line], options.force))
+                configs.append(_config([*options.overrides, *line], options.force, options.dry_run))
             except UserError as error:
                 raise UserError(f"{where}{error}") from error
         runs = [
@@ -66,6 +75,8 @@ def launch(options: argparse.Namespace) -> int:
                 print(f"rloop: warning: {what} {_NOT_HERE}", file=sys.stderr)
         config = configs[0]
         script = training_script(config, runs, options.force)
+    if not _in_the_job(options.dry_run) and (not options.inner or options.inner_options.command in _ON_GPUS):
+        _warn_of_gpus(config)
     if options.dry_run:
         print(script, end="")
         return 0
@@ -87,7 +98,12 @@ def launch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config(overrides: Sequence[str], force: bool) -> Config:
+def _in_the_job(dry_run: bool) -> bool:
+    """Whether this is the job itself, which has its script printed to run it, as slurm/*.sbatch do."""
+    return dry_run and "SLURM_JOB_ID" in os.environ
+
+
+def _config(overrides: Sequence[str], force: bool, dry_run: bool) -> Config:
     """A run's configuration, checked as far as that is possible where it is submitted.
 
     The layout and the memory where the model's sizes are known here, by model.path or model.architecture; files where
@@ -104,6 +120,7 @@ def _config(overrides: Sequence[str], force: bool) -> Config:
     if there or any(vars(config.model.architecture).values()):
         check_fit(Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config))
     _check_inputs(config)
+    _check_wandb(config, dry_run)
     run = RunDirectory(Path(config.run.dir))
     check_changes(run, config, force)
     if not force:
@@ -134,6 +151,68 @@ def _check_inputs(config: Config) -> None:
         PromptTemplate(config.data.template, tokenizer)
     else:
         template_file(config.data.template)
+
+
+def _check_wandb(config: Config, dry_run: bool) -> None:
+    """Raises UserError where the job will find no key for W&B. An image may hold one, and lines of setup bring one."""
+    slurm, project = config.cluster.slurm, config.tracking.wandb_project
+    if project is None or slurm.container != "none" or slurm.setup:
+        return
+    gets_all = "ALL" in slurm.environment or _in_the_job(dry_run)
+    of_wandb = [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]
+    hidden = {name: os.environ.pop(name) for name in of_wandb if not (gets_all or name in slurm.environment)}
+    try:
+        check_key(project)
+    except UserError as error:
+        if not hidden:
+            raise
+        names = ",".join([*slurm.environment, *hidden])
+        raise UserError(
+            f"{error}; the job doesn't get {', '.join(hidden)} from here: cluster.slurm.environment=[{names}]."
+        ) from error
+    finally:
+        os.environ |= hidden
+
+
+def _check_command(command: argparse.Namespace, config: Config, dry_run: bool) -> None:
+    """The keys of a command that a job is to run. Raises UserError.
+
+    config: the job's. What the command reads may be there only once it starts, after a run that is still at work, say.
+    """
+    elsewhere = config.cluster.slurm.container != "none"
+    if command.command == "train":
+        _config(command.overrides, command.force, dry_run)
+    elif command.command == "evaluate":
+        from rloop_mcore.main.evaluate import benchmark_names, keys_of  # what it needs takes a while to import
+
+        run = RunDirectory(command.policy)
+        keys_of(command, Source(command.policy, run if run.config.is_file() else None), elsewhere)
+        benchmark_names(command)
+    elif "overrides" in command:
+        validate.check_values(load_config(command.overrides, absent="?"), elsewhere)
+
+
+def _warn_of_gpus(config: Config) -> None:
+    """Say it where the job asks for no GPU and its nodes have some: it would work on their CPUs."""
+    slurm, partition = config.cluster.slurm, config.cluster.slurm.partition
+    asked = config.cluster.gpus_per_node or any(flag.startswith(_FLAGS_OF_GPUS) for flag in slurm.flags)
+    if asked or config.cluster.device == "cpu" or shutil.which("sinfo") is None:
+        return
+    where = [] if partition is None else [f"--partition={partition}"]
+    try:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %G", *where], capture_output=True, text=True, timeout=_ASK_S
+        )
+    except subprocess.TimeoutExpired:
+        return
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line]
+    gpus = {gpu for name, found in rows if partition or name.endswith("*") for gpu in _GPUS.findall(found)}
+    if gpus:
+        print(
+            f"rloop: warning: the job asks for no GPU; its partition's nodes have some ({', '.join(sorted(gpus))}): "
+            "choose a cluster (cluster=h100_8), or set cluster.gpus_per_node; cluster.device=cpu does without.",
+            file=sys.stderr,
+        )
 
 
 def _absent(config: Config) -> dict[str, str]:
