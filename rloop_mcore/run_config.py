@@ -69,6 +69,8 @@ def sentence_of(error: BaseException) -> str:
         return unknown_key(str(key), frozenset())
     if not key and lines[0] == "Cannot merge DictConfig with ListConfig":
         return "a list is where KEY: VALUE lines are wanted, or these where a list is."
+    if key and "is not Optional" in lines[0]:
+        return f"{key} can't be null: give it a value."
     if key and "is not a ListConfig" in lines[0]:
         return f"{key} is a list: write {key}=[A,B]."
     if key:

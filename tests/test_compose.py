@@ -123,6 +123,8 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["cluster=h100"], ["cluster=h100", "h100_8"]),
         (["rollout=sglang"], ["rollout=sglang", "sglang_colocated"]),
         (["layout=null"], ["layout=null", "configs/layout"]),
+        (["layout=3"], ["layout=3", "configs/layout"]),
+        (["algorithm.rl_steps=null"], ["algorithm.rl_steps can't be null"]),
         (["modle=qwen2.5_7b"], ["modle", "did you mean model?"]),
         (["algorithm.lr=1e-6"], ["did you mean optimizer.lr?"]),
         (["algorithm.steps=9"], ["did you mean algorithm.rl_steps?"]),
