@@ -32,7 +32,8 @@ def read_config(path: Path) -> Config:
             raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
         return cast(Config, OmegaConf.to_object(tree))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {sentence_of(error)}") from error
+        old = " Of a run of an older version, take the line out." if isinstance(error, ConfigKeyError) else ""
+        raise UserError(f"{path}: {sentence_of(error)}{old}") from error
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read.") from None
 

@@ -200,7 +200,10 @@ def test_another_file_than_a_runs_configuration_is_refused_by_its_name(content: 
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("sed: 1", r"run\.sed is not a key of .* did you mean run\.seed\?"), ("seed: ${nope}", r"run\.seed: .*nope")],
+    [
+        ("sed: 1", r"run\.sed is not a key of .* did you mean run\.seed\? Of a run of an older version, take"),
+        ("seed: ${nope}", r"run\.seed: .*nope"),
+    ],
 )
 def test_a_mistake_in_a_runs_configuration_is_one_sentence(line: str, words: str, tmp_path: Path) -> None:
     text = to_yaml(load_config(NEEDED)).replace("  seed: 0", f"  {line}", 1)
