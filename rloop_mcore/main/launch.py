@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
-from rloop_mcore.config import GENERATED_MODEL, Config
+from rloop_mcore.config import GENERATED_MODEL, Config, SlurmConfig
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import FILES, HF_PREFIX, load_problems, problem_sources
 from rloop_mcore.data.prompts import solution_of
@@ -51,7 +51,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
-        _check_command(options.inner_options, config, options.dry_run)
+        _check_command(options.inner_options, elsewhere=config.cluster.slurm.container != "none")
         if config.cluster.slurm.container == "none":
             for file in _unseen(options.inner_options):
                 print(f"rloop: warning: {file} {_NOT_HERE}", file=sys.stderr)
@@ -61,7 +61,7 @@ def launch(options: argparse.Namespace) -> int:
         configs = []
         for where, line in lines.items():
             try:
-                configs.append(_config([*options.overrides, *line], options.force, options.dry_run))
+                configs.append(_config([*options.overrides, *line], options.force))
             except UserError as error:
                 raise UserError(f"{where}{error}") from error
         runs = [
@@ -75,6 +75,8 @@ def launch(options: argparse.Namespace) -> int:
                 print(f"rloop: warning: {what} {_NOT_HERE}", file=sys.stderr)
         config = configs[0]
         script = training_script(config, runs, options.force)
+        if projects := [name for each in configs if (name := each.tracking.wandb_project)]:
+            _warn_of_wandb(projects[0], config.cluster.slurm, _in_the_job(options.dry_run))
     if not _in_the_job(options.dry_run) and (not options.inner or options.inner_options.command in _ON_GPUS):
         _warn_of_gpus(config)
     if options.dry_run:
@@ -103,7 +105,7 @@ def _in_the_job(dry_run: bool) -> bool:
     return dry_run and "SLURM_JOB_ID" in os.environ
 
 
-def _config(overrides: Sequence[str], force: bool, dry_run: bool) -> Config:
+def _config(overrides: Sequence[str], force: bool) -> Config:
     """A run's configuration, checked as far as that is possible where it is submitted.
 
     The layout and the memory where the model's sizes are known here, by model.path or model.architecture; files where
@@ -120,7 +122,6 @@ def _config(overrides: Sequence[str], force: bool, dry_run: bool) -> Config:
     if there or any(vars(config.model.architecture).values()):
         check_fit(Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config))
     _check_inputs(config)
-    _check_wandb(config, dry_run)
     run = RunDirectory(Path(config.run.dir))
     check_changes(run, config, force)
     if not force:
@@ -153,36 +154,32 @@ def _check_inputs(config: Config) -> None:
         template_file(config.data.template)
 
 
-def _check_wandb(config: Config, dry_run: bool) -> None:
-    """Raises UserError where the job will find no key for W&B. An image may hold one, and lines of setup bring one."""
-    slurm, project = config.cluster.slurm, config.tracking.wandb_project
-    if project is None or slurm.container != "none" or slurm.setup:
+def _warn_of_wandb(project: str, slurm: SlurmConfig, in_the_job: bool) -> None:
+    """Say it where the job may find no key for W&B: a login shell on its nodes, lines of setup or an image may bring
+    one that is not to be seen here."""
+    if slurm.container != "none" or slurm.setup:
         return
-    gets_all = "ALL" in slurm.environment or _in_the_job(dry_run)
+    gets_all = in_the_job or "ALL" in slurm.environment
     of_wandb = [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]
     hidden = {name: os.environ.pop(name) for name in of_wandb if not (gets_all or name in slurm.environment)}
     try:
         check_key(project)
     except UserError as error:
-        if not hidden:
-            raise
-        names = ",".join([*slurm.environment, *hidden])
-        raise UserError(
-            f"{error}; the job doesn't get {', '.join(hidden)} from here: cluster.slurm.environment=[{names}]."
-        ) from error
+        more = f"; cluster.slurm.environment=[{','.join([*slurm.environment, *hidden])}] gives it what is set here"
+        print(
+            f"rloop: warning: {error}: the job ends at once unless its nodes know more{more if hidden else ''}.",
+            file=sys.stderr,
+        )
     finally:
         os.environ |= hidden
 
 
-def _check_command(command: argparse.Namespace, config: Config, dry_run: bool) -> None:
-    """The keys of a command that a job is to run. Raises UserError.
+def _check_command(command: argparse.Namespace, elsewhere: bool) -> None:
+    """The keys of a command that a job is to run, `elsewhere` where in an image. Raises UserError.
 
-    config: the job's. What the command reads may be there only once it starts, after a run that is still at work, say.
+    What it reads may be there only once it starts: a policy of a run that is still at work, say.
     """
-    elsewhere = config.cluster.slurm.container != "none"
-    if command.command == "train":
-        _config(command.overrides, command.force, dry_run)
-    elif command.command == "evaluate":
+    if command.command == "evaluate":
         from rloop_mcore.main.evaluate import benchmark_names, keys_of  # what it needs takes a while to import
 
         run = RunDirectory(command.policy)
