@@ -90,7 +90,7 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
             raise UserError(f"{text} has several values: {f'choose one {key}' if key in groups else lists}.")
         if key == "hydra.searchpath":
             _check_folders(override.value())
-        if key in groups and override.value() is None:
+        if key in groups and isinstance(override.value(), bool | int | float | None):
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key not in keys | groups | sections | {"hydra.searchpath"}:
             raise UserError(unknown_key(key, groups, f" (in {text!r})"))

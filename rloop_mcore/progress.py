@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 PLAIN_EVERY_S = 10.0
+_BAR = 24  # columns of the terminal
+_CLOCK, _GAPS = 8, 5  # of the time since the start, up to a day; between the parts
 
 _FIGURES = {
     "reward_mean": "reward {:.3f}",
@@ -40,6 +42,7 @@ class ProgressDisplay:
         self._clock = clock
         self._last_line = float("-inf")
         self._bar: Progress | None = None
+        self._bar_column = BarColumn()
         self._task: TaskID | None = None
 
     def show(self, place: str, done: int, total: int, eta_s: float | None, metrics: Mapping[str, float | None]) -> None:
@@ -65,10 +68,11 @@ class ProgressDisplay:
             self._bar = None
 
     def _redraw(self, place: str, done: int, total: int, left: str, figures: str) -> None:
+        left, figures, self._bar_column.bar_width = self._fitting(place, total, left, figures)
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False, style="bold"),
-                BarColumn(bar_width=24),
+                self._bar_column,
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}", markup=False, style="cyan"),
@@ -76,10 +80,22 @@ class ProgressDisplay:
                 console=self._console,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task(place, left=left, figures=figures)
+            self._task = self._bar.add_task(place, completed=done, total=total, left=left, figures=figures)
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, description=place, completed=done, total=total, left=left, figures=figures)
+
+    def _fitting(self, place: str, total: int, left: str, figures: str) -> tuple[str, str, int]:
+        """What the terminal's width has room for beside the place and how far it is: the time left, then so many whole
+        figures, then the bar, of so many columns. Else all would be cut, these two first."""
+        room = self._console.width - len(place) - (2 * len(str(total)) + 1) - _CLOCK - _GAPS - 1
+        left = left if len(left) <= room else ""
+        room -= len(left)
+        whole = figures.split("  ")
+        while whole and len("  ".join(whole)) > room:
+            whole.pop()
+        figures = "  ".join(whole)
+        return left, figures, max(1, min(_BAR, 1 + room - len(figures)))
 
 
 @contextmanager

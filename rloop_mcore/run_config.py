@@ -32,7 +32,8 @@ def read_config(path: Path) -> Config:
             raise UserError(f"{path} is no run's configuration: it has no {min(missing)}.")
         return cast(Config, OmegaConf.to_object(tree))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {sentence_of(error)}") from error
+        old = " Of a run of an older version, take the line out." if isinstance(error, ConfigKeyError) else ""
+        raise UserError(f"{path}: {sentence_of(error)}{old}") from error
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read.") from None
 
@@ -69,6 +70,8 @@ def sentence_of(error: BaseException) -> str:
         return unknown_key(str(key), frozenset())
     if not key and lines[0] == "Cannot merge DictConfig with ListConfig":
         return "a list is where KEY: VALUE lines are wanted, or these where a list is."
+    if key and "is not Optional" in lines[0]:
+        return f"{key} can't be null: give it a value."
     if key and "is not a ListConfig" in lines[0]:
         return f"{key} is a list: write {key}=[A,B]."
     if key:

@@ -12,6 +12,27 @@ from rloop_mcore.errors import UserError
 _FINISH_S = 60  # to send what has not been sent yet; the rest stays on disk
 
 
+def check_key(project: str) -> None:
+    """Raises UserError where `WandbRun` would find no key, or one that can't be. Asks nothing of a network."""
+    import wandb
+
+    try:
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib import wbauth
+
+        settings = wandb_setup.singleton().settings
+        if settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        host = settings.base_url
+        found = wbauth.authenticate_session(host=host, source="rloop", prompt=False, update_session=False)
+    except wandb.Error as error:
+        raise UserError(_without_key(project, str(error))) from error
+    except (ImportError, AttributeError, TypeError):
+        return  # of a version that has these elsewhere: the start of its run will tell
+    if found is None:
+        raise UserError(_without_key(project, "No API key configured."))
+
+
 class WandbRun:
     """One W&B run for a run directory, the same again after a resume.
 
@@ -40,10 +61,7 @@ class WandbRun:
             self._run = start(None)
         except wandb.Error as error:
             if not isinstance(error, wandb.errors.CommError) or isinstance(error, wandb.errors.AuthenticationError):
-                raise UserError(
-                    f"tracking.wandb_project is {project!r}, but W&B says: {error} Set WANDB_API_KEY, or "
-                    "WANDB_MODE=offline and run `wandb sync` later, or set tracking.wandb_project=null"
-                ) from error
+                raise UserError(_without_key(project, str(error))) from error
             tell(f"W&B can't be reached ({error}); `wandb sync {run_dir}/wandb/offline-run-*` sends its files later")
             wandb.teardown()  # its process holds on to the run that it could not begin
             self._run = start("offline")
@@ -74,3 +92,10 @@ class WandbRun:
         except Exception as error:
             self._failed = True
             self._tell(f"W&B gets nothing more of this start: {type(error).__name__}: {error}")
+
+
+def _without_key(project: str, why: str) -> str:
+    return (
+        f"tracking.wandb_project is {project!r}, but W&B says: {why} Set WANDB_API_KEY, or "
+        "WANDB_MODE=offline and run `wandb sync` later, or set tracking.wandb_project=null"
+    )

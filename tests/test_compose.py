@@ -123,6 +123,8 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["cluster=h100"], ["cluster=h100", "h100_8"]),
         (["rollout=sglang"], ["rollout=sglang", "sglang_colocated"]),
         (["layout=null"], ["layout=null", "configs/layout"]),
+        (["layout=3"], ["layout=3", "configs/layout"]),
+        (["algorithm.rl_steps=null"], ["algorithm.rl_steps can't be null"]),
         (["modle=qwen2.5_7b"], ["modle", "did you mean model?"]),
         (["algorithm.lr=1e-6"], ["did you mean optimizer.lr?"]),
         (["algorithm.steps=9"], ["did you mean algorithm.rl_steps?"]),
@@ -198,7 +200,10 @@ def test_another_file_than_a_runs_configuration_is_refused_by_its_name(content: 
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("sed: 1", r"run\.sed is not a key of .* did you mean run\.seed\?"), ("seed: ${nope}", r"run\.seed: .*nope")],
+    [
+        ("sed: 1", r"run\.sed is not a key of .* did you mean run\.seed\? Of a run of an older version, take"),
+        ("seed: ${nope}", r"run\.seed: .*nope"),
+    ],
 )
 def test_a_mistake_in_a_runs_configuration_is_one_sentence(line: str, words: str, tmp_path: Path) -> None:
     text = to_yaml(load_config(NEEDED)).replace("  seed: 0", f"  {line}", 1)

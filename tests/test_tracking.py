@@ -180,6 +180,26 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "64/64" in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("width", "words"),
+    [
+        (40, ["37/200"]),
+        (80, ["37/200", "1:12:01 left", "reward 0.033  success 3.3%"]),
+        (160, ["37/200", "1:12:01 left", "entropy 0.68  12,345 tokens/s", "━" * 4]),
+    ],
+)
+def test_a_narrow_terminal_shows_where_a_run_is_first_of_all(width: int, words: list[str]) -> None:
+    """Of the usual 80 columns the figures of a step took all: neither the phase nor the step was to be read."""
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, force_terminal=True, color_system=None, width=width))
+    figures = {"reward_mean": 0.0331, "success_rate": 0.0331, "loss": 0.01, "response_length": 1234.0, "entropy": 0.68}
+    display.show("iteration 0 explore", 37, 200, 4321.0, {**figures, "tokens_per_s": 12345.0})
+    display.close()
+    *_, line = (each for each in out.getvalue().splitlines() if "iteration" in each)
+    assert all(word in line for word in ["iteration 0 explore", *words]), line
+    assert "…" not in line
+
+
 def test_a_bar_may_be_called_anything() -> None:
     out = io.StringIO()
     display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))

@@ -106,6 +106,26 @@ def test_without_a_key_the_user_hears_what_to_set(tmp_path: Path) -> None:
     assert "WANDB_API_KEY" in said
 
 
+def test_a_key_is_missed_before_there_are_ranks_and_without_asking_a_server(tmp_path: Path) -> None:
+    check = (
+        "from rloop_mcore.wandb_run import check_key",
+        "import socket; socket.socket.connect = None",
+        "check_key('loops')",
+        "print('a key')",
+        "sys.exit()",
+    )
+
+    def said(**environment: str) -> str:
+        return start(tmp_path, "import sys", *check, **environment)
+
+    refused = "UserError: tracking.wandb_project is 'loops', but W&B says: "
+    assert f"{refused}No API key configured. Set WANDB_API_KEY" in said()
+    assert refused in said(WANDB_API_KEY="short")
+    assert said(WANDB_API_KEY="0" * 40) == said(WANDB_MODE="offline") == said(WANDB_MODE="disabled") == "a key\n"
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {'0' * 40}\n")
+    assert said() == "a key\n"
+
+
 def test_a_server_out_of_reach_costs_nothing(tmp_path: Path) -> None:
     said = start(
         tmp_path,

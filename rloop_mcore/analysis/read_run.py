@@ -72,8 +72,11 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises UserError if it isn't one, or if a file of it is damaged."""
-    if not any((path / name).exists() for name in ("metrics.jsonl", "journal.jsonl", "evaluation")):
-        raise UserError(f"{path} is not a run directory: it holds no metrics.jsonl, journal.jsonl or evaluation/")
+    if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "journal.jsonl", "evaluation")):
+        raise UserError(
+            f"{path} is not a run directory, or its run has not begun: it holds no config.yaml, metrics.jsonl, "
+            "journal.jsonl or evaluation/"
+        )
     config, settings = _read_config(path / "config.yaml")
     return Run(
         name=path.resolve().name,

@@ -51,14 +51,19 @@ _META = {"level": ("level", "difficulty"), "subject": ("subject", "subfield", "d
 _ID = ("unique_id", "id")
 
 
+def check_name(name: str) -> None:
+    """Raises UserError where no benchmark is called so."""
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}; give other problems with --data.")
+
+
 def load_benchmark(name: str, folder: Path | None = None) -> list[Problem]:
     """The problems of a benchmark by its name, from its file in `folder`, else from the hub.
 
     Rows of the hub without a gold answer (Omni-MATH has some) are left out. Raises UserError for a name that is none,
     and for what cannot be had or read.
     """
-    if name not in BENCHMARKS:
-        raise UserError(f"--benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}; give other problems with --data.")
+    check_name(name)
     benchmark = BENCHMARKS[name]
     problems = _from_hub(name, benchmark) if folder is None else load_problems(str(folder / benchmark.file))
     for problem in problems:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rloop_mcore.data.countdown import EOS, PAD, VOCABULARY
@@ -104,8 +104,9 @@ def write_model(folder: Path, seed: int) -> int:
     weights = random_weights(seed)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        tokenizer().save(str(temporary / "tokenizer.json"))
+        # by Python: what the libraries' own writers raise on a full disk doesn't say that it is one
+        (temporary / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        (temporary / "tokenizer.json").write_text(tokenizer().to_str(pretty=True), encoding="utf-8")
         configs = {"config": CONFIG, "generation_config": GENERATION_CONFIG, "tokenizer_config": TOKENIZER_CONFIG}
         for name, content in configs.items():
             (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

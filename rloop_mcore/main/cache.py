@@ -26,6 +26,7 @@ from rloop_mcore.trajectory.schema import FIELDS
 from rloop_mcore.types import Trajectory
 
 _BARS = "·▁▂▃▄▅▆▇█"
+_WIDTH = 80  # of the summary, at least: less would cut its figures
 
 
 def cache(options: Namespace) -> int:
@@ -58,7 +59,7 @@ def cache(options: Namespace) -> int:
     if options.show:
         _show(console, found, run.model(config), options)
     if not (options.verify or options.export or options.show or options.quarantine or options.compact):
-        console.print(summary(found, config))
+        Console(width=max(console.width, _WIDTH)).print(summary(found, config))
         for line in iterations_lost(found.losses()):
             say(line)
     return 0
@@ -101,10 +102,11 @@ def _show(console: Console, found: TrajectoryCache, model: Path, options: Namesp
     if not rows:
         console.print("no trajectory is of that iteration and problem")
     for row in rows:
-        console.rule(Text(_heading(row)), align="left")
+        # whole, and the texts as they are, however narrow what they are shown on is
+        console.print(Text(f"── {_heading(row)}", style="bold"), soft_wrap=True)
         prompt, response = (tokenizer.decode(ids) for ids in (row.prompt_ids, row.response_ids))
-        console.print(prompt, style="dim", markup=False, highlight=False, end="")
-        console.print(response, markup=False, highlight=False)
+        console.print(prompt, style="dim", markup=False, highlight=False, soft_wrap=True, end="")
+        console.print(response, markup=False, highlight=False, soft_wrap=True)
 
 
 def _heading(row: Trajectory) -> str:

@@ -124,12 +124,23 @@ def _interrupt(number: int, frame: Any) -> None:
     raise Interrupted(f"{signal.Signals(number).name} came while no rank was running")
 
 
+def _without_folder() -> bool:
+    """Whether the working directory is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
+
+
 def _told(error: OSError) -> tuple[int, str] | None:
     """The exit code and the sentence of what a path or a disk of the user's did; None for any other failure."""
     from rloop_mcore.platform.files import is_disk_full
 
     if is_disk_full(error):
         return 1, "no space is left on a disk: make some, and run the same command again."
+    if not error.filename and _without_folder():
+        return 2, "the folder that you are in was removed: go to one that is there."
     if error.errno not in _OF_A_PATH or not error.filename:
         return None
     path = re.sub(r"\.tmp-\d+-", "", str(error.filename2 or error.filename))  # as the user knows it

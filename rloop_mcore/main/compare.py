@@ -22,6 +22,7 @@ from rloop_mcore.errors import UserError
 from rloop_mcore.evaluation.paired import compare_paired
 from rloop_mcore.evaluation.pass_at_k import average, pass_at_k
 from rloop_mcore.main.report import words_of
+from rloop_mcore.main.run_directory import output_in
 from rloop_mcore.platform.files import write_atomic
 
 _BLOCKS = {"intra": "of the problems within an iteration", "inter": "between iterations"}
@@ -30,6 +31,7 @@ _SEED = 0  # of the bootstrap: the same every time
 
 def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) -> int:
     """Print the comparison and write the report of both. Raises UserError."""
+    target = out or output_in(first, "compare.html")
     runs = read_runs([first, second])
     if different := of_one_id(*runs):
         raise UserError(
@@ -45,7 +47,6 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
         "paired": paired,
         "forgetting": block_forgetting(runs),
     }
-    target = out or first / "compare.html"
     write_report([first, second], target, words=[words_of(first), words_of(second)])
     if json_out is not None:
         write_atomic(json_out, json.dumps(result, indent=1) + "\n")

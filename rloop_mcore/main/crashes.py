@@ -38,7 +38,7 @@ class CrashRecord:
         elif len(record["times"]) >= ENOUGH and self._key(record["error"]) == {**record, "times": []}:
             raise UserError(
                 f"{self._run.path} ended {len(record['times'])} times in a row {_in_words(record['place'])}, with "
-                f"the same error: {record['error']}; mend it, change a key, or add --force to try again."
+                f"the same error: {record['error']}; mend it and add --force, or change a key, to try again."
             )
 
     def note(self, message: str) -> str | None:
@@ -52,7 +52,7 @@ class CrashRecord:
             return None
         return (
             f"it has ended so {len(times)} times in a row {_in_words(key['place'])}: another start would end the same "
-            "way; mend it, change a key, or add --force to try again"
+            "way; mend it and add --force, or change a key, to try again"
         )
 
     def _key(self, message: str) -> dict[str, Any]:

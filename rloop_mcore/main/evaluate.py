@@ -13,7 +13,7 @@ from typing import Any
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
-from rloop_mcore.data.benchmarks import load_benchmark
+from rloop_mcore.data.benchmarks import check_name, load_benchmark
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
@@ -32,7 +32,9 @@ def evaluate(options: argparse.Namespace) -> int:
     """Evaluate, print tables, write JSON if asked for. Raises UserError."""
     other = read_result(options.against) if options.against is not None else None
     source = find_policy(options.policy, options.step)
-    config = _config(options, source)
+    config = keys_of(options, source)
+    if not source.is_checkpoint:
+        validate.check_model(config, source.path)
     benchmarks = _benchmarks(options)
     if other is not None:  # now: what takes hours comes before they are compared
         keys = config.evaluation
@@ -75,10 +77,11 @@ def _explained(source: Source, out: Path) -> Iterator[None]:
         raise
 
 
-def _config(options: argparse.Namespace, source: Source) -> Config:
+def keys_of(options: argparse.Namespace, source: Source, elsewhere: bool = False) -> Config:
     """The overrides, the options over them. Paths are set as they are: Hydra's grammar would read signs in them.
 
-    A run's policy is evaluated by the run's own keys, but where something else is said.
+    A run's policy is evaluated by the run's own keys, but where something else is said. Raises UserError. elsewhere:
+    the programs that keys name needn't be here.
     """
     if source.run is not None:
         config = on_one_node(load_config_over(source.run.config, options.overrides))
@@ -101,19 +104,25 @@ def _config(options: argparse.Namespace, source: Source) -> Config:
             config.evaluation.k = [int(text) for text in options.k.split(",")]
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
-    validate.check_values(config)
-    if not source.is_checkpoint:
-        validate.check_model(config, source.path)
+    validate.check_values(config, elsewhere)
     return config
+
+
+def benchmark_names(options: argparse.Namespace) -> list[str]:
+    """Of `--benchmarks`. Raises UserError for one that is none, and where there is nothing to evaluate on."""
+    names = [name.strip() for text in options.benchmarks or () for name in text.split(",")]
+    for name in names:
+        check_name(name)
+    if not (names or options.data):
+        raise UserError("nothing to evaluate on: give --data FILE, or --benchmarks with names such as aime24,math500.")
+    return names
 
 
 def _benchmarks(options: argparse.Namespace) -> dict[str, tuple[str, list[Problem]]]:
     """Of every `--data` and every name of `--benchmarks`: a short name, where it is from, its problems."""
-    names = [name.strip() for text in options.benchmarks or () for name in text.split(",")]
+    names = benchmark_names(options)
     found = [(_short(data), data, load_problems(data)) for data in options.data or ()]
     found += [(name, name, load_benchmark(name, options.benchmark_files)) for name in names]
-    if not found:
-        raise UserError("nothing to evaluate on: give --data FILE, or --benchmarks with names such as aime24,math500.")
     benchmarks = {name: (data, problems) for name, data, problems in found}
     if len(benchmarks) < len(found):
         raise UserError(f"two benchmarks have one name: {', '.join(name for name, *_ in found)}; evaluate them apart.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from rloop_mcore import validate
 from rloop_mcore.compose import load_config
-from rloop_mcore.config import GENERATED_MODEL, Config
+from rloop_mcore.config import GENERATED_MODEL, Config, SlurmConfig
 from rloop_mcore.data.curriculum import load_sampler
 from rloop_mcore.data.problems import FILES, HF_PREFIX, load_problems, problem_sources
 from rloop_mcore.data.prompts import solution_of
@@ -22,6 +24,7 @@ from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import Fault, UserError
 from rloop_mcore.main.changes import check_changes
 from rloop_mcore.main.crashes import CrashRecord
+from rloop_mcore.main.policies import Source
 from rloop_mcore.main.run_directory import RunDirectory
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.plan import Plan
@@ -29,12 +32,17 @@ from rloop_mcore.planning.search import check_fit
 from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.slurm.script import Run, command_script, log_file, training_script
+from rloop_mcore.wandb_run import check_key
 from rloop_mcore.weights.families import check_config, check_folder
 
 _SUBMIT_S = 120.0
+_ASK_S = 10.0  # for sinfo, which only a warning comes of
 _NOT_HERE = "does not exist here: the job ends at once unless its nodes see it."
 # options of commands that name what is read
 _READ = ("run", "runs", "first", "second", "policy", "data", "benchmark_files", "against", "source", "config", "file")
+_ON_GPUS = ("train", "evaluate", "preflight")  # commands that take them where there are some
+_FLAGS_OF_GPUS = ("--gpu", "--gres", "--tres", "-G")
+_GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:\d+")  # as sinfo has a node's: gpu:h100:8(S:0-1)
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -43,6 +51,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.inner:
         config = load_config([*options.overrides, "model.path=?", "data.train=?", "run.dir=."])
         validate.check_values(config)
+        _check_command(options.inner_options, elsewhere=config.cluster.slurm.container != "none")
         if config.cluster.slurm.container == "none":
             for file in _unseen(options.inner_options):
                 print(f"rloop: warning: {file} {_NOT_HERE}", file=sys.stderr)
@@ -66,6 +75,10 @@ def launch(options: argparse.Namespace) -> int:
                 print(f"rloop: warning: {what} {_NOT_HERE}", file=sys.stderr)
         config = configs[0]
         script = training_script(config, runs, options.force)
+        if projects := [name for each in configs if (name := each.tracking.wandb_project)]:
+            _warn_of_wandb(projects[0], config.cluster.slurm, _in_the_job(options.dry_run))
+    if not _in_the_job(options.dry_run) and (not options.inner or options.inner_options.command in _ON_GPUS):
+        _warn_of_gpus(config)
     if options.dry_run:
         print(script, end="")
         return 0
@@ -85,6 +98,11 @@ def launch(options: argparse.Namespace) -> int:
     for path in kept:
         write_atomic(path, script)
     return 0
+
+
+def _in_the_job(dry_run: bool) -> bool:
+    """Whether this is the job itself, which has its script printed to run it, as slurm/*.sbatch do."""
+    return dry_run and "SLURM_JOB_ID" in os.environ
 
 
 def _config(overrides: Sequence[str], force: bool) -> Config:
@@ -134,6 +152,64 @@ def _check_inputs(config: Config) -> None:
         PromptTemplate(config.data.template, tokenizer)
     else:
         template_file(config.data.template)
+
+
+def _warn_of_wandb(project: str, slurm: SlurmConfig, in_the_job: bool) -> None:
+    """Say it where the job may find no key for W&B: a login shell on its nodes, lines of setup or an image may bring
+    one that is not to be seen here."""
+    if slurm.container != "none" or slurm.setup:
+        return
+    gets_all = in_the_job or "ALL" in slurm.environment
+    of_wandb = [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]
+    hidden = {name: os.environ.pop(name) for name in of_wandb if not (gets_all or name in slurm.environment)}
+    try:
+        check_key(project)
+    except UserError as error:
+        more = f"; cluster.slurm.environment=[{','.join([*slurm.environment, *hidden])}] gives it what is set here"
+        print(
+            f"rloop: warning: {error}: the job ends at once unless its nodes know more{more if hidden else ''}.",
+            file=sys.stderr,
+        )
+    finally:
+        os.environ |= hidden
+
+
+def _check_command(command: argparse.Namespace, elsewhere: bool) -> None:
+    """The keys of a command that a job is to run, `elsewhere` where in an image. Raises UserError.
+
+    What it reads may be there only once it starts: a policy of a run that is still at work, say.
+    """
+    if command.command == "evaluate":
+        from rloop_mcore.main.evaluate import benchmark_names, keys_of  # what it needs takes a while to import
+
+        run = RunDirectory(command.policy)
+        keys_of(command, Source(command.policy, run if run.config.is_file() else None), elsewhere)
+        benchmark_names(command)
+    elif "overrides" in command:
+        validate.check_values(load_config(command.overrides, absent="?"), elsewhere)
+
+
+def _warn_of_gpus(config: Config) -> None:
+    """Say it where the job asks for no GPU and its nodes have some: it would work on their CPUs."""
+    slurm, partition = config.cluster.slurm, config.cluster.slurm.partition
+    asked = config.cluster.gpus_per_node or any(flag.startswith(_FLAGS_OF_GPUS) for flag in slurm.flags)
+    if asked or config.cluster.device == "cpu" or shutil.which("sinfo") is None:
+        return
+    where = [] if partition is None else [f"--partition={partition}"]
+    try:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %G", *where], capture_output=True, text=True, timeout=_ASK_S
+        )
+    except subprocess.TimeoutExpired:
+        return
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line]
+    gpus = {gpu for name, found in rows if partition or name.endswith("*") for gpu in _GPUS.findall(found)}
+    if gpus:
+        print(
+            f"rloop: warning: the job asks for no GPU; its partition's nodes have some ({', '.join(sorted(gpus))}): "
+            "choose a cluster (cluster=h100_8), or set cluster.gpus_per_node; cluster.device=cpu does without.",
+            file=sys.stderr,
+        )
 
 
 def _absent(config: Config) -> dict[str, str]:

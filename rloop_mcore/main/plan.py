@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from rloop_mcore import validate
@@ -24,6 +25,7 @@ from rloop_mcore.planning.search import changes, check_fit, legal_layouts, neare
 from rloop_mcore.planning.state import Coordinates, state_of
 
 _SHOWN = 10  # layouts of a search
+_ENDLESS = 10_000  # columns
 
 
 def plan(overrides: Sequence[str], as_json: bool, search: bool) -> int:
@@ -113,7 +115,7 @@ def _show(chosen: Plan, others: Sequence[Plan], console: Console) -> None:
         f"{processes(config.layout)} of {trainer_gpus(config)} GPUs train: {_sizes(config.layout) or 'one process'}; "
         f"precision {config.precision}, recompute {config.actor.recompute}"
     )
-    console.print(_parts_table(chosen.worst))
+    console.print(_parts_table(chosen.worst, console))
     if config.layout.pp > 1:
         console.print(_stages_table(chosen))
     _show_verdict(chosen, console)
@@ -133,13 +135,21 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 5e6 else f"{parameters:,}"
 
 
-def _parts_table(worst: StageMemory) -> Table:
-    """The fullest GPU in each phase, part by part."""
+def _parts_table(worst: StageMemory, console: Console) -> Table:
+    """The fullest GPU in each phase, part by part; a row a part where the console is too narrow for a column each."""
     used = [part for part in PARTS if any(parts[part] for parts in worst.phases.values())]
-    table = _table(f"GiB of a GPU of stage {worst.stage}", "phase", *used, "total")
-    for phase, parts in worst.phases.items():
-        sizes = [*(parts[part] for part in used), sum(parts.values())]
-        table.add_row(phase, *(f"{size / GIB:.2f}" for size in sizes))
+    title, parts_of = f"GiB of a GPU of stage {worst.stage}", list(worst.phases.values())
+    rows = [[parts[part] for parts in parts_of] for part in used] + [[sum(parts.values()) for parts in parts_of]]
+    figures = [[f"{size / GIB:.2f}" for size in row] for row in rows]
+    names = [*used, "total"]
+    table = _table(title, "phase", *names)
+    for phase, column in zip(worst.phases, zip(*figures, strict=True), strict=True):
+        table.add_row(phase, *column)
+    if Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum <= console.width:
+        return table
+    table = _table(title, "phase", *worst.phases)
+    for name, row in zip(names, figures, strict=True):
+        table.add_row(name.replace("_", " "), *row)
     return table
 
 

@@ -88,15 +88,15 @@ def as_hf_folder(source: Source, keep_in: Path, display: ProgressDisplay) -> Pat
 def _config_folder(checkpoint: Path) -> Path | None:
     """An HF folder with the model's config and tokenizer; None where the checkpoint has them itself.
 
-    A run's checkpoints don't: theta_0 has. Raises UserError for a checkpoint that neither `rloop convert` nor a run
-    has written.
+    A run's checkpoints don't: its thetas have, of which theta_0 may be a model that was moved. Raises UserError for a
+    checkpoint that neither `rloop convert` nor a run has written.
     """
     from rloop_mcore.weights.conversion import HF_FILES
 
     if (checkpoint / HF_FILES).is_dir():
         return None
     journal = Journal(checkpoint.absolute().parent.parent / "journal.jsonl")
-    for record in journal.records:
+    for record in reversed(journal.records):
         if record["event"] == "policy":
             return journal.path.parent / str(record["path"])
     raise UserError(

@@ -11,7 +11,7 @@ from rloop_mcore.analysis.report import read_runs, write_report
 from rloop_mcore.data.problems import load_problems
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
-from rloop_mcore.main.run_directory import RunDirectory
+from rloop_mcore.main.run_directory import RunDirectory, output_in
 
 
 def report(options: argparse.Namespace) -> int:
@@ -24,7 +24,7 @@ def report(options: argparse.Namespace) -> int:
         from rloop_mcore.main.live import serve_live
 
         return serve_live(options.runs, options.port)
-    target = options.out or options.runs[0] / "report.html"
+    target = options.out or output_in(options.runs[0], "report.html")
     write_report(options.runs, target, words=[words_of(run) for run in options.runs])
     print(f"report: {target}")
     if options.export is not None:

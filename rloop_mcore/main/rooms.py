@@ -136,6 +136,10 @@ def base_policy(config: Config, journal: Journal) -> Policy:
     exploited = [place for place in journal.places() if (place["event"], place["phase"]) == ("done", "exploit")]
     iteration = len(exploited)
     theta = journal.start_policy(iteration)
+    model = Path(config.model.path).resolve()
+    if not theta.path.exists() and digest_of(model) == theta.digest:  # the model it is has been moved since
+        journal.record("policy", iteration=iteration, path=str(model), digest=theta.digest, reason="model.path moved")
+        theta = journal.start_policy(iteration)
     needed = [theta]
     if journal.done(iteration, "explore") and not (config.algorithm.reset and config.rft.enabled):
         needed.append(journal.endpoint(iteration))

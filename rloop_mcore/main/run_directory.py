@@ -107,7 +107,7 @@ class RunDirectory:
     def read_config(self) -> Config:
         """What the run was started with. Raises UserError where there is no run."""
         if not self.config.is_file():
-            raise UserError(f"{self.path} is not a run directory: it holds no config.yaml.")
+            raise UserError(f"{self.path} is not a run directory, or its run has not begun: it holds no config.yaml.")
         return read_config(self.config)
 
     def model(self, config: Config) -> Path:
@@ -200,6 +200,16 @@ class RunDirectory:
 def _this_start() -> str:
     """A start of a job has a folder of its own; outside of jobs nothing outlives its supervisor."""
     return os.environ.get(FOLDER_VARIABLE, "no job")
+
+
+def output_in(run: Path, name: str) -> Path:
+    """The file `name` of a run directory, where a command writes unless told otherwise.
+
+    Raises UserError where that takes no file, before the work: another's run, or a copy that is read-only.
+    """
+    if run.is_dir() and not os.access(run, os.W_OK):
+        raise UserError(f"{run} can't be written to: say with --out where {name} is to go.")
+    return run / name
 
 
 def read_if_sound(path: Path) -> dict[str, Any] | None:

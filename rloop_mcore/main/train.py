@@ -41,6 +41,7 @@ from rloop_mcore.platform.files import write_atomic
 from rloop_mcore.platform.process import handling
 from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.run_config import to_yaml
+from rloop_mcore.wandb_run import check_key
 from rloop_mcore.weights.families import check_folder
 
 _LOOK_S = 1.0
@@ -108,6 +109,8 @@ def _check_inputs(config: Config, model: Path) -> tuple[int, dict[str, str]]:
 
     Returns the number of training problems, and digests of data and template by their keys.
     """
+    if config.tracking.wandb_project:
+        check_key(config.tracking.wandb_project)
     device = platform.choose(config.cluster.device)
     validate.check_device(config, device)
     if device == "cpu":

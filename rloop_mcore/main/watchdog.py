@@ -74,7 +74,9 @@ def step_seconds(metrics: Path) -> float | None:
     gaps = [
         after["time"] - before["time"]
         for before, after in pairwise(steps)
-        if after["phase"] == before["phase"] == steps[-1]["phase"] and after["step"] == before["step"] + 1
+        if after["phase"] == before["phase"] == steps[-1]["phase"]
+        and after["step"] == before["step"] + 1
+        and after["eta_s"] is not None  # the first of a start, before which the run stood still, has none
     ]
     return median(gaps[-_LAST_STEPS:]) if gaps else None
 

@@ -37,6 +37,11 @@ def test_a_run_that_has_only_just_begun_can_be_read(tmp_path: Path) -> None:
     assert (run.metrics, run.evaluations, run.journal, run.config) == ([], [], [], "")
 
 
+def test_a_run_whose_ranks_are_still_starting_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {dir: r}\n")
+    assert read_run(tmp_path).settings == {"run": {"dir": "r"}}
+
+
 def test_evaluations_under_other_names_are_not_checkpoints(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", {"base": 0.1, "held_out": 0.5}))
     assert [evaluation.name for evaluation in run.evaluations] == ["base"]

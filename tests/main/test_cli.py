@@ -49,6 +49,29 @@ def test_a_file_that_fails_is_a_sentence(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["report", "compare", "trace"])
+def test_a_run_that_is_read_only_is_told_with_what_to_do_before_the_work(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("journal.jsonl", "timeline.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write where the mode forbids it
+    assert main([command, str(tmp_path), *([str(tmp_path)] if command == "compare" else [])]) == 2
+    assert "can't be written to: say with --out where" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.jsonl", "timeline.jsonl"]
+
+
+def test_a_folder_that_is_gone_around_the_command_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["plan", "experiment=tiny"]) == 2
+    assert capsys.readouterr().err == "rloop: the folder that you are in was removed: go to one that is there.\n"
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED])
 def test_other_failures_keep_their_traceback(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(OSError(number, os.strerror(number), "a"), monkeypatch)

@@ -38,6 +38,7 @@ def test_three_ends_of_a_kind_are_enough(tmp_path: Path) -> None:
     enough = crash(tmp_path, "cluster.job_end=1999-01-01")  # which a launcher sets anew for each job
     assert enough is not None
     assert enough.startswith("it has ended so 3 times in a row after iteration 0 explore, step 4")
+    assert enough.endswith("mend it and add --force, or change a key, to try again")  # mended alone it is refused:
     with pytest.raises(UserError, match=r"ended 3 times in a row after iteration 0 explore, step 4, with the same"):
         record(tmp_path).check(force=False)
     record(tmp_path).check(force=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rloop_mcore.config import Config, DataConfig, RolloutConfig
 from rloop_mcore.main.engines import _sglang_arguments, start_servers
-from rloop_mcore.main.evaluate import _config
+from rloop_mcore.main.evaluate import keys_of
 from rloop_mcore.main.policies import Source
 
 PLAIN = ["--tp-size", "4", "--ep-size", "2"]
@@ -44,7 +44,7 @@ def test_an_evaluation_has_no_sync_so_its_engines_read_their_weights(tmp_path: P
     (tmp_path / "metadata.json").touch()  # Megatron's: its config.json is read later
     overrides = ["rollout.engine=sglang", f"rollout.python={sys.executable}", "rollout.quantization=fp8"]
     options = argparse.Namespace(overrides=overrides, samples=None, k=None, json=None)
-    assert "dummy" not in _sglang_arguments(_config(options, Source(tmp_path)), "cuda", 0)
+    assert "dummy" not in _sglang_arguments(keys_of(options, Source(tmp_path)), "cuda", 0)
 
 
 def test_a_run_may_have_as_many_sockets_as_its_machine_lets_it(tmp_path: Path) -> None:

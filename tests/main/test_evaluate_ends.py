@@ -10,7 +10,7 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.data.countdown_model import write_model
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.main.arguments import parse
-from rloop_mcore.main.evaluate import _config, _explained, evaluate
+from rloop_mcore.main.evaluate import _explained, evaluate, keys_of
 from rloop_mcore.main.policies import Source
 from rloop_mcore.main.policy_evaluation import PolicyEvaluation
 from rloop_mcore.main.run_directory import RunDirectory
@@ -36,7 +36,7 @@ def test_other_failures_are_not_explained_away(tmp_path: Path) -> None:
 def test_an_evaluation_of_no_problem_is_refused(tmp_path: Path) -> None:
     options = argparse.Namespace(overrides=["evaluation.limit=0"], samples=None, k=None)
     with pytest.raises(UserError, match=r"evaluation\.limit=0 must be greater than 0, or null"):
-        _config(options, Source(tmp_path))
+        keys_of(options, Source(tmp_path))
 
 
 def test_short_responses_may_be_asked_for_whatever_training_has(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_short_responses_may_be_asked_for_whatever_training_has(tmp_path: Path) 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(model | sizes | {"num_key_value_heads": 2, "vocab_size": 8}))
     options = argparse.Namespace(overrides=["rollout.max_tokens=64"], samples=None, k=None)
-    assert _config(options, Source(tmp_path)).rollout.max_tokens == 64
+    assert keys_of(options, Source(tmp_path)).rollout.max_tokens == 64
 
 
 def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
     options = argparse.Namespace(overrides=[], samples=4, k="1,4", json=None)
     source = Source(tmp_path / "checkpoints" / "i0_explore_000001", RunDirectory(tmp_path))
     with pytest.raises(UserError, match="hold other weights"):
-        _config(options, source)
+        keys_of(options, source)
 
 
 def test_a_benchmark_whose_prompts_are_too_long_is_refused_before_another_is_measured(

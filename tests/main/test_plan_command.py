@@ -7,15 +7,20 @@ import re
 import shlex
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from rloop_mcore import validate
+from rloop_mcore.compose import load_config
 from rloop_mcore.data.countdown_model import CONFIG
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.cli import main
-from rloop_mcore.main.plan import plan
+from rloop_mcore.main.plan import _parts_table, plan
+from rloop_mcore.planning.plan import Plan
 
 SIZES = {
     "model_type": "qwen2",
@@ -76,6 +81,21 @@ def test_text_names_the_fullest_gpu_and_what_fills_it(capsys: pytest.CaptureFixt
     assert "7.62 B parameters" in text
     assert "GiB to spare: the fullest GPU is one of stage 0, most of it" in text
     assert "a step takes about" in text
+
+
+def test_the_memory_is_whole_on_a_terminal_of_80_columns() -> None:
+    config = load_config(["experiment=qwen2.5_72b", "cluster=h100_64"], absent="?")
+    chosen = Plan.of(validate.check_sizes(config, *validate.stated_sizes(config.model)), config)
+    found = {}
+    for width in (80, 150):
+        out = StringIO()
+        console = Console(width=width, file=out)
+        console.print(_parts_table(chosen.worst, console))
+        table = out.getvalue()
+        assert "…" not in table
+        found[width] = sorted(re.findall(r"\d+\.\d\d", table))
+    assert found[80] == found[150]
+    assert len(found[80]) == 30
 
 
 def test_what_does_not_fit_is_shown_and_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,22 @@ def test_a_theta_that_is_no_longer_what_it_was_is_not_gone_on_from(exploited: in
         base_policy(config, journal)
 
 
+def test_a_model_that_was_moved_since_is_gone_on_from_where_it_is(tmp_path: Path) -> None:
+    """Whoever says so by model.path, forced: the journal has where it was."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    write_model(tmp_path / "old", seed=0)
+    journal.record("policy", iteration=0, path=str(tmp_path / "old"), digest=digest_of(tmp_path / "old"))
+    journal.record("done", iteration=0, phase="base")
+    (tmp_path / "old").rename(tmp_path / "new")
+    config = load_config(["experiment=tiny", f"model.path={tmp_path}/new"])
+    assert base_policy(config, journal).path == tmp_path / "new"
+    assert Journal(journal.path).start_policy(0).path == tmp_path / "new"
+    (tmp_path / "new").rename(tmp_path / "newer")
+    damage(tmp_path / "newer")
+    with pytest.raises(UserError, match="new is not a folder"):
+        base_policy(load_config(["experiment=tiny", f"model.path={tmp_path}/newer"]), Journal(journal.path))
+
+
 @pytest.mark.parametrize("override", ["algorithm.reset=true", "algorithm.reset=false", "rft.enabled=false"])
 def test_an_rl_policy_that_is_gone_on_from_has_to_be_what_it_was_too(override: str, tmp_path: Path) -> None:
     """With the reset nothing is trained from it: what it was is measured already."""

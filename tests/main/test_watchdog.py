@@ -66,10 +66,12 @@ def beat(folder: Path) -> None:
     os.utime(folder / "heartbeat", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
 
 
-def log_steps(folder: Path, *rows: tuple[str, int, float]) -> None:
-    """Lines of metrics.jsonl: phase, step, time."""
+def log_steps(folder: Path, *rows: tuple[str, int, float], resumed: int = 1) -> None:
+    """Lines of metrics.jsonl: phase, step, time. resumed: the first step that a second start has made."""
     lines = [
-        {"iteration": 0, "phase": p, "step": s, "total": 0 if p == "evaluate" else 9, "time": t} for p, s, t in rows
+        {"iteration": 0, "phase": p, "step": s, "total": 0 if p == "evaluate" else 9, "time": t}
+        | {"eta_s": None if s in (1, resumed) else 1.0}
+        for p, s, t in rows
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
 
@@ -103,6 +105,15 @@ def test_the_steps_of_another_phase_say_nothing(tmp_path: Path) -> None:
         file.write("{}\n3\n")
     assert step_seconds(tmp_path / "metrics.jsonl") is None, "damage is for others to tell"
     assert step_seconds(tmp_path / "none.jsonl") is None
+
+
+def test_the_time_between_two_starts_is_of_no_step(tmp_path: Path) -> None:
+    """A run that goes on after a week would be let hang for five."""
+    rows = ("explore", 1, 100.0), ("explore", 2, 140.0), ("explore", 3, 600_000.0), ("explore", 4, 600_040.0)
+    log_steps(tmp_path, *rows[1:], resumed=3)
+    assert step_seconds(tmp_path / "metrics.jsonl") == 40.0
+    log_steps(tmp_path, *rows[1:3], resumed=3)
+    assert step_seconds(tmp_path / "metrics.jsonl") is None
 
 
 def test_time_in_which_everything_was_stopped_does_not_count(tmp_path: Path) -> None:

@@ -176,6 +176,85 @@ def test_what_another_command_reads_and_is_not_there_is_a_warning(
     assert capsys.readouterr().err == f"rloop: warning: x.jsonl {warning}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "rollout.max_tokns=5"], "rollout.max_tokns is not a key"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "--k", "1,x"], "--k 1,x: give whole numbers"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "--samples", "0"], "evaluation.samples=0 must be"),
+        (["evaluate", "--policy", "p", "--benchmarks", "aime24,amie25"], "'amie25' is none of aime24"),
+        (["evaluate", "--policy", "p"], "nothing to evaluate on"),
+        (["evaluate", "--policy", "run", "--data", "x.jsonl", "experiment=tiny"], "give single keys"),
+        (["train", "experiment=tiny", "layout.tp=0"], "layout.tp=0 must be greater than 0"),
+        (["preflight", "experiment=tniy"], "experiment=tniy: did you mean tiny?"),
+    ],
+)
+def test_the_keys_of_another_command_are_refused_before_it_is_queued(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(to_yaml(load_config(["experiment=tiny", "run.dir=run"])))
+    assert main(["launch", "--dry-run", "--", *words]) == 2
+    assert said in capsys.readouterr().err
+    # of a run that may have policies once the job starts
+    right = ["evaluate", "--policy", "run", "--data", "hf:a/b", "rollout.max_tokens=5"]
+    assert main(["launch", "--dry-run", "--", *right]) == 0
+
+
+def test_a_key_of_wandb_that_the_job_may_not_get_is_told_before_it_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("HOME", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+    def said(*words: str) -> str:
+        run = ["experiment=tiny", f"run.dir={tmp_path}/run", "tracking.wandb_project=loops"]
+        assert main(["launch", "--dry-run", *run, *words]) == 0
+        return capsys.readouterr().err
+
+    warning = said()
+    assert "No API key configured" in warning
+    assert "cluster.slurm.environment=[WANDB_API_KEY] gives it what is set here." in warning
+    assert "0" * 40 not in warning
+    assert said("cluster.slurm.environment=[WANDB_API_KEY]") == said("cluster.slurm.environment=[ALL]") == ""
+    assert said("cluster.slurm.setup=['. ~/key']") == ""
+    assert said("cluster.slurm.container=pyxis", "cluster.slurm.image=i.sqsh") == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert said() == ""  # as slurm/train.sbatch prints it, in the job
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert "No API key configured" in said()
+
+
+def test_a_job_without_gpus_on_nodes_that_have_some_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_for_sbatch(tmp_path / "bin", "echo 7", monkeypatch)
+    (tmp_path / "bin/sinfo").write_text(
+        "#!/bin/bash\n"
+        "rows='cpu* (null)\ngpu gpu:h100:8(S:0-1),nvme:2\ngpu gpu:a100:4(S:0,1)\n'\n"
+        '[[ $* != *--partition=gpu* ]] && printf "$rows" || printf "$rows" | grep ^gpu\n'
+    )
+    (tmp_path / "bin/sinfo").chmod(0o755)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run, gpu = ["experiment=tiny", f"run.dir={tmp_path}/run"], "cluster.slurm.partition=gpu"
+
+    def said(*words: str) -> str:
+        assert main(["launch", *words]) == 0
+        return capsys.readouterr().err
+
+    assert "asks for no GPU; its partition's nodes have some (gpu:a100:4, gpu:h100:8)" in said(*run, gpu)
+    assert "asks for no GPU" in said(*run, gpu, "--dry-run")
+    assert "asks for no GPU" in said(gpu, "--", "preflight", *run)
+    for more in ([], [gpu, "cluster.gpus_per_node=8"], [gpu, "cluster.device=cpu"]):
+        assert said(*run, *more) == ""
+    assert said(*run, gpu, "cluster.slurm.flags=['--gres=gpu:8']") == ""
+    assert said(gpu, "--", "grade", str(tmp_path / "bin/sinfo")) == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert said(*run, gpu, "--dry-run") == ""
+
+
 def test_without_slurm_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,15 @@ for number in range(12):
 assert 3 <= failed < 12, failed
 """
 
+MODEL = """
+from rloop_mcore.data.countdown_model import write_model
+
+for leave in (0, 65536):
+    fill(leave)
+    assert fails(lambda: write_model(folder / "model", seed=0))
+    assert [path.name for path in folder.iterdir()] == ["filler"]
+"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_disk_is_possible() -> None:
@@ -113,7 +122,7 @@ def small_disk_is_possible() -> None:
         pytest.skip("needs user namespaces, to mount a small tmpfs")
 
 
-@pytest.mark.parametrize("work", [CACHE, JOURNAL], ids=["cache", "journal"])
+@pytest.mark.parametrize("work", [CACHE, JOURNAL, MODEL], ids=["cache", "journal", "model"])
 def test_a_full_disk_is_an_error_and_then_it_goes_on(tmp_path: Path, work: str) -> None:
     script = tmp_path / "work.py"
     script.write_text(FILL + work)

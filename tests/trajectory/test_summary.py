@@ -125,6 +125,20 @@ def test_rows_as_text_and_as_json_lines(run: Path, tmp_path: Path, capsys: pytes
     assert exported == json.loads(json.dumps(expected))
 
 
+def test_a_narrow_terminal_cuts_no_figure_and_no_verdict(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["cache", str(run)]) == 0
+    title, heading, line = capsys.readouterr().out.splitlines()
+    assert " ".join(heading.split()) == "iteration steps sampled problems correct truncated experts success"
+    assert line.split()[:3] == ["0", "2", title.split()[0]]
+    assert main(["cache", str(run), "--show", "1"]) == 0
+    row = next(TrajectoryCache(run / "cache").rows())
+    said = f"sample {row.sample}: {row.reason}, {len(row.response_ids)} tokens, {row.finish_reason}"
+    assert said in capsys.readouterr().out.splitlines()[0]
+
+
 def test_a_choice_of_rows_without_a_use_and_an_empty_one_are_said(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
