@@ -31,6 +31,7 @@ from rloop_mcore.types import Problem, Verdict
 SETTINGS = [
     *(
         "experiment=quickstart",
+        "model=qwen2.5_0.5b",  # the sizes: a folder of other ones is refused
         "precision=bf16",
         "cluster.threads=8",
         "checkpoint.every=100",
