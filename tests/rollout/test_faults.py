@@ -375,9 +375,9 @@ def test_an_engine_that_is_late_for_a_group_that_was_given_up_is_not_lost(
         assert_all_serve(fleet, policy, 7)
 
 
-@pytest.mark.parametrize("other_dies", [True, False])
+@pytest.mark.parametrize(("fault", "other_dies"), [(answer_400, True), (answer_400, False), (answer_500, True)])
 def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
-    proxies: list[FaultyProxy], policy: PreTrainedModel, other_dies: bool
+    proxies: list[FaultyProxy], policy: PreTrainedModel, fault: Fault, other_dies: bool
 ) -> None:
     """Its receive broke since another engine died, of which the trainer hears later."""
 
@@ -389,7 +389,7 @@ def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
     with within(60), fleet_of(proxies, "refuses", start_timeout_s=10.0) as fleet:
         fleet._sync.channel.timeout_s = 5.0  # type: ignore[attr-defined]
         fleet.wait_ready()
-        proxies[0].faults["/update_weights_from_distributed"] = times(1, answer_400)
+        proxies[0].faults["/update_weights_from_distributed"] = times(1, fault)
         if other_dies:
             proxies[1].faults["/update_weights_from_distributed"] = die
         assert fleet.sync(weights(policy), 6)["engines_serving"] == 2 - other_dies
