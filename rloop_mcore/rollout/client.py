@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
 _FILES_AGAIN_S = 0.2
 _ROUNDING = 0.01  # of a logprob near 0, in bf16
+_STAMP = re.compile(r"([0-9]+)(?:-([0-9a-f]{8}))?")  # a weight version, and whose: adopted weights are nobody's
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -156,8 +158,8 @@ class EngineClient:
         warns where that was another folder than `folder`. Returns what it was started with."""
         info = await self._json("GET", "/model_info")
         version, started_with = (str(self._get(info, name, "/model_info")) for name in ("weight_version", "model_path"))
-        number = version.partition("-")[0]
-        sent = f"the weights that a run sent it as version {number}" if number.isdigit() else ""
+        stamp = _STAMP.fullmatch(version)
+        sent = f"the weights that a run sent it as version {stamp[1]}" if stamp else ""
         if version == UNFINISHED:
             sent = "a part of the weights that a run was sending it"
         if sent and version != str(ADOPTED):
@@ -420,13 +422,13 @@ class EngineClient:
             if start != end or stop < end:
                 break
             if stop > end:
-                number, _, run = str(version).partition("-")
-                if not number.isdigit():
+                stamp = _STAMP.fullmatch(str(version))
+                if stamp is None:
                     text = f"weight_version {self._quoted(version)!r} is not a number: the engine was never synced"
                     raise self._error(path, text, 200)
-                if run not in ("", self._run):  # "": adopted weights have none
-                    raise self._error(path, f"weights {number} are those of another run, which uses this engine too")
-                runs.append((int(number), stop - end))
+                if stamp[2] not in (None, self._run):
+                    raise self._error(path, f"weights {stamp[1]} are those of another run, which uses this engine too")
+                runs.append((int(stamp[1]), stop - end))
             end = stop
         else:
             if end == tokens:

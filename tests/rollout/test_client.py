@@ -10,6 +10,7 @@ import os
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from aiohttp import web
 from served_model import VOCABULARY, Endpoint
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.rollout import client as client_module
 from rloop_mcore.rollout.buckets import Bucket
 from rloop_mcore.rollout.client import EngineClient, EngineError
@@ -194,7 +196,7 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("output_ids",), 2, "not that of SGLang"),
         (("meta_info", "weight_versions"), 1, "not that of SGLang"),
         (("meta_info", "weight_versions"), [{"version": "3", "start": 0, "end": "2"}], "not that of SGLang"),
-        (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "not that of SGLang"),
+        (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "never synced"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None], [-0.5, 6, None]], "same tokens"),
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "output_token_logprobs"), [[0.7, 4, None], [-0.5, 5, None]], "0.7, and none is above 0"),
@@ -357,6 +359,26 @@ def test_weights_that_another_run_has_sent_are_known_though_their_version_is_our
         with pytest.raises(EngineError, match="weights 3 are those of another run, which uses this engine") as caught:
             _ask(handler, call)
         assert caught.value.status is None  # no more is asked of it before it has the run's own
+
+
+@pytest.mark.parametrize(
+    ("version", "holds"),
+    [
+        *((version, "") for version in ("default", "0", "v7", "2026-11")),  # of the start, of an evaluation
+        *((version, "the weights that a run sent it as version 7") for version in ("7", "7-0badc0de")),
+        ("unfinished", "a part of the weights that a run was sending it"),
+    ],
+)
+def test_whose_weights_a_server_holds_is_read_off_their_version(version: str, holds: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": version, "model_path": "/models/m"})
+
+    check = lambda client: client.check_untouched(Path("/models/m"))  # noqa: E731
+    if holds:
+        with pytest.raises(UserError, match=f"holds {holds}, not those of its folder: start it anew"):
+            _ask(handler, check)
+    else:
+        assert _ask(handler, check) == "/models/m"
 
 
 @pytest.mark.parametrize(
