@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rloop_mcore.rollout.fleet import Fleet
     from rloop_mcore.weights.channel import BroadcastChannel
 
+_ESCAPED = frozenset("\"'\\<>&")
 _FP32_BYTES = 4
 _SHARED_BUCKETS = 3  # in /dev/shm: two, and room for others
 
@@ -109,6 +110,11 @@ def _key_of_endpoints() -> str | None:
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY_VARIABLE} holds a character that cannot be sent: a key is printable ASCII.")
+    if set(key) & _ESCAPED:
+        raise UserError(
+            f"{KEY_VARIABLE} holds one of {' '.join(sorted(_ESCAPED))}, which JSON or HTML write otherwise, so that it "
+            "could not be kept out of the logs: start the servers with another key."
+        )
     return key or None
 
 

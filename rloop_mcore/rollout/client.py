@@ -7,6 +7,8 @@ import errno
 import itertools
 import logging
 import math
+import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +37,7 @@ _LEAVE_TIMEOUT_S = 10.0
 _FLUSHES, _FLUSH_AGAIN_S = 20, 0.5
 _FILES_AGAIN_S = 0.2
 _ROUNDING = 0.01  # of a logprob near 0, in bf16
+_STAMP = re.compile(r"([0-9]+)(?:-([0-9a-f]{8}))?")  # a weight version, and whose: adopted weights are nobody's
 _SECRET = ("api_key", "admin_api_key", "launch_command")
 
 
@@ -77,6 +80,7 @@ class EngineClient:
         self._requests: set[asyncio.Task[bytes]] = set()
         self._given_up: str | None = None
         self._stamped: str | None = None  # the weight version that was set last
+        self._run = secrets.token_hex(4)  # in the versions that it gives weights: another run's have another name
         self._released: set[str] = set()  # what it has given up its memory of
 
     async def close(self) -> None:
@@ -147,20 +151,22 @@ class EngineClient:
         return {k: v for k, v in info.items() if k not in _SECRET}
 
     async def weight_version(self) -> str:
-        return str(self._get(await self._json("GET", "/model_info"), "weight_version", "/model_info"))
+        return self._quoted(self._get(await self._json("GET", "/model_info"), "weight_version", "/model_info"))
 
-    async def check_untouched(self, folder: Path) -> None:
+    async def check_untouched(self, folder: Path) -> str:
         """Raises UserError where a run has brought other weights than the server was started with, or a part of them;
-        warns where that was another folder than `folder`."""
+        warns where that was another folder than `folder`. Returns what it was started with."""
         info = await self._json("GET", "/model_info")
         version, started_with = (str(self._get(info, name, "/model_info")) for name in ("weight_version", "model_path"))
-        sent = f"the weights that a run sent it as version {version}" if version.isdigit() else ""
+        stamp = _STAMP.fullmatch(version)
+        sent = f"the weights that a run sent it as version {stamp[1]}" if stamp else ""
         if version == UNFINISHED:
             sent = "a part of the weights that a run was sending it"
         if sent and version != str(ADOPTED):
             raise UserError(f"rollout.endpoints: {self.url} holds {sent}, not those of its folder: start it anew.")
         if Path(started_with).resolve() != folder.resolve():
             log.warning("%s was started with %s, and is taken to hold %s", self.url, started_with, folder)
+        return started_with
 
     async def has_update_sessions(self) -> bool:
         """Whether this version wants a weight update between begin and end."""
@@ -296,6 +302,10 @@ class EngineClient:
         body = {"serialized_named_tensors": list(handles), "flush_cache": False}
         await self._succeed("/update_weights_from_tensor", body, timeout_s)
 
+    def stamp(self, version: int) -> str:
+        """How the server is to call the weights `version` of this run."""
+        return f"{version}-{self._run}"
+
     async def set_weight_version(self, version: str) -> None:
         await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
         self._stamped = version
@@ -400,7 +410,7 @@ class EngineClient:
             raise self._error(path, "a logprob is not finite", 200)
         if max(logprobs, default=0.0) > _ROUNDING:
             raise self._error(path, f"a logprob is {max(logprobs):g}, and none is above 0", 200)
-        return Completion(scored_ids, logprobs, str(reason), versions)
+        return Completion(scored_ids, logprobs, self._quoted(reason), versions)
 
     def _versions(self, spans: Any, tokens: int) -> tuple[tuple[int, int], ...]:
         """(weight version, tokens sampled by it) in order; raises EngineError where the spans are not of so many."""
@@ -412,10 +422,13 @@ class EngineClient:
             if start != end or stop < end:
                 break
             if stop > end:
-                if not str(version).isdigit():
+                stamp = _STAMP.fullmatch(str(version))
+                if stamp is None:
                     text = f"weight_version {self._quoted(version)!r} is not a number: the engine was never synced"
                     raise self._error(path, text, 200)
-                runs.append((int(version), stop - end))
+                if stamp[2] not in (None, self._run):
+                    raise self._error(path, f"weights {stamp[1]} are those of another run, which uses this engine too")
+                runs.append((int(stamp[1]), stop - end))
             end = stop
         else:
             if end == tokens:

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.protocols import Answered, WeightChannel
 from rloop_mcore.rollout.client import ADOPTED, EngineClient, EngineError
 from rloop_mcore.rollout.controller import Controller, Engine, Probe, Server
@@ -64,6 +65,7 @@ class Fleet:
         self._shares = len(self.servers) if deterministic else 0
         self._export: Callable[[], NamedTensors] | None = None
         self._folder: Path | None = None  # of adopted weights
+        self._started_with: dict[Engine, str] = {}  # what engines call it
         self._sync = WeightSync(channel, backend, start_timeout_s, bucket_mib * 2**20, model)
         self._news: Future[None] = Future()  # resolved when an engine waits for weights, or is given up
         self._controller = Controller(
@@ -124,7 +126,8 @@ class Fleet:
     def adopt_weights(self, folder: Path) -> None:
         """Take what the engines were started with, the model in `folder`, as version 0: an evaluation trains nothing.
 
-        Raises UserError for an engine that a run has brought other weights; `wait` does where that happens later.
+        Raises UserError for an engine that a run has brought other weights; `wait` does where that happens later, or
+        where an engine comes back with another model.
         """
         self.wait_ready()
         self._adopt({engine: _client(engine) for engine in self._controller.in_state("waiting")}, folder)
@@ -194,12 +197,15 @@ class Fleet:
         return metrics
 
     def _adopt(self, clients: dict[Engine, EngineClient], folder: Path) -> None:
-        async def adopt(client: EngineClient) -> None:
-            await client.check_untouched(folder)
+        async def adopt(engine: Engine, client: EngineClient) -> None:
+            now = await client.check_untouched(folder)
+            if now != (before := self._started_with.setdefault(engine, now)):
+                text = f"{client.url} was started anew with {now}, and had {before} before: evaluate anew."
+                raise UserError(f"rollout.endpoints: {text}")
             await client.set_weight_version(str(ADOPTED))
             await client.resume()  # somebody may have left it paused
 
-        self._submit(together(*(adopt(client) for client in clients.values()))).result()
+        self._submit(together(*(adopt(engine, client) for engine, client in clients.items()))).result()
         self._submit(self._promote(clients, ADOPTED)).result()
 
     def _catch_up(self, version: int | None) -> None:

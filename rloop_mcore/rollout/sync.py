@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rloop_mcore.protocols import NamedTensors
 
 T = TypeVar("T")
+_CLOSE_S = 30.0  # to leave the group of a broadcast that has failed
 Submit = Callable[[Coroutine[Any, Any, T]], "Future[T]"]  # runs a coroutine on the event loop's thread
 
 
@@ -39,7 +40,7 @@ class WeightSync:
         self.channel, self.backend, self.timeout_s, self.model = channel, backend, timeout_s, model
         self.buffers = Buffers(bucket_bytes, host=channel is not None and backend == "gloo", shared=channel is None)
         self._members: list[EngineClient] = []  # of the group, in the order of their ranks
-        self._closing = asyncio.Lock()
+        self._closing: asyncio.Future[None] | None = None  # of the channel, the last one
         self._sessions = False
         self._kept: list[KeptWeights] = []  # how each member keeps its weights
         self._dtype = torch.float32
@@ -94,10 +95,19 @@ class WeightSync:
         await self._close_channel()
 
     async def _close_channel(self) -> None:
-        """In a thread: it waits for a broadcast under way, until that fails or its deadline is over."""
-        async with self._closing:
-            if self.channel is not None:
-                await _in_thread(self.channel.close)
+        """In a thread: it waits for a broadcast under way, until that fails or its deadline is over.
+
+        Raises TimeoutError where NCCL does not let the group go then; whoever comes later waits for the same closing.
+        """
+        if self.channel is None:
+            return
+        if self._closing is None or self._closing.done():
+            self._closing = _in_thread(self.channel.close)
+        limit_s = self.timeout_s + _CLOSE_S
+        done, _ = await asyncio.wait({self._closing}, timeout=limit_s)
+        if not done:
+            raise TimeoutError(f"the group of the last weight broadcast was not left within {limit_s:g} s")
+        self._closing.result()
 
     async def _open(self, clients: list[EngineClient]) -> None:
         if clients != self._members:
@@ -223,15 +233,17 @@ async def _verify(client: EngineClient, expected: list[dict[str, str]], timeout_
 
 
 async def _stamp(client: EngineClient, version: int) -> None:
-    await client.set_weight_version(str(version))
+    stamp = client.stamp(version)
+    await client.set_weight_version(stamp)
     found = await client.weight_version()
-    if found != str(version):
-        raise EngineError(f"{client.url}: holds weight version {found} after a sync to {version}", engine=client.url)
+    if found != stamp:
+        raise EngineError(f"{client.url}: holds weight version {found} after a sync to {stamp}", engine=client.url)
 
 
-async def _in_thread(function: Callable[[], None]) -> None:
+def _in_thread(function: Callable[[], None]) -> asyncio.Future[None]:
     """Run a blocking call in a daemon thread: one that is stuck must not keep the process from ending."""
-    loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[None] = loop.create_future()
 
     def settle(error: BaseException | None) -> None:
         if not result.done():
@@ -247,4 +259,4 @@ async def _in_thread(function: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(settle, error)
 
     threading.Thread(target=run, daemon=True).start()
-    await result
+    return result

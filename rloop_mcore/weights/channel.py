@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from rloop_mcore.platform.process_group import host_store, join_group, leave_group
+
+_LAST_COME_S = 2.0
 
 
 class BroadcastChannel:
@@ -67,7 +70,13 @@ class BroadcastChannel:
             ) from error
 
     def close(self) -> None:
-        """Leave the group and stop the rendezvous; a channel that is closed can be opened again."""
+        """Leave the group and stop the rendezvous; a channel that is closed can be opened again.
+
+        A rendezvous that not all have come to is open for two seconds more. An engine that finds it closed knocks until
+        its own deadline, deaf to all else; one that is in when it closes learns of it.
+        """
+        if self._store is not None and self._group is None:
+            time.sleep(_LAST_COME_S)
         if self._group is not None:
             leave_group(self._group)
         self._group = None

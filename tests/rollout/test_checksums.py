@@ -230,6 +230,22 @@ def test_an_engine_that_leaves_out_a_rank_is_not_verified(ranks: list[int], monk
         asyncio.run(_verify(client, [sums, sums], 1.0))
 
 
+@pytest.mark.parametrize("ranks", [[0, 1], [0, 1, 0, 1]])  # twice: groups of data parallel attention
+def test_every_rank_of_an_engine_is_verified(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = {"model.norm.weight": "0" * 16}, {"model.norm.weight": "1" * 16}
+    answer = [(rank, right) for rank in ranks]
+
+    async def checksums(client: EngineClient, timeout_s: float) -> list[tuple[int, dict[str, str]]]:
+        return answer
+
+    monkeypatch.setattr(EngineClient, "checksums", checksums)
+    client = EngineClient("http://engine", None, vocabulary=10, generate_timeout_s=1.0)
+    asyncio.run(_verify(client, [right, right], 1.0))
+    answer[-1] = (1, wrong)
+    with pytest.raises(EngineError, match="http://engine: rank 1 does not hold the weights it was sent: 1 with other"):
+        asyncio.run(_verify(client, [right, right], 1.0))
+
+
 def test_a_served_model_is_what_config_json_says() -> None:
     config = {"vocab_size": 45, "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 16}
     of = partial(ServedModel.of, folder=Path("/models/m"))

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ import torch
 from aiohttp import web
 from served_model import VOCABULARY, Endpoint
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.rollout import client as client_module
+from rloop_mcore.rollout.buckets import Bucket
 from rloop_mcore.rollout.client import EngineClient, EngineError
 from rloop_mcore.rollout.hashers import embedded_hasher
 from rloop_mcore.rollout.served import ServedModel
@@ -193,7 +196,7 @@ def test_answered_ids_are_of_the_vocabulary(wrong: int) -> None:
         (("output_ids",), 2, "not that of SGLang"),
         (("meta_info", "weight_versions"), 1, "not that of SGLang"),
         (("meta_info", "weight_versions"), [{"version": "3", "start": 0, "end": "2"}], "not that of SGLang"),
-        (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "not that of SGLang"),
+        (("meta_info", "weight_versions"), [{"version": "\u00b2", "start": 0, "end": 2}], "never synced"),
         (("meta_info", "output_token_logprobs"), [[-0.5, 4, None], [-0.5, 6, None]], "same tokens"),
         (("meta_info", "output_token_logprobs"), [[math.nan, 4, None], [-0.5, 5, None]], "not finite"),
         (("meta_info", "output_token_logprobs"), [[0.7, 4, None], [-0.5, 5, None]], "0.7, and none is above 0"),
@@ -333,6 +336,51 @@ def test_tokens_of_two_weights_must_be_told_apart(spans: bool) -> None:
         assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_weights_that_another_run_has_sent_are_known_though_their_version_is_ours(ours: bool) -> None:
+    versions = []
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path == "/update_weight_version":
+            versions.append((await request.json())["new_version"])
+            return web.json_response({"success": True})
+        meta = GOOD["meta_info"] | {"weight_version": versions[0 if ours else 1]}  # type: ignore[operator]
+        return web.json_response([GOOD | {"meta_info": meta}])
+
+    async def call(client: EngineClient) -> list[Completion]:
+        async with closing(EngineClient(client.url, "key", 10, 30.0)) as other:
+            for run in (client, other):
+                await run.set_weight_version(run.stamp(3))
+            return await _generate(client)
+
+    if ours:
+        assert _ask(handler, call)[0].weight_versions == ((3, 2),)
+    else:
+        with pytest.raises(EngineError, match="weights 3 are those of another run, which uses this engine") as caught:
+            _ask(handler, call)
+        assert caught.value.status is None  # no more is asked of it before it has the run's own
+
+
+@pytest.mark.parametrize(
+    ("version", "holds"),
+    [
+        *((version, "") for version in ("default", "0", "v7", "2026-11")),  # of the start, of an evaluation
+        *((version, "the weights that a run sent it as version 7") for version in ("7", "7-0badc0de")),
+        ("unfinished", "a part of the weights that a run was sending it"),
+    ],
+)
+def test_whose_weights_a_server_holds_is_read_off_their_version(version: str, holds: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": version, "model_path": "/models/m"})
+
+    check = lambda client: client.check_untouched(Path("/models/m"))  # noqa: E731
+    if holds:
+        with pytest.raises(UserError, match=f"holds {holds}, not those of its folder: start it anew"):
+            _ask(handler, check)
+    else:
+        assert _ask(handler, check) == "/models/m"
+
+
 @pytest.mark.parametrize(
     ("version", "expected"), [("0.5.20", False), ("0.5.21", True), ("0.5.23+rloop.embedded", True)]
 )
@@ -435,34 +483,53 @@ def test_a_sync_begins_though_a_health_probe_is_under_way(version: str, monkeypa
 
 def test_a_sync_does_one_thing_after_the_other() -> None:
     """From the pause to the verification the weights have no version; and a bucket that is on its way is waited for."""
-    tensor, hasher, done = torch.arange(4.0), embedded_hasher(), []
+    tensor, hasher, done = torch.arange(4.0), embedded_hasher(), [""]
     hasher.update(tensor)
     checksums = {name: hasher.hexdigest() for name in "ab"}
     answers = {
         "/server_info": {"version": "0.5.23+rloop.embedded", "dtype": "float32"},
         "/weights_checker": {"ranks": [{"checksums": checksums, "parallelism_info": {"tp_rank": 0}}]},
-        "/model_info": {"weight_version": "5"},
     }
 
     async def handler(request: web.Request) -> web.Response:
         if request.path == "/update_weights_from_tensor":
             await asyncio.sleep(0.2)
         version = (await request.json())["new_version"] if request.path == "/update_weight_version" else None
+        answers["/model_info"] = {"weight_version": version or done[-1]}
         done.append(version or request.path)
         return web.json_response(answers.get(request.path, {"success": True}))
+
+    async def run(client: EngineClient) -> str:
+        loop = asyncio.get_running_loop()
+        submit = lambda work: asyncio.run_coroutine_threadsafe(work, loop)  # noqa: E731
+        sync = WeightSync(None, "gloo", 30.0, 1, ServedModel(10))
+        await asyncio.to_thread(sync.run, [client], iter([("a", tensor), ("b", tensor)]), 5, submit)
+        return client.stamp(5)
+
+    stamp = _ask(handler, run)
+    assert done[1:] == [
+        *("/server_info", "/pause_generation", "unfinished", "/flush_cache", "/server_info", "/begin_weight_update"),
+        *("/update_weights_from_tensor", "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"),
+        *(stamp, "/model_info", "/continue_generation"),
+    ]
+
+
+def test_the_weights_are_gone_through_to_their_end_though_a_sync_fails() -> None:
+    """The other ranks gather each tensor with this one."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=500)
 
     async def run(client: EngineClient) -> None:
         loop = asyncio.get_running_loop()
         submit = lambda work: asyncio.run_coroutine_threadsafe(work, loop)  # noqa: E731
         sync = WeightSync(None, "gloo", 30.0, 1, ServedModel(10))
-        await asyncio.to_thread(sync.run, [client], iter([("a", tensor), ("b", tensor)]), 5, submit)
+        await asyncio.to_thread(sync.run, [client], tensors, 5, submit)
 
-    _ask(handler, run)
-    assert done == [
-        *("/server_info", "/pause_generation", "unfinished", "/flush_cache", "/server_info", "/begin_weight_update"),
-        *("/update_weights_from_tensor", "/update_weights_from_tensor", "/end_weight_update", "/weights_checker"),
-        *("5", "/model_info", "/continue_generation"),
-    ]
+    tensors = iter([("a", torch.zeros(2)), ("b", torch.zeros(2))])
+    with pytest.raises(EngineError, match="status 500"):
+        _ask(handler, run)
+    assert next(tensors, None) is None
 
 
 def test_every_sample_of_a_call_is_aborted() -> None:
@@ -491,6 +558,55 @@ def test_engines_of_two_kinds_cannot_be_synced_together(other: dict[str, str], w
 
     with pytest.raises(EngineError, match=words):
         _ask(handler, lambda client: WeightSync(None, "gloo", 30.0, 1, ServedModel(10))._open([client, client]))
+
+
+class _NoChannel:
+    group_name, world_size = "weights", 0
+
+    def open(self, world_size: int) -> tuple[str, int]:
+        self.world_size = world_size
+        return "10.0.0.1", 1234
+
+    def join(self) -> None:
+        pass
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_each_rank_of_each_server_has_its_place_and_its_handles(broadcast: bool) -> None:
+    """The trainer is rank 0; a server's first rank comes after all those of the servers before it."""
+    ranks, joined, handles = {"Bearer key": 2, "Bearer other": 3}, {}, {}
+    tensors = [("a", torch.zeros(2))]
+
+    async def handler(request: web.Request) -> web.Response:
+        key = request.headers["Authorization"]
+        if request.path == "/server_info":
+            return web.json_response(_INFO | {"tp_size": ranks[key]})
+        body = await request.json() if request.can_read_body else {}
+        if request.path == "/init_weights_update_group":
+            joined[key] = (body["rank_offset"], body["world_size"], body["master_address"], body["master_port"])
+        if request.path == "/update_weights_from_tensor":
+            handles[key] = len(body["serialized_named_tensors"])
+        return web.json_response({"success": True})
+
+    async def call(client: EngineClient) -> None:
+        channel = _NoChannel() if broadcast else None
+        sync = WeightSync(channel, "gloo", 30.0, 1, ServedModel(10, query_heads=6, kv_heads=6))
+        async with closing(EngineClient(client.url, "other", 10, 30.0)) as other:
+            await sync._open([client, other])
+            await sync._send(Bucket(tensors, torch.zeros(8, dtype=torch.uint8)))
+
+    _ask(handler, call)
+    if broadcast:
+        place = (6, "10.0.0.1", 1234)
+        assert joined == {"Bearer key": (1, *place), "Bearer other": (3, *place)}
+    else:
+        assert handles == ranks
 
 
 @pytest.mark.parametrize(("version", "lacks"), [("0.5.23", ""), ("0.5.20", "/begin_weight_update")])
@@ -639,3 +755,13 @@ def test_what_a_message_quotes_of_an_answer_that_can_be_read_has_no_key(
             assert "0123" not in str(caught.value)
 
     _ask(echo, ask)
+
+
+def test_the_reason_why_a_sample_ended_has_no_key() -> None:
+    """What the controller does not know it quotes."""
+
+    async def echo(request: web.Request) -> web.Response:
+        meta = GOOD["meta_info"] | {"finish_reason": {"type": request.headers["Authorization"]}}  # type: ignore[operator]
+        return web.json_response([GOOD | {"meta_info": meta}])
+
+    assert _ask(echo, _generate)[0].finish_reason == "Bearer (the key)"

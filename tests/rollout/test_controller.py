@@ -454,6 +454,7 @@ def test_engines_that_catch_up_to_newer_weights_leave_the_others_valid() -> None
                 engine.state, fleet.servers[engine.number].version = "waiting", 2
             fleet.controller.lose(engines[2], "it died")
             fleet.controller.promote(engines[1:], 2)
+            assert engines[2].state == "lost"
             await fleet.controller.generate(make_requests(4, 4), SAMPLING)
             assert [engine.state for engine in engines] == ["serving", "serving", "lost"]
             fleet.sync(3)  # brings all that serve to 3, so 2 is wrong from here on
@@ -473,6 +474,30 @@ def test_an_engine_that_never_comes_back_is_dead_after_three_restarts() -> None:
             assert fleet.controller.engines[0].state == "dead"
             assert fleet.controller.counters.restarts == 3
             _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+
+    run_virtually(work())
+
+
+def test_an_engine_that_answers_between_its_restarts_is_never_given_up() -> None:
+    """A run takes weeks. And what it failed before a restart does not count after it."""
+
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            engine, server, requests = fleet.controller.engines[0], fleet.servers[0], make_requests(8, 4)
+            for count in range(1, 6):
+                server.fault = "errors"
+                while engine.state == "serving":
+                    _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+                while engine.state != "serving":
+                    await asyncio.sleep(1.0)
+                assert fleet.controller.counters.restarts == count
+                server.fault = "errors"
+                await fleet.controller.generate(requests[:4], SAMPLING)  # one call, which the other answers
+                assert engine.failures == 1
+                server.fault = None
+                _assert_answered(requests, await fleet.controller.generate(requests, SAMPLING), 4)
+                assert fleet.controller.counters.lost == count
+                assert engine.failures == engine.restarts == 0
 
     run_virtually(work())
 

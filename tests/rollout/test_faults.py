@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.rollout import fleet as fleet_module
+from rloop_mcore.rollout import sync as sync_module
 from rloop_mcore.rollout.client import EngineError
 from rloop_mcore.rollout.controller import Probe
 from rloop_mcore.rollout.fleet import Fleet
@@ -302,6 +303,16 @@ def test_an_engine_that_does_not_tell_its_version_is_not_used(
         assert_all_serve(fleet, policy, 5)
 
 
+def test_an_engine_that_keeps_the_version_it_had_is_not_used(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    proxies[1].faults["/update_weight_version"] = succeed_without_doing
+    with within(30), fleet_of(proxies, "stays") as fleet:
+        assert fleet.sync(weights(policy), 5)["engines_serving"] == 1
+        assert re.search(rf"^{proxies[1].url}: holds weight version \S+ after a sync to 5-", lost_because(fleet))
+        assert_all_serve(fleet, policy, 5)
+
+
 def test_a_fleet_of_wrong_engines_is_an_error(proxies: list[FaultyProxy], policy: PreTrainedModel) -> None:
     for proxy in proxies:
         proxy.faults["/weights_checker"] = edit_checksums(corrupt)
@@ -364,9 +375,9 @@ def test_an_engine_that_is_late_for_a_group_that_was_given_up_is_not_lost(
         assert_all_serve(fleet, policy, 7)
 
 
-@pytest.mark.parametrize("other_dies", [True, False])
+@pytest.mark.parametrize(("fault", "other_dies"), [(answer_400, True), (answer_400, False), (answer_500, True)])
 def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
-    proxies: list[FaultyProxy], policy: PreTrainedModel, other_dies: bool
+    proxies: list[FaultyProxy], policy: PreTrainedModel, fault: Fault, other_dies: bool
 ) -> None:
     """Its receive broke since another engine died, of which the trainer hears later."""
 
@@ -378,7 +389,7 @@ def test_an_engine_that_refuses_a_bucket_once_is_synced_anew(
     with within(60), fleet_of(proxies, "refuses", start_timeout_s=10.0) as fleet:
         fleet._sync.channel.timeout_s = 5.0  # type: ignore[attr-defined]
         fleet.wait_ready()
-        proxies[0].faults["/update_weights_from_distributed"] = times(1, answer_400)
+        proxies[0].faults["/update_weights_from_distributed"] = times(1, fault)
         if other_dies:
             proxies[1].faults["/update_weights_from_distributed"] = die
         assert fleet.sync(weights(policy), 6)["engines_serving"] == 2 - other_dies
@@ -466,6 +477,44 @@ def test_an_engine_that_comes_back_and_takes_the_weights_no_more_is_given_up(
         with pytest.raises(EngineError, match=r"no engine is left; .*/begin_weight_update: status 400"):
             fleet.generate(requests_of(5), SHORT)
         assert proxies[0].restarts == 3
+
+
+def lose(fleet: Fleet) -> None:
+    """All engines, which are back at once, and wait for weights."""
+    for engine in fleet._controller.engines:
+        fleet._on_loop(fleet._controller.lose, engine, "somebody stumbled")
+    wait_until(lambda: fleet._controller.in_state("waiting") == fleet._controller.engines)
+
+
+def test_an_engine_that_takes_no_weights_as_it_comes_back_does_not_take_another_along(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    with within(60), fleet_of(proxies, "alone") as fleet:
+        fleet.sync(weights(policy), 7)
+        lose(fleet)
+        proxies[0].faults["/begin_weight_update"] = answer_400
+        fleet._catch_up(7)
+        wait_until(lambda: proxies[0].restarts == 2)
+        assert proxies[1].restarts == 1
+        del proxies[0].faults["/begin_weight_update"]
+        wait_until(lambda: fleet._controller.in_state("waiting") == fleet._controller.engines)
+        fleet._catch_up(7)
+        assert fleet._controller.in_state("serving") == fleet._controller.engines
+        assert_all_serve(fleet, policy, 7)
+
+
+def test_an_engine_that_comes_back_and_is_in_no_broadcast_does_not_stay_so(
+    proxies: list[FaultyProxy], policy: PreTrainedModel
+) -> None:
+    """The broadcast's failure names nobody. An engine that stayed as it is would be waited for for ever."""
+    with within(120), fleet_of(proxies[:1], "in none") as fleet:
+        fleet.sync(weights(policy), 7)
+        lose(fleet)
+        fleet._sync.channel.timeout_s = 3.0  # type: ignore[attr-defined]
+        proxies[0].faults["/update_weights_from_distributed"] = succeed_without_doing
+        fleet._catch_up(7)
+        assert "weight broadcast 1 of 1 to the 1 engine ranks" in lost_because(fleet)
+        wait_until(lambda: proxies[0].restarts == 2)
 
 
 def test_an_engine_that_starts_anew_behind_a_proxy_comes_back(
@@ -661,6 +710,33 @@ def test_an_adopted_engine_that_hangs_in_a_broadcast_is_left_out_and_rejoins(
         os.kill(process, signal.SIGCONT)
 
 
+def test_an_engine_of_adopted_weights_that_comes_back_with_another_model_ends_the_evaluation(
+    endpoints: list[Endpoint], proxies: list[FaultyProxy], policy: PreTrainedModel, model_path: Path
+) -> None:
+    async def other_model(request: web.Request, body: Any, forward: Forward) -> web.StreamResponse:
+        return web.json_response(await forward(body) | {"model_path": "/models/other"})
+
+    with within(60), fleet_of([RunningServer(endpoint.url, endpoint.key) for endpoint in endpoints], "a run") as fleet:
+        fleet.sync(weights(policy), 1)
+    for endpoint in endpoints:  # as an evaluation leaves it
+        endpoint.request("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
+    with within(60), fleet_of(proxies, "evaluation") as fleet:
+        fleet.adopt_weights(model_path)
+
+        def fall_and_come_back() -> None:
+            proxies[1].faults["/generate"] = times(1, reset_the_connection)
+            assert_all_serve(fleet, policy, 0)
+            wait_until(lambda: len(fleet._controller.in_state("waiting", "serving")) == 2)
+            fleet._catch_up(0)  # unless that is done
+
+        fall_and_come_back()
+        assert len(fleet._controller.in_state("serving")) == 2
+        proxies[1].faults["/model_info"] = other_model
+        words = f"{proxies[1].url} was started anew with /models/other, and had {model_path} before: evaluate anew"
+        with pytest.raises(UserError, match=words):
+            fall_and_come_back()
+
+
 def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that NCCL does not let go, and servers that take as long as they may to end."""
 
@@ -675,6 +751,25 @@ def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> 
     with within(5):
         fleet.close()
     hangs.set()
+
+
+def test_a_sync_does_not_wait_for_ever_to_leave_the_group_of_the_one_before(
+    proxies: list[FaultyProxy], policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, closings = threading.Event(), []
+
+    def close() -> None:
+        closings.append(1)
+        hangs.wait(HANG_S)
+
+    with fleet_of(proxies, "held") as fleet:
+        monkeypatch.setattr(sync_module, "_CLOSE_S", 0.2)
+        fleet._sync.timeout_s = 0.3
+        monkeypatch.setattr(fleet._sync.channel, "close", close)
+        with within(HANG_S / 2), pytest.raises(TimeoutError, match=r"broadcast was not left within 0\.5 s"):
+            fleet.sync(weights(policy), 1)
+        assert len(closings) == 1  # in three attempts: it goes on
+        hangs.set()
 
 
 def test_close_ends_what_is_in_flight(endpoints: list[Endpoint], policy: PreTrainedModel) -> None:

@@ -129,6 +129,10 @@ def test_an_engine_that_cannot_sleep_is_lost_and_the_sync_waits_for_it(
         fleet.sync(_weights(other_model), 1)
         server.process.kill()
         fleet.sleep()
+        while not fleet._controller.in_state("waiting"):
+            time.sleep(0.1)
+        status, answer = endpoint_of(server).request("/health_generate")
+        assert (status, "released" in str(answer)) == (503, True)  # once it is back it leaves the trainer the memory
         fleet.sync(_weights(other_model), 2)
         _assert_by(other_model, fleet, 2)
         assert fleet._controller.counters.lost == 1
@@ -280,19 +284,19 @@ def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_
 ) -> None:
     own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
     with make_fleet(own, request_timeout_s=300.0) as fleet:
-        fleet.sync(_weights(other_model), 1)
+        fleet.sync(_weights(reference), 1)
         undisturbed = fleet.generate(_requests(), SAMPLING)
         own[1].process.kill()
         own[1].process.wait()
         assert fleet.generate(_requests(), SAMPLING) == undisturbed  # bit for bit: a call is a pure function
-        metrics = fleet.sync(_weights(reference), 2)
+        metrics = fleet.sync(_weights(other_model), 2)
         assert metrics["engines_lost"] == 1
-        _assert_by(reference, fleet, 2)
+        _assert_by(other_model, fleet, 2)
         while fleet._controller.in_state("lost"):
             time.sleep(0.1)
         assert fleet.sync(_weights(other_model), 3)["engines_serving"] == 2
         _assert_by(other_model, fleet, 3)
-        for server in own:  # now none is left, and the trainer is waiting
+        for server in own:  # now none is left, and the trainer is waiting: what they get is of the last sync
             server.process.kill()
             server.process.wait()
         _assert_by(other_model, fleet, 3)
@@ -366,6 +370,21 @@ def test_weights_that_a_run_sent_are_not_adopted_for_those_of_the_folder(
             _assert_by(reference, fleet, 4)
     finally:
         server.stop()
+
+
+def test_two_runs_that_share_an_engine_do_not_take_each_others_samples(
+    servers: list[EmbeddedServer], reference: PreTrainedModel, other_model: PreTrainedModel
+) -> None:
+    """Their weights have one version: nothing else tells them apart."""
+    endpoint = endpoint_of(servers[0])
+    running = RunningServer(endpoint.url, endpoint.key)
+    with make_fleet([running], None) as one, make_fleet([running], None) as other:
+        one.sync(_weights(reference), 3)
+        other.sync(_weights(other_model), 3)
+        _assert_by(reference, one, 3)  # brought to the engine anew
+        assert one._controller.counters.lost == 1
+        assert "weights 3 are those of another run" in one._controller.counters.reasons[0]
+        _assert_by(other_model, other, 3)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -164,18 +164,32 @@ def test_every_server_has_its_own_key(model_path: Path, tmp_path: Path) -> None:
     assert servers[0].api_key != servers[1].api_key
 
 
-@pytest.mark.parametrize("key", ["secret", "secret\n", "sec\nret", "schl\u00fcssel"])
-def test_a_key_that_no_header_can_hold_is_one_sentence(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("secret", ""),
+        ("secret\n", ""),
+        ("sec\nret", "holds a character that cannot be sent"),
+        ("schl\u00fcssel", "holds a character that cannot be sent"),
+        ('sec"ret', "could not be kept out of the logs"),  # json.dumps writes it otherwise
+        ("sec\\ret", "could not be kept out of the logs"),
+        ("sec&ret", "could not be kept out of the logs"),
+    ],
+)
+def test_a_key_that_no_header_can_hold_or_no_log_can_hide_is_one_sentence(
+    key: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(KEY_VARIABLE, key)
     overrides = ["run.dir=r", "model.path=m", "data.train=d", "rollout.engine=sglang"]
     config = load_config([*overrides, "rollout.endpoints=['http://127.0.0.1:1']"])
-    if key.strip() == "secret":
+    if not words:
         (server,) = start_servers(config, Path("m"), Path("r"))
         assert asyncio.run(server.ready(1.0)) == ("http://127.0.0.1:1", "secret")
         return
     for use in (with_engines_for_routers, lambda config: start_servers(config, Path("m"), Path("r"))):
-        with pytest.raises(UserError, match=f"{KEY_VARIABLE} holds a character that cannot be sent"):
+        with pytest.raises(UserError, match=f"^{KEY_VARIABLE} .*{words}") as caught:
             use(config)
+        assert key not in str(caught.value)
 
 
 def test_a_port_is_none_that_is_taken_nor_one_the_kernel_gives_away() -> None:

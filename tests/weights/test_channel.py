@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,19 @@ def test_a_group_whose_store_is_gone_is_no_long_wait() -> None:
     with pytest.raises(TimeoutError, match=f"group 'gone': nobody waits at 127.0.0.1:{port}"):
         join_group("gloo", "127.0.0.1", port, 2, 1, "gone", timeout_s=20.0)
     assert time.monotonic() - begun < 5
+
+
+def test_who_is_on_its_way_to_a_rendezvous_that_is_given_up_learns_of_it() -> None:
+    """Another engine has failed. This one would knock at a closed port until its own deadline, deaf to all else."""
+    channel = BroadcastChannel("gloo", "given up", timeout_s=60)
+    address, port = channel.open(world_size=3)
+    closing = threading.Thread(target=channel.close)
+    closing.start()
+    time.sleep(0.2)
+    store = dist.TCPStore(address, port, 3, is_master=False, timeout=timedelta(seconds=10))
+    with pytest.raises(dist.DistNetworkError, match="Connection was likely closed"):  # and not that it has timed out
+        store.wait(["the other engine"], timedelta(seconds=60))
+    closing.join()
 
 
 @pytest.mark.parametrize("before", [None, "0"])
