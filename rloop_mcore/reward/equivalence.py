@@ -340,14 +340,16 @@ def _with_imaginary_unit(item: Any) -> Any:
     variables = [] if item.has(*_ORDERED, Union) else [symbol for symbol in item.free_symbols if symbol.name == "i"]
     if variables and isinstance(item, FiniteSet):
         return FiniteSet(*map(_with_imaginary_unit, item.args))
-    if variables and isinstance(item, Interval):
-        item = Tuple(item.start, item.end)
     if not variables and not item.has(I):
         return item
     names = {symbol: I if symbol in variables else Symbol(symbol.name) for symbol in item.free_symbols}
     if isinstance(item, Eq):  # not x = 3i, which is False of a real x, nor x = {3i, -3i} of any number
-        return Eq(*(side.xreplace(names) for side in item.args), evaluate=False)
-    return item.xreplace(names)
+        return Eq(*(_pair(side).xreplace(names) for side in item.args), evaluate=False)
+    return _pair(item).xreplace(names)
+
+
+def _pair(item: Any) -> Any:
+    return Tuple(item.start, item.end) if isinstance(item, Interval) else item
 
 
 def _with_values(item: Any) -> Any:

@@ -134,7 +134,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     ),
     (re.compile(r"\\mathbb\s*([A-Z])|\\([RZNQ])(?![A-Za-z])"), r"\\mathbb{\1\2}"),
     (re.compile(r"(\\mathbb\{Z\})\s*/\s*(?:([0-9]+|[a-z])\s*\\mathbb\{Z\}|([0-9]+)(?![0-9]))"), r"\1_{\2\3}"),
-    (re.compile(r"(?<=[A-Za-z}])([_^])\{([A-Za-z0-9])\}(?![A-Za-z0-9])"), r"\1\2"),
+    (re.compile(r"(?<=[A-Za-z}])([_^])\{([A-Za-z0-9*])\}(?![A-Za-z0-9])"), r"\1\2"),
     (re.compile(r",(?:\s*\\q?quad(?![A-Za-z]))+"), ", "),
     (re.compile(r",\s+(?![0-9!\\\s])"), ","),
     (
@@ -154,6 +154,7 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         r"\1\\setminus ",
     ),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
+    (re.compile(r"^(\\\{(?:[^|:{}]|\{[^{}]*\})*(?<=[A-Za-z)}]))\s*:\s*(?![\s0-9])"), r"\1|"),  # the set of all that
     (re.compile(r"(?<![A-Za-z\\_])C\(\s*([-+0-9a-z ]+),\s*([-+0-9a-z ]+)\)"), r"\\binom{\1}{\2}"),
     (re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*C\s*_\s*{_CHOSEN}"), r"\\binom{\1\2}{\3\4}"),
     (

@@ -2935,6 +2935,8 @@ PAIRS: dict[str, list[Pair]] = {
         ("3i,-3i", "x = -3i, x = 3i", True),
         ("3i,-3i", "x_1 = -3i, x_2 = 3i", True),
         ("3i,-3i", "x = -5i, 5i", False),
+        ("(x,y) = (i, 1)", "(x,y) = (2i, 1)", False),
+        ("(x,y) = (i, 1)", "x = i, y = 1", True),
         (
             r"x = \pi k + \frac{1}{6}\pi, \pi k + \frac{1}{3}\pi",
             r"x = \frac{\pi}{3} + k\pi, \frac{\pi}{6} + k\pi",
@@ -2971,6 +2973,9 @@ PAIRS: dict[str, list[Pair]] = {
         ("x^2+1", r"\text{ $x^2-1$ }", False),
         ("D", r"\text{D.}", True),
         (r"\text{(D)}", r"\text{C.}", False),
+        (r"\{(x,y) \mid x+y=1\}", r"\{(x,y) : x + y = 1\}", True),
+        ("T^{*} = T", "T = T^*", True),
+        ("T^{*} = T", "T = -T^*", False),
         (r"\text{A,D}", r"\textbf{A,D}", True),
         (r"\text{A,D}", r"\mathrm{D, A}", True),
         (r"\text{A,D}", r"\textbf{A,E}", False),

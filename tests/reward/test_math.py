@@ -52,6 +52,8 @@ def test_short_cuts_change_no_verdict_of_the_pairs(kind: str) -> None:
         ("E(Y|X)", r"E(Y \mid X)", True),
         ("E(Y|X)", r"E(X \mid Y)", False),
         (r"\mathbb{Z}_8", r"\mathbb{Z}/8\mathbb{Z}", True),
+        (r"\{z \in \mathbb{C} \mid |z| \leq 1\}", r"\{z \in \mathbb{C} : |z| \le 1\}", True),
+        (r"\{z \in \mathbb{C} \mid |z| \leq 1\}", r"\{z \in \mathbb{C} : |z| < 1\}", False),
         (r"\mathbb{Z}_8", r"\Z/8\Z", True),
         (r"\mathbb{Z}_8", r"\mathbb{Z}/6\mathbb{Z}", False),
         (r"\mathbb{Z}_2 \times \mathbb{Z}_4", r"\mathbb{Z}_{2}\times\mathbb{Z}_{4}", True),
