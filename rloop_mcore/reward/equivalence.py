@@ -311,18 +311,15 @@ def as_tuple(answer: Parsed) -> Parsed:
 
 
 def _both_signs(text: str) -> str:
-    r"""An answer, or a pair in a list, with one \pm (and the \mp that goes with it) as its two readings: (1, \pm 2)."""
+    r"""A list, each entry with one \pm (and the \mp that goes with it) as its two readings: x = 1 \pm i, (1, \pm 2)."""
     if r"\pm" not in text:
         return text
-    parts = parts_of_list(text)
-    signed = [p.count(r"\pm") == 1 and p.count(r"\mp") < 2 and (len(parts) == 1 or is_tuple(p)) for p in parts]
-    if "," in text and not any(map(is_tuple, parts)):
-        return text
-    return ",".join(
-        part.replace(r"\pm", a).replace(r"\mp", b)
-        for part, both in zip(parts, signed, strict=True)
-        for a, b in ((("+", "-"), ("-", "+")) if both else ((r"\pm", r"\mp"),))
-    )
+    readings = []
+    for part in parts_of_list(text):
+        both = part.count(r"\pm") == 1 and part.count(r"\mp") < 2 and ("," not in part or is_tuple(part))
+        signs = (("+", "-"), ("-", "+")) if both else ((r"\pm", r"\mp"),)
+        readings += [part.replace(r"\pm", a).replace(r"\mp", b) for a, b in signs]
+    return ",".join(readings)
 
 
 def _each(item: Any) -> Any:

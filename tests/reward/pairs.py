@@ -2935,6 +2935,13 @@ PAIRS: dict[str, list[Pair]] = {
         ("3i,-3i", "x = -3i, x = 3i", True),
         ("3i,-3i", "x_1 = -3i, x_2 = 3i", True),
         ("3i,-3i", "x = -5i, 5i", False),
+        ("2, 1+i, 1-i", r"x = 2 \text{ or } x = 1 \pm i", True),
+        ("2, 1+i, 1-i", r"x = 2 \text{ or } x = 1 \pm 2i", False),
+        (r"2, 1+\sqrt3, 1-\sqrt3", r"x = 2, x = 1 \pm \sqrt3", True),
+        (r"2, 1+\sqrt3, 1-\sqrt3", r"x = 2, x = 1 \pm \sqrt2", False),
+        ("1,-1,i,-i", r"x = \pm 1, x = \pm i", True),
+        ("1,-1,i,-i", r"x = \pm 1", False),
+        (r"x = 2, x = 1 \pm i", "2, 1+i, 1-i", True),
         ("(x,y) = (i, 1)", "(x,y) = (2i, 1)", False),
         ("(x,y) = (i, 1)", "x = i, y = 1", True),
         (
