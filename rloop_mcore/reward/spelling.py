@@ -169,7 +169,9 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         r"\\binom{\1\2}{\3\4}",
     ),
     (  # a column
-        re.compile(r"(?<![\w}])[(\[]([^()\[\]]*,[^()\[\]]*)[)\]]\s*\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"),
+        re.compile(
+            r"(?<![\w}])[(\[]([^()\[\],]*+,[^()\[\]]*+)[)\]]\s*\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"
+        ),
         r"(\1)",
     ),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
