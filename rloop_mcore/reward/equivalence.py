@@ -58,7 +58,9 @@ from sympy.core.relational import (  # type: ignore[import-untyped]
     StrictGreaterThan,
     StrictLessThan,
 )
-from sympy.logic.boolalg import And  # type: ignore[import-untyped]
+from sympy.logic.boolalg import And, BooleanAtom  # type: ignore[import-untyped]
+
+from rloop_mcore.reward.forms import is_tuple, parts_of_list
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
@@ -152,9 +154,8 @@ def parse_answer(text: str) -> Parsed:
     text = _INVERSE.sub(r"\\tilde{\1}", _GCD.sub(_of_letters, _GAMMA.sub(r"\\hat{\\gamma}", text)))
     text = _NAMED_E_OR_D.sub(r"_{\\text{\1\2}}", text)
     found = parse("\\boxed{" + _both_signs(text) + "}", _EXTRACTION, parsing_timeout=None)
-    items = (
-        _exact(_with_imaginary_unit(_with_values(item))) for item in found if isinstance(item, (Basic, MatrixBase))
-    )
+    items = (_each(item) for item in found if isinstance(item, (Basic, MatrixBase)))
+    items = (_exact(_with_imaginary_unit(_with_values(item))) for item in items)
     return tuple(item for item in items if not _says_nothing(item))
 
 
@@ -310,10 +311,22 @@ def as_tuple(answer: Parsed) -> Parsed:
 
 
 def _both_signs(text: str) -> str:
-    r"""An answer with one \pm (and the \mp that goes with it) as the list of its two readings."""
-    if text.count(r"\pm") != 1 or text.count(r"\mp") > 1 or "," in text:
+    r"""A list, each entry with one \pm (and the \mp that goes with it) as its two readings: x = 1 \pm i, (1, \pm 2)."""
+    if r"\pm" not in text:
         return text
-    return ",".join(text.replace(r"\pm", a).replace(r"\mp", b) for a, b in (("+", "-"), ("-", "+")))
+    readings = []
+    for part in parts_of_list(text):
+        both = part.count(r"\pm") == 1 and part.count(r"\mp") < 2 and ("," not in part or is_tuple(part))
+        signs = (("+", "-"), ("-", "+")) if both else ((r"\pm", r"\mp"),)
+        readings += [part.replace(r"\pm", a).replace(r"\mp", b) for a, b in signs]
+    return ",".join(readings)
+
+
+def _each(item: Any) -> Any:
+    """x = 1, 2 as x = 1, x = 2: math-verify finds no two sets of formulas on the right the same."""
+    if isinstance(item, Eq) and isinstance(item.rhs, FiniteSet):
+        return FiniteSet(*(Eq(item.lhs, value, evaluate=False) for value in item.rhs.args))
+    return item
 
 
 def _with_imaginary_unit(item: Any) -> Any:
@@ -324,12 +337,16 @@ def _with_imaginary_unit(item: Any) -> Any:
     variables = [] if item.has(*_ORDERED, Union) else [symbol for symbol in item.free_symbols if symbol.name == "i"]
     if variables and isinstance(item, FiniteSet):
         return FiniteSet(*map(_with_imaginary_unit, item.args))
-    if variables and isinstance(item, Interval):
-        item = Tuple(item.start, item.end)
-    item = item.subs(dict.fromkeys(variables, I)) if variables else item
-    if not item.free_symbols or not item.has(I):
+    if not variables and not item.has(I):
         return item
-    return item.xreplace({symbol: Symbol(symbol.name) for symbol in item.free_symbols})
+    names = {symbol: I if symbol in variables else Symbol(symbol.name) for symbol in item.free_symbols}
+    if isinstance(item, Eq):  # not x = 3i, which is False of a real x, nor x = {3i, -3i} of any number
+        return Eq(*(_pair(side).xreplace(names) for side in item.args), evaluate=False)
+    return _pair(item).xreplace(names)
+
+
+def _pair(item: Any) -> Any:
+    return Tuple(item.start, item.end) if isinstance(item, Interval) else item
 
 
 def _with_values(item: Any) -> Any:
@@ -385,7 +402,10 @@ def _magnitude(number: Any) -> float:
 
 
 def _says_nothing(item: Any) -> bool:
-    """An identity, such as AB = BA of numbers: whatever else is one would be equal to it."""
+    """An identity, such as AB = BA of numbers, or what is never true: whatever else is one would be equal to it."""
+    parts = item.args if isinstance(item, FiniteSet) else (item,)
+    if any(isinstance(part, BooleanAtom) for part in parts):
+        return True
     return isinstance(item, Eq) and (item.lhs == item.rhs or _tried(item.lhs, item.rhs) == {True})
 
 

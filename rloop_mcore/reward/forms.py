@@ -51,6 +51,7 @@ _VECTOR = re.compile(r"\\(?:vec|nabla|overrightarrow|mathbf)(?![A-Za-z])")
 _FACTOR = re.compile(rf"\\times(?![A-Za-z])|{_LETTER.pattern}")
 _UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
 _TUPLE_NAME = re.compile(r"(\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=\()")  # (x, y) = (1, 2), (x, y) = (2, 1)
+_POINT = re.compile(r"[A-HP-T](?:_[0-9])?\s*(?=\()")  # P(1, 2)
 _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
 # Of integration; and of a function that an equation was solved for: f(x) = cx.
 _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
@@ -311,7 +312,12 @@ def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool])
     "x^2 = 5" and "2x = 5" do not say that anything is 5, nor does "4 = 5"; "m + n = 5" does.
     """
     if (name := _TUPLE_NAME.match(answer)) and _UNORDERED.fullmatch(name[1]) is None:
-        answer = _TUPLE_NAME.sub(lambda found: "" if found.start() and found[1] == name[1] else found[0], answer)
+        again = "=" in gold  # the first has no equal, where the gold is named too
+        answer = _TUPLE_NAME.sub(
+            lambda found: found[0] if found[1] != name[1] or (again and not found.start()) else "", answer
+        )
+    if is_tuple(gold) and (point := _POINT.match(answer)) and is_tuple(answer[point.end() :]):
+        return answer[point.end() :]
     parts = sides(answer)
     if len(sides(gold)) > 1 or "=" not in answer:
         return answer

@@ -31,7 +31,7 @@ _PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{)?\s*\b(?:percent(?:age)?|pct)\
 _PERCENT_IN_LIST = re.compile(r"\s*\\?%(?=\s*,)")  # 10\%, 20\%
 _DEGREES = re.compile(
     r"\s*(?:\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|(?<=[0-9}\s])(?:\\text\s*\{)?\s*\b[Dd]egrees?\b\s*\}?)"
-    r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])(?![A-Za-z])\s*\}?)?"
+    r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z])\s*\}?)?"
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _FILLER = r"(?:\\(?:text|mathrm)(?![A-Za-z])|\\[,;:! ]|[\s~(){}])*+"

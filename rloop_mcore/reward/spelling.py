@@ -39,6 +39,9 @@ _NOISE = re.compile(
     r"|(?:bf|bm|boldsymbol|ensuremath|underline|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
     r"|(?:[hv]?phantom\s*\{[^{}]*|(?:text)?color\s*\{\s*[A-Za-z]+\s*)\})\s?"
 )
+_STYLED = re.compile(  # not letters, which it may tell from others
+    r"\\math(?:bf|rm|it|sf)\s*(?=\{[A-Za-z\s]*[^A-Za-z\s{}])|\\text(?:bf|it|rm|normal)?\s*(?=\{\s*\$[^$]*\$\s*\}$)"
+)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _TOKEN = r"[A-Za-z0-9]|\\(?:pi|theta|alpha|beta|lambda|mu|omega)(?![A-Za-z])"  # what \frac takes without braces
 _GAP = r"(?:\s|~|\\[,;: ])*"
@@ -129,7 +132,9 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"\^\s*(?:\\prime(?![A-Za-z])|\{((?:\s*\\prime)+)\s*\})"),
         lambda found: "'" * max(1, (found[1] or "").count("p")),
     ),
-    (re.compile(r"(?<=[A-Za-z}])([_^])\{([A-Za-z0-9])\}(?![A-Za-z0-9])"), r"\1\2"),
+    (re.compile(r"\\mathbb\s*([A-Z])|\\([RZNQ])(?![A-Za-z])"), r"\\mathbb{\1\2}"),
+    (re.compile(r"(\\mathbb\{Z\})\s*/\s*(?:([0-9]+|[a-z])\s*\\mathbb\{Z\}|([0-9]+)(?![0-9]))"), r"\1_{\2\3}"),
+    (re.compile(r"(?<=[A-Za-z}])([_^])\{([A-Za-z0-9*])\}(?![A-Za-z0-9])"), r"\1\2"),
     (re.compile(r",(?:\s*\\q?quad(?![A-Za-z]))+"), ", "),
     (re.compile(r",\s+(?![0-9!\\\s])"), ","),
     (
@@ -149,7 +154,8 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         r"\1\\setminus ",
     ),
     (re.compile(r"\\[lr]?vert(?![A-Za-z])|\s*\\mid(?![A-Za-z])\s*"), "|"),
-    (re.compile(r"(?<![A-Za-z\\_])C\(\s*([0-9a-z]+)\s*,\s*([0-9a-z]+)\s*\)"), r"\\binom{\1}{\2}"),
+    (re.compile(r"^(\\\{(?:[^|:{}]|\{[^{}]*\})*(?<=[A-Za-z)}]))\s*:\s*(?![\s0-9])"), r"\1|"),  # the set of all that
+    (re.compile(r"(?<![A-Za-z\\_])C\(\s*([-+0-9a-z ]+),\s*([-+0-9a-z ]+)\)"), r"\\binom{\1}{\2}"),
     (re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*C\s*_\s*{_CHOSEN}"), r"\\binom{\1\2}{\3\4}"),
     (
         re.compile(rf"(?:(?<![\w)}}\]])|\{{\}})\s*[_^]\s*{_CHOSEN}\s*P\s*_\s*{_CHOSEN}"),
@@ -162,12 +168,17 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         ),
         r"\\binom{\1\2}{\3\4}",
     ),
+    (  # a column
+        re.compile(
+            r"(?<![\w}])[(\[]([^()\[\],]*+,[^()\[\]]*+)[)\]]\s*\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"
+        ),
+        r"(\1)",
+    ),
     (  # only a matrix has a transpose: the parser takes it of numbers too, and e^T for e
         re.compile(r"\^\s*(?:\{\s*(?:T|\\top)\s*\}|T|\\top(?![A-Za-z]))"),
         lambda found: "^T" if r"\begin" in found.string else "^{(T)}",
     ),
     (re.compile(r"\(\s*([A-Z])\s*([A-Z])\s*\)\s*(\^T|\^\s*\{(?:\(T\)|-1)\})"), r"\2\3\1\3"),
-    (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"\\mathcal\s*(?:\{\s*O\s*\}|O)(?=\s*\()"), "O"),
     (re.compile(r"^(?:\\text\s*\{)?\s*does not exist\s*\}?$", re.IGNORECASE), r"\\text{DNE}"),
     (
@@ -187,8 +198,16 @@ _SAME: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\((?:\\(?:text|mathrm)\s*\{\s*|\\b)?mod[\s}]*(?:\\[,;:]\s*)?([0-9]+)\s*\)"), r"\\pmod{\1}"),
     (re.compile(r"\\[pb]?mod\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))"), r"\\pmod{\1\2}"),
     (re.compile(r"^(?:\\text\s*\{)?\s*all real(?:s| numbers)\s*\}?$", re.IGNORECASE), r"\\mathbb{R}"),
-    (re.compile(r"^(?:(?:\\text\s*\{\s*)?(?:[Oo]ption|[Cc]hoice)[\s{}]*\(?)?([A-J])[.):]?\s*\}?$"), r"\1"),
-    (re.compile(r"^\\text\s*\{\s*(\(?[A-J]\)?(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)\(?[A-J]\)?)+)\s*\}$"), r"\1"),
+    (
+        re.compile(
+            r"^(?:\\text\s*\{)?\s*all real(?:s| numbers),? except(?: for)?[\s}]*(?:[a-z]\s*=)?([^=]+?)\}?$",
+            re.IGNORECASE,
+        ),
+        r"\\mathbb{R}\\setminus \\{\1\\}",
+    ),
+    (re.compile(r"(\\pi)\s*(?=\()"), r"\1\\cdot "),  # of one number or letter it is a function to the parser
+    (re.compile(rf"^(?:{STYLE}\s*\{{\s*)?(?:(?:[Oo]ption|[Cc]hoice)[\s{{}}]*\(?)?([A-J])[.):]?\s*\}}?$"), r"\1"),
+    (re.compile(rf"^{STYLE}\s*\{{\s*(\(?[A-J]\)?(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+)\(?[A-J]\)?)+)\s*\}}$"), r"\1"),
     (re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})"), r"\\ln "),
     (re.compile(r"(\\text(?:bf)?\s*\{\s*(?:\([A-J]\)|[A-J][.):]))\s*(-?\\?\$?[0-9][0-9.,/]*)\s*\}"), r"\1} \2"),
     (re.compile(r"(?<=[A-Za-z]\([a-z]\))\s*\\equiv(?![A-Za-z])(?!.*mod)"), "="),
@@ -245,7 +264,7 @@ LETTER_IN_TEXT = re.compile(rf"{_UPRIGHT}({_UNIT_LETTER})\s*\}}")
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\cdot|\\[,;: ]")
 _OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(and|or)\s*\}|(?<![A-Za-z])(and|or)(?![A-Za-z]))\s*,?\s*")
-_LOGIC = re.compile(r"\\(?:(lor|vee)|land|wedge)(?![A-Za-z])")
+_LOGIC = re.compile(r"\\(?:(lor|vee|cup)|land|wedge)(?![A-Za-z])")
 _FOR_ALL = re.compile(  # what is said of the letters in it
     r"(?:\\forall(?![A-Za-z])|\\text\s*\{[\s,]*(?:for (?:all|any|every|each|some|integers?)|where)\b)([^=]{0,80})$"
     r"|,\s*[A-Za-z]\s*\\in\s*\\mathbb\{R\}$"
@@ -345,7 +364,10 @@ def _derivative(name: str, order: int) -> str:
 
 
 def _inside(text: str) -> str:
-    """What stands in the braces around all of it."""
+    """What stands in the braces around all of it, or in a style's: \\mathbf{(1,2)}, \\text{$x^2$}."""
+    if styled := _STYLED.match(text):
+        braces = text[styled.end() :]
+        return text if (inner := _inside(braces)) == braces else inner
     if not (text.startswith("{") and text.endswith("}")) or _INFIX.search(text):
         return text
     depth = 0
