@@ -293,6 +293,8 @@ class Controller:
                 return
             except EngineError as error:
                 if error.status in _FAULTS_OF_THE_REQUEST:
+                    if call.aborted:  # SGLang 0.5.17 refuses what is aborted before it has read it
+                        return
                     if error.engine is None or call.refused:
                         raise
                     call.refused = True

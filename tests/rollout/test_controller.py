@@ -616,6 +616,26 @@ def test_calls_that_are_aborted_before_their_first_token_are_no_fault_of_the_eng
     run_virtually(work())
 
 
+def test_an_engine_that_refuses_what_is_aborted_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang 0.5.17 answers 400 where the abort comes before it has read the call."""
+
+    async def refuse(self: SimulatedClient, rid: str, count: int) -> None:
+        if rid in self._jobs and not (done := self._jobs[rid].done).done():
+            done.set_exception(EngineError(f"{self.url}/generate: Request {rid} was aborted", 400, self.url))
+
+    monkeypatch.setattr(SimulatedClient, "abort", refuse)
+
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            fleet.servers[1].batch.set_speed(1e-6)
+            completions = await fleet.controller.generate(make_requests(groups=8, size=2), SAMPLING, enough=4)
+            assert sum(c.finish_reason == "abort" for c in completions) == 8
+            assert fleet.controller.counters.lost == 0
+            assert fleet.controller.engines[1].failures == 0
+
+    run_virtually(work())
+
+
 def test_a_call_that_somebody_else_aborted_is_sent_again() -> None:
     """Whoever has the key of an adopted server, for one: `/abort_request` with `abort_all`."""
 
