@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,9 +123,9 @@ class TensorWriter:
         self._open.enter_context(flushing(self._descriptors))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Raises ValueError where a tensor was not written."""
-        self._open.close()
+        self._open.__exit__(*error)
         if error[0] is None and self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
 
