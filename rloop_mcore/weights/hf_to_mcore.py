@@ -139,19 +139,20 @@ class _Run:
         self, path: Path, shards: Sequence[_Shard], files: list[BlockFile], is_first: bool, progress: Progress
     ) -> None:
         """One file of shards, appended to `files`. The first holds the extra states too."""
-        with BlockFile(path) as file:
-            files.append(file)
-            for shard in shards:
-                parameter, dtype = shard.section.parameter, self.dtypes[shard.section.key]
-                cut = self.layout.tp > 1 and parameter.split in (Split.INPUT, Split.VOCABULARY)
-                copied = cut or shard.section.interleaved or self._is_cast(shard.section)
-                with self.memory.of(shard.bytes * copied):
-                    tensor = parameter.shard(self.reader.tensor, shard.rank, self.layout.tp, dtype)
-                    for key in shard.section.place.keys:
-                        file.add(key, shard.section.box(shard.rank, self.layout.tp), tensor)
-                progress(shard.bytes)
-            for key in self.model.extra_states() if is_first else ():
-                file.add_nothing(key)
+        file = BlockFile(path)
+        files.append(file)
+        for shard in shards:
+            parameter, dtype = shard.section.parameter, self.dtypes[shard.section.key]
+            cut = self.layout.tp > 1 and parameter.split in (Split.INPUT, Split.VOCABULARY)
+            copied = cut or shard.section.interleaved or self._is_cast(shard.section)
+            with self.memory.of(shard.bytes * copied):
+                tensor = parameter.shard(self.reader.tensor, shard.rank, self.layout.tp, dtype)
+                for key in shard.section.place.keys:
+                    file.add(key, shard.section.box(shard.rank, self.layout.tp), tensor)
+            progress(shard.bytes)
+        for key in self.model.extra_states() if is_first else ():
+            file.add_nothing(key)
+        file.close()
 
     def _is_cast(self, section: Section) -> bool:
         return any(self.reader.dtype(name) != self.dtypes[section.key] for name in section.names)

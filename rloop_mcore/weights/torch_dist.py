@@ -11,12 +11,12 @@ import collections
 import io
 import json
 import mmap
+import os
 import pathlib
 import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rloop_mcore.errors import UserError
-from rloop_mcore.platform.files import flushing, read_json
+from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
 from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler
 from rloop_mcore.weights.hf_folder import DTYPES, bytes_of
@@ -60,8 +60,7 @@ class BlockFile:
     """One `.distcp` file, while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._open = ExitStack()
-        self._file = self._open.enter_context(path.open("xb"))
+        self._file = path.open("xb")
         self.name = path.name
         self.boxes: dict[str, list[Box]] = {}  # the blocks of each tensor
         self.stored: dict[MetadataIndex, _StorageInfo] = {}
@@ -85,12 +84,11 @@ class BlockFile:
             raise error.__context__ or error from None
         self.stored[index] = _StorageInfo(self.name, begin, self._file.tell() - begin)
 
-    def __enter__(self) -> BlockFile:
-        self._open.enter_context(flushing([self._file.fileno()]))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+    def close(self) -> None:
+        """Make it durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 def finish(

@@ -262,16 +262,16 @@ def test_a_checkpoint_with_a_tensor_for_each_layer(name: str, tmp_path: Path) ->
     assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
     stacked, by_layer = BlockReader(tmp_path / "mcore"), tmp_path / "by_layer"
     by_layer.mkdir()
-    tensors = {}
-    with BlockFile(by_layer / "__0_0.distcp") as file:
-        for key, stored in stacked.tensors.items():
-            if name == "qwen3-moe" and key.endswith("fc1.layer_norm_weight"):  # what Megatron has under one of two keys
-                continue
-            whole = stacked.read(key, ((0,) * len(stored.shape), stored.shape))
-            layers = {key.replace("layers.", f"layers.{n}.", 1): whole[n] for n in range(4)}
-            for own, tensor in (layers if ".layers." in key else {key: whole}).items():
-                file.add(own, ((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
-                tensors[own] = stored.dtype, tuple(tensor.shape)
+    file, tensors = BlockFile(by_layer / "__0_0.distcp"), {}
+    for key, stored in stacked.tensors.items():
+        if name == "qwen3-moe" and key.endswith("fc1.layer_norm_weight"):  # what Megatron has under one of two keys
+            continue
+        whole = stacked.read(key, ((0,) * len(stored.shape), stored.shape))
+        layers = {key.replace("layers.", f"layers.{n}.", 1): whole[n] for n in range(4)}
+        for own, tensor in (layers if ".layers." in key else {key: whole}).items():
+            file.add(own, ((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+            tensors[own] = stored.dtype, tuple(tensor.shape)
+    file.close()
     finish(by_layer, [file], tensors)
     assert main(["convert", str(by_layer), str(tmp_path / "back"), "--config", str(source)]) == 0
     assert digest_of(tmp_path / "back") == digest_of(source)

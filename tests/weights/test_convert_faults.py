@@ -121,10 +121,11 @@ def test_what_was_killed_just_before_is_removed_at_the_end(
 
 
 def test_a_file_that_takes_no_more_is_named_by_what_the_system_says(tmp_path: Path) -> None:
+    file = BlockFile(tmp_path / "blocks")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"), BlockFile(tmp_path / "blocks") as file:
+        with pytest.raises(OSError, match="File too large"):
             file.add("key", ((0,), (100_000,)), torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
