@@ -80,7 +80,7 @@ class EngineClient:
         self._requests: set[asyncio.Task[bytes]] = set()
         self._given_up: str | None = None
         self._stamped: str | None = None  # the weight version that was set last
-        self._run = secrets.token_hex(4)  # in the versions that it gives weights: another run's have another name
+        self._mark = secrets.token_hex(4)  # in the versions that it gives weights: no other client, of any run, has it
         self._released: set[str] = set()  # what it has given up its memory of
 
     async def close(self) -> None:
@@ -303,8 +303,8 @@ class EngineClient:
         await self._succeed("/update_weights_from_tensor", body, timeout_s)
 
     def stamp(self, version: int) -> str:
-        """How the server is to call the weights `version` of this run."""
-        return f"{version}-{self._run}"
+        """How the server is to call the weights `version` that this client brings it."""
+        return f"{version}-{self._mark}"
 
     async def set_weight_version(self, version: str) -> None:
         await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -426,7 +426,7 @@ class EngineClient:
                 if stamp is None:
                     text = f"weight_version {self._quoted(version)!r} is not a number: the engine was never synced"
                     raise self._error(path, text, 200)
-                if stamp[2] not in (None, self._run):
+                if stamp[2] not in (None, self._mark):
                     raise self._error(path, f"weights {stamp[1]} are those of another run, which uses this engine too")
                 runs.append((int(stamp[1]), stop - end))
             end = stop
