@@ -1,9 +1,9 @@
-r"""What two answers look like, where a parser would see one thing in two: words, units, ratios, brackets, equations."""
+r"""What two answers look like, where a parser would see one thing in two: words, units, ratios, brackets."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import permutations
 
 from rloop_mcore.reward.reading import Reading
@@ -21,19 +21,6 @@ _SHORT_WORDS = frozenset({"no", "yes", "on", "up", "dne", "all", "odd", "am", "p
 _CLOCK = re.compile(r"(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?::[0-5][0-9])?")
 _DATE = re.compile(r"[0-9]{4}-(?:0[1-9]|1[0-2])-[0-3][0-9]")  # no difference
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
-# What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
-_NAMED = re.compile(
-    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|d?dot|math(?:bf|cal|bb|rm)|operatorname|text)(?![A-Za-z])
-    | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
-    | \\(?:Pr|det|max|min|lim|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
-    | (?<=[A-Za-z])\^\{-1\}(?=\() | \\[,;:!\ ]
-    | (?<=[A-Za-z0-9})])\ ?(?:[+/:-]|\\(?:cdot|cap|cup)(?![A-Za-z]))\ ?(?=[A-Za-z])
-    | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
-    | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])
-    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )++
-    | (?:10+\ ?[a-z]\ ?\+\ ?)+[a-z]""",
-    re.VERBOSE,
-)
 _GREEK = r"\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![A-Za-z])"
 # Neither a command's nor a word's: of Alice, but not of the mgR and Mgh that are products.
 _LETTER = re.compile(
@@ -49,9 +36,6 @@ _SIGN = re.compile(
 )
 _VECTOR = re.compile(r"\\(?:vec|nabla|overrightarrow|mathbf)(?![A-Za-z])")
 _FACTOR = re.compile(rf"\\times(?![A-Za-z])|{_LETTER.pattern}")
-_UNORDERED = re.compile(r"\((?:y,\s*x(?:,\s*z)?|[xyz],\s*z,\s*[xyz]|z(?:,\s*[xy]){1,2})\)")
-_TUPLE_NAME = re.compile(r"(\([a-z](?:,\s*[a-z])+\))\s*=\s*(?=\()")  # (x, y) = (1, 2), (x, y) = (2, 1)
-_POINT = re.compile(r"[A-HP-T](?:_[0-9])?\s*(?=\()")  # P(1, 2)
 _SYMBOL = re.compile(r"\\[A-Za-z]+|([A-Za-z](?:_(?:[0-9]|\{\s*[0-9]\s*\}))?)")
 # Of integration; and of a function that an equation was solved for: f(x) = cx.
 _CONSTANT = re.compile(r"(?:^|[-+=({])\s*([Cc](?:_[0-9])?)(?=$|\s*(?:e\^|x\^|\\(?:cos|sin)|\)|[a-z]?\}))")
@@ -68,11 +52,7 @@ _LOOSE = re.compile(
     r"\\(?:equiv|[lc]?dots)(?![A-Za-z])|\.\.\.|…|(?<=[0-9)}])\s?['\"]|\|\s*_|\\infty\s*\]|\[\s*-\s*\\infty"
 )
 _ASSIGNED = re.compile(r"([A-Za-z])\s*=")
-_EQUALS = re.compile(r"(?<![<>!:])=|(?<=[0-9)]!)=")  # 4!=24 has one, x != 24 has none
-_INDEX = re.compile(r"_\s*\{[^{}]*\}")  # \sum_{k=0}^{9} is no equation
-_ARGUMENT = re.compile(r"(?:[A-Z]|\\Pr|\\mathbb\s*\{[A-Z]\})\s*(?:\([^()]*\)|\[[^\[\]]*\])")  # nor is P(X=2)
-_THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
-_SEVERAL = re.compile(r"[<>,]|\\(?:le|ge|lt|gt|ne|begin|in)(?![A-Za-z])")
+THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 
 def words_of(answer: str) -> set[str]:
@@ -294,7 +274,7 @@ def entries(answer: str) -> list[str]:
 
 def parts_of_list(text: str) -> list[str]:
     """What stands between the commas that are in no brackets."""
-    if _THOUSANDS.fullmatch(text):
+    if THOUSANDS.fullmatch(text):
         return [text]
     depth, parts = 0, [""]
     for found in re.findall(r"\\?.", text):
@@ -304,46 +284,3 @@ def parts_of_list(text: str) -> list[str]:
         else:
             parts[-1] += found
     return parts
-
-
-def value_of_equation(gold: str, answer: str, equal: Callable[[str, str], bool]) -> str | None:
-    """What an answer such as "x = 2 + 3 = 5" says the value is, where the gold is no equation; None if that is nothing.
-
-    "x^2 = 5" and "2x = 5" do not say that anything is 5, nor does "4 = 5"; "m + n = 5" does.
-    """
-    if (name := _TUPLE_NAME.match(answer)) and _UNORDERED.fullmatch(name[1]) is None:
-        again = "=" in gold  # the first has no equal, where the gold is named too
-        answer = _TUPLE_NAME.sub(
-            lambda found: found[0] if found[1] != name[1] or (again and not found.start()) else "", answer
-        )
-    if is_tuple(gold) and (point := _POINT.match(answer)) and is_tuple(answer[point.end() :]):
-        return answer[point.end() :]
-    parts = sides(answer)
-    if len(sides(gold)) > 1 or "=" not in answer:
-        return answer
-    if len(parts) == 2 and _UNORDERED.fullmatch(parts[0]) and is_tuple(entries(parts[1])[0]):
-        return ",".join(_in_order(parts[0], value) for value in entries(parts[1]))
-    if len(parts) == 2 and _NAMED.fullmatch(parts[1]) and not _NAMED.fullmatch(parts[0]):
-        parts.reverse()
-    first, *others = parts
-    values = others if others and _NAMED.fullmatch(first) else parts
-    if values is parts and len(parts) == 2 and "," in parts[1] and not _SEVERAL.search(first):
-        return None  # x^2 = 1, 4
-    if any(_SEVERAL.search(value) and not _THOUSANDS.fullmatch(value) for value in values):
-        return answer
-    if not all(values) or any(_EQUALS.search(_INDEX.sub("", value)) for value in values):
-        return None
-    return values[-1] if all(equal(values[-1], value) for value in values[:-1]) else None
-
-
-def _in_order(names: str, value: str) -> str:
-    """(1, 2) of (y, x) = (1, 2) is (2, 1)."""
-    named = sorted(zip(names[1:-1].split(","), entries(value[1:-1]), strict=False))
-    return f"({','.join(entry for _, entry in named)})"
-
-
-def sides(equation: str) -> list[str]:
-    """What stands between the equals signs, but for those in an index or in the argument of a probability."""
-    for nested in (_INDEX, _ARGUMENT):
-        equation = nested.sub(lambda found: found[0].replace("=", "\0"), equation)
-    return [side.strip().replace("\0", "=") for side in _EQUALS.split(equation)]

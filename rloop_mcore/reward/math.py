@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from sympy import Rational  # type: ignore[import-untyped]
 
+from rloop_mcore.reward.equations import value_of_equation
 from rloop_mcore.reward.equivalence import as_tuple, equivalent, is_one_value, parse_answer
 from rloop_mcore.reward.extract import extract_answer, last_box
 from rloop_mcore.reward.forms import (
@@ -23,11 +24,10 @@ from rloop_mcore.reward.forms import (
     in_letters_of,
     is_tuple,
     same_text,
-    value_of_equation,
 )
 from rloop_mcore.reward.numbers import exact, same_number
 from rloop_mcore.reward.reading import Reading, read, without_spaces
-from rloop_mcore.reward.restated import restates
+from rloop_mcore.reward.restated import restates, value_of_formula
 from rloop_mcore.reward.systems import same_values
 from rloop_mcore.types import Problem, Verdict
 
@@ -37,14 +37,18 @@ LONGEST = 1000  # characters that an answer may have beyond twice the gold's: wh
 
 
 def grade_math(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
-    """The verifier named `math`: extract the answer, then compare it with `problem.answer`.
-
-    A formula of the problem that is still to be worked out is wrong, whatever its value.
-    """
+    """The verifier named `math`: extract the answer, then compare it with `problem.answer`."""
     answer, reason = extract_answer(response, truncated, answer_format)
-    if reason:
-        return Verdict(False, reason)
+    return Verdict(False, reason) if reason else grade_answer(problem, answer)
+
+
+def grade_answer(problem: Problem, answer: str) -> Verdict:
+    """`compare` with the gold, knowing the problem: "x^2 = 5" says 5 where that has x^2 by itself; and a formula of it
+    that is still to be worked out is wrong, whatever its value.
+    """
     verdict = compare(problem.answer, answer)
+    if not verdict.correct and (value := value_of_formula(problem.problem, answer)):
+        verdict = compare(problem.answer, value)
 
     def right(formula: str) -> bool:
         return compare(problem.answer, formula).correct

@@ -1,7 +1,8 @@
-r"""Answers that are a formula of their problem, still to be worked out: \tan 60^\circ for "Compute \tan 60^\circ."
+r"""Answers that restate a formula of their problem: with its value, or still to be worked out.
 
-They have the gold's value, so that a comparison of the two finds nothing wrong with them: copying would be
-right for 7 % of MATH's training problems.
+"x^2 = 5" says what is asked for where that is x^2. \tan 60^\circ says nothing for "Compute \tan 60^\circ." but has the
+gold's value, so that a comparison of the two finds nothing wrong with it: copying would be right for 7 % of MATH's
+training problems.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+
+from rloop_mcore.reward.equations import sides
 
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 # Without what is but looks, and without brackets; \dfrac is \frac.
@@ -23,6 +26,13 @@ _WORKED_OUT = re.compile(
 )
 
 
+def value_of_formula(problem: str, answer: str) -> str | None:
+    """What an answer says that a formula is which stands by itself in the problem; None if it says nothing of one."""
+    formula, *values = sides(answer)
+    known = any(_tokens(formula) == _tokens(found) for found in _formulas(problem) if "=" not in found)
+    return "=".join(values if len(values) < 2 else ["v", *values]) if known else None  # a chain has a name
+
+
 def restates(problem: str, gold: str, answer: str, right: Callable[[str], bool]) -> bool:
     """Is the right answer a formula of the problem, or a side of one, and the gold made of other numbers, letters,
     functions? It is that formula in another order too, or with more in it than in a formula that is `right` itself
@@ -35,12 +45,15 @@ def restates(problem: str, gold: str, answer: str, right: Callable[[str], bool])
     value = _tokens(answer.rpartition("=")[2])
     if Counter(value) == Counter(_tokens(gold.rpartition("=")[2])):
         return False
-    formulas = (found[found.lastindex or 0] for found in _FORMULA.finditer(problem))
-    sides = {side: _tokens(side) for formula in formulas for side in formula.split("=")}
+    sides = {side: _tokens(side) for formula in _formulas(problem) for side in formula.split("=")}
     return any(
         value == tokens or (tokens and _within(tokens, value) and not _worked_out(side) and right(side))
         for side, tokens in sides.items()
     )
+
+
+def _formulas(problem: str) -> list[str]:
+    return [found[found.lastindex or 0] for found in _FORMULA.finditer(problem)]
 
 
 def _within(tokens: list[str], value: list[str]) -> bool:

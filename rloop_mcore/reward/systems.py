@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from rloop_mcore.reward.forms import entries, is_tuple, parts_of_list, sides
+from rloop_mcore.reward.equations import sides
+from rloop_mcore.reward.forms import entries, is_tuple, parts_of_list
 from rloop_mcore.reward.reading import Reading
 
 _NAME = re.compile(

@@ -10,7 +10,7 @@ from sympy import Expr, Number  # type: ignore[import-untyped]
 from rloop_mcore.reward.equivalence import parse_answer
 from rloop_mcore.reward.extract import extract_answer
 from rloop_mcore.reward.forms import plain_text
-from rloop_mcore.reward.math import LONGEST, compare
+from rloop_mcore.reward.math import LONGEST, grade_answer
 from rloop_mcore.reward.reading import read
 from rloop_mcore.types import Problem
 
@@ -26,7 +26,7 @@ def vote_math(problem: Problem, response: str, truncated: bool, answer_format: s
     answer, reason = extract_answer(response, truncated, answer_format)
     if reason:
         return ""
-    right = compare(problem.answer, answer).correct
+    right = grade_answer(problem, answer).correct
     return normal_form(problem.answer if right else answer)
 
 

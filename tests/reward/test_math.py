@@ -188,6 +188,26 @@ def test_a_formula_of_the_problem_is_no_answer(problem: str, gold: str, answer: 
     assert grade_math(Problem("p", problem, gold), rf"So \boxed{{{answer}}}", False, "boxed").correct == correct
 
 
+@pytest.mark.parametrize(
+    ("problem", "gold", "answer", "correct"),
+    [
+        ("Find $m^2+n^2$.", "13", "m^2 + n^2 = 13", True),
+        ("Find $m^2+n^2$.", "13", "m^2 + n^2 = (m+n)^2 - 2mn = 13", True),
+        ("Find $m^2+n^2$.", "13", "m^2 + n^2 = 12 = 13", False),
+        ("Find $m^2+n^2$.", "13", "m^2 + n^2 = 14", False),
+        ("Find $m^2+n^2$.", "13", "m^2 = 13", False),
+        ("If $x^2 = 9$, what is $x + 6$?", "9", "x^2 = 9", False),
+        (r"Compute \(\displaystyle\lim_{(x,y)\to(0,0)} xy\).", "0", r"\lim_{(x,y) \to (0,0)} xy = 0", True),
+        (r"Compute \[\binom{85}{82} - 1.\]", "98769", r"\dbinom{85}{82}-1 = 98,\!769", True),
+        (r"What is $3 \star 5$?", r"\frac{1}{2}", r"3 \star 5 = \dfrac12", True),
+        (r"Is $\sqrt{x^2} = x$?", "No", r"\sqrt{x^2} = \text{No}", False),
+        ("Is $x$ even?", "Yes", r"x = \text{Yes}", True),
+    ],
+)
+def test_what_an_answer_says_a_formula_of_the_problem_is(problem: str, gold: str, answer: str, correct: bool) -> None:
+    assert grade_math(Problem("p", problem, gold), rf"So \boxed{{{answer}}}", False, "boxed").correct == correct
+
+
 @pytest.mark.parametrize("answer", [r"y=C_1e^x+C_2e^{-2x}", r"y-C_1\cos x=C_2\sin x", r"y=C_1e^x+C_2xe^x"])
 def test_an_equation_is_tried_where_the_gold_is_solved(answer: str) -> None:
     start = time.process_time()
