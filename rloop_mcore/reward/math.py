@@ -81,7 +81,7 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
     text = same_text(read_gold.text, read_answer.text)
     if text is False or (text and replace(read_gold, text=read_answer.text, choice=read_answer.choice) == read_answer):
         return _verdict(text)
-    value = value_of_equation(read_gold.text, read_answer.text, _equal)
+    value = value_of_equation(read_gold.text, read_answer.text, equal_texts)
     if value is not None and r"\approx" not in read_gold.text:
         value = _rounded(read_gold.text, value)
     if value is None:
@@ -89,10 +89,7 @@ def compare_symbolically(gold: str, answer: str) -> Verdict:
     same = same_values(read_gold, read_answer, lambda one, other: compare(one, other).correct)
     if same is not None:
         return _verdict(same)
-    if value != read_answer.text:  # it may be 15,600 or 1011_3
-        inner = read(value)
-        unit, percent = inner.unit or read_answer.unit, inner.percent or read_answer.percent
-        read_answer = replace(read_answer, text=inner.text, unit=unit, percent=percent, base=inner.base)
+    read_answer = read_answer.part(value)
     if conflict(read_gold, read_answer):
         return WRONG
     if not read_answer.readable:
@@ -129,18 +126,19 @@ def _rounded(gold: str, answer: str) -> str | None:
 def _equal_with_percent(gold: Reading, answer: Reading) -> bool:
     """50 % is 0.5, and stands for 50 too; but 0.5 % is never 0.5."""
     if gold.percent == answer.percent:
-        return _equal(gold.text, answer.text)
+        return equal_texts(gold.text, answer.text)
     percent, plain = (gold.text, answer.text) if gold.percent else (answer.text, gold.text)
     (name, _, plain), (other, _, percent) = (side.rpartition("=") for side in (plain, percent))
     if name.strip() != other.strip() and name and other:
         return False
     values = list(map(exact, entries(gold.text)))
-    if all(value is not None and abs(value) > 1 for value in values) and _equal(gold.text, answer.text):
+    if all(value is not None and abs(value) > 1 for value in values) and equal_texts(gold.text, answer.text):
         return True
-    return _equal(plain, rf"\frac{{{percent}}}{{100}}")
+    return equal_texts(plain, rf"\frac{{{percent}}}{{100}}")
 
 
-def _equal(gold: str, answer: str) -> bool:
+def equal_texts(gold: str, answer: str) -> bool:
+    """Are two readings' texts equal, as far as a parser can tell?"""
     one, other = parse_answer(gold), parse_answer(answer)
     if is_tuple(gold) != is_tuple(answer):
         one, other = map(as_tuple, (one, other))
@@ -161,7 +159,7 @@ def _as_often(gold: str, answer: str) -> bool:
     if len(listed) == listed.total():
         return True
     named = entries(answer[2:-2] if answer.startswith(r"\{") and answer.endswith(r"\}") else answer)
-    return all(sum(_equal(one, other) for other in named) == often for one, often in listed.items())
+    return all(sum(equal_texts(one, other) for other in named) == often for one, often in listed.items())
 
 
 def _verdict(correct: bool) -> Verdict:

@@ -73,6 +73,14 @@ class Reading:
         """Not two numbers side by side, which a parser adds as a mixed number's parts, or with text between them."""
         return not _TWO_NUMBERS.search(self.text)
 
+    def part(self, text: str) -> Reading:
+        """A part of it, which may be 15,600 or 1011_3; a unit and a percent sign are of all of it."""
+        if text == self.text:
+            return self
+        inner = read(text)
+        unit, percent = inner.unit or self.unit, inner.percent or self.percent
+        return replace(self, text=inner.text, unit=unit, percent=percent, base=inner.base)
+
 
 @lru_cache(maxsize=4096)
 def read(answer: str) -> Reading:

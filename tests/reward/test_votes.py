@@ -10,7 +10,7 @@ from rloop_mcore.config import RewardConfig
 from rloop_mcore.reward.extract import last_box
 from rloop_mcore.reward.math import compare
 from rloop_mcore.reward.pool import RewardPool
-from rloop_mcore.reward.votes import normal_form
+from rloop_mcore.reward.votes import normal_form, vote_math
 from rloop_mcore.types import Problem
 
 OUTPUTS = Path(__file__).parents[3] / "shared" / "data" / "grading_outputs.jsonl"
@@ -72,6 +72,19 @@ def test_a_solution_of_countdown_is_its_own_vote() -> None:
 def test_a_verifier_of_the_users_has_no_votes() -> None:
     with RewardPool(RewardConfig(verifier="bad_verifiers:misbehave", workers=1)) as pool:
         assert pool.votes([(Problem("p", "?", "right"), "right", False)]) == [""]
+
+
+def test_a_wrong_answer_that_is_an_equation_votes_for_its_value() -> None:
+    def vote(gold: str, answer: str) -> str:
+        return vote_math(Problem("p", "Find $m^2$.", gold), rf"\boxed{{{answer}}}", False, "boxed")
+
+    assert vote("8", "x = 7") == vote("8", "m + n = 7") == vote("8", "x = 5 + 2 = 7.0") == vote("8", "7") == "7"
+    assert vote("8", "m^2 = 7") == "7" != vote("8", "n^2 = 7")
+    assert vote("8", "N = 15,600") == vote("8", "15600")
+    assert vote("8", r"x = 7 \text{ cm}") == vote("8", r"7 \text{ cm}") == "7cm"
+    assert len({vote("8", answer) for answer in ("7", "2x = 7", "x = 7, y = 6", "6 = 7", "x = 6")}) == 5
+    assert vote("y = 2x", "y = 3x") != vote("y = 2x", "y = 4x")
+    assert vote("8", "x = 8") == vote("8", "8")
 
 
 @pytest.mark.skipif(not OUTPUTS.exists(), reason="needs ../shared/data/grading_outputs.jsonl")
