@@ -508,6 +508,8 @@ class Controller:
         except EngineError as error:
             if engine.client is client:
                 self.lose(engine, str(error))
+        except OSError as error:  # no fault of the engine's: this process has no socket left
+            log.warning("engine %d cannot be asked for its health: %s", engine.number, error)
         finally:
             engine.asked = False
 
