@@ -32,11 +32,11 @@ class _File:
 class Checkpoints:
     """Evaluated policies in the order of training; all sequences and first axes are [checkpoints].
 
-    `places` are their short names: θ0, or iteration · step. `solved` is bool [checkpoints, problems]; `distinct` the
+    `names` are short: θ0, or iteration · step. `solved` is bool [checkpoints, problems]; `distinct` the
     mean number of different correct solutions a problem.
     """
 
-    places: list[str]
+    names: list[str]
     rl_steps: list[int]
     iterations: list[int]
     problems: list[str]
@@ -63,7 +63,7 @@ def rl_checkpoints(run: Run) -> Checkpoints:
     summaries = [_summary(file) for _, file in there]
     problems, solved = solved_matrix([summary.verdicts for summary in summaries])
     return Checkpoints(
-        places=["θ0" if each.phase == "base" else f"{each.iteration + 1} · {each.step}" for each, _ in there],
+        names=["θ0" if each.phase == "base" else f"{each.iteration + 1} · {each.step}" for each, _ in there],
         rl_steps=[rl_step(run, each) for each, _ in there],
         iterations=[each.iteration for each, _ in there],
         problems=problems,

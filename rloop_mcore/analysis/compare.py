@@ -53,13 +53,13 @@ def comparable(runs: Sequence[Run], found: Sequence[Checkpoints]) -> Iterator[tu
         return
     one = kinds.index((1, 1))
     for other, iterations in enumerate(evaluated):
-        if iterations < 2 or of_one_id(runs[one], runs[other]):
+        if iterations < 2 or clashing_ids(runs[one], runs[other]):
             continue
         if (aligned := aligned_forgetting(found[one], found[other])) is not None:
             yield one, other, aligned
 
 
-def of_one_id(first: Run, second: Run) -> list[str]:
+def clashing_ids(first: Run, second: Run) -> list[str]:
     """The ids under which the two runs' evaluations asked different problems, as far as they say what they asked."""
     mine, theirs = ({id: of for each in run.evaluations for id, of in each.problems.items()} for run in (first, second))
     return [id for id, of in mine.items() if theirs.get(id, of) != of]

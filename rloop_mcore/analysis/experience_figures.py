@@ -38,15 +38,16 @@ def length_figures(runs: Sequence[Run]) -> list[Figure]:
     means: list[dict[str, Any]] = []
     for index, run in enumerate(runs):
         drift, _ = _of_cache(run)
+        if not drift:
+            continue
         x = [curves.steps_before(run, each.iteration) + each.step + 1 for each in drift]
-        for number, quantile in enumerate(QUANTILES if drift else ()):
+        for number, quantile in enumerate(QUANTILES):
             name, y = f"{run.name}: {quantile:.0%}", [each.quantiles[number] for each in drift]
             spread.append(_line(name, x, y, index, ("dot", "solid", "dash")[number]))
         for number, (name, y) in enumerate(
             {"right": [each.mean_correct for each in drift], "wrong": [each.mean_wrong for each in drift]}.items()
         ):
-            if drift:
-                means.append(_line(f"{run.name}: {name}", x, y, index, DASHES[number]))
+            means.append(_line(f"{run.name}: {name}", x, y, index, DASHES[number]))
     shapes = resets(runs)
     return [
         Figure(
@@ -67,6 +68,8 @@ def hard_set_figures(runs: Sequence[Run]) -> list[Figure]:
     figures, turnover = [], []
     for index, run in enumerate(runs):
         _, sets = _of_cache(run)
+        if not sets:
+            continue
         x = [each.iteration + 1 for each in sets]
         data = [
             {
@@ -77,7 +80,6 @@ def hard_set_figures(runs: Sequence[Run]) -> list[Figure]:
                 "marker": {"color": colour(number), "pattern": {"shape": ("/", "", ".")[number]}},
             }
             for number, (part, name) in enumerate(_PARTS.items())
-            if sets
         ]
         axes = layout("iteration", "problems", FROM_ZERO) | {"barmode": "stack"}
         axes["xaxis"] |= {"dtick": 1}
@@ -102,6 +104,7 @@ def _of_cache(run: Run) -> tuple[list[Lengths], list[HardSet]]:
 
 @lru_cache(maxsize=16)
 def _analysed(folder: Path, shards: tuple[str, ...], threshold: float) -> tuple[list[Lengths], list[HardSet]]:
+    """`shards` are what is there: with others the cache is read again."""
     samples = read_samples(folder)
     return length_drift(samples), hard_sets(samples, threshold)
 

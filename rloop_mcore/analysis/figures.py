@@ -13,7 +13,6 @@ from rloop_mcore.analysis.plots import (
     FROM_ZERO,
     PATTERNS,
     PERCENT,
-    RL_STEP,
     Figure,
     Section,
     bars,
@@ -21,6 +20,7 @@ from rloop_mcore.analysis.plots import (
     layout,
     lines,
     trace,
+    turn,
 )
 from rloop_mcore.analysis.read_run import Run, average_keys, pass_keys
 
@@ -106,14 +106,13 @@ def _generalisation(runs: Sequence[Run]) -> list[Figure]:
                 "Diamonds are the θ of each iteration, the star is the picked checkpoint; bars are 95 % intervals.",
                 runs,
                 [curves.validation(run, metric) for run in runs],
-                RL_STEP,
                 "share of problems" if metric.startswith("pass") else "share of samples correct",
                 PERCENT,
             )
         )
     gaps = [curves.overfitting_gap(run) for run in runs]
     caption = "Training success since the checkpoint before, minus validation Avg@N: growing is overfitting."
-    figures.append(lines("Overfitting gap", caption, runs, gaps, RL_STEP, "difference", {"tickformat": ".2~%"}))
+    figures.append(lines("Overfitting gap", caption, runs, gaps, "difference", {"tickformat": ".2~%"}))
     return figures
 
 
@@ -141,7 +140,7 @@ def _by_iteration(runs: Sequence[Run]) -> list[Figure]:
 
 def _training(runs: Sequence[Run], wanted: Sequence[_Training]) -> list[Figure]:
     return [
-        lines(title, caption, runs, [curves.training(run, key) for run in runs], RL_STEP, unit, axis)
+        lines(title, caption, runs, [curves.training(run, key) for run in runs], unit, axis)
         for key, title, caption, unit, axis in wanted
     ]
 
@@ -170,7 +169,7 @@ def _stages(runs: Sequence[Run]) -> list[Figure]:
             "name": stage,
             "y": names,
             "x": [totals.get(stage, 0.0) for totals in seconds],
-            "marker": {"color": colour(index), "pattern": {"shape": PATTERNS[index % len(PATTERNS)]}},
+            "marker": {"color": colour(index), "pattern": {"shape": PATTERNS[turn(index)]}},
         }
         for index, stage in enumerate(dict.fromkeys(stage for totals in seconds for stage in totals))
     ]

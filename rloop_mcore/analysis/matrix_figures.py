@@ -15,6 +15,7 @@ from rloop_mcore.analysis.curves import Series
 from rloop_mcore.analysis.forgetting import block_averages, differential_matrix, forgetting_matrix, learning_matrix
 from rloop_mcore.analysis.plots import (
     DASHES,
+    FROM_ZERO,
     PERCENT,
     RL_STEP,
     Figure,
@@ -47,7 +48,7 @@ def memory_figures(runs: Sequence[Run]) -> list[Figure]:
                     f"Share of {len(each.problems)} validation problems {what}; solved: at least one correct sample."
                 )
                 title = f"{name}: {run.name}"
-                figures.append(matrix(title, caption, values, each.places, each.iterations, largest))
+                figures.append(matrix(title, caption, values, each.names, each.iterations, largest))
     return [*figures, *_differences(runs, found)]
 
 
@@ -58,7 +59,7 @@ def diversity_figures(runs: Sequence[Run]) -> list[Figure]:
     largest = max((float(np.nanmax(values)) for _, problems, _, values in compared if problems), default=1.0)
     figures, within = [], []
     for run, each, (places, problems, samples, values) in zip(runs, found, compared, strict=True):
-        names = [each.places[place] for place in places]
+        names = [each.names[place] for place in places]
         some = "" if len(places) == len(each) else f" {len(places)} of {len(each)} checkpoints are shown."
         caption = f"Bigram Jaccard similarity of the solutions to {problems} validation problems, all pairs.{some}"
         iterations = [each.iterations[place] for place in places]
@@ -68,10 +69,10 @@ def diversity_figures(runs: Sequence[Run]) -> list[Figure]:
         diagonal = list(map(without_self_pairs, np.diag(values), samples)) if problems else []
         within.append(Series([each.rl_steps[place] for place in places] if problems else [], _known(diagonal)))
     caption = "Mean similarity of two different solutions of one checkpoint to one problem: lower is more diverse."
-    figures.append(lines("Similarity within a checkpoint", caption, runs, within, RL_STEP, "Jaccard", {}))
+    figures.append(lines("Similarity within a checkpoint", caption, runs, within, "Jaccard", {}))
     distinct = [Series(each.rl_steps, _known(each.distinct)) for each in found]
     caption = "Different correct responses to a validation problem, mean over all problems."
-    figures.append(lines("Distinct solutions", caption, runs, distinct, RL_STEP, "solutions", {"rangemode": "tozero"}))
+    figures.append(lines("Distinct solutions", caption, runs, distinct, "solutions", FROM_ZERO))
     return figures
 
 
@@ -101,7 +102,7 @@ def _differences(runs: Sequence[Run], found: Sequence[Checkpoints]) -> list[Figu
             f"Share of problems that {vanilla} forgets minus the share that {rloop} does, between the same RL steps: "
             f"{_points(intra)} within an iteration, {_points(inter)} between iterations."
         )
-        names = [found[other].places[place] for place in aligned.places]
+        names = [found[other].names[place] for place in aligned.places]
         largest = float(np.nanmax(np.abs(values)))
         title = f"Differential forgetting: {vanilla} − {rloop}"
         figures.append(matrix(title, caption, values, names, aligned.iterations, largest, unit="+.1%", signed=True))

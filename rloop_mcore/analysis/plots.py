@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -38,7 +38,7 @@ class Figure:
 @dataclass(frozen=True, slots=True)
 class Section:
     title: str
-    figures: list[Figure] = field(default_factory=list)
+    figures: list[Figure]
 
 
 def lines(
@@ -46,14 +46,13 @@ def lines(
     caption: str,
     runs: Sequence[Run],
     series: Sequence[Series],
-    x_title: str,
     y_title: str,
     y_axis: dict[str, Any],
 ) -> Figure:
-    """A curve of each run; those without a value are left out. Dotted lines are where iterations begin."""
+    """A curve of each run over RL steps; those without a value are left out. Dotted lines: where iterations begin."""
     drawn = [(index, run, each) for index, (run, each) in enumerate(zip(runs, series, strict=True)) if each]
     data = [trace(each, run.name, index, run) for index, run, each in drawn]
-    axes = layout(x_title, y_title, y_axis)
+    axes = layout(RL_STEP, y_title, y_axis)
     axes["shapes"] = resets([run for _, run, _ in drawn])
     return Figure(title, caption, {"data": data, "layout": axes})
 
@@ -99,13 +98,14 @@ def matrix(
 
     The scale runs from 0 to `largest`, or from -largest to largest about a neutral 0 where `signed`.
     """
+    largest = largest or 1.0  # where all are 0, they are the scale's 0
     heatmap = {
         "type": "heatmap",
         "z": [[None if np.isnan(value) else round(float(value), 5) for value in row] for row in values],
         "x": list(labels),
         "y": list(labels),
         "zmin": -largest if signed else 0,
-        "zmax": largest or 1,
+        "zmax": largest,
         "colorscale": DIVERGING if signed else "Cividis",
         "xgap": 1,
         "ygap": 1,
@@ -132,7 +132,7 @@ def trace(series: Series, name: str, index: int, run: Run) -> dict[str, Any]:
         "x": series.x,
         "y": series.y,
         **shape_of(series.y),
-        "line": {"color": colour(index), "dash": DASHES[_turn(index)], "width": 2},
+        "line": {"color": colour(index), "dash": DASHES[turn(index)], "width": 2},
     }
     if not series.labels:
         return curve
@@ -168,7 +168,7 @@ def shape_of(y: Sequence[float | None]) -> dict[str, Any]:
 def _symbol(label: str, picked: bool, index: int) -> str:
     if picked:
         return "star"
-    return "diamond" if label.startswith("θ") else _SYMBOLS[_turn(index)]
+    return "diamond" if label.startswith("θ") else _SYMBOLS[turn(index)]
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
@@ -180,8 +180,8 @@ def layout(x_title: str, y_title: str, y_axis: dict[str, Any]) -> dict[str, Any]
     return {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}, **y_axis}}
 
 
-def _turn(index: int) -> int:
-    """Of the index-th run's dash and symbol, shifted by one where the colours begin again: 36 runs differ."""
+def turn(index: int) -> int:
+    """Of the index-th dash, symbol or pattern, shifted by one where the colours begin again: 36 pairs differ."""
     return (index + index // len(COLOURS)) % len(COLOURS)
 
 
@@ -197,7 +197,7 @@ def fill(index: int) -> dict[str, Any]:
 
 def dash_lengths(index: int) -> str:
     """Of the index-th run's line, as SVG has them."""
-    return _DASH_LENGTHS[_turn(index)]
+    return _DASH_LENGTHS[turn(index)]
 
 
 def colour(index: int) -> str:

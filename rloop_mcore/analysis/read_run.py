@@ -131,8 +131,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         missing = [key for key, kind in _PLACE.items() if not isinstance(line.get(key), kind)]
         strange = [key for key, value in line.items() if not (key == "phase" or value is None or _is_finite(value))]
-        for key in (missing + strange)[:1]:
-            raise UserError(f"{path}, line {number}: {key} is {line.get(key)!r:.40}: the file is damaged")
+        if wrong := missing + strange:
+            raise UserError(f"{path}, line {number}: {wrong[0]} is {line.get(wrong[0])!r:.40}: the file is damaged")
     return lines
 
 
@@ -142,9 +142,9 @@ def _is_finite(value: Any) -> bool:
 
 def _read_evaluations(directory: Path) -> list[Evaluation]:
     evaluations = [_read_evaluation(path) for path in directory.glob("*.json") if not path.name.startswith(".")]
-    order = {"base": 0, "sft": 1, "explore": 2, "exploit": 3}
+    order = {"base": 0, "explore": 1, "exploit": 2}
     known = [evaluation for evaluation in evaluations if evaluation is not None]
-    return sorted(known, key=lambda each: (each.iteration, order.get(each.phase, 4), each.step))
+    return sorted(known, key=lambda each: (each.iteration, order.get(each.phase, 3), each.step))
 
 
 def _read_evaluation(path: Path) -> Evaluation | None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rloop_mcore.analysis.answers import Answers, read_answers
-from rloop_mcore.analysis.compare import block_forgetting, differences, of_one_id
+from rloop_mcore.analysis.compare import block_forgetting, clashing_ids, differences
 from rloop_mcore.analysis.pick import ROLES
 from rloop_mcore.analysis.read_run import Evaluation, Run, pass_keys
 from rloop_mcore.analysis.report import read_runs, write_report
@@ -33,7 +33,7 @@ def compare(first: Path, second: Path, out: Path | None, json_out: Path | None) 
     """Print the comparison and write the report of both. Raises UserError."""
     target = out or output_in(first, "compare.html")
     runs = read_runs([first, second])
-    if different := of_one_id(*runs):
+    if different := clashing_ids(*runs):
         raise UserError(
             f"{first} and {second} were evaluated on different problems under the same ids ({len(different)} of them, "
             f"{different[0]!r} for one): they cannot be compared problem by problem."

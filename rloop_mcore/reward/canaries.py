@@ -1,4 +1,4 @@
-r"""Answers with known verdicts: each worker grades them before all else, so that a broken verifier stops the run."""
+"""Answers with known verdicts: each worker grades them before all else, so that a broken verifier stops the run."""
 
 from __future__ import annotations
 

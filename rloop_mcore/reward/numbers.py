@@ -1,4 +1,4 @@
-r"""Plain numbers, compared without a parser: integers, decimals, and fractions of integers."""
+"""Plain numbers, compared without a parser: integers, decimals, and fractions of integers."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from rloop_mcore.config import RewardConfig
@@ -117,11 +116,11 @@ class RewardPool:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the workers; none is left, not even as a zombie. What was not graded is cancelled."""
+        """End the workers; none is left, not even as a zombie. Who waits for verdicts gets a RuntimeError."""
         if self._thread is None:
             return
         with self._changed:
@@ -153,7 +152,7 @@ class RewardPool:
         """What each answer votes for, in order; "" where it is for nothing, or where finding out took too long.
 
         Two answers to a problem have the same vote where the verifier takes them for the same. Always "" with a
-        verifier that is not a shipped one.
+        verifier that is none of `verifiers.VOTES`.
         """
         return [verdict.vote for verdict in self._submit(_Call(votes=True), items).result()]
 
@@ -206,9 +205,9 @@ class RewardPool:
             with self._changed:
                 self._open = False
                 self._changed.notify_all()
+            self._fail(RuntimeError("the reward pool was closed before this was graded"))
             while self._children:
                 self._children.pop().end()
-            self._fail(RuntimeError("the reward pool was closed before this was graded"))
 
     def _take_calls(self) -> None:
         with suppress(BlockingIOError):

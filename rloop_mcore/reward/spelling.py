@@ -308,7 +308,7 @@ def one_spelling(answer: str) -> str:
         text = that[2].strip().replace(",", " and ")
     if _LOGIC.search(text) and all(_RELATION.search(part) for part in _LOGIC.sub("\0", text).split("\0")):
         text = _LOGIC.sub(lambda found: " or " if found[1] else " and ", text)
-    if (restricted := _RESTRICTED.fullmatch(text)) and re.search(rf"(?<![A-Za-z\\\\]){restricted[2]}", restricted[1]):
+    if (restricted := _RESTRICTED.fullmatch(text)) and re.search(rf"(?<![A-Za-z\\]){restricted[2]}", restricted[1]):
         return restricted[1]
     if (unequal := _UNEQUAL.search(text)) and "=" not in text:  # x \ne 1, 2 and x > 0, x \ne 1 are one condition
         parts = [part for part in re.split(r",|\\land", _OR.sub(",", text)) if not part.endswith(r"\in \mathbb{R}")]

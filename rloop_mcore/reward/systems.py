@@ -12,9 +12,7 @@ from rloop_mcore.reward.equations import sides
 from rloop_mcore.reward.forms import entries, is_tuple, parts_of_list
 from rloop_mcore.reward.reading import Reading
 
-_NAME = re.compile(
-    r"(?:\\(?:angle|overline))?(?:[A-Za-z]|[A-Z]{2,3}|\\[a-z]+)(?:_(?:[A-Za-z0-9]|[A-Za-z0-9]+))?(?:\([A-Za-z0-9]\))?"
-)
+_NAME = re.compile(r"(?:\\(?:angle|overline))?(?:[A-Za-z]|[A-Z]{2,3}|\\[a-z]+)(?:_[A-Za-z0-9]+)?(?:\([A-Za-z0-9]\))?")
 _NAMES = re.compile(r"\(([^()=]+)\)\s*=\s*(\(.+\))")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +31,8 @@ def load_verifier(name: str) -> Verifier:
 
 
 def load_vote(name: str) -> Vote | None:
-    """How answers of a shipped verifier vote; None for a verifier of the user's."""
-    if name not in VOTES:
-        return None
-    module_name, _, function_name = VOTES[name].partition(":")
-    function: Vote = getattr(importlib.import_module(module_name), function_name)
-    return function
+    """How answers to a verifier vote; None where they do not."""
+    return load_function("reward.verifier", name, VOTES) if name in VOTES else None
 
 
 def as_verdict(result: Any) -> Verdict:

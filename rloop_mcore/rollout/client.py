@@ -66,7 +66,8 @@ class GroupSpec:
 
 
 class EngineClient:
-    """Talks to one server. Every request has a deadline; the methods raise EngineError."""
+    """Talks to one server. Every request has a deadline; the methods raise EngineError, and OSError where this process
+    has no socket for it."""
 
     def __init__(
         self, url: str, api_key: str | None, vocabulary: int, generate_timeout_s: float, partial: bool = False

@@ -270,26 +270,11 @@ class Controller:
             engine = await self._acquire(call, first=attempt > 1)
             if engine is None:
                 return
-            oldest = self._versions[0]
             call.engine, client = engine, engine.client
             assert client is not None
-            started, begun = time.time(), time.monotonic()
             try:
-                if call.aborted:
-                    return
-                answer = await self._ask(engine, client, call, sampling)
-                for request, completion in zip(call.requests, answer, strict=True):
-                    self._check(client.url, request, completion, sampling, oldest)
-                    if completion.finish_reason == "abort" and not call.aborted:
-                        raise EngineError(f"{client.url}: a sample was aborted that the run did not abort", 200)
-                seconds = time.monotonic() - begun
-                call.answer = [
-                    _signed(completion, request.partial, engine.number, started, seconds)
-                    for request, completion in zip(call.requests, answer, strict=True)
-                ]
-                beat()
-                engine.failures = engine.restarts = 0
-                engine.heard = asyncio.get_running_loop().time()
+                if not call.aborted:
+                    call.answer = await self._answer(engine, client, call, sampling)
                 return
             except EngineError as error:
                 if error.status in _FAULTS_OF_THE_REQUEST:
@@ -312,6 +297,24 @@ class Controller:
             finally:
                 call.engine = None
                 self._release(engine, call)
+
+    async def _answer(self, engine: Engine, client: EngineClient, call: _Call, sampling: Sampling) -> list[Completion]:
+        """The engine's answer, checked, with who gave it and when."""
+        oldest = self._versions[0]
+        started, begun = time.time(), time.monotonic()
+        answer = await self._ask(engine, client, call, sampling)
+        seconds = time.monotonic() - begun
+        for request, completion in zip(call.requests, answer, strict=True):
+            self._check(client.url, request, completion, sampling, oldest)
+            if completion.finish_reason == "abort" and not call.aborted:
+                raise EngineError(f"{client.url}: a sample was aborted that the run did not abort", 200)
+        beat()
+        engine.failures = engine.restarts = 0
+        engine.heard = asyncio.get_running_loop().time()
+        return [
+            _signed(completion, request.partial, engine.number, started, seconds)
+            for request, completion in zip(call.requests, answer, strict=True)
+        ]
 
     async def _ask(self, engine: Engine, client: EngineClient, call: _Call, sampling: Sampling) -> list[Completion]:
         """The engine's answer. One that has no room is asked again, ever later, while the call's time lasts."""
@@ -505,6 +508,8 @@ class Controller:
         except EngineError as error:
             if engine.client is client:
                 self.lose(engine, str(error))
+        except OSError as error:  # no fault of the engine's: this process has no socket left
+            log.warning("engine %d cannot be asked for its health: %s", engine.number, error)
         finally:
             engine.asked = False
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SYNC_ATTEMPTS = 3
 _POLL_S = 0.1
-_CLOSE_S = 30.0  # to leave the group of the weight broadcast, which NCCL may not let go
+_DISCONNECT_S = 30.0  # to leave the group of the weight broadcast, which NCCL may not let go
 
 
 class Fleet:
@@ -250,7 +250,8 @@ class Fleet:
             except (EngineError, TimeoutError) as error:
                 died = self._died(clients)
                 lost = died | self._lose_named(clients, error, died)
-                attempts += not died - failed
+                if not died - failed:
+                    attempts += 1
                 if attempts == _SYNC_ATTEMPTS or (not lost and str(error) == refusal):
                     raise
                 failed |= lost
@@ -289,7 +290,7 @@ class Fleet:
         return named
 
     async def _promote(self, clients: dict[Engine, EngineClient], version: int) -> None:
-        """One that was lost since, and is back, has another client, and other weights."""
+        """Have these serve, but for one that was lost since and is back: it has another client, and other weights."""
         self._controller.promote([engine for engine, client in clients.items() if engine.client is client], version)
 
     # -- the event loop's thread ----------------------------------------------------------------------------------
@@ -309,9 +310,9 @@ class Fleet:
 
     async def _disconnect(self) -> None:
         try:
-            await asyncio.wait_for(self._sync.close(), _CLOSE_S)
+            await asyncio.wait_for(self._sync.close(), _DISCONNECT_S)
         except TimeoutError:
-            log.warning("the weight channel was not left within %g s", _CLOSE_S)
+            log.warning("the weight channel was not left within %g s", _DISCONNECT_S)
         await self._controller.close()
 
 

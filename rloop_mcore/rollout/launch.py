@@ -206,8 +206,8 @@ class EmbeddedServer(_ChildServer):
         self.port_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "rloop_mcore.rollout.embedded", "--model-path", str(model_path)]
         command += ["--port-file", str(self.port_file), "--parent", str(os.getpid()), "--max-running", str(max_running)]
-        command += ["--host", host]
-        self.command = [*command, "--threads", str(threads), "--dtype", dtype, "--device", device]
+        command += ["--host", host, "--threads", str(threads), "--dtype", dtype, "--device", device]
+        self.command = command
         self.environment = {**os.environ, KEY_VARIABLE: self.api_key, "HF_HUB_OFFLINE": "1"}
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rloop_mcore.protocols import NamedTensors
 
 T = TypeVar("T")
-_CLOSE_S = 30.0  # to leave the group of a broadcast that has failed
+_BEYOND_DEADLINE_S = 30.0  # of a broadcast that has failed, to leave its group
 Submit = Callable[[Coroutine[Any, Any, T]], "Future[T]"]  # runs a coroutine on the event loop's thread
 
 
@@ -103,7 +103,7 @@ class WeightSync:
             return
         if self._closing is None or self._closing.done():
             self._closing = _in_thread(self.channel.close)
-        limit_s = self.timeout_s + _CLOSE_S
+        limit_s = self.timeout_s + _BEYOND_DEADLINE_S
         done, _ = await asyncio.wait({self._closing}, timeout=limit_s)
         if not done:
             raise TimeoutError(f"the group of the last weight broadcast was not left within {limit_s:g} s")

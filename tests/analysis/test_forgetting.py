@@ -18,6 +18,7 @@ from rloop_mcore.analysis.forgetting import (
     learning_matrix,
     solved_matrix,
 )
+from rloop_mcore.analysis.plots import matrix
 from rloop_mcore.analysis.read_run import Evaluation, Run
 
 
@@ -102,6 +103,12 @@ def test_blocks_of_the_differential_matrix() -> None:
     assert np.isnan(block_averages(difference, [0, 0, 0, 0])[1])
     with pytest.raises(ValueError, match="4 and 3 checkpoints"):
         differential_matrix(vanilla, rloop[:3, :3])
+
+
+def test_a_difference_of_nothing_has_the_middle_of_the_scale() -> None:
+    nothing = np.array([[np.nan, 0.0], [np.nan, np.nan]])
+    (drawn,) = matrix("title", "caption", nothing, ["a", "b"], [0, 1], 0.0, signed=True).spec["data"]
+    assert drawn["zmin"] == -drawn["zmax"] < 0
 
 
 def test_distinct_solutions_are_different_token_sequences() -> None:

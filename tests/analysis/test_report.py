@@ -12,7 +12,8 @@ import pytest
 from run_with_samples import add_samples
 
 from rloop_mcore.analysis.checkpoints import rl_checkpoints
-from rloop_mcore.analysis.read_run import read_run
+from rloop_mcore.analysis.figures import sections
+from rloop_mcore.analysis.read_run import Run, read_run
 from rloop_mcore.analysis.report import write_report
 
 
@@ -32,6 +33,13 @@ def page(rloop_run: Path, dapo_run: Path, tmp_path: Path) -> Path:
     arm = {"avg@32": {"mean": 0.2, "low": 0.1, "high": 0.3}}
     write_report([rloop_run, dapo_run], out, {"arms": {"base": arm, "rloop": arm | {"label": "<script>bad()"}}})
     return out
+
+
+def test_stages_are_told_apart_however_many_there_are(tmp_path: Path) -> None:
+    line = {"iteration": 0, "phase": "explore", "step": 1, "global_step": 1}
+    run = Run("run", tmp_path, "", {}, [line | {f"seconds_{number}": 1.0 for number in range(9)}], [], [])
+    (bars,) = [each.spec["data"] for each in sections([run])[-1].figures if each.title == "Seconds by stage"]
+    assert len({json.dumps(bar["marker"]) for bar in bars}) == 9
 
 
 def test_a_path_whose_bytes_were_no_text_in_the_locale_is_shown_as_utf_8(rloop_run: Path, tmp_path: Path) -> None:
@@ -114,7 +122,7 @@ def test_runs_of_the_same_name_are_told_apart(make_run: Callable[..., Path], tmp
 def test_places_of_matrices_are_steps_of_their_iteration_also_where_responses_are_gone(rloop_run: Path) -> None:
     kept = ["base", "i0_explore_000002", "i1_explore_000004"]  # not of the last checkpoint of iteration 0, at step 4
     add_samples(rloop_run, 2, kept, seed=1)
-    assert rl_checkpoints(read_run(rloop_run)).places == ["θ0", "1 · 2", "2 · 4"]
+    assert rl_checkpoints(read_run(rloop_run)).names == ["θ0", "1 · 2", "2 · 4"]
 
 
 def test_a_run_without_anything_yet_makes_a_page(tmp_path: Path) -> None:

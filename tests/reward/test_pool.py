@@ -125,6 +125,16 @@ def test_a_call_whose_items_are_still_to_come_ends_with_the_pool() -> None:
             begun.result(60)
 
 
+def test_an_answer_that_is_being_graded_ends_with_the_pool(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    with RewardPool(config(workers=1, deadline_s=60.0)) as pool:
+        verdicts = pool.submit([item("wait, the first time", gold=str(begun))])
+        while not begun.exists():
+            time.sleep(0.01)
+    with pytest.raises(RuntimeError, match="closed"):
+        verdicts.result(10)
+
+
 def test_odd_texts_arrive_whole() -> None:
     odd = ["\0", "\ud800", "\u0665\u2028\r\n", "x" * 300_000, ""]
     with RewardPool(config()) as pool:

@@ -197,6 +197,25 @@ def test_engines_that_wait_are_asked_for_their_health_as_those_that_serve_are() 
     run_virtually(work())
 
 
+def test_an_engine_is_not_blamed_where_there_is_no_socket_to_ask_for_its_health(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def work() -> None:
+        async with SimulatedFleet(2) as fleet:
+            client = fleet.servers[0].client
+            assert client is not None
+
+            async def no_socket(timeout_s: float = 0.0) -> None:
+                raise OSError("no socket within 30 s")
+
+            client.health = no_socket  # type: ignore[method-assign]
+            await fleet.controller.check_health()
+            assert [engine.state for engine in fleet.controller.engines] == ["serving", "serving"]
+
+    run_virtually(work())
+    assert "engine 0 cannot be asked for its health: no socket within 30 s" in caplog.text
+
+
 @pytest.mark.parametrize(("fault", "within_s"), [("dead", 1.0), ("hung", 45.0), ("stuck", 601.0), ("errors", 120.0)])
 def test_the_calls_of_a_broken_engine_go_to_another_and_it_rejoins(fault: str, within_s: float) -> None:
     async def work() -> None:

@@ -745,7 +745,7 @@ def test_close_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> 
             time.sleep(1.0)
 
     fleet = fleet_of([Slow("http://127.0.0.1:1", None) for _ in range(8)], "hangs")
-    monkeypatch.setattr(fleet_module, "_CLOSE_S", 0.5)
+    monkeypatch.setattr(fleet_module, "_DISCONNECT_S", 0.5)
     hangs = threading.Event()
     monkeypatch.setattr(fleet._sync.channel, "close", lambda: hangs.wait(20.0))
     with within(5):
@@ -763,7 +763,7 @@ def test_a_sync_does_not_wait_for_ever_to_leave_the_group_of_the_one_before(
         hangs.wait(HANG_S)
 
     with fleet_of(proxies, "held") as fleet:
-        monkeypatch.setattr(sync_module, "_CLOSE_S", 0.2)
+        monkeypatch.setattr(sync_module, "_BEYOND_DEADLINE_S", 0.2)
         fleet._sync.timeout_s = 0.3
         monkeypatch.setattr(fleet._sync.channel, "close", close)
         with within(HANG_S / 2), pytest.raises(TimeoutError, match=r"broadcast was not left within 0\.5 s"):
