@@ -27,8 +27,9 @@ class Source:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is Megatron's and must be converted."""
-        return (self.path / "metadata.json").exists()
+        """Whether it is Megatron's and must be converted. Hubs keep a metadata.json of their own in some models."""
+        own = (self.path / ".metadata").exists() or not (self.path / "config.json").exists()
+        return own and (self.path / "metadata.json").exists()
 
 
 def find_policy(path: Path, step: str | None) -> Source:

@@ -81,6 +81,14 @@ def test_a_folder_has_no_steps(run: Path) -> None:
         find_policy(run / "policies" / "i0_explore_000004", None)
 
 
+def test_a_folder_with_the_hubs_metadata_is_no_checkpoint(tmp_path: Path) -> None:
+    """`rloop convert` knew so; `rloop evaluate` refused it for want of a manifest.json."""
+    write_model(tmp_path / "model", seed=0)
+    (tmp_path / "model" / "metadata.json").write_text("{}")
+    source = find_policy(tmp_path / "model", None)
+    assert as_hf_folder(source, tmp_path / "converted", ProgressDisplay()) == tmp_path / "model"
+
+
 def test_two_evaluations_of_a_checkpoint_convert_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slower one takes the quicker one's folder, and what a killed one had begun goes."""
     write_model(tmp_path / "base", seed=0)
