@@ -52,6 +52,9 @@ def checked_run(overrides: Sequence[str], force: bool) -> Config:
     validate.check_values(config, elsewhere=in_image)
     validate.check_python(config.rollout, elsewhere=in_image)
     roles(config)
+    device = "cuda" if config.cluster.device == "auto" and config.cluster.gpus_per_node else config.cluster.device
+    if device != "auto":  # else it is for the nodes to say
+        validate.check_device(config, device)
     folder = Path(config.model.path)
     if there := (folder / "config.json").is_file():
         check_config(folder, config.model.family)
