@@ -14,7 +14,7 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
 from rloop_mcore.data.benchmarks import check_name, load_benchmark
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import FILES, load_problems
 from rloop_mcore.data.templates import template_file
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
@@ -136,7 +136,7 @@ def _benchmarks(options: argparse.Namespace) -> dict[str, tuple[str, list[Proble
 def _short(data: str) -> str:
     """A name for files: aime24 of data/aime24.jsonl, countdown-test of countdown:test."""
     path = Path(data)
-    return path.stem if path.suffix in (".jsonl", ".parquet") else data.replace(":", "-").replace("/", "-")
+    return path.stem if path.suffix in FILES else data.replace(":", "-").replace("/", "-")
 
 
 def _together(records: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
