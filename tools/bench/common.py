@@ -85,15 +85,20 @@ def even_length(text: str) -> bool:
 
 def random_qwen2(folder: Path, quick: bool) -> Qwen2ForCausalLM:
     """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, written to `folder` as an HF folder too."""
+    hidden, layers = (256, 4) if quick else (448, 6)
+    return write_qwen2(folder, vocabulary=4096, hidden=hidden, layers=layers, kv_heads=1)
+
+
+def write_qwen2(folder: Path, vocabulary: int, hidden: int, layers: int, kv_heads: int) -> Qwen2ForCausalLM:
+    """A random Qwen2 of these sizes, fp32, whose heads are 64 wide, written to `folder` too."""
     torch.manual_seed(0)
-    hidden = 256 if quick else 448
     config = Qwen2Config(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        num_hidden_layers=4 if quick else 6,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         eos_token_id=0,
