@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -80,7 +80,10 @@ def checked_command(overrides: Sequence[str], command: argparse.Namespace) -> Co
         from rloop_mcore.main.evaluate import benchmark_names, keys_of  # what it needs takes a while to import
 
         run = RunDirectory(command.policy)
-        keys_of(command, Source(command.policy, run if run.config.is_file() else None), elsewhere=in_image)
+        asked = keys_of(command, Source(command.policy, run if run.config.is_file() else None), elsewhere=in_image)
+        _check_function(load_verifier, asked.reward.verifier, config.cluster.slurm)
+        if not asked.data.template.endswith(".jinja"):
+            template_file(asked.data.template)
         benchmark_names(command)
     elif "overrides" in command:
         validate.check_values(load_config(command.overrides, absent="?"), elsewhere=in_image)
@@ -117,11 +120,9 @@ def _check_inputs(config: Config) -> None:
             first = load_problems(source, 1)[0]
             if key == "sft.demonstrations":
                 solution_of(first)
-    own_python = slurm.container != "none" or slurm.venv is not None or slurm.setup
-    for load, name in ((load_verifier, config.reward.verifier), (load_sampler, config.data.sampler)):
-        if name is not None and not (own_python and ":" in name):
-            with redirect_stdout(sys.stderr):  # a module may print as it is imported, and the script is what is printed
-                load(name)
+    _check_function(load_verifier, config.reward.verifier, slurm)
+    if config.data.sampler is not None:
+        _check_function(load_sampler, config.data.sampler, slurm)
     tokenizer = None
     if config.model.path != GENERATED_MODEL and "model.path" not in elsewhere:
         check_folder(Path(config.model.path), config.model.family)
@@ -132,6 +133,14 @@ def _check_inputs(config: Config) -> None:
         PromptTemplate(config.data.template, tokenizer)
     else:
         template_file(config.data.template)
+
+
+def _check_function(load: Callable[[str], object], name: str, slurm: SlurmConfig) -> None:
+    """That there is one of that name: a shipped one, or the user's where the job has this Python. Raises UserError."""
+    own_python = slurm.container != "none" or slurm.venv is not None or slurm.setup
+    if not (own_python and ":" in name):
+        with redirect_stdout(sys.stderr):  # a module may print as it is imported, and the script is what is printed
+            load(name)
 
 
 def _wandb_warnings(project: str, slurm: SlurmConfig, in_the_job: bool) -> list[str]:

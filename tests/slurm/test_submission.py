@@ -197,6 +197,8 @@ def test_what_another_command_reads_and_is_not_there_is_a_warning(
         (["evaluate", "--policy", "p", "--data", "x.jsonl", "--samples", "0"], "evaluation.samples=0 must be"),
         (["evaluate", "--policy", "p", "--benchmarks", "aime24,amie25"], "'amie25' is none of aime24"),
         (["evaluate", "--policy", "p"], "nothing to evaluate on"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "reward.verifier=mth"], "'mth' is no known verifier"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "data.template=chatt"], "'chatt' not found"),
         (["evaluate", "--policy", "run", "--data", "x.jsonl", "experiment=tiny"], "give single keys"),
         (["train", "experiment=tiny", "layout.tp=0"], "layout.tp=0 must be greater than 0"),
         (["preflight", "experiment=tniy"], "experiment=tniy: did you mean tiny?"),
