@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rloop_mcore.compose import load_config
+from rloop_mcore.main.run_directory import log_tail
 from rloop_mcore.platform.files import read_json_lines
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.progress import left_text, plain_line, seconds_left
@@ -57,8 +58,7 @@ class Job:
         assert self.process is not None
         code = self.process.poll()
         if code:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-            raise SystemExit(f"{self.title} ended with exit code {code}; the end of {self.log}:\n{tail}")
+            raise SystemExit(f"{self.title} ended with exit code {code}; the end of {self.log}:\n{log_tail(self.log)}")
         return code == 0
 
     def progress(self) -> tuple[int, str]:

@@ -168,27 +168,24 @@ def similarity(record: Record) -> tuple[float, float, float]:
 
 def analyses(study: Study, size: int) -> list[Line]:
     """What the paper says of stability: on the training steps and the 100 validation problems."""
-    columns: dict[str, Callable[[Record], float]] = {
-        "train success, first": lambda run: 100 * float(np.mean(run["steps"]["success_rate"][:WINDOW])),
-        "last, %": lambda run: 100 * float(np.mean(run["steps"]["success_rate"][-WINDOW:])),
-        "entropy, first": lambda run: _edge(run, "entropy", slice(WINDOW)),
-        "last": lambda run: _edge(run, "entropy", slice(-WINDOW, None)),
-        "gradient norm, first": lambda run: _edge(run, "grad_norm", slice(WINDOW)),
-        "last ": lambda run: _edge(run, "grad_norm", slice(-WINDOW, None)),
-        "largest": lambda run: float(max(_steps(run, "grad_norm_max"), default=np.nan)),
-        "forgotten within, %": lambda run: forgetting(run)[0],
-        "between, %": lambda run: forgetting(run)[1],
-        "similarity, first": lambda run: similarity(run)[0],
-        "last  ": lambda run: similarity(run)[1],
-        "between": lambda run: similarity(run)[2],
-    }
-    rows = [["arm", *(name.strip() for name in columns)]]
+    # heading, digits, value
+    columns: list[tuple[str, int, Callable[[Record], float]]] = [
+        ("train success, first", 0, lambda run: 100 * float(np.mean(run["steps"]["success_rate"][:WINDOW]))),
+        ("last, %", 0, lambda run: 100 * float(np.mean(run["steps"]["success_rate"][-WINDOW:]))),
+        ("entropy, first", 2, lambda run: _edge(run, "entropy", slice(WINDOW))),
+        ("last", 2, lambda run: _edge(run, "entropy", slice(-WINDOW, None))),
+        ("gradient norm, first", 2, lambda run: _edge(run, "grad_norm", slice(WINDOW))),
+        ("last", 2, lambda run: _edge(run, "grad_norm", slice(-WINDOW, None))),
+        ("largest", 2, lambda run: float(max(_steps(run, "grad_norm_max"), default=np.nan))),
+        ("forgotten within, %", 0, lambda run: forgetting(run)[0]),
+        ("between, %", 0, lambda run: forgetting(run)[1]),
+        ("similarity, first", 2, lambda run: similarity(run)[0]),
+        ("last", 2, lambda run: similarity(run)[1]),
+        ("between", 2, lambda run: similarity(run)[2]),
+    ]
+    rows = [["arm", *(heading for heading, _, _ in columns)]]
     for arm, runs in study.arms(size).items():
-        digits = [0 if name.endswith("%") or name.startswith("train") else 2 for name in columns]
-        cells = [
-            spread([measure(run) for run in runs.values()], digits=count)
-            for measure, count in zip(columns.values(), digits, strict=True)
-        ]
+        cells = [spread([value(run) for run in runs.values()], digits) for _, digits, value in columns]
         rows.append([ARMS[arm], *cells])
     return rows
 

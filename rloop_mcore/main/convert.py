@@ -15,6 +15,7 @@ import torch
 from rich.filesize import decimal
 
 from rloop_mcore.errors import Fault, UserError
+from rloop_mcore.main.policies import Source
 from rloop_mcore.main.run_directory import check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
 from rloop_mcore.platform.process import allow_many_files, handling
@@ -103,10 +104,10 @@ def _plan(options: argparse.Namespace, to: str) -> Conversion:
 
 def _other_than(source: Path) -> str:
     """mcore for an HF folder, hf for a checkpoint. Raises UserError for neither."""
-    if (source / "config.json").exists() and not (source / ".metadata").exists():
-        return "mcore"  # hubs keep a metadata.json of their own in some models
-    if (source / "metadata.json").exists():
+    if Source(source).is_checkpoint:
         return "hf"
+    if (source / "config.json").exists():
+        return "mcore"
     raise UserError(
         f"{source} has neither config.json nor metadata.json: it is no Hugging Face folder and no Megatron checkpoint."
     )

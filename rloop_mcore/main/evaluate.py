@@ -14,7 +14,8 @@ from rloop_mcore import validate
 from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
 from rloop_mcore.data.benchmarks import check_name, load_benchmark
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import FILES, load_problems
+from rloop_mcore.data.templates import template_file
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
 from rloop_mcore.main.against import check_comparable, compare, read_result
@@ -24,6 +25,7 @@ from rloop_mcore.main.policy_evaluation import PolicyEvaluation
 from rloop_mcore.planning.nodes import on_one_node
 from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
+from rloop_mcore.reward.verifiers import load_verifier
 from rloop_mcore.types import Problem
 from rloop_mcore.weights.tensor_files import catalogue
 
@@ -33,6 +35,8 @@ def evaluate(options: argparse.Namespace) -> int:
     other = read_result(options.against) if options.against is not None else None
     source = find_policy(options.policy, options.step)
     config = keys_of(options, source)
+    load_verifier(config.reward.verifier)  # these now: a conversion and an engine's start take minutes
+    template_file(config.data.template)
     if not source.is_checkpoint:
         validate.check_model(config, source.path)
     benchmarks = _benchmarks(options)
@@ -132,7 +136,7 @@ def _benchmarks(options: argparse.Namespace) -> dict[str, tuple[str, list[Proble
 def _short(data: str) -> str:
     """A name for files: aime24 of data/aime24.jsonl, countdown-test of countdown:test."""
     path = Path(data)
-    return path.stem if path.suffix in (".jsonl", ".parquet") else data.replace(":", "-").replace("/", "-")
+    return path.stem if path.suffix in FILES else data.replace(":", "-").replace("/", "-")
 
 
 def _together(records: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:

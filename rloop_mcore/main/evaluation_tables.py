@@ -11,6 +11,16 @@ from rich.text import Text
 
 Record = dict[str, Any]
 
+_LOG_WIDTH = 160
+_PERCENT = "Percent, with 95 % bootstrap intervals over problems."
+_ROWS = {
+    "response_length": ("tokens a response", "{:.1f}"),
+    "truncated": ("cut at the limit", "{:.1%}"),
+    "problems": ("problems", "{}"),
+    "too_long": ("left out as too long", "{}"),
+    "bad_golds": ("with a gold that fails", "{}"),
+}
+
 
 def print_results(records: Sequence[Record], together: Mapping[str, Mapping[str, float]]) -> None:
     """A column a benchmark, and their mean where there are several; then groups of problems, then the conditions."""
@@ -62,17 +72,6 @@ def print_comparison(against: Record) -> None:
             console.print(f"only the problems in both count: {found['problems']} of {mine} and {theirs}")
         for key, (mine, theirs) in found["differing"].items():
             console.print(f"warning: {key} differs: {mine} here, {theirs} there", soft_wrap=True)
-
-
-_LOG_WIDTH = 160
-_PERCENT = "Percent, with 95 % bootstrap intervals over problems."
-_ROWS = {
-    "response_length": ("tokens a response", "{:.1f}"),
-    "truncated": ("cut at the limit", "{:.1%}"),
-    "problems": ("problems", "{}"),
-    "too_long": ("left out as too long", "{}"),
-    "bad_golds": ("with a gold that fails", "{}"),
-}
 
 
 def _console() -> Console:

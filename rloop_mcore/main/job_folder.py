@@ -8,7 +8,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,30 +98,23 @@ class JobFolder:
 
     def wait_for_head(self, timeout_s: float) -> Head | None:
         """Wait for `publish_head`; None where the first node ends instead. Raises Fault."""
-        self._wait(
-            lambda: self.ended() or (self.folder / "head.json").exists(),
-            timeout_s,
-            "the first node to check the configuration",
-        )
+        if not _within(timeout_s, lambda: self.ended() or (self.folder / "head.json").exists()):
+            raise Fault(
+                f"waited {timeout_s:g} s (cluster.start_timeout_s) for the first node to check the configuration: see "
+                f"{self.folder}"
+            )
         return None if self.ended() else self.head()
 
     def wait_for_nodes(self, nodes: int, timeout_s: float) -> list[dict[str, str]]:
         """What nodes 1 .. `nodes` - 1 said in `hello`. Raises Fault that names those that said nothing."""
-        missing = list(range(1, nodes))
-
-        def all_here() -> bool:
-            nonlocal missing
-            missing = [node for node in missing if not (self.folder / f"node-{node}.json").exists()]
-            return not missing
-
-        try:
-            self._wait(all_here, timeout_s, "the other nodes")
-        except Fault:
+        files = {node: self.folder / f"node-{node}.json" for node in range(1, nodes)}
+        _within(timeout_s, lambda: all(file.exists() for file in files.values()))
+        if missing := [str(node) for node, file in files.items() if not file.exists()]:
             raise Fault(
-                f"waited {timeout_s:g} s (cluster.start_timeout_s) for nodes {', '.join(map(str, missing))} of 0 to "
-                f"{nodes - 1} of the job: see their logs in {self.folder}"
-            ) from None
-        return [json.loads((self.folder / f"node-{node}.json").read_text()) for node in range(1, nodes)]
+                f"waited {timeout_s:g} s (cluster.start_timeout_s) for nodes {', '.join(missing)} of 0 to {nodes - 1} "
+                f"of the job: see their logs in {self.folder}"
+            )
+        return [json.loads(file.read_text()) for file in files.values()]
 
     def stacks_asked(self, node: int) -> str | None:
         """The stamp of `ask_for_stacks`, where this node has not answered yet."""
@@ -134,8 +126,7 @@ class JobFolder:
     def wait_for_stacks(self, nodes: int, timeout_s: float) -> list[str]:
         """What nodes 1 .. `nodes` - 1 say in `stacks_kept`, as far as they do within `timeout_s`."""
         files = [self.folder / f"stacks-{node}.json" for node in range(1, nodes)]
-        with suppress(Fault):
-            self._wait(lambda: all(file.exists() for file in files), timeout_s, "the stacks")
+        _within(timeout_s, lambda: all(file.exists() for file in files))
         return [json.loads(file.read_text())["where"] for file in files if file.exists()]
 
     def failures(self, nodes: int) -> list[dict[str, Any]]:
@@ -150,12 +141,13 @@ class JobFolder:
     def _write(self, name: str, fields: dict[str, Any]) -> None:
         write_atomic(self.folder / name, json.dumps(fields))
 
-    def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise Fault(f"waited {timeout_s:g} s (cluster.start_timeout_s) for {what}: see {self.folder}")
-            time.sleep(_POLL_S)
+
+def _within(timeout_s: float, condition: Callable[[], bool]) -> bool:
+    """Whether it comes true in that time, which is waited for it."""
+    deadline = time.monotonic() + timeout_s
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return true
 
 
 def head_address(others: list[dict[str, str]], interface: str | None) -> str:

@@ -12,6 +12,7 @@ from rloop_mcore.journal import Journal
 from rloop_mcore.kept_policies import best, removed
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed
 from rloop_mcore.platform.files import remove_abandoned
+from rloop_mcore.platform.process import allow_many_files
 from rloop_mcore.progress import ProgressDisplay
 
 NEWEST, PICKED = "last", "best"
@@ -27,8 +28,9 @@ class Source:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is Megatron's and must be converted."""
-        return (self.path / "metadata.json").exists()
+        """Whether it is Megatron's and must be converted. Hubs keep a metadata.json of their own in some models."""
+        own = (self.path / ".metadata").exists() or not (self.path / "config.json").exists()
+        return own and (self.path / "metadata.json").exists()
 
 
 def find_policy(path: Path, step: str | None) -> Source:
@@ -71,6 +73,7 @@ def as_hf_folder(source: Source, keep_in: Path, display: ProgressDisplay) -> Pat
     from rloop_mcore.weights import mcore_to_hf  # torch: for a conversion only
 
     keep_in.mkdir(parents=True, exist_ok=True)
+    allow_many_files()  # every file of the checkpoint is open at once
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     remove_abandoned(target)
     try:

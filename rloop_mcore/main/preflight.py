@@ -24,6 +24,8 @@ from rloop_mcore.preflight.meeting import NoMaster
 from rloop_mcore.preflight.place import Place, place_of
 from rloop_mcore.preflight.reach import Clock, is_newer, sign
 
+_RATES = (("all-reduce", "all_reduce_gb_s"), ("broadcast", "broadcast_gb_s"))
+
 
 def preflight(options: argparse.Namespace, clock: Clock = time.time) -> int:
     """Check this node with the others; returns the exit code of docs/preflight.md. Raises UserError and Fault."""
@@ -101,20 +103,14 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines = [problem["message"] for problem in report["problems"]]
     lines += [f"warning: {warning['message']}" for warning in report["warnings"]]
     count, bad = len(report["nodes"]), len(report["bad_nodes"])
-    fit = (
-        f"{bad} of {count} nodes are bad"
-        if bad
-        else "no node is bad"
-        if report["problems"]
-        else f"{count} nodes are fit"
-        if count > 1
-        else "the node is fit"
-    )
+    if bad:
+        fit = f"{bad} of {count} nodes are bad"
+    elif report["problems"]:
+        fit = "no node is bad"
+    else:
+        fit = f"{count} nodes are fit" if count > 1 else "the node is fit"
     rates = [f"{what} {report[key]:g} GB/s" for what, key in _RATES if report[key]]
     return [*lines, ", ".join([f"preflight: {fit} ({report['device']})", *rates, f"{report['seconds']:.1f} s"])]
-
-
-_RATES = (("all-reduce", "all_reduce_gb_s"), ("broadcast", "broadcast_gb_s"))
 
 
 def _write(config: Config, report: dict[str, Any]) -> None:

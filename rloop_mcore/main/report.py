@@ -8,7 +8,7 @@ from pathlib import Path
 from rloop_mcore.analysis.browser import Words
 from rloop_mcore.analysis.export import export
 from rloop_mcore.analysis.report import read_runs, write_report
-from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.problems import HF_PREFIX, load_problems
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.run_directory import RunDirectory, output_in
@@ -42,7 +42,7 @@ def words_of(path: Path) -> Words:
         return Words()
     statements = {}
     source = config.data.validation
-    if source is not None and not source.startswith("hf:"):  # a report asks nothing of a network
+    if source is not None and not source.startswith(HF_PREFIX):  # a report asks nothing of a network
         try:
             statements = {each.id: each.problem for each in load_problems(source, config.evaluation.limit)}
         except UserError:

@@ -129,23 +129,26 @@ def base_policy(config: Config, journal: Journal) -> Policy:
 
     So must be those of the RL policy that the iteration has come to, where the run goes on from these.
     """
+    model = Path(config.model.path).resolve()
     if not journal.done(0, "base"):
-        path = Path(config.model.path).resolve()
-        return Policy(path, digest_of(path))
+        return Policy(model, digest_of(model))
     # Not the newest theta: until its phase is done, that is made anew, and may be half there.
     exploited = [place for place in journal.places() if (place["event"], place["phase"]) == ("done", "exploit")]
     iteration = len(exploited)
     theta = journal.start_policy(iteration)
-    model = Path(config.model.path).resolve()
     if not theta.path.exists() and digest_of(model) == theta.digest:  # the model it is has been moved since
         journal.record("policy", iteration=iteration, path=str(model), digest=theta.digest, reason="model.path moved")
         theta = journal.start_policy(iteration)
-    needed = [theta]
+    else:
+        _check_weights(theta, journal)
     if journal.done(iteration, "explore") and not (config.algorithm.reset and config.rft.enabled):
-        needed.append(journal.endpoint(iteration))
-    for policy in needed:
-        if digest_of(policy.path) != policy.digest:
-            raise UserError(
-                f"{policy.path} holds other weights than {journal.path} says: restore them, or choose another run.dir."
-            )
+        _check_weights(journal.endpoint(iteration), journal)
     return theta
+
+
+def _check_weights(policy: Policy, journal: Journal) -> None:
+    """Raises UserError where they are not those of which the journal has the digest."""
+    if digest_of(policy.path) != policy.digest:
+        raise UserError(
+            f"{policy.path} holds other weights than {journal.path} says: restore them, or choose another run.dir."
+        )

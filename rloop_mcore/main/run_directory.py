@@ -152,7 +152,8 @@ class RunDirectory:
         return (self.path / "stop").exists()
 
     def stop_reason(self) -> str:
-        return (self.path / "stop").read_text()
+        """Why, as far as a full disk has taken it."""
+        return (self.path / "stop").read_text() if self.stop_requested() else "it was to stop"
 
     def write_ending(self, code: int, message: str, report: str = "") -> None:
         """How the run ended; `report` (a traceback) makes it a fault that people can read about.

@@ -21,6 +21,8 @@ _ANSWER_S = 15.0  # for the processes to write their stacks, all at once
 _BY_SIGNAL_S = 4.0  # of these the thread that is there for it has, then a signal asks: what hangs may keep it waiting
 _QUIET_S = 0.3  # and then they are done
 _PY_SPY_S = 20.0
+# by what stands in the command of a process; ranks have their number
+_ROLES = {"rollout.embedded": "engine", "sglang": "engine", "rloop_mcore.reward": "reward"}
 
 
 def collect(processes: Sequence[psutil.Process], folder: Path) -> list[str]:
@@ -106,13 +108,7 @@ def _role(process: psutil.Process) -> str:
     words = " ".join(process.cmdline())
     if "rloop_mcore.main.worker" in words and "RANK" in process.environ():
         return f"rank-{process.environ()['RANK']}"
-    role = (
-        "engine"
-        if "rollout.embedded" in words or "sglang" in words
-        else "reward"
-        if "rloop_mcore.reward" in words
-        else "other"
-    )
+    role = next((role for sign, role in _ROLES.items() if sign in words), "other")
     return f"{role}-{process.pid}"
 
 

@@ -14,7 +14,7 @@ from rloop_mcore.platform.precision import FP8_BLOCK, element_bytes
 GIB = 2**30
 OWN_CHOICE = 0.85  # SGLang's --mem-fraction-static on GPUs of 80 GB and more, about
 _BESIDE = 4 * GIB  # activations, CUDA graphs, context: outside of the fraction (assumed)
-_ASLEEP = GIB  # what a sleeping engine keeps (assumed)
+ASLEEP = GIB  # what a sleeping engine keeps (assumed)
 _FP8_BYTES = 1 + 4 / FP8_BLOCK**2  # a value, and its share of the scale
 _MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _OF_A_GROUP = ("embedding", "linear_qkv", "linear_qkv.bias", "linear_proj")  # data parallel attention copies them
@@ -34,16 +34,6 @@ class EnginePlan:
     tokens: int
     shared: bool
     sleeps: bool
-
-    @property
-    def awake(self) -> int:
-        """While it generates."""
-        return self.weights + self.cache + self.beside
-
-    @property
-    def resting(self) -> int:
-        """While the policy trains."""
-        return _ASLEEP if self.sleeps else self.awake
 
 
 def weight_bytes(model: Architecture, config: Config, tp: int = 1, dp: int = 1) -> int:

@@ -13,7 +13,7 @@ from rloop_mcore.planning.activations import (
     micro_batch_tokens,
 )
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB, EnginePlan
+from rloop_mcore.planning.engines import ASLEEP, GIB, EnginePlan
 from rloop_mcore.planning.parameters import chunks_of
 from rloop_mcore.planning.schedule import micro_batches, most_held
 from rloop_mcore.planning.state import Coordinates, state_of
@@ -67,13 +67,10 @@ def stage_memory(model: Architecture, config: Config, stage: int, engine: Engine
     sync = _sync_bytes(model, config) if stage == 0 else 0
     layout = config.layout
     first = stage * layout.tp * layout.cp * layout.dp
-    here = engine.shared and first < config.rollout.engines * config.rollout.tp
-    awake = {
-        "engine_weights": engine.weights * here,
-        "kv_cache": engine.cache * here,
-        "engine_other": engine.beside * here,
-    }
-    resting = awake if here and not engine.sleeps else {"engine_other": engine.resting * here}
+    awake = resting = dict[str, int]()
+    if engine.shared and first < config.rollout.engines * config.rollout.tp:
+        awake = {"engine_weights": engine.weights, "kv_cache": engine.cache, "engine_other": engine.beside}
+        resting = {"engine_other": ASLEEP} if engine.sleeps else awake
     phases = {
         "train": lasting | {"activations": kept + max(0, working - logits), "logits": logits} | resting,
         "sync": lasting | {"weight_sync": sync} | awake,

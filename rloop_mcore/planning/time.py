@@ -68,16 +68,16 @@ def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times
     of_token = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
     together = max(train, rollout) if config.rollout.max_lag else train + rollout
     return Times(
-        count,
-        waiting,
-        update,
-        train,
-        rollout,
-        sync,
-        together + sync,
-        tokens / update,
-        speed * config.rollout.engines,
-        tokens / update * of_token / (processes(config.layout) * gpu.bf16_tflops * 1e12),
+        micro_batches=count,
+        bubble=waiting,
+        update_s=update,
+        train_s=train,
+        rollout_s=rollout,
+        sync_s=sync,
+        step_s=together + sync,
+        train_tokens_per_s=tokens / update,
+        rollout_tokens_per_s=speed * config.rollout.engines,
+        mfu=tokens / update * of_token / (processes(config.layout) * gpu.bf16_tflops * 1e12),
     )
 
 

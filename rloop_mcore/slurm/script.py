@@ -54,6 +54,7 @@ def training_script(config: Config, runs: Sequence[Run], force: bool) -> str:
     force: the first start takes unsafe changes, and goes on after a row of equal faults.
     """
     slurm, nodes = config.cluster.slurm, config.cluster.nodes
+    _check(slurm)
     apart = config.rollout.nodes if slurm.hetjob else 0
     margins = (slurm.signal_s, "cluster.slurm.signal_s"), (config.cluster.stop_margin_s, "cluster.stop_margin_s")
     least_s, key = max(margins)
@@ -103,6 +104,7 @@ def log_file(runs: Sequence[Run], flags: Sequence[str]) -> str:
 def command_script(config: Config, command: Sequence[str]) -> str:
     """The job that runs another `rloop` command on one node. Raises UserError for a bad value."""
     flags = config.cluster.slurm.flags
+    _check(config.cluster.slurm)
     directives = _directives(config, 1, log_file((), flags), flags)
     return _render("command.sh.jinja", config, _checked(directives), command=shlex.join(command))
 
@@ -112,7 +114,6 @@ def _directives(config: Config, nodes: int, output: str, flags: Sequence[str]) -
     slurm, gpus = config.cluster.slurm, config.cluster.gpus_per_node
     name = slurm.job_name or Path(config.run.dir).name or "rloop"
     named = [(f"--{key}", getattr(slurm, key)) for key in ("partition", "account", "qos", "constraint", "time")]
-    _check(slurm)
     return [
         f"--job-name={name}",
         f"--nodes={nodes}",
@@ -129,7 +130,7 @@ def _directives(config: Config, nodes: int, output: str, flags: Sequence[str]) -
 
 def _seconds(limit: str) -> int:
     """Of MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]; 0 for no limit."""
-    if not _TIME.fullmatch(limit) or limit == "UNLIMITED":
+    if limit == "UNLIMITED":
         return 0
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]

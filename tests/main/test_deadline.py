@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from datetime import datetime
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_a_run_is_told_to_stop_and_why(tmp_path: Path) -> None:
     assert not run.stop_requested()
     assert stop_requests(ClusterConfig(job_end=str(end), stop_margin_s=150), run)()
     assert run.stop_reason() == f"the job ends at {datetime.fromtimestamp(end):%Y-%m-%d %H:%M:%S}"
+
+
+def test_a_run_that_cannot_keep_why_it_stops_stops_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_file_can_be_made(run: RunDirectory, why: str) -> None:
+        raise OSError(errno.ENOSPC, why)
+
+    monkeypatch.setattr(RunDirectory, "request_stop", no_file_can_be_made)
+    run = RunDirectory(tmp_path)
+    assert stop_requests(ClusterConfig(job_end=str(time.time() + 1), stop_margin_s=50), run)()
+    assert run.stop_reason() == "it was to stop"
 
 
 def test_who_asked_first_is_the_reason(tmp_path: Path) -> None:

@@ -56,6 +56,24 @@ def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
         keys_of(options, source)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("reward.verifier=mth", "reward.verifier='mth' is no known verifier"),
+        ("data.template=chatt", "data.template 'chatt' not found"),
+    ],
+)
+def test_a_misspelled_name_is_refused_before_a_checkpoint_is_converted(
+    override: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes minutes, and so does the start of an engine, which came before the verifier's too."""
+    write_model(tmp_path / "model", seed=0)
+    monkeypatch.setattr("rloop_mcore.main.evaluate.as_hf_folder", None)
+    typed = ["evaluate", "--policy", f"{tmp_path}/model", "--data", "countdown3:test", "experiment=tiny", override]
+    with pytest.raises(UserError, match=words):
+        evaluate(parse([*typed, "--out", f"{tmp_path}/out"]))
+
+
 def test_a_benchmark_whose_prompts_are_too_long_is_refused_before_another_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

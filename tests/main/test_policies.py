@@ -1,6 +1,7 @@
 """Which policy `--policy` and `--step` mean, and a checkpoint's as an HF folder."""
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def test_a_folder_has_no_steps(run: Path) -> None:
         find_policy(run / "policies" / "base", "last")
     with pytest.raises(UserError, match="was removed"):
         find_policy(run / "policies" / "i0_explore_000004", None)
+
+
+def test_a_folder_with_the_hubs_metadata_is_no_checkpoint(tmp_path: Path) -> None:
+    """`rloop convert` knew so; `rloop evaluate` refused it for want of a manifest.json."""
+    write_model(tmp_path / "model", seed=0)
+    (tmp_path / "model" / "metadata.json").write_text("{}")
+    source = find_policy(tmp_path / "model", None)
+    assert as_hf_folder(source, tmp_path / "converted", ProgressDisplay()) == tmp_path / "model"
+
+
+def test_a_checkpoint_may_have_as_many_files_as_this_machine_lets_it(tmp_path: Path) -> None:
+    """One of a thousand ranks has more than the 1,024 that a process may usually open."""
+    write_model(tmp_path / "model", seed=0)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "checkpoint")]) == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        as_hf_folder(Source(tmp_path / "checkpoint"), tmp_path / "converted", ProgressDisplay())
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_two_evaluations_of_a_checkpoint_convert_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from rloop_mcore.weights.digest import digest_of
 
 platform.setup("cpu", 1)  # before Megatron is imported
 
+from rloop_mcore.main import rooms  # noqa: E402
 from rloop_mcore.main.rooms import base_policy  # noqa: E402
 
 
@@ -37,8 +38,13 @@ def test_a_theta_that_is_no_longer_what_it_was_is_not_gone_on_from(exploited: in
         base_policy(config, journal)
 
 
-def test_a_model_that_was_moved_since_is_gone_on_from_where_it_is(tmp_path: Path) -> None:
-    """Whoever says so by model.path, forced: the journal has where it was."""
+def test_a_model_that_was_moved_since_is_gone_on_from_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever says so by model.path, forced: the journal has where it was. Its weights, hundreds of GB perhaps, are
+    read once."""
+    read: list[Path] = []
+    monkeypatch.setattr(rooms, "digest_of", lambda folder: (read.append(folder), digest_of(folder))[1])
     journal = Journal(tmp_path / "journal.jsonl")
     write_model(tmp_path / "old", seed=0)
     journal.record("policy", iteration=0, path=str(tmp_path / "old"), digest=digest_of(tmp_path / "old"))
@@ -46,6 +52,7 @@ def test_a_model_that_was_moved_since_is_gone_on_from_where_it_is(tmp_path: Path
     (tmp_path / "old").rename(tmp_path / "new")
     config = load_config(["experiment=tiny", f"model.path={tmp_path}/new"])
     assert base_policy(config, journal).path == tmp_path / "new"
+    assert read == [tmp_path / "new"]
     assert Journal(journal.path).start_policy(0).path == tmp_path / "new"
     (tmp_path / "new").rename(tmp_path / "newer")
     damage(tmp_path / "newer")

@@ -31,6 +31,19 @@ def test_what_cannot_run_is_refused_before_it_is_queued(tmp_path: Path, capsys: 
     assert "the nearest that fits has layout.pp=4 layout.dp=2" in capsys.readouterr().err
     assert main([*words, "layout.tp=16", "layout.pp=2", "layout.dp=2"]) == 2
     assert "layout.tp=16 does not divide num_key_value_heads=8" in capsys.readouterr().err
+    assert main([*words, "precision=fp8_tensorwise", "fp8.simulate=true"]) == 2
+    assert "fp8.simulate=true is for the CPU" in capsys.readouterr().err
+
+
+def test_what_the_jobs_device_cannot_do_is_refused_where_that_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["launch", "--dry-run", "experiment=tiny", f"run.dir={tmp_path}/run", "precision=fp8_delayed"]
+    assert main([*words, "cluster.device=cpu"]) == 2
+    assert "precision=fp8_delayed needs CUDA" in capsys.readouterr().err
+    for on_gpus in ("cluster.device=cuda", "cluster.gpus_per_node=1"):
+        assert main([*words, on_gpus]) == 0
+    assert main(words) == 0  # its nodes may have some
 
 
 def test_files_that_are_not_there_where_a_run_is_submitted_are_a_warning(
@@ -184,6 +197,8 @@ def test_what_another_command_reads_and_is_not_there_is_a_warning(
         (["evaluate", "--policy", "p", "--data", "x.jsonl", "--samples", "0"], "evaluation.samples=0 must be"),
         (["evaluate", "--policy", "p", "--benchmarks", "aime24,amie25"], "'amie25' is none of aime24"),
         (["evaluate", "--policy", "p"], "nothing to evaluate on"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "reward.verifier=mth"], "'mth' is no known verifier"),
+        (["evaluate", "--policy", "p", "--data", "x.jsonl", "data.template=chatt"], "'chatt' not found"),
         (["evaluate", "--policy", "run", "--data", "x.jsonl", "experiment=tiny"], "give single keys"),
         (["train", "experiment=tiny", "layout.tp=0"], "layout.tp=0 must be greater than 0"),
         (["preflight", "experiment=tniy"], "experiment=tniy: did you mean tiny?"),

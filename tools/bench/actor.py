@@ -23,10 +23,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from common import (  # noqa: E402
     Metric,
+    PeakMemory,
     arguments,
     at_least,
     at_most,
-    memory_of_this_process,
     random_qwen2,
     report,
     side_by_side,
@@ -151,15 +151,14 @@ def peak_bytes(way: str) -> int:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = memory_of_this_process("VmRSS")
-    if way == "chunked":
-        logprobs, entropy = token_logprobs(hidden, weight, targets, VOCABULARY, 1.0, group)
-    else:
-        log_p = (hidden @ weight.T).log_softmax(-1)
-        logprobs, entropy = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    (logprobs.sum() + 0.1 * entropy.sum()).backward()
-    return memory_of_this_process("VmHWM") - before
+    with PeakMemory() as memory:
+        if way == "chunked":
+            logprobs, entropy = token_logprobs(hidden, weight, targets, VOCABULARY, 1.0, group)
+        else:
+            log_p = (hidden @ weight.T).log_softmax(-1)
+            logprobs, entropy = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        (logprobs.sum() + 0.1 * entropy.sum()).backward()
+    return memory.extra
 
 
 if __name__ == "__main__":

@@ -65,6 +65,19 @@ def memory_of_this_process(field: str) -> int:
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
+class PeakMemory:
+    """How far this process's resident memory rises inside the block, in bytes. The kernel keeps count: a thread that
+    looks now and then allocates memory in between, which the allocator of the trainer answers with new heap."""
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+        self._before = memory_of_this_process("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.extra = memory_of_this_process("VmHWM") - self._before
+
+
 def even_length(text: str) -> bool:
     """The reward of `step_vs_trl.py`, here for both its environments: an even number of words."""
     return len(text.split()) % 2 == 0
@@ -72,15 +85,20 @@ def even_length(text: str) -> bool:
 
 def random_qwen2(folder: Path, quick: bool) -> Qwen2ForCausalLM:
     """A random Qwen2 of 20 M parameters (5 M with `quick`), fp32, written to `folder` as an HF folder too."""
+    hidden, layers = (256, 4) if quick else (448, 6)
+    return write_qwen2(folder, vocabulary=4096, hidden=hidden, layers=layers, kv_heads=1)
+
+
+def write_qwen2(folder: Path, vocabulary: int, hidden: int, layers: int, kv_heads: int) -> Qwen2ForCausalLM:
+    """A random Qwen2 of these sizes, fp32, whose heads are 64 wide, written to `folder` too."""
     torch.manual_seed(0)
-    hidden = 256 if quick else 448
     config = Qwen2Config(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        num_hidden_layers=4 if quick else 6,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         eos_token_id=0,

@@ -24,7 +24,7 @@ from rloop_mcore.trajectory.cache import TrajectoryCache
 from rloop_mcore.types import Problem, Prompt
 
 TRAINER_CORE, ENGINE_CORE = 0, 1
-PROMPT, RESPONSE, GROUP, TIMEOUT_S = 48, 64, 8, 300.0
+PROMPT, RESPONSE, GROUP = 48, 64, 8
 
 
 class EndlessPrompts:
@@ -67,9 +67,7 @@ def measure(model: Path, steps: int) -> float:
     platform.setup("cpu", 1)
     from rloop_mcore.actor import parallel
     from rloop_mcore.actor.actor import MegatronActor
-    from rloop_mcore.hf_config import read_hf_config
-    from rloop_mcore.rollout.fleet import Fleet
-    from rloop_mcore.rollout.served import ServedModel
+    from rloop_mcore.main.engines import fleet_of
     from rloop_mcore.weights.bridge import HfBridge
     from rloop_mcore.weights.channel import BroadcastChannel
 
@@ -80,14 +78,8 @@ def measure(model: Path, steps: int) -> float:
     config = load_config(settings)
     actor = MegatronActor(config, HfBridge(model))
     actor.begin(model, config.optimizer, 1000)
-    with Fleet(
-        [server],
-        BroadcastChannel("gloo", "weights", TIMEOUT_S),
-        model=ServedModel.of(read_hf_config(model), model),
-        bucket_mib=64,
-        start_timeout_s=TIMEOUT_S,
-        request_timeout_s=TIMEOUT_S,
-    ) as fleet:
+    channel = BroadcastChannel("gloo", "weights", config.rollout.start_timeout_s)
+    with fleet_of(config, [server], channel, model, deterministic=True) as fleet:
         step = RLStep(config, actor, fleet, EvenRewards(), EndlessPrompts(), TrajectoryCache(model.parent / "cache"))
         run(step, actor, fleet, 2)  # the first steps pay for set-up and for the memory
         apart = run(step, actor, fleet, steps)

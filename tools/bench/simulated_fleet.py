@@ -6,7 +6,7 @@ No socket is opened and nobody sleeps: the clock jumps to the next timer wheneve
 What is assumed:
 - response lengths are lognormal (sigma 0.8, median a quarter of the maximum) and cut at the maximum: about a third of
   it on average, about 4 % reach it. That rollouts are long-tailed is published (arXiv 2605.30859, for one); the
-  parameters are ours, those of `rollout.py`.
+  parameters are ours, those of `engine.py`.
 - an engine decodes all its samples together, each at 100 tokens/s when alone, at half of it beside 128 others.
 - an engine fails at a constant rate, and dies, hangs or answers 500 equally often.
 """

@@ -54,12 +54,9 @@ from rloop_mcore.config import (  # noqa: E402
 from rloop_mcore.data.prompts import TemplatePrompts  # noqa: E402
 from rloop_mcore.data.templates import PromptTemplate  # noqa: E402
 from rloop_mcore.data.tokenizer import TextTokenizer  # noqa: E402
-from rloop_mcore.hf_config import read_hf_config  # noqa: E402
-from rloop_mcore.main.engines import start_servers, weight_channel  # noqa: E402
+from rloop_mcore.main.engines import fleet_of, start_servers, weight_channel  # noqa: E402
 from rloop_mcore.main.rooms import conducted_actor  # noqa: E402
 from rloop_mcore.rl_step import RLStep  # noqa: E402
-from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
-from rloop_mcore.rollout.served import ServedModel  # noqa: E402
 from rloop_mcore.trajectory.cache import TrajectoryCache  # noqa: E402
 from rloop_mcore.types import Problem  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
@@ -150,14 +147,7 @@ def our_step(folder: Path, settings: Settings) -> Iterator[Callable[[], Step]]:
     bridge = HfBridge(model)
     with (
         conducted_actor(config, bridge) as actor,
-        Fleet(
-            servers,
-            weight_channel(config, bridge.largest),
-            model=ServedModel.of(read_hf_config(model), model),
-            bucket_mib=config.rollout.bucket_mib,
-            start_timeout_s=config.rollout.start_timeout_s,
-            request_timeout_s=config.rollout.request_timeout_s,
-        ) as fleet,
+        fleet_of(config, servers, weight_channel(config, bridge.largest), model, deterministic=True) as fleet,
     ):
         actor.begin(model, config.optimizer, STEPS * settings.updates)
         rl_step = RLStep(config, actor, fleet, EvenRewards(), prompts, TrajectoryCache(folder / "cache"))

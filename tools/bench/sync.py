@@ -11,10 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from common import Metric, arguments, at_least, at_most, report
+from common import Metric, arguments, at_least, at_most, report, write_qwen2
 from sync_ranks import BUCKET_MIB
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 DEADLINE_S = 900
 
@@ -23,7 +21,8 @@ def main() -> None:
     options = arguments(__doc__ or "")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        write_model(model, layers=6 if options.quick else 20)
+        layers = 6 if options.quick else 20  # of 15 M parameters
+        write_qwen2(model, vocabulary=8192, hidden=1024, layers=layers, kv_heads=4)
         found, broadcast = (run(model, how, repeats=3 if options.quick else 7) for how in ("handles", "broadcast"))
     for how, seen in (("shared memory", found), ("broadcast", broadcast)):
         print(
@@ -47,24 +46,6 @@ def run(model: Path, how: str, repeats: int) -> dict[str, float]:
     subprocess.run([*command, str(model), str(out), str(repeats), how], check=True, timeout=DEADLINE_S)
     found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     return found
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """A random Qwen2 of 15 M parameters a layer, fp32, as an HF folder."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=8192,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

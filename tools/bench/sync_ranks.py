@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import memory_of_this_process
+from common import PeakMemory
 
 from rloop_mcore import platform
 from rloop_mcore.compose import load_config
+from rloop_mcore.config import Config
 from rloop_mcore.platform.process import die_with_parent
 from rloop_mcore.platform.process_group import host_store, join_group, leave_group
 from rloop_mcore.protocols import Actor
@@ -32,44 +33,37 @@ TIMEOUT_S = 300.0
 
 def main() -> None:
     die_with_parent(os.getppid())
-    model, out, repeats = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    model, out, repeats, how = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     platform.setup("cpu", 1)
     from rloop_mcore.actor import parallel
     from rloop_mcore.actor.actor import MegatronActor
     from rloop_mcore.weights.bridge import HfBridge
 
-    config = load_config(["run.dir=none", f"model.path={model}", "data.train=none", "layout.tp=2", "precision=fp32"])
+    settings = ["run.dir=none", f"model.path={model}", "data.train=none", "layout.tp=2", "precision=fp32"]
+    config = load_config([*settings, f"rollout.bucket_mib={BUCKET_MIB}"])
     actor = MegatronActor(config, HfBridge(model))
     if dist.get_rank() == 0:
         actor.begin(model, config.optimizer, 1)
-        out.write_text(json.dumps(measure(actor, model, out.parent, repeats)), encoding="utf-8")
+        out.write_text(json.dumps(measure(config, actor, out.parent, repeats, how)), encoding="utf-8")
         actor.close()
     else:
         actor.follow()
     parallel.destroy()
 
 
-def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, float]:
+def measure(config: Config, actor: Actor, folder: Path, repeats: int, how: str) -> dict[str, float]:
     """Medians of interleaved repeats: seconds of a sync, of its verification, of a raw broadcast; extra bytes held."""
-    from rloop_mcore.hf_config import read_hf_config
-    from rloop_mcore.rollout.fleet import Fleet
+    from rloop_mcore.main.engines import fleet_of
     from rloop_mcore.rollout.launch import EmbeddedServer
-    from rloop_mcore.rollout.served import ServedModel
     from rloop_mcore.weights.channel import BroadcastChannel
 
+    model = Path(config.model.path)
     servers = [
         EmbeddedServer(model, folder, f"engine-{n}", max_running=1, threads=1, dtype="float32", device="cpu")
         for n in range(ENGINES)
     ]
-    channel = BroadcastChannel("gloo", "weights", TIMEOUT_S) if sys.argv[4] == "broadcast" else None
-    with Fleet(
-        servers,
-        channel,
-        model=ServedModel.of(read_hf_config(model), model),
-        bucket_mib=BUCKET_MIB,
-        start_timeout_s=TIMEOUT_S,
-        request_timeout_s=TIMEOUT_S,
-    ) as fleet:
+    channel = BroadcastChannel("gloo", "weights", TIMEOUT_S) if how == "broadcast" else None
+    with fleet_of(config, servers, channel, model, deterministic=True) as fleet:
         fleet.wait_ready()
         with PeakMemory() as memory:
             fleet.sync(actor.export, 1)  # joins the group and touches the memory
@@ -83,19 +77,6 @@ def measure(actor: Actor, model: Path, folder: Path, repeats: int) -> dict[str, 
         raw.close()
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
     return medians | {"bytes": metrics["sync_bytes"], "extra": float(memory.extra)}
-
-
-class PeakMemory:
-    """How far this process's resident memory rises inside the block, in bytes. The kernel keeps count: a thread that
-    looks now and then allocates memory in between, which the allocator of the trainer answers with new heap."""
-
-    def __enter__(self) -> PeakMemory:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-        self._before = memory_of_this_process("VmRSS")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.extra = memory_of_this_process("VmHWM") - self._before
 
 
 class RawBroadcast:
