@@ -39,8 +39,11 @@ class RLoop:
 
     def prepare(self, base: Policy, demonstrations: Sequence[Example] | None) -> None:
         """theta_0: the base model, or what SFT on the demonstrations makes of it."""
-        theta = base if demonstrations is None else self.fine_tune(0, "sft", base, self.config.sft, demonstrations)
-        self.state.record_theta(0, theta)
+        theta, reason = base, "the base model"
+        if demonstrations is not None:
+            theta = self.fine_tune(0, "sft", base, self.config.sft, demonstrations)
+            reason = f"the base model fine-tuned on {len(demonstrations)} demonstrations"
+        self.state.record_theta(0, theta, reason)
         self.state.measure(0, "base", 0, theta)
         self.state.finish(0, "base")
 

@@ -244,7 +244,7 @@ class RunState:
         path = self.directory / "policies" / name
         return self.space.write(f"policies/{name}", lambda: self.actor.save_policy(path), self._policy_bytes)
 
-    def record_theta(self, index: int, policy: Policy, reason: str = "the base model") -> None:
+    def record_theta(self, index: int, policy: Policy, reason: str) -> None:
         """Name theta_index in the journal, once: a crash right after it repeats the end of the phase."""
         fields = {"iteration": index, "path": self._name(policy.path), "digest": policy.digest, "reason": reason}
         if self._has("policy", fields):

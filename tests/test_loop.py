@@ -312,6 +312,16 @@ def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
     assert taken == 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("demonstrations", "words"),
+    [(None, "the base model"), (DEMONSTRATIONS, "the base model fine-tuned on 3 demonstrations")],
+)
+def test_the_journal_says_what_theta_0_is(tmp_path: Path, demonstrations: list[Example] | None, words: str) -> None:
+    start(tmp_path / "run", configure("sft.batch_size=2"), demonstrations=demonstrations)
+    lines = map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
+    assert [x["reason"] for x in lines if x["event"] == "policy" and x["iteration"] == 0] == [words]
+
+
 @pytest.mark.parametrize("sleep", [True, False])
 def test_trainer_and_engines_make_room_for_each_other_where_they_share_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleep: bool
