@@ -176,8 +176,6 @@ def _responses(table: pa.Table) -> pa.Array:
 
 def _first_copies(problems: pa.Array, responses: pa.Array, order: np.ndarray) -> np.ndarray:
     """Of the rows in `order`, the first of each (problem, response)."""
-    if not len(order):
-        return order
     problem, response = _codes(problems), _codes(responses)
     _, first = np.unique((problem << 32 | response)[order], return_index=True)
     return order[np.sort(first)]
