@@ -51,12 +51,13 @@ def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
 
     Raises UserError as `load_config` does, and for a group such as experiment=NAME: the run has its own.
     """
-    changed = OmegaConf.structured(load_config([*overrides, "model.path=?", "data.train=?", "run.dir=?"]))
+    load_config(overrides, absent="?")  # for what it raises: they are of the run's keys, not of the shipped ones
     config = OmegaConf.structured(read_config(path))
-    for key in (override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))):
-        if (config_folder() / key).is_dir():
-            raise UserError(f"{key}=... chooses a whole configuration, and {path} is one: give single keys.")
-        OmegaConf.update(config, key, OmegaConf.select(changed, key))
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key == "hydra.searchpath" or (config_folder() / key).is_dir():
+            raise UserError(f"{key}=... is for choosing a whole configuration, and {path} is one: give single keys.")
+        OmegaConf.update(config, key, override.value())
     return _typed(config)
 
 
@@ -88,9 +89,11 @@ def _check_keys(overrides: Sequence[str], folder: Path) -> None:
         if override.is_sweep_override():
             lists = f"write {key}=[A,B] for a list, \"{key}='A,B'\" for a text"
             raise UserError(f"{text} has several values: {f'choose one {key}' if key in groups else lists}.")
+        value = override.value()
         if key == "hydra.searchpath":
-            _check_folders(override.value())
-        if key in groups and isinstance(override.value(), bool | int | float | None):
+            _check_folders(value)
+        choices = value if isinstance(value, list) else [value]
+        if key in groups and not isinstance(value, dict) and not all(isinstance(choice, str) for choice in choices):
             raise UserError(f"{text} chooses nothing: leave {key} out, or take a file of configs/{key}.")
         if key not in keys | groups | sections | {"hydra.searchpath"}:
             raise UserError(unknown_key(key, groups, f" (in {text!r})"))

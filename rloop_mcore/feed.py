@@ -17,9 +17,9 @@ class Feed(Generic[B]):
     """Collects the batches of steps `first` .. `last` - 1, one after the other, on a thread of its own.
 
     The batch of step t is begun once the engines hold the weights of step t - max_lag, by `take(t - max_lag)`: no token
-    is older than that. With max_lag 0 nothing overlaps. With max_lag 1 (one step off) and `partial` off, the batch of
-    step t is sampled by the weights of step t - 1 alone, so that the run is as deterministic as with 0. Use it as a
-    context manager: what is under way at the end is given up.
+    is older than that, but for groups that `rollout.overprovision` carried over. With max_lag 0 nothing overlaps. With
+    max_lag 1 (one step off) and `partial` off, the batch of step t is sampled by the weights of step t - 1 alone, so
+    that the run is as deterministic as with 0. Use it as a context manager: what is under way at the end is given up.
     """
 
     def __init__(

@@ -26,8 +26,9 @@ from rloop_mcore.planning.layouts import broken_rule, nearest_legal, overrides, 
 from rloop_mcore.planning.nodes import idle_gpus, split_groups
 from rloop_mcore.platform.precision import PRECISIONS, check_bf16_layers, check_fp8_sizes, check_precision
 from rloop_mcore.run_config import flat
+from rloop_mcore.weights.families import FAMILIES
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+_FAMILIES = tuple(sorted(family.name for family in FAMILIES))
 _OPTIMIZERS = ("optimizer", "rft.optimizer", "sft.optimizer")
 _CHOICES = {
     "precision": PRECISIONS,
@@ -183,13 +184,15 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def _check_machine(config: Config, elsewhere: bool) -> None:
-    """Of `run`, `layout`, `actor`, `cluster` and `tracking`: what the machines have to bear."""
+    """Of `run`, `layout`, `actor`, `preflight`, `cluster` and `tracking`: what the machines have to bear."""
     if config.run.seed < 0:
         raise UserError(f"run.seed={config.run.seed} must be at least 0.")
     if (count := processes(config.layout)) > _MOST_PROCESSES:
         raise UserError(f"layout.* has {count} processes (tp x pp x cp x dp): at most {_MOST_PROCESSES}.")
     if config.actor.optimizer_offload > 1:
         raise UserError(f"actor.optimizer_offload={config.actor.optimizer_offload} is a share: at most 1.")
+    if (share := config.preflight.slow_link) is not None and not 0 <= share <= 1:
+        raise UserError(f"preflight.slow_link={share} is a share: from 0 (no link is slow) to 1, or null.")
     interface = config.cluster.interface
     if interface is not None and not re.fullmatch(r"[^\s/:]{1,15}", interface):
         raise UserError(f"cluster.interface={interface!r} is no name of an interface: such as ib0, from `ip address`.")

@@ -124,6 +124,8 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
         (["rollout=sglang"], ["rollout=sglang", "sglang_colocated"]),
         (["layout=null"], ["layout=null", "configs/layout"]),
         (["layout=3"], ["layout=3", "configs/layout"]),
+        (["rollout=[true]"], ["rollout=[true]", "configs/rollout"]),
+        (["rollout=[{tp: 1}]"], ["rollout=[{tp: 1}]", "configs/rollout"]),
         (["algorithm.rl_steps=null"], ["algorithm.rl_steps can't be null"]),
         (["modle=qwen2.5_7b"], ["modle", "did you mean model?"]),
         (["algorithm.lr=1e-6"], ["did you mean optimizer.lr?"]),
@@ -218,6 +220,23 @@ def test_a_key_without_a_value_is_named() -> None:
         load_config(["run.dir=r", "model.path=m"])
 
 
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("evaluation={limit: 3}", {"evaluation.limit": 3}),  # the section's other keys stay the run's
+        ("evaluation.limit=${rollout.max_tokens}", {"evaluation.limit": 17}),
+        ("data.train=mine.jsonl", {"data.train": "mine.jsonl"}),
+        ("rollout.server_args=['--a','b=c']", {"rollout.server_args": ["--a", "b=c"]}),
+    ],
+)
+def test_what_is_put_over_a_runs_configuration_changes_nothing_else(
+    override: str, changed: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny", "rollout.max_tokens=17"])))
+    before = flat(read_config(tmp_path / "config.yaml"))
+    assert flat(load_config_over(tmp_path / "config.yaml", [override])) == before | changed
+
+
 def test_a_runs_configuration_with_single_keys_over_it(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=tiny", "rollout.max_tokens=17"])))
     config = load_config_over(tmp_path / "config.yaml", ["evaluation.k=[1,2]", "rollout.top_p=0.5"])
@@ -226,6 +245,7 @@ def test_a_runs_configuration_with_single_keys_over_it(tmp_path: Path) -> None:
     assert before["rollout.max_tokens"] == 17
     for wrong, words in (
         ("experiment=tiny", "give single keys"),
+        ("hydra.searchpath=[/tmp]", "give single keys"),
         ("rollout.topp=1", "did you mean"),
         ("x", "override"),
     ):

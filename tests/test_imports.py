@@ -45,7 +45,7 @@ ALLOWED = {
     "run_config": {"config", "errors"},
     "compose": {"config", "errors", "run_config"},
     "hf_config": {"errors", "platform"},
-    "validate": {"algorithm", "config", "errors", "hf_config", "planning", "platform", "run_config"},
+    "validate": {"algorithm", "config", "errors", "hf_config", "planning", "platform", "run_config", "weights"},
     "feed": SHARED,
     "grading": SHARED,
     "timeline": {"platform"},

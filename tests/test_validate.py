@@ -67,6 +67,8 @@ NEEDED = ["run.dir=r", "model.path=m", "data.train=d"]
         ("cluster.stop_margin_s=-1", ["cluster.stop_margin_s=-1"]),
         ("algorithm.importance_cap=0.5", ["algorithm.importance_cap=0.5"]),
         ("actor.optimizer_offload=1.5", ["actor.optimizer_offload=1.5"]),
+        ("preflight.slow_link=50", ["preflight.slow_link=50.0", "from 0", "to 1"]),
+        ("preflight.slow_link=-0.1", ["preflight.slow_link=-0.1"]),
         ("guard.policy=ignore", ["guard.policy=ignore", "end_phase"]),
         ("guard.patience=0", ["guard.patience=0"]),
         ("guard.entropy_low=-0.1", ["guard.entropy_low=-0.1", "null"]),

@@ -35,13 +35,11 @@ def reduce_reports(reports: Sequence[Report]) -> dict[str, float]:
 
     `reports` are those of this rank's micro-batches; only the ranks of the last pipeline stage have any.
     """
-    mine: dict[str, Any] = {"tokens": 0, "sums": {}, "maxima": {}}
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        mine = _combine([{"tokens": r.tokens, "sums": _floats(r.sums), "maxima": _floats(r.maxima)} for r in reports])
-    everyone = [mine]
-    if dist.get_world_size() > 1:
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+    if parallel_state.get_tensor_model_parallel_rank() > 0:
+        reports = []  # the same as those of rank 0
+    mine = _combine([{"tokens": r.tokens, "sums": _floats(r.sums), "maxima": _floats(r.maxima)} for r in reports])
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     total = _combine(everyone)
     tokens = total["tokens"]
     means = {name: value / max(tokens, 1) for name, value in total["sums"].items()}

@@ -49,18 +49,6 @@ def initialize(layout: LayoutConfig, seed: int, timeout_s: float) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def leave_layout() -> None:
-    """Leave a layout's groups; torchrun's stays, so that another layout can follow.
-
-    Megatron only forgets its groups, and their threads and buffers stay.
-    """
-    _forget_groups()
-    dist.barrier()  # no rank waits in them for this one any more
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-
-
 def destroy() -> None:
     """Leave all groups; without it a rank may abort at exit."""
     if dist.is_initialized():

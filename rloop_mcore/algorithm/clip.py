@@ -21,8 +21,7 @@ def policy_loss(
 
         loss = -min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)
 
-    and for A < 0 the dual clip (arXiv 1912.09729), which bounds what one very off-policy
-    token can push:
+    and for A < 0 the dual clip (arXiv 1912.09729), which bounds what one very off-policy token can push:
 
         loss = min(loss, -dual_clip * A)
 
@@ -30,15 +29,15 @@ def policy_loss(
     caller's, who knows the mask and the other ranks.
 
     Args:
-        logprobs: [batch, seq] of the policy in training, with gradient.
-        old_logprobs: [batch, seq] of the behaviour policy, constants.
-        advantages: broadcastable to [batch, seq], e.g. [batch, 1].
+        logprobs: of the policy in training, any shape, with gradient.
+        old_logprobs: of the behaviour policy, same shape, constants.
+        advantages: broadcastable to that shape.
         clip_low: lower clip distance, 0.2 in DAPO.
         clip_high: upper clip distance, 0.28 in DAPO.
         dual_clip: bound on the ratio where A < 0, greater than 1 (DAPO's scripts: 10); 0 switches it off.
 
     Returns:
-        loss [batch, seq] and clipped [batch, seq] (bool). Where `clipped`, the loss is constant in `logprobs`.
+        loss and clipped (bool), same shape. Where `clipped`, the loss is constant in `logprobs`.
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     unclipped_loss = -advantages * ratio

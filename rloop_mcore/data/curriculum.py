@@ -41,8 +41,11 @@ class SampledCurriculum:
 
     def weights(self, iteration: int, step: int) -> Sequence[float]:
         """The sampler's weights [problems] by the visits before a step, over the largest of them."""
-        while self._not_yet and (visit := self._not_yet[0][1]) and (visit.iteration, visit.step) < (iteration, step):
-            name, visit = self._not_yet.popleft()
+        while self._not_yet:
+            name, visit = self._not_yet[0]
+            if (visit.iteration, visit.step) >= (iteration, step):
+                break
+            self._not_yet.popleft()
             if name in self._visits:
                 self._visits[name].append(visit)
         weights = self._call(f"data.sampler={self._name} before step {step} of iteration {iteration}")

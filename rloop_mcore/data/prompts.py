@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -35,7 +34,7 @@ class TemplatePrompts:
         self.tokenizer = tokenizer
         self.template = template
         self._seed = seed
-        rendered = [self.prompt(problem) for problem in problems]
+        rendered = [prompt_of(problem, tokenizer, template) for problem in problems]
         self.prompts = [prompt for prompt in rendered if len(prompt.ids) <= max_prompt_tokens]
         self.too_long = len(rendered) - len(self.prompts)
         if not self.prompts:
@@ -53,18 +52,11 @@ class TemplatePrompts:
             )
         self._epoch_order = lru_cache(maxsize=2)(self._permutation)
 
-    def prompt(self, problem: Problem) -> Prompt:
-        """A problem rendered and tokenised, whatever its length; raises UserError if no token comes of it."""
-        text = self.template.render(problem.problem)
-        ids = self.tokenizer.encode(text, special_tokens=not self.template.whole)
-        if not ids:
-            raise UserError(f"the tokenizer makes no token of problem {problem.id}: {problem.problem!r:.200}")
-        return Prompt(problem=problem, ids=ids)
-
     def example(self, problem: Problem) -> Example:
         """The demonstration in `problem.meta["solution"]`, ended as the template says; raises UserError without one."""
         response = (*self.tokenizer.encode(solution_of(problem), special_tokens=False), self.template.end)
-        return Example(prompt_ids=self.prompt(problem).ids, response_ids=response)
+        prompt = prompt_of(problem, self.tokenizer, self.template)
+        return Example(prompt_ids=prompt.ids, response_ids=response)
 
     def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
         """The next `count` prompts from place `position` of the endless order on, and the place after them.
@@ -102,6 +94,14 @@ class TemplatePrompts:
         return sorted(range(len(self.prompts)), key=key)
 
 
+def prompt_of(problem: Problem, tokenizer: TextTokenizer, template: PromptTemplate) -> Prompt:
+    """A problem rendered and tokenised, whatever its length. Raises UserError if no token comes of it."""
+    ids = tokenizer.encode(template.render(problem.problem), special_tokens=not template.whole)
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of problem {problem.id}: {problem.problem!r:.200}")
+    return Prompt(problem=problem, ids=ids)
+
+
 def solution_of(problem: Problem) -> str:
     """The demonstration that comes with a problem. Raises UserError where none does."""
     solution = problem.meta.get("solution")
@@ -116,14 +116,14 @@ def check_lengths(
     """Raises UserError where all prompts are too long; looks no further than the first that is not."""
     for problem in problems:
         with suppress(UserError):
-            TemplatePrompts([problem], tokenizer, template, 0, max_prompt_tokens)
-            return
+            if len(prompt_of(problem, tokenizer, template).ids) <= max_prompt_tokens:
+                return
     TemplatePrompts(problems, tokenizer, template, 0, max_prompt_tokens)
 
 
 def check_vocabulary(problem: Problem, tokenizer: TextTokenizer, template: PromptTemplate, vocabulary: int) -> None:
     """Raises UserError where a prompt, or what ends a demonstration, has a token beyond the model's `vocabulary`."""
-    prompt = TemplatePrompts([problem], tokenizer, template, 0, sys.maxsize).prompts[0]
+    prompt = prompt_of(problem, tokenizer, template)
     if (largest := max(*prompt.ids, template.end)) >= vocabulary:
         raise UserError(
             f"{tokenizer.folder}: its tokenizer has token {largest} in a prompt or at its end, and the model's "

@@ -62,7 +62,6 @@ def check_manifest(folder: Path, trust: bool, share: tuple[int, int] | None = No
     for name in _PICKLES:
         if (folder / name).exists() and _sha256(folder / name) != digests.get(name):
             raise UserError(f"{folder / name} is not the file that {_MANIFEST} has the digest of.")
-
     for name, checksum in checksums[share[0] :: share[1]] if share is not None else []:
         if crc32_of(folder / name) != checksum:
             raise UserError(

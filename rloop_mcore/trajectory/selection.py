@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,12 +30,13 @@ class _Outcomes:
     Threads only read: NumPy is faster over all rows at once than where threads hand the interpreter to each other.
     """
 
-    def __init__(self, threads: Executor, directory: Path, shards: Sequence[Shard], columns: Sequence[str]) -> None:
+    def __init__(self, directory: Path, shards: Sequence[Shard], columns: Sequence[str]) -> None:
         def read(shard: Shard) -> tuple[ShardFile, pa.Table]:
             file = ShardFile(directory, shard)
             return file, file.read(columns, dictionary=["problem_id"])
 
-        found = list(threads.map(read, shards))
+        with ThreadPoolExecutor(_threads()) as threads:
+            found = list(threads.map(read, shards))
         self.files = [file for file, _ in found]
         self._table = pa.concat_tables([table for _, table in found]).unify_dictionaries().combine_chunks()
         self._problem = self._table["problem_id"].chunk(0).indices.to_numpy()
@@ -75,8 +76,7 @@ def success_counts(directory: Path, shards: Sequence[Shard], iteration: int) -> 
     holding = [shard for shard in shards if shard.holds(iteration)]
     if not holding:
         return np.zeros(0, int), np.zeros(0, int)
-    with ThreadPoolExecutor(_threads()) as threads:
-        successes, samples = _Outcomes(threads, directory, holding, _OUTCOME).counts(iteration)
+    successes, samples = _Outcomes(directory, holding, _OUTCOME).counts(iteration)
     return successes[samples > 0], samples[samples > 0]
 
 
@@ -114,8 +114,7 @@ def _successes(
     if not holding:
         return [], []
     columns = [*_OUTCOME, *(["step"] if query.steps else []), *(["response_tokens"] if query.min_tokens else [])]
-    with ThreadPoolExecutor(_threads()) as threads:
-        outcomes = _Outcomes(threads, directory, holding, columns)
+    outcomes = _Outcomes(directory, holding, columns)
     return outcomes.files, np.split(outcomes.experts(query), np.cumsum([shard.rows for shard in holding])[:-1])
 
 
@@ -177,8 +176,6 @@ def _responses(table: pa.Table) -> pa.Array:
 
 def _first_copies(problems: pa.Array, responses: pa.Array, order: np.ndarray) -> np.ndarray:
     """Of the rows in `order`, the first of each (problem, response)."""
-    if not len(order):
-        return order
     problem, response = _codes(problems), _codes(responses)
     _, first = np.unique((problem << 32 | response)[order], return_index=True)
     return order[np.sort(first)]

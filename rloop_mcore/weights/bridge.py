@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,6 @@ from rloop_mcore.weights.families import choose_family
 from rloop_mcore.weights.family import HfConfig, canonical_name
 from rloop_mcore.weights.gather import ScatteredTensor, scattered, shard_number
 from rloop_mcore.weights.hf_folder import TensorReader, check_finite, write_folder
-
-
-def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter
 
 
 class HfBridge:
@@ -72,17 +68,12 @@ class HfBridge:
             check_finite(", ".join(source.name for source in known[name].sources), shard, path)
             assign(tensor, shard)
 
-    def export(
-        self, chunks: Sequence[torch.nn.Module], of: Callable[[torch.nn.Parameter], torch.Tensor] = _itself
-    ) -> Iterator[tuple[str, ScatteredTensor]]:
+    def export(self, chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, ScatteredTensor]]:
         """Collective: rank 0 yields the HF tensors in fixed order, each to be gathered before the next.
 
         The other ranks have to iterate too and yield nothing. A tensor is good until the next update of the weights.
-        `of` gives what is exported for a parameter, of its shape: itself, its gradient, a moment of the optimizer. That
-        has to be whole on the lowest rank that holds the parameter. The gradient of tied embeddings is the first
-        stage's, to which Megatron's finalize_model_grads has added the last one's.
         """
-        return scattered(self._exported, _named_parameters(chunks), of)
+        return scattered(self._exported, _named_parameters(chunks))
 
     def save(self, tensors: Iterator[tuple[str, Scattered]], path: Path) -> Policy:
         """Rank 0: write an HF folder (safetensors, config, tokenizer files) atomically and digest it."""

@@ -18,8 +18,7 @@ _CHUNK_BYTES = 1 << 24  # of a shard, on their way at once
 _NOBODY = torch.iinfo(torch.int64).max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Held = Mapping[str, torch.nn.Parameter]  # this rank's parameters by canonical name
-Of = Callable[[torch.nn.Parameter], torch.Tensor]
+Held = Mapping[str, torch.Tensor]  # this rank's parameters by canonical name
 Parts = Sequence[tuple[int, Piece]]  # of a tensor: the rank that owns each, and where it is
 
 
@@ -35,18 +34,17 @@ def shard_number(parameter: Parameter) -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
-def scattered(parameters: Sequence[Parameter], held: Held, of: Of) -> Iterator[tuple[str, ScatteredTensor]]:
+def scattered(parameters: Sequence[Parameter], held: Held) -> Iterator[tuple[str, ScatteredTensor]]:
     """Collective over all ranks: rank 0 yields each HF tensor, to be gathered before the next; the others nothing.
 
-    `of` gives the tensor that stands for a held parameter, of the same shape. Each shard comes from the lowest rank
-    that holds it, in chunks: nobody needs memory for a shard, but of one that is kept in FP8. All goes through the
-    default group: with NCCL, batched transfers use its one communicator, where a plain send would open one for every
-    pair of ranks.
+    Each shard comes from the lowest rank that holds it, in chunks: nobody needs memory for a shard, but of one that is
+    kept in FP8. All goes through the default group: with NCCL, batched transfers use its one communicator, where a
+    plain send would open one for every pair of ranks.
     """
     rank = dist.get_rank()
     scratch = _Scratch(next(iter(held.values())).device)
-    for parameter, entry in zip(parameters, _directory(parameters, held, of), strict=True):
-        mine = _plain(of(held[parameter.name])) if rank in entry.owners else None
+    for parameter, entry in zip(parameters, _directory(parameters, held), strict=True):
+        mine = _plain(held[parameter.name]) if rank in entry.owners else None
         shards = len(entry.owners)
         pieces = [(owner, piece) for i, owner in enumerate(entry.owners) for piece in parameter.pieces(i, shards)]
         for number, source in enumerate(parameter.sources):
@@ -146,7 +144,7 @@ class _Entry:
     dtype: torch.dtype
 
 
-def _directory(parameters: Sequence[Parameter], held: Held, of: Of) -> list[_Entry]:
+def _directory(parameters: Sequence[Parameter], held: Held) -> list[_Entry]:
     """Collective: one entry a parameter, the same on every rank.
 
     Every rank fills in the rows of what it holds, and the minimum over the ranks completes them: the lowest owner of
@@ -158,7 +156,7 @@ def _directory(parameters: Sequence[Parameter], held: Held, of: Of) -> list[_Ent
     for row, parameter, (number, _) in zip(rows, parameters, numbers, strict=True):
         if parameter.name in held:
             row[number] = dist.get_rank()
-            row[most] = _DTYPES.index(of(held[parameter.name]).dtype)
+            row[most] = _DTYPES.index(held[parameter.name].dtype)
     table = torch.tensor(rows, device=next(iter(held.values())).device)
     dist.all_reduce(table, op=dist.ReduceOp.MIN)
     entries = []

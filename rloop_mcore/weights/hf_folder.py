@@ -24,7 +24,7 @@ from rloop_mcore.weights.digest import combine
 from rloop_mcore.weights.tensor_files import INDEX_FILE, SINGLE_FILE, catalogue
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30  # of a file
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -90,10 +90,10 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
 class TensorWriter:
     """The safetensors of an HF folder, laid out from a plan and filled in any order, by several threads if need be."""
 
-    def __init__(self, folder: Path, plan: Plan, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write the headers, and the index where there are several files of at most `shard_bytes` (or one tensor)."""
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        """Write the headers, and the index where there are several files."""
         self.plan = plan
-        self.files = files_of(plan, shard_bytes)
+        self.files = files_of(plan)
         self._missing = set(plan)
         self._places: dict[str, tuple[int, int]] = {}  # file descriptor and offset
         self._descriptors: list[int] = []
@@ -135,7 +135,6 @@ def write_folder(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     source: Path,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Policy:
     """Write an HF folder atomically: the tensors as they stream by, config and tokenizer files copied from `source`.
 
@@ -149,7 +148,7 @@ def write_folder(
     plan = {name: (dtype, shape) for name, shape in shapes.items()}
     with new_directory(path) as folder:
         write_config(folder, source, {dtype})
-        with TensorWriter(folder, plan, shard_bytes) as writer:
+        with TensorWriter(folder, plan) as writer:
             for name, tensor in chain([first], stream):
                 writer.write(name, tensor)
                 written[name] = (DTYPES[dtype], tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
@@ -171,13 +170,13 @@ def write_config(folder: Path, source: Path, dtypes: set[torch.dtype]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def files_of(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """The names of the files, and of the tensors in each."""
+def files_of(plan: Plan) -> dict[str, list[str]]:
+    """The names of the files, and of the tensors in each: at most SHARD_BYTES, or one tensor."""
     files: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in plan.items():
         of_tensor = prod(shape) * dtype.itemsize
-        if files[-1] and size + of_tensor > shard_bytes:
+        if files[-1] and size + of_tensor > SHARD_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)

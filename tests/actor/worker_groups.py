@@ -10,6 +10,7 @@ platform.setup("cpu", threads=1)
 
 from rloop_mcore.actor import parallel  # noqa: E402
 from rloop_mcore.config import LayoutConfig  # noqa: E402
+from tests.layouts import leave_layout  # noqa: E402
 
 
 def threads() -> int:
@@ -20,7 +21,7 @@ before, counts = threads(), []
 for _ in range(3):
     parallel.initialize(LayoutConfig(), seed=0, timeout_s=60.0)
     counts.append(threads() - before)
-    parallel.leave_layout()
+    leave_layout()
     counts.append(threads() - before)
 parallel.destroy()
 print(*counts, threads() - before)

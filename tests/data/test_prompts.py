@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from rloop_mcore.data.prompts import TemplatePrompts
+from rloop_mcore.data.prompts import TemplatePrompts, prompt_of
 from rloop_mcore.data.templates import PromptTemplate
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
@@ -92,9 +92,9 @@ def test_prompt_example_and_decode(tokenizer: TextTokenizer) -> None:
     prompts = make(tokenizer)
     problem = Problem("x", "3 4", "7", meta={"solution": "12 , 7"})
     word = {text: n for n, text in enumerate(WORDS)}
-    assert prompts.prompt(problem).ids == (word["3"], word["4"], word[","])
+    assert prompt_of(problem, prompts.tokenizer, prompts.template).ids == (word["3"], word["4"], word[","])
     example = prompts.example(problem)
-    assert example.prompt_ids == prompts.prompt(problem).ids
+    assert example.prompt_ids == prompt_of(problem, prompts.tokenizer, prompts.template).ids
     assert example.response_ids == (word["12"], word[","], word["7"], word["</s>"])
     assert prompts.decode(example.response_ids) == "12 , 7"
     for meta in ({}, {"solution": " \n"}, {"solution": 7}):
@@ -105,7 +105,7 @@ def test_prompt_example_and_decode(tokenizer: TextTokenizer) -> None:
 def test_bos_is_what_the_tokenizer_itself_adds(tmp_path: Path) -> None:
     prompts = make(write_tokenizer(tmp_path, bos=True))
     problem = Problem("x", "3", "3", meta={"solution": "3"})
-    assert prompts.prompt(problem).ids == (0, WORDS.index("3"), WORDS.index(","))
+    assert prompt_of(problem, prompts.tokenizer, prompts.template).ids == (0, WORDS.index("3"), WORDS.index(","))
     assert prompts.example(problem).response_ids == (WORDS.index("3"), 1)  # none inside
 
 

@@ -49,8 +49,10 @@ from rloop_mcore.rollout.fleet import Fleet  # noqa: E402
 from rloop_mcore.rollout.launch import EmbeddedServer, SGLangServer  # noqa: E402
 from rloop_mcore.rollout.served import ServedModel  # noqa: E402
 from rloop_mcore.types import Example, SampleRequest, Sampling, Trajectory  # noqa: E402
-from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+from rloop_mcore.weights.bridge import HfBridge, _named_parameters  # noqa: E402
 from rloop_mcore.weights.channel import BroadcastChannel  # noqa: E402
+from rloop_mcore.weights.gather import scattered  # noqa: E402
+from tests.layouts import leave_layout  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=3e-4, weight_decay=0.0)
 FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
@@ -73,8 +75,9 @@ def saved(actor: MegatronActor, path: Path) -> None:
     everywhere("finish_save", actor)
 
 
-def exported(actor: MegatronActor, *of: Any) -> dict[str, torch.Tensor]:
-    return {name: t.gather().float().cpu().clone() for name, t in actor._bridge.export(actor._chunks, *of)}
+def exported(actor: MegatronActor, of: Any = lambda parameter: parameter) -> dict[str, torch.Tensor]:
+    tensors = {name: of(parameter) for name, parameter in _named_parameters(actor._chunks).items()}
+    return {name: t.gather().float().cpu().clone() for name, t in scattered(actor._bridge._exported, tensors)}
 
 
 def fp8_layers(actor: MegatronActor) -> list[bool]:
@@ -274,7 +277,7 @@ def main() -> None:
             if "RANK" in os.environ:  # the other ranks may be stuck: no job after this one can be trusted
                 break
         if parallel_state.is_initialized():
-            parallel.leave_layout()
+            leave_layout()
         if DEVICE == "cuda":
             from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

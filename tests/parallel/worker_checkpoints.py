@@ -35,6 +35,7 @@ from rloop_mcore.errors import DiskFull, Fault, UserError  # noqa: E402
 from rloop_mcore.platform import manifest  # noqa: E402
 from rloop_mcore.platform.manifest import crc32_of  # noqa: E402
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+from tests.layouts import leave_layout  # noqa: E402
 
 LEARNING = OptimizerConfig(lr=1e-3, clip_grad=0.5, warmup_updates=2)
 
@@ -247,7 +248,7 @@ def main() -> None:
             result["failures"] = fail_to_save(trainer)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{job['name']}.pt")
-        parallel.leave_layout()
+        leave_layout()
     parallel.destroy()
 
 

@@ -35,6 +35,7 @@ from rloop_mcore.config import (  # noqa: E402
     RolloutConfig,
 )
 from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+from tests.layouts import leave_layout  # noqa: E402
 
 FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
 LEARNING = OptimizerConfig(lr=1e-2, clip_grad=0.5)
@@ -144,7 +145,7 @@ def main() -> None:
         result = TASKS[job["task"]](actor, folder)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{job['name']}.pt")
-        parallel.leave_layout()
+        leave_layout()
     parallel.destroy()
 
 

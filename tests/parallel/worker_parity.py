@@ -30,7 +30,9 @@ from rloop_mcore.config import (  # noqa: E402
     OptimizerConfig,
     RolloutConfig,
 )
-from rloop_mcore.weights.bridge import HfBridge  # noqa: E402
+from rloop_mcore.weights.bridge import HfBridge, _named_parameters  # noqa: E402
+from rloop_mcore.weights.gather import scattered  # noqa: E402
+from tests.layouts import leave_layout  # noqa: E402
 
 # Adam makes of the rounding noise in a small gradient a step in proportion to lr
 LEARNING = OptimizerConfig(lr=1e-4, clip_grad=0.5, warmup_updates=2)
@@ -48,9 +50,10 @@ def whole_gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
     return whole(actor, lambda parameter: parameter.main_grad)
 
 
-def whole(actor: MegatronActor, of: Any = None) -> dict[str, torch.Tensor]:
-    arguments = () if of is None else (of,)
-    return {name: tensor.gather().clone() for name, tensor in actor._bridge.export(actor._chunks, *arguments)}
+def whole(actor: MegatronActor, of: Any = lambda parameter: parameter) -> dict[str, torch.Tensor]:
+    """By HF name; of a tied embedding's gradient the first stage's, to which Megatron has added the last one's."""
+    tensors = {name: of(parameter) for name, parameter in _named_parameters(actor._chunks).items()}
+    return {name: tensor.gather().clone() for name, tensor in scattered(actor._bridge._exported, tensors)}
 
 
 def train(job: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def main() -> None:
         result = train(job, out)
         if dist.get_rank() == 0:
             torch.save(result, out / f"{job['name']}.pt")
-        parallel.leave_layout()
+        leave_layout()
     parallel.destroy()
 
 

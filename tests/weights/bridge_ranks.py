@@ -50,7 +50,7 @@ def fits(case: str, heads: int, layout: LayoutConfig) -> bool:
 def main(folder: Path) -> None:
     import megatron_model
 
-    from rloop_mcore.actor import parallel
+    from tests.layouts import leave_layout
 
     world = int(os.environ["WORLD_SIZE"])
     cases = sorted(path.parent for path in folder.glob("*/expected_logits"))
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
             heads = json.loads((case / "config.json").read_text())["num_attention_heads"]
             if fits(case.name, heads, layout):
                 differences[f"{case.name}-{name}"] = run(case, layout, folder / f"{case.name}-{name}")
-        parallel.leave_layout()
+        leave_layout()
     if dist.get_rank() == 0:
         (folder / f"differences-{world}.json").write_text(json.dumps(differences))
     dist.barrier()
@@ -75,7 +75,7 @@ def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
     from megatron_model import build_chunks, logits_of
 
     from rloop_mcore.weights import gather
-    from rloop_mcore.weights.bridge import HfBridge
+    from rloop_mcore.weights.bridge import HfBridge, _named_parameters
 
     bridge = HfBridge(case)
     dtype = getattr(torch, json.loads((case / "config.json").read_text())["dtype"])
@@ -91,7 +91,8 @@ def run(case: Path, layout: LayoutConfig, out: Path) -> float | None:
         bridge.save(tensors, out)
     else:
         assert list(tensors) == []
-    doubled = {n: t.gather().clone() for n, t in bridge.export(chunks, of=lambda parameter: 2 * parameter)}
+    twice = {name: 2 * parameter for name, parameter in _named_parameters(chunks).items()}
+    doubled = {name: tensor.gather().clone() for name, tensor in gather.scattered(bridge._exported, twice)}
     if dist.get_rank() == 0:
         tensors = load_file(case / "model.safetensors")
         assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in doubled.items())

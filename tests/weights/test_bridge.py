@@ -21,7 +21,7 @@ from rloop_mcore.actor import parallel
 from rloop_mcore.config import LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.weights import gather
-from rloop_mcore.weights.bridge import HfBridge
+from rloop_mcore.weights.bridge import HfBridge, _named_parameters
 from rloop_mcore.weights.digest import digest_of
 from rloop_mcore.weights.family import HfTensor, Parameter, Split
 from rloop_mcore.weights.gather import ScatteredTensor
@@ -57,6 +57,11 @@ def assert_identical(exported: dict[str, torch.Tensor], expected: dict[str, torc
 
 def gathered(tensors: Iterator[tuple[str, ScatteredTensor]]) -> dict[str, torch.Tensor]:
     return {name: tensor.gather().clone() for name, tensor in tensors}
+
+
+def exported(bridge: HfBridge, chunks: list[torch.nn.Module], of: Any) -> Iterator[tuple[str, ScatteredTensor]]:
+    """What `of` makes of the parameters, by HF name."""
+    return gather.scattered(bridge._exported, {name: of(p) for name, p in _named_parameters(chunks).items()})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -98,7 +103,7 @@ def test_gradients_by_hf_name(tmp_path: Path, family: str) -> None:
         parameter.data = parameter.grad
     reference.save_pretrained(tmp_path / "gradients")  # transformers names and splits them
     expected = load_file(tmp_path / "gradients" / "model.safetensors")
-    gradients = gathered(bridge.export(chunks, of=lambda parameter: parameter.grad))
+    gradients = gathered(exported(bridge, chunks, lambda parameter: parameter.grad))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item())
@@ -167,7 +172,7 @@ def test_parameters_in_fp8_are_saved_in_the_dtype_they_stand_for(
     monkeypatch.setattr("megatron.core.fp8_utils.FP8_TENSOR_CLASS", InFp8)
     make_folder(tmp_path / "m", "qwen2", kv_heads=2, ratio=4, tied=False, dtype=torch.bfloat16)
     bridge, chunks = load(tmp_path / "m", torch.bfloat16)
-    fused = bridge.export(chunks, lambda parameter: InFp8(parameter.detach()) if parameter.dim() == 2 else parameter)
+    fused = exported(bridge, chunks, lambda p: InFp8(p.detach()) if p.dim() == 2 else p)
     bridge.save(fused, tmp_path / "out")
     given = load_file(tmp_path / "m" / "model.safetensors")
     rounded = {n: t.to(torch.float8_e4m3fn).bfloat16() if t.dim() == 2 else t for n, t in given.items()}
@@ -206,7 +211,7 @@ def test_a_rank_waits_for_each_chunk_that_it_sends(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
     parameter = Parameter("p", (HfTensor("t", (64, 8)),), Split.REPLICATED)
-    assert not list(gather.scattered([parameter], {"p": torch.nn.Parameter(torch.ones(64, 8))}, lambda p: p))
+    assert not list(gather.scattered([parameter], {"p": torch.ones(64, 8)}))
     assert done == ["sent", "taken"] * 2
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from rloop_mcore.main.cli import main
 from rloop_mcore.platform.manifest import write_manifest
+from rloop_mcore.weights import hf_folder
 from rloop_mcore.weights.hf_folder import TensorWriter
 
 
@@ -33,7 +35,8 @@ def in_two_shards(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     (folder / "model.safetensors").unlink()
-    with TensorWriter(folder, plan, sum(t.nbytes for t in tensors.values()) * 2 // 3) as writer:
+    most = sum(tensor.nbytes for tensor in tensors.values()) * 2 // 3
+    with patch.object(hf_folder, "SHARD_BYTES", most), TensorWriter(folder, plan) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rloop_mcore.errors import UserError
+from rloop_mcore.weights import hf_folder
 from rloop_mcore.weights.digest import combine, digest_of
 from rloop_mcore.weights.hf_folder import TensorReader, TensorWriter, write_folder
 from rloop_mcore.weights.tensor_files import catalogue, check_tensors
@@ -102,12 +103,11 @@ def test_both_names_of_the_dtype_are_kept_up(source: Path, tmp_path: Path) -> No
     assert json.loads((policy.path / "config.json").read_text()) == {"torch_dtype": "float32", "dtype": "float32"}
 
 
-def test_shards_hold_the_same_policy(source: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_same_policy(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_folder(tmp_path / "whole", SHAPES, iter(TENSORS.items()), source)
     again = write_folder(tmp_path / "again", SHAPES, iter(TENSORS.items()), source)
-    reordered = write_folder(
-        tmp_path / "sharded", dict(sorted(SHAPES.items())), iter(sorted(TENSORS.items())), source, shard_bytes=60
-    )
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 60)
+    reordered = write_folder(tmp_path / "sharded", dict(sorted(SHAPES.items())), iter(sorted(TENSORS.items())), source)
     files = [path.name for path in sorted(reordered.path.glob("*.safetensors"))]
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index = json.loads((reordered.path / "model.safetensors.index.json").read_text())
