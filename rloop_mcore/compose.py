@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from rloop_mcore.config import Config, config_folder
 from rloop_mcore.errors import UserError
-from rloop_mcore.run_config import key_names, read_config, sentence_of, unknown_key
+from rloop_mcore.run_config import flat, key_names, read_config, sentence_of, unknown_key
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -33,8 +33,6 @@ def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             config = _typed(compose("config", list(overrides)), absent)
-            OmegaConf.structured(config)  # a list within a list of numbers passes up to here
-            return config
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_sentence(error)) from error
     except RecursionError:
@@ -44,6 +42,8 @@ def load_config(overrides: Sequence[str], absent: str | None = None) -> Config:
         if error.errno is not None:
             raise
         raise UserError(f"{_files_of(overrides)}: a file of the configuration holds no keys ({error}).") from error
+    _check_lists(config)
+    return config
 
 
 def load_config_over(path: Path, overrides: Sequence[str]) -> Config:
@@ -70,6 +70,14 @@ def _typed(tree: Any, absent: str | None = None) -> Config:
         wanted = " ".join(f"{key}=VALUE" for key in missing)
         raise UserError(f"no value for {', '.join(missing)}: give {wanted} on the command line.")
     return cast(Config, OmegaConf.to_object(tree))
+
+
+def _check_lists(config: Config) -> None:
+    """OmegaConf takes a list within a list of numbers for one."""
+    for key, value in flat(config).items():
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, list | dict):
+                raise UserError(f"{key} holds {entry}: its entries are single values, {key}=[A,B].")
 
 
 def _check_keys(overrides: Sequence[str], folder: Path) -> None:

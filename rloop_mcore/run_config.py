@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Iterator, Set
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -40,12 +41,12 @@ def read_config(path: Path) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """Every key by its dotted name, with its value."""
-    return dict(_leaves(OmegaConf.structured(config)))
+    return dict(_leaves(asdict(config)))
 
 
 @functools.cache
 def key_names() -> frozenset[str]:
-    return frozenset(name for name, _ in _leaves(OmegaConf.structured(Config)))
+    return frozenset(flat(Config()))
 
 
 def unknown_key(key: str, groups: Set[str], where: str = "") -> str:
@@ -79,11 +80,9 @@ def sentence_of(error: BaseException) -> str:
     return " ".join(line for line in lines if line != "full_key:" and not line.startswith(_HYDRAS_OWN))
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in map(str, node):
-        name = f"{prefix}{key}"
-        value = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(value, DictConfig):
-            yield from _leaves(value, f"{name}.")
+def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield name, OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+            yield f"{prefix}{key}", None if value == MISSING else value

@@ -177,7 +177,7 @@ def test_all_keys_that_are_missing_are_named_at_once() -> None:
         (b"defaults: [/experiment/broken]", "experiment=broken: a file of the configuration holds itself"),
         (b"defaults: 5", "'experiment/broken', defaults must be a list"),
         (b"run: {seed: " + b"9" * 5000 + b"}", "4300 digits"),
-        (b"# @package _global_\nlayout: {stages: [[1]]}", r"stages\[0\].*could not be converted to Integer"),
+        (b"# @package _global_\nlayout: {stages: [[1]]}", r"layout\.stages holds \[1\]: its entries are single values"),
         (
             b"# @package _global_\nrun: {sed: 1}",
             r"'experiment/broken': run\.sed is not a key of .* did you mean run\.seed\?",

@@ -400,7 +400,6 @@ KEEPING = ["checkpoint.keep_best=1", "checkpoint.policy_steps=[1]", "data.valida
         ["checkpoint.every=1"],
         ["checkpoint.every=1", "checkpoint.asynchronous=true"],
         ["checkpoint.every=2"],
-        ["checkpoint.every=2", "checkpoint.asynchronous=true"],
         [*KEEPING, "checkpoint.every=2", "checkpoint.asynchronous=true"],
         [*KEEPING, "algorithm.reset=false"],
         [*KEEPING, "rft.enabled=false"],

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from rloop_mcore.config import RewardConfig
 from rloop_mcore.platform.files import parse_json, passing_over_a_full_disk, write_atomic
-from rloop_mcore.reward.extract import last_box
-from rloop_mcore.reward.math import compare_symbolically
 from rloop_mcore.reward.pool import RewardPool
-from rloop_mcore.types import Problem, Verdict
+from rloop_mcore.types import Problem
 
 _PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
 
@@ -30,7 +28,7 @@ def unverifiable(problems: Sequence[Problem], config: RewardConfig, kept: Path |
         return {}
     if kept is not None and (before := _read(kept, problems, config)) is not None:
         return before
-    checking = dataclasses.replace(config, verifier=f"{__name__}:verify_gold", max_failure_share=1.0)
+    checking = dataclasses.replace(config, verifier="rloop_mcore.reward.math:verify_gold", max_failure_share=1.0)
     with RewardPool(checking) as pool:
         verdicts = pool.grade([(problem, "", False) for problem in problems])
     found = {p.id: verdict.reason for p, verdict in zip(problems, verdicts, strict=True) if not verdict.correct}
@@ -39,11 +37,6 @@ def unverifiable(problems: Sequence[Problem], config: RewardConfig, kept: Path |
         with passing_over_a_full_disk():
             write_atomic(kept, json.dumps(record, indent=1) + "\n")
     return found
-
-
-def verify_gold(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
-    """A verifier of the pool's kind: the gold, or the box in it, against itself."""
-    return compare_symbolically(problem.answer, last_box(problem.answer) or problem.answer)
 
 
 def _read(kept: Path, problems: Sequence[Problem], config: RewardConfig) -> dict[str, str] | None:

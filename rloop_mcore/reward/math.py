@@ -57,6 +57,11 @@ def grade_answer(problem: Problem, answer: str) -> Verdict:
     return WRONG if verdict.correct and restates(problem.problem, gold, answer, right) else verdict
 
 
+def verify_gold(problem: Problem, response: str, truncated: bool, answer_format: str) -> Verdict:
+    """A verifier of the pool's kind: the gold, or the box in it, against itself (`golds.py`)."""
+    return compare_symbolically(problem.answer, last_box(problem.answer) or problem.answer)
+
+
 @lru_cache(maxsize=4096)
 def compare(gold: str, answer: str) -> Verdict:
     """Is `answer` the same mathematical object (or the same text) as `gold`? Not symmetric: the gold sets the form.

@@ -1,4 +1,4 @@
-"""How `rloop` ends where a file of the user's can't be read or written: one sentence, and nothing is half done."""
+"""How `rloop` ends at a mistake, and where a file can't be read or written: one sentence, and nothing is half done."""
 
 from __future__ import annotations
 
@@ -47,6 +47,41 @@ def test_a_file_that_fails_is_a_sentence(
     refuse(OSError(number, os.strerror(number), *paths), monkeypatch)
     assert main(["status", "run"]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["status", "/nowhere"], "/nowhere is not a run directory"),
+        (["report", "/nowhere"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--live"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--live", "--out", "page.html"], "--live serves the page and writes no file"),
+        (["report", "/nowhere", "--port", "8000"], "--port 8000 is of --live"),
+        (["compare", "/nowhere", "/nowhere"], "/nowhere is not a run directory"),
+        (["evaluate", "--policy", "/nowhere", "--data", "countdown:test"], "--policy /nowhere holds no config.json"),
+        (["evaluate", "--policy", "/nowhere", "--step", "last", "--data", "x"], "/nowhere is not a run directory"),
+        (
+            ["evaluate", "--policy", "/nowhere", "--data", "x", "--against", "/none.json"],
+            "--against /none.json cannot be",
+        ),
+        (["grade", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["train", "experiment=tiny", "run.dir=/proc/x"], "run.dir=/proc/x cannot be created"),
+        (["train", "experiment=tiny", "algorithm.rl_step=3"], "did you mean algorithm.rl_steps?"),
+        (["train", "experiment=tiny", "data.train=countdown:all"], "countdown has the splits"),
+        (["train", "experiment=tiny", "data.template=none"], "data.template 'none' not found"),
+        (["train", "experiment=tiny", "layout.tp=3"], "layout.tp=3 does not divide"),
+        (["train", "experiment=tiny", "layout.dp=100000"], "layout.* starts 100000 ranks on this machine"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "train" and not any(word.startswith("run.dir") for word in arguments):
+        arguments = [*arguments, f"run.dir={tmp_path / 'run'}"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["report", "compare", "trace"])

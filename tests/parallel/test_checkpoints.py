@@ -11,7 +11,14 @@ from parity import HERE, tensor_distance
 from parity_model import write
 from ranks import launch
 
-TWO_RANKS = {"TP2": {"tp": 2}, "PP2": {"pp": 2, "stages": [2, 2]}, "DP2": {"dp": 2}}
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "TP2": ({"tp": 2}, "fp32"),
+    "PP2": ({"pp": 2, "stages": [2, 2]}, "fp32"),
+    "DP2": ({"dp": 2}, "fp32"),
+    "empty stage": ({"pp": 2, "stages": [0, 4]}, "bf16"),
+    "TP1": ({}, "fp32"),
+}
+TWO_RANKS = ("TP2", "PP2", "DP2")
 OPTIMIZERS = {"": True, " plain": False}  # the distributed optimizer, and Megatron's other one
 TWO = [f"{layout}{optimizer}" for layout in TWO_RANKS for optimizer in OPTIMIZERS]
 EMPTY = [f"empty stage{optimizer}" for optimizer in OPTIMIZERS]  # its norms, none, are a group of Megatron's optimizer
@@ -23,20 +30,20 @@ TOLERANCE = 1e-5
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("checkpoints")
     write("dense", folder / "dense")
-    empty = {"empty stage": {"pp": 2, "stages": [0, 4]}}
-    for ranks, precision, layouts in ((2, "fp32", TWO_RANKS), (2, "bf16", empty), (1, "fp32", {"TP1": {}})):
-        jobs = [
-            {
-                "name": f"{name}{optimizer}",
-                "layout": layout,
-                "precision": precision,
-                "distributed_optimizer": distributed,
-                "resume": [] if ranks == 2 else [f"{other}{optimizer}.async" for other in TWO_RANKS],
-            }
-            for name, layout in layouts.items()
-            for optimizer, distributed in OPTIMIZERS.items()
-        ]
-        launch(HERE / "worker_checkpoints.py", json.dumps(jobs), folder, processes=ranks)
+    jobs = [
+        {
+            "name": f"{name}{optimizer}",
+            "layout": layout,
+            "precision": precision,
+            "distributed_optimizer": distributed,
+            "resume": [f"{other}{optimizer}.async" for other in TWO_RANKS] if name == "TP1" else [],
+        }
+        for name, (layout, precision) in LAYOUTS.items()
+        for optimizer, distributed in OPTIMIZERS.items()
+    ]
+    for ranks, names in ((2, TWO + EMPTY), (1, ONE)):
+        chosen = [job for job in jobs if job["name"] in names]
+        launch(HERE / "worker_checkpoints.py", json.dumps(chosen), folder, processes=ranks)
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in TWO + EMPTY + ONE}
 
 

@@ -39,8 +39,7 @@ TROUBLE = {
 
 
 def item(response: str, gold: str = "right", truncated: bool = False) -> tuple[Problem, str, bool]:
-    graders = [grader.pid for worker in psutil.Process().children() for grader in worker.children()]
-    return Problem("p", "", gold, meta={"graders": graders}), response, truncated
+    return Problem("p", "", gold), response, truncated
 
 
 def config(verifier: str = BAD, **settings: object) -> RewardConfig:
@@ -277,7 +276,8 @@ def test_workers_are_children_without_torch_and_end_with_the_pool() -> None:
     with RewardPool(config()) as pool:
         workers = set(psutil.Process().children()) - before
         assert len(workers) == 2
-        assert [v.reason for v in pool.grade([item("pid")])] == ["correct"]
+        graders = [grader.pid for worker in workers for grader in worker.children()]
+        assert pool.grade([(Problem("p", "", "", meta={"graders": graders}), "pid", False)])[0].reason == "correct"
         assert not pool.grade([item("torch")])[0].correct
     assert not any(worker.is_running() for worker in workers)
     with pytest.raises(RuntimeError, match="closed"):

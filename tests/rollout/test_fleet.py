@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,32 @@ def fleet(servers: list[EmbeddedServer], request: pytest.FixtureRequest) -> Iter
     channel = {"broadcast": "broadcast", "handles": None}[request.param]
     with make_fleet([Borrowed(s) for s in servers], channel) as fleet:
         yield fleet
+
+
+@pytest.fixture(scope="module")
+def _mortal(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    run_dir = tmp_path_factory.mktemp("mortal")
+    started = [start_server(model_path, run_dir, f"engine-{i}", max_running=16) for i in range(2)]
+    with make_fleet(started, None, probe=Probe(every_s=1.0, deadline_s=4.0)) as fleet:
+        fleet.wait_ready()
+        yield fleet
+
+
+@pytest.fixture
+def mortal(_mortal: Fleet) -> Fleet:
+    """Two engines of its own, which its tests kill and stop; both are there again, and none is counted as lost."""
+    wait_for_both(_mortal)
+    _mortal._controller.counters.lost = 0
+    return _mortal
+
+
+def wait_for_both(fleet: Fleet) -> None:
+    while len(fleet._controller.in_state("waiting", "serving")) < 2:
+        time.sleep(0.1)
+
+
+def process_of(fleet: Fleet, number: int) -> subprocess.Popen[bytes]:
+    return fleet.servers[number].process  # type: ignore[attr-defined,no-any-return]
 
 
 def _weights(model: PreTrainedModel) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
@@ -122,20 +149,17 @@ def test_engines_sleep_until_the_next_sync(
 
 
 def test_an_engine_that_cannot_sleep_is_lost_and_the_sync_waits_for_it(
-    model_path: Path, tmp_path: Path, other_model: PreTrainedModel
+    mortal: Fleet, other_model: PreTrainedModel
 ) -> None:
-    server = start_server(model_path, tmp_path, "engine", max_running=16)
-    with make_fleet([server]) as fleet:
-        fleet.sync(_weights(other_model), 1)
-        server.process.kill()
-        fleet.sleep()
-        while not fleet._controller.in_state("waiting"):
-            time.sleep(0.1)
-        status, answer = endpoint_of(server).request("/health_generate")
-        assert (status, "released" in str(answer)) == (503, True)  # once it is back it leaves the trainer the memory
-        fleet.sync(_weights(other_model), 2)
-        _assert_by(other_model, fleet, 2)
-        assert fleet._controller.counters.lost == 1
+    mortal.sync(_weights(other_model), 1)
+    process_of(mortal, 1).kill()
+    mortal.sleep()
+    wait_for_both(mortal)
+    status, answer = endpoint_of(mortal.servers[1]).request("/health_generate")
+    assert (status, "released" in str(answer)) == (503, True)  # once it is back it leaves the trainer the memory
+    assert mortal.sync(_weights(other_model), 2)["engines_serving"] == 2
+    _assert_by(other_model, mortal, 2)
+    assert mortal._controller.counters.lost == 1
 
 
 def test_many_small_buckets_equal_one(
@@ -279,27 +303,17 @@ def test_buckets_handed_out_on_a_gpu_are_not_written_again(device: str, memories
     assert len({bucket.data.untyped_storage()._cdata for bucket in buckets}) == memories
 
 
-def test_the_calls_of_a_killed_engine_go_to_another_and_it_rejoins_with_current_weights(
-    model_path: Path, tmp_path: Path, reference: PreTrainedModel, other_model: PreTrainedModel
+def test_when_all_engines_are_killed_others_take_their_calls_with_the_current_weights(
+    mortal: Fleet, reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:
-    own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
-    with make_fleet(own, request_timeout_s=300.0) as fleet:
-        fleet.sync(_weights(reference), 1)
-        undisturbed = fleet.generate(_requests(), SAMPLING)
-        own[1].process.kill()
-        own[1].process.wait()
-        assert fleet.generate(_requests(), SAMPLING) == undisturbed  # bit for bit: a call is a pure function
-        metrics = fleet.sync(_weights(other_model), 2)
-        assert metrics["engines_lost"] == 1
-        _assert_by(other_model, fleet, 2)
-        while fleet._controller.in_state("lost"):
-            time.sleep(0.1)
-        assert fleet.sync(_weights(other_model), 3)["engines_serving"] == 2
-        _assert_by(other_model, fleet, 3)
-        for server in own:  # now none is left, and the trainer is waiting: what they get is of the last sync
-            server.process.kill()
-            server.process.wait()
-        _assert_by(other_model, fleet, 3)
+    mortal.sync(_weights(reference), 1)
+    mortal.sync(_weights(other_model), 2)
+    undisturbed = mortal.generate(_requests(), SAMPLING)
+    for number in range(2):
+        process_of(mortal, number).kill()
+        process_of(mortal, number).wait()
+    assert mortal.generate(_requests(), SAMPLING) == undisturbed  # bit for bit: a call is a pure function
+    assert_by(other_model, _requests(), undisturbed, 2)
 
 
 def test_an_engine_that_is_killed_before_the_first_sync_is_started_once_more(
@@ -389,30 +403,26 @@ def test_two_runs_that_share_an_engine_do_not_take_each_others_samples(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_fails_among_the_handles_of_a_sync_is_left_out_and_rejoins(
-    model_path: Path,
-    tmp_path: Path,
+    mortal: Fleet,
     reference: PreTrainedModel,
     other_model: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
     how: signal.Signals,
 ) -> None:
-    own = [start_server(model_path, tmp_path, f"engine-{i}", max_running=16) for i in range(2)]
-    with make_fleet(own, None, probe=Probe(every_s=1.0, deadline_s=2.0)) as fleet:
-        fleet.sync(_weights(other_model), 1)
-        fleet._sync.buffers.bucket_bytes = 3000
-        fleet._sync.timeout_s = 5.0
-        update, calls = EngineClient.update_from_tensors, []
+    mortal.sync(_weights(other_model), 1)
+    monkeypatch.setattr(mortal._sync.buffers, "bucket_bytes", 3000)
+    monkeypatch.setattr(mortal._sync, "timeout_s", 5.0)
+    update, calls = EngineClient.update_from_tensors, []
 
-        async def third_fails(client: EngineClient, *arguments: Any) -> None:
-            calls.append(client)
-            if len(calls) == 3:
-                own[0].process.send_signal(how)
-            await update(client, *arguments)
+    async def third_fails(client: EngineClient, *arguments: Any) -> None:
+        calls.append(client)
+        if len(calls) == 3:
+            process_of(mortal, 0).send_signal(how)
+        await update(client, *arguments)
 
-        monkeypatch.setattr(EngineClient, "update_from_tensors", third_fails)
-        assert fleet.sync(_weights(reference), 2)["engines_lost"] == 1
-        _assert_by(reference, fleet, 2)
-        while fleet._controller.in_state("lost"):
-            time.sleep(0.1)
-        assert fleet.sync(_weights(other_model), 3)["engines_serving"] == 2
-        _assert_by(other_model, fleet, 3)
+    monkeypatch.setattr(EngineClient, "update_from_tensors", third_fails)
+    assert mortal.sync(_weights(reference), 2)["engines_lost"] == 1
+    _assert_by(reference, mortal, 2)
+    wait_for_both(mortal)
+    assert mortal.sync(_weights(other_model), 3)["engines_serving"] == 2
+    _assert_by(other_model, mortal, 3)

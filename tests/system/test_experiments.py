@@ -1,8 +1,9 @@
 """Every shipped experiment: legal as it stands, and a step of it, shrunk, on the CPU.
 
 A layout of up to 8 processes runs as it is, a larger one as its kinds of parallelism (shrunk.py). Of experiments that
-share family and layout one runs in it; the others, which differ in options that no layout knows of, run on one
-process. What is the same after shrinking runs once; `tiny` is small as it is, and runs whole in test_kill.py.
+share a layout one runs in it. The others run on one process: they differ in options that no layout knows of, or in the
+family, of which test_bridge_parallel.py has each in every layout. What is the same after shrinking runs once; `tiny` is
+small as it is, and runs whole in test_kill.py.
 """
 
 from __future__ import annotations
@@ -76,17 +77,16 @@ class DryRun:
 
 
 _done: dict[str, DryRun] = {}  # by the shrunk configuration
-_laid_out: set[str] = set()  # the families, each in a layout, that have been run
+_laid_out: set[str] = set()  # the layouts that have been run in
 
 
 def dry_run(name: str, folder: Path) -> DryRun:
     config = load(name)
     layout = shrunk.shrunk_layout(config.layout)
     same, overrides = shrink(name, config, layout)
-    kind = f"{config.model.architecture.model_type} {layout}"
-    if same not in _done and kind in _laid_out:
+    if same not in _done and str(layout) in _laid_out:
         same, overrides = shrink(name, config, LayoutConfig())
-    _laid_out.add(kind)
+    _laid_out.add(str(layout))
     if same not in _done:
         _done[same] = train(name, overrides, folder)
     return _done[same]

@@ -66,27 +66,50 @@ def kill_at(process: subprocess.Popen[bytes], run_dir: Path, place: str, conditi
     print(f"{place}: killed {role}, journal at record {len(runs.records(run_dir))}")
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which a process can be called."""
+    with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
+        return {found.laddr.ip for found in process.net_connections() if found.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def stop_at(process: subprocess.Popen[bytes], run_dir: Path, place: str, condition: Condition) -> None:
+    """Tell a run to stop as schedulers do, which signal every process of a job."""
+    runs.wait_for(place, lambda: condition(runs.records(run_dir)), process)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert {place for each in everyone for place in listening(each)} == {"127.0.0.1"}
+    for each in everyone:
+        with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
+            each.send_signal(signal.SIGUSR1)
+    assert process.wait(runs.DEADLINE_S) == 75
+    state = runs.status(run_dir)
+    assert state["state"] == "interrupted"
+    assert state["message"] == "stopped: SIGUSR1 came; the same command goes on from here"
+
+
+def metrics_places(run_dir: Path) -> list[tuple[int, str, int]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["phase"], line["step"]) for line in lines]
+
+
 @pytest.mark.timeout(900)
-def test_kills_in_every_phase_leave_no_trace(undisturbed: Path, tmp_path: Path) -> None:
+def test_kills_in_every_phase_and_a_stop_leave_no_trace(undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     process = runs.start(run_dir)
     for place, condition, role in KILLS:
         kill_at(process, run_dir, place, condition, role)
         if role not in runs.REPLACED:
             process = runs.start(run_dir)
-    runs.finish(process, run_dir)
+    stop_at(process, run_dir, "iteration 1's second RL step", has("commit", 1, "explore", 2))
+    runs.finish(runs.start(run_dir), run_dir)
     expected, found = runs.status(undisturbed), runs.status(run_dir)
     for key in ("state", "policy_digest", "base_digest", "cache", "expert"):
         assert found[key] == expected[key], key
+    assert metrics_places(run_dir) == metrics_places(undisturbed)
     assert expected["state"] == "finished"
     assert found["best"]["name"] == expected["best"]["name"]
     assert Path(found["best"]["path"]).is_dir()
     assert all(expected["expert"])
-
-
-def metrics_places(run_dir: Path) -> list[tuple[int, str, int]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["iteration"], line["phase"], line["step"]) for line in lines]
 
 
 @pytest.mark.timeout(300)
@@ -115,51 +138,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def listening(process: psutil.Process) -> set[str]:
-    """The addresses at which a process can be called."""
-    with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
-        return {found.laddr.ip for found in process.net_connections() if found.status == psutil.CONN_LISTEN}
-    return set()
-
-
-def signalled(run_dir: Path, number: signal.Signals, place: str, condition: Condition) -> None:
-    """Start the run and tell it to stop: SIGTERM to the supervisor, what schedulers send to every process."""
-    process = runs.start(run_dir)
-    runs.wait_for(place, lambda: condition(runs.records(run_dir)), process)
-    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert {place for each in everyone for place in listening(each)} == {"127.0.0.1"}
-    for each in everyone if number != signal.SIGTERM else everyone[:1]:
-        with suppress(psutil.NoSuchProcess):  # a helper that ended meanwhile
-            each.send_signal(number)
-    assert process.wait(runs.DEADLINE_S) == 75
-    state = runs.status(run_dir)
-    assert state["state"] == "interrupted"
-    assert state["message"] == f"stopped: {number.name} came; the same command goes on from here"
-
-
-@pytest.mark.timeout(900)
-def test_a_run_that_is_told_to_stop_checkpoints_and_wants_to_be_started_again(
-    undisturbed: Path, tmp_path: Path
-) -> None:
+@pytest.mark.timeout(300)
+def test_a_run_stops_before_its_job_ends_and_does_not_start_where_no_step_fits(tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
     # 20 s from now no step fits any more: that is in the SFT of the base
     end = time.time() + 3600 + 20
     assert runs.start(run_dir, f"cluster.job_end={end}", "cluster.stop_margin_s=3600").wait(runs.DEADLINE_S) == 75
     assert runs.status(run_dir)["message"].startswith("stopped: the job ends at ")
     commits = len(runs.records(run_dir))
-    assert 0 < commits < len(runs.records(undisturbed))
+    assert has("commit", 0, "sft")(runs.records(run_dir))
     done = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}", f"cluster.job_end={time.time() + 60}")
     assert done.returncode == 75
     assert "less than cluster.stop_margin_s=120" in done.stderr
     assert runs.status(run_dir)["message"].startswith("not started: the job ends at ")
     assert [r["event"] for r in runs.records(run_dir)[commits:]] == ["changed"]
-
-    signalled(run_dir, signal.SIGTERM, "the first RL step", has("commit", 0, "explore", 1))
-    signalled(run_dir, signal.SIGUSR1, "iteration 1's second RL step", has("commit", 1, "explore", 2))
-    runs.finish(runs.start(run_dir), run_dir)
-    found, expected = runs.status(run_dir), runs.status(undisturbed)
-    assert (found["policy_digest"], found["cache"]) == (expected["policy_digest"], expected["cache"])
-    assert metrics_places(run_dir) == metrics_places(undisturbed)
 
 
 @pytest.mark.parametrize("session", ["the terminal's", "another"])
@@ -230,7 +222,7 @@ def test_a_run_waits_for_a_full_disk_and_goes_on(undisturbed: Path, small_disk: 
 def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let_be(tmp_path: Path) -> None:
     run_dir = tmp_path / "hanging"
     process = runs.start(run_dir, "guard.stall_floor_s=8", "guard.stall_factor=2")
-    runs.wait_for("the first RL step", lambda: has("commit", 0, "explore", 1)(runs.records(run_dir)), process)
+    runs.wait_for("the fifth update", lambda: has("commit", 0, "sft", 5)(runs.records(run_dir)), process)
     everyone = psutil.Process(process.pid).children(recursive=True)
     runs.tree(process)["rank"].send_signal(signal.SIGSTOP)
     assert process.wait(runs.DEADLINE_S) == 75
@@ -252,12 +244,13 @@ def test_a_run_that_hangs_leaves_its_stacks_and_one_that_dies_three_times_is_let
         runs.wait_for("torchrun", partial(is_there, process, "torchrun"), process)
         runs.kill(process, "torchrun")
         assert process.wait(runs.DEADLINE_S) == 1
-    assert "it has ended so 3 times in a row after iteration 0 explore" in runs.status(run_dir)["message"]
+    assert "it has ended so 3 times in a row after iteration 0 sft" in runs.status(run_dir)["message"]
     refused = runs.rloop("train", "experiment=tiny", f"run.dir={run_dir}")
     assert refused.returncode == 2
-    assert "ended 3 times in a row after iteration 0 explore" in refused.stderr
+    assert "ended 3 times in a row after iteration 0 sft" in refused.stderr
+    updates = max(r["step"] for r in runs.records(run_dir) if r["event"] == "commit")
     process = runs.start(run_dir, "--force")
-    runs.wait_for("the second RL step", lambda: has("commit", 0, "explore", 2)(runs.records(run_dir)), process)
+    runs.wait_for("another update", lambda: has("commit", 0, "sft", updates + 1)(runs.records(run_dir)), process)
     runs.kill(process, "all")
 
 
