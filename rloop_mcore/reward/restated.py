@@ -29,8 +29,9 @@ _WORKED_OUT = re.compile(
 def value_of_formula(problem: str, answer: str) -> str | None:
     """What an answer says that a formula is which stands by itself in the problem; None if it says nothing of one."""
     formula, *values = sides(answer)
-    known = any(_tokens(formula) == _tokens(found) for found in _formulas(problem) if "=" not in found)
-    return "=".join(values if len(values) < 2 else ["v", *values]) if known else None  # a chain has a name
+    if not values or not any(_tokens(formula) == _tokens(found) for found in _formulas(problem) if "=" not in found):
+        return None
+    return values[0] if len(values) == 1 else "=".join(["v", *values])  # steps to a value follow a name
 
 
 def restates(problem: str, gold: str, answer: str, right: Callable[[str], bool]) -> bool:
