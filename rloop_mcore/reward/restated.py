@@ -46,10 +46,10 @@ def restates(problem: str, gold: str, answer: str, right: Callable[[str], bool])
     value = _tokens(answer.rpartition("=")[2])
     if Counter(value) == Counter(_tokens(gold.rpartition("=")[2])):
         return False
-    sides = {side: _tokens(side) for formula in _formulas(problem) for side in formula.split("=")}
+    given = {side: _tokens(side) for formula in _formulas(problem) for side in formula.split("=")}
     return any(
         value == tokens or (tokens and _within(tokens, value) and not _worked_out(side) and right(side))
-        for side, tokens in sides.items()
+        for side, tokens in given.items()
     )
 
 
