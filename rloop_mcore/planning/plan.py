@@ -9,7 +9,7 @@ from rloop_mcore.config import Config
 from rloop_mcore.planning.architecture import Architecture
 from rloop_mcore.planning.engines import GIB, EnginePlan, engine_plan
 from rloop_mcore.planning.memory import StageMemory, stage_memory
-from rloop_mcore.planning.time import Times, step_times
+from rloop_mcore.planning.time import StepTimes, step_times
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.total)
 
     @cached_property
-    def times(self) -> Times | None:
+    def times(self) -> StepTimes | None:
         """None where `cluster.gpu` has no rates."""
         return step_times(self.model, self.config, self.engine)
 

@@ -30,7 +30,7 @@ _HOST_GB_S = 25.0  # between a GPU and the CPU's memory, with Adam there
 
 
 @dataclass(frozen=True)
-class Times:
+class StepTimes:
     """Seconds of an RL step and its parts; tokens a second of the whole cluster, in training and in generation."""
 
     micro_batches: int  # of a replica, in an update
@@ -45,7 +45,7 @@ class Times:
     mfu: float  # share of the bf16 peak that an update's multiplications come to, without those done again
 
 
-def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times | None:
+def step_times(model: Architecture, config: Config, engine: EnginePlan) -> StepTimes | None:
     """The estimate; None where `cluster.gpu` has no rates."""
     gpu, algorithm = config.cluster.gpu, config.algorithm
     if not (gpu.bf16_tflops and gpu.memory_gb_s):
@@ -67,7 +67,7 @@ def step_times(model: Architecture, config: Config, engine: EnginePlan) -> Times
     work = TokenWork.of(model, prompt + response)
     of_token = 3 * (model.layers * (work.layer + work.attention) + work.output * response / (prompt + response))
     together = max(train, rollout) if config.rollout.max_lag else train + rollout
-    return Times(
+    return StepTimes(
         micro_batches=count,
         bubble=waiting,
         update_s=update,

@@ -22,7 +22,9 @@ _JOINED = re.compile(
     r"[\s$,\\()\[\]]*+(?:text\s*\{)?\s*(or|and)(?![A-Za-z])[\s$}\\()\[\]]*+(?:[A-Za-z](?:_[0-9])?\s*=\s*)?"
 )
 _LISTED = re.compile(r"[\s$\\()\[\]]*+,[\s$\\()\[\]]*+(?:[A-Za-z](?:_[0-9])?\s*=\s*)?")
-_ANSWER_LINE = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**(?P<answer>[^\n]*)(?P<end>\n?)", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer[ \t]*\**[ \t]*:[ \t]*\**", re.IGNORECASE)
+# What follows it, there or (as DAPO's verifier has it) on the next line with text: a displayed formula, or a line.
+_LINE = re.compile(r"\s*+(?P<answer>\\\[.*?\\\]|\$\$.*?\$\$|[^\n]*)", re.DOTALL)
 
 
 def extract_answer(response: str, truncated: bool, answer_format: str) -> tuple[str, str]:
@@ -73,11 +75,12 @@ def last_box(response: str, truncated: bool = False) -> str:
 
 
 def last_answer_line(response: str, truncated: bool) -> str:
-    """What follows the last "Answer:" on its line; "" if nothing does, or if the cut may have shortened it."""
-    matches = list(_ANSWER_LINE.finditer(response))
-    if not matches or (truncated and not matches[-1]["end"]):
+    """What follows the last "Answer:", there or below; "" if nothing does or the cut may have shortened it."""
+    labels = list(_ANSWER.finditer(response))
+    line = _LINE.match(response, labels[-1].end()) if labels else None
+    if line is None or (truncated and line.end() == len(response)):
         return ""
-    return matches[-1]["answer"].strip().strip("*`").strip()
+    return line["answer"].strip().strip("*`").strip()
 
 
 ANSWER_FORMATS: dict[str, Callable[[str, bool], str]] = {"boxed": last_box, "answer_line": last_answer_line}

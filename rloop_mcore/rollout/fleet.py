@@ -313,7 +313,8 @@ class Fleet:
             await asyncio.wait_for(self._sync.close(), _DISCONNECT_S)
         except TimeoutError:
             log.warning("the weight channel was not left within %g s", _DISCONNECT_S)
-        await self._controller.close()
+        finally:
+            await self._controller.close()
 
 
 def _is_refusal(error: Exception) -> bool:

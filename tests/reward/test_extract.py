@@ -91,6 +91,11 @@ ANSWER_LINE = [
     ("Final Answer: 72", "72"),
     ("The work.\n\nAnswer: \\frac{1}{2}", r"\frac{1}{2}"),
     ("Answer: `72`", "72"),
+    ("Answer:\n72", "72"),  # so DAPO's verifier: Answer\s*:\s*([^\n]+)
+    ("**Answer:**\n\n**72**\n", "72"),
+    ("Answer:\n\\[\n72\n\\]\nas was to be shown", "\\[\n72\n\\]"),
+    ("**Answer:** $$\n72\n$$", "$$\n72\n$$"),
+    ("Answer: \\[72", "\\[72"),
 ]
 NO_ANSWER_LINE = [
     "",
@@ -98,7 +103,7 @@ NO_ANSWER_LINE = [
     "The answer is 72",
     "Answer 72",
     "Answer:",
-    "Answer:\n72",
+    "Answer:\n \n",
     "Answer: 72\nAnswer:  ",
     r"\boxed{72}",
 ]
