@@ -239,5 +239,6 @@ class Evaluator(Protocol):
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
         """Sample, grade, write `evaluation/{name}.json` about the policy folder `policy` (relative to the run).
 
-        Returns the headline metrics, e.g. {"avg@32": .., "pass@8": ..}.
+        Returns the headline metrics, e.g. {"avg@32": .., "pass@8": ..}; then, where the problems are of several
+        sources, each one's, e.g. {"avg@32/aime24": ..}.
         """

@@ -222,4 +222,5 @@ def _plain(value: Any) -> float | int | None:
 
 
 def _words(values: Mapping[str, float | None]) -> str:
-    return "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
+    """Those of all problems; of single sources (METRIC/SOURCE) there may be dozens."""
+    return "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None and "/" not in key)

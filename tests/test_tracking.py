@@ -145,7 +145,7 @@ def test_plain_lines_are_throttled_but_never_lose_the_end(tmp_path: Path) -> Non
     for step in range(1, 101):
         clock.now += PLAIN_EVERY_S / 5
         tracker.log(0, "explore", step, step, {"reward_mean": 0.25, "success_rate": 0.3, "tokens_per_s": 1234.0}, 100)
-    tracker.log(0, "evaluate", 100, 100, {"avg@32": 0.125}, checkpoint="i0_explore_000100")
+    tracker.log(0, "evaluate", 100, 100, {"avg@32": 0.125, "avg@32/amc": 0.5}, checkpoint="i0_explore_000100")
     tracker.message("no experts in iteration 0 [empty]")
     tracker.close()
     printed = out.getvalue().splitlines()

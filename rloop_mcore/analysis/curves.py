@@ -36,20 +36,22 @@ def training(run: Run, key: str) -> Series:
     return series
 
 
-def validation(run: Run, metric: str) -> Series:
-    """A validation metric over RL steps with its interval; each iteration's line starts at its own theta_i.
+def validation(run: Run, metric: str, source: str | None = None) -> Series:
+    """A validation metric over RL steps with its interval, of all problems or of those of one source; each iteration's
+    line starts at its own theta_i.
 
     Iteration i's line is theta_i followed by the RL checkpoints of i; the jump to theta_{i+1} between two lines is
     the reset. theta_I, from which nothing starts, stands alone at the end.
     """
     series = Series()
     for evaluation in run.evaluations:
-        if metric not in evaluation.metrics:
+        metrics = evaluation.metrics if source is None else evaluation.sources.get(source, {})
+        if metric not in metrics:
             continue
         x = rl_step(run, evaluation)
         if evaluation.phase == "exploit":
             _append(series, x, None, "")
-        _append(series, x, evaluation.metrics[metric], checkpoint_label(evaluation))
+        _append(series, x, metrics[metric], checkpoint_label(evaluation))
     return series
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from html import unescape
+from html import escape, unescape
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
@@ -21,6 +21,7 @@ from rloop_mcore.platform.files import atomic_path, write_atomic
 
 FORMATS = ("svg", "png")
 _SIZE = {"width": 760, "height": 480}
+_LONGEST_NAME = 100  # of a file; a source of the problems may be called anything
 
 
 def export(runs: Sequence[Run], folder: Path) -> tuple[int, str]:
@@ -39,7 +40,7 @@ def _file_names(figures: Sequence[Figure]) -> list[str]:
     """Of their titles: lower case, words joined by underscores, with a number where that is another's already."""
     names: list[str] = []
     for figure in figures:
-        title = re.sub(r"[^\w@]+", "_", figure.title.lower()).strip("_")
+        title = re.sub(r"[^\w@]+", "_", figure.title.lower()).strip("_")[:_LONGEST_NAME]
         names.append(next(name for name in chain([title], (f"{title}_{n}" for n in count(2))) if name not in names))
     return names
 
@@ -108,7 +109,7 @@ def _on_paper(figure: Figure) -> dict[str, Any]:
         "data": figure.spec["data"],
         "layout": {
             "template": {},
-            "title": {"text": figure.title, "x": 0.02, "xanchor": "left"},
+            "title": {"text": escape(figure.title), "x": 0.02, "xanchor": "left"},
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",
             "font": {"color": "#1c2430", "family": "DejaVu Sans, Arial, sans-serif", "size": 13},

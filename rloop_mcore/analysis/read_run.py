@@ -25,7 +25,8 @@ class Evaluation:
     `metrics` maps "avg@32", "pass@8", ... to {"mean", "low", "high"}. `phase` is "base" for theta_0, "explore" for
     an RL checkpoint after `step` steps of iteration `iteration`, "exploit" for theta_{iteration+1}. `conditions` are
     the prompt template and the answer format, "" where an older rloop wrote it. `problems` has a hash of what was
-    asked under each id, none where an older rloop wrote it.
+    asked under each id, none where an older rloop wrote it. `sources` has the metrics of each source of the problems,
+    none where they are of one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Evaluation:
     metrics: dict[str, dict[str, float]]
     conditions: str = ""
     problems: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
@@ -154,14 +156,16 @@ def _read_evaluation(path: Path) -> Evaluation | None:
     try:
         record = json_object(path.read_text(encoding="utf-8"))
         metrics, policy, conditions = record["metrics"], record.get("policy"), conditions_in_words(record)
-        problems = record.get("problem_digests", {})
+        problems, groups = record.get("problem_digests", {}), record.get("groups", {}).get("source", {})
+        sources = {source: group["metrics"] for source, group in groups.items()}
         average_key(metrics)
-        of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in metrics.items())
+        found = [pair for each in (metrics, *sources.values()) for pair in each.items()]
+        of_numbers = all(_METRIC_NAME.fullmatch(key) and _is_interval(value) for key, value in found)
         if not (of_numbers and isinstance(policy, str | None) and isinstance(problems, dict)):
             raise ValueError("metrics, policy or problem_digests is of another form")
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path} is not an evaluation with an avg@N in its metrics ({error!r:.200})") from error
-    return Evaluation(path.stem, *place, policy, metrics, conditions, problems)
+    return Evaluation(path.stem, *place, policy, metrics, conditions, problems, sources)
 
 
 def _is_interval(value: Any) -> bool:

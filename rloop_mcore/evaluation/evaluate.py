@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rloop_mcore.config import Config, EvaluationConfig
 from rloop_mcore.evaluation.sampling import Graded, Sampler
-from rloop_mcore.evaluation.scores import intervals, scores_of, summary
+from rloop_mcore.evaluation.scores import breakdown, intervals, scores_of, summary
 from rloop_mcore.platform.files import atomic_path, write_atomic
 from rloop_mcore.protocols import Rewards, Rollout
 from rloop_mcore.types import Prompt, Sampling
@@ -56,7 +56,8 @@ class EngineEvaluator:
     _sampled: tuple[str, list[Graded], float] | None = field(default=None, init=False)
 
     def evaluate(self, name: str, policy: str) -> dict[str, float]:
-        """Write `{name}.parquet` (the samples), then `{name}.json` (the numbers); returns the metrics' means.
+        """Write `{name}.parquet` (the samples), then `{name}.json` (the numbers); returns the metrics' means, then
+        those of each source, where the problems are of several, as METRIC/SOURCE.
 
         `policy` is recorded: the folder of the evaluated weights, relative to the run directory.
         """
@@ -68,6 +69,7 @@ class EngineEvaluator:
             pq.write_table(_samples_table(rows, self.decode), file, compression="zstd", write_page_checksum=True)
         scores = scores_of(rows, self.config.samples, self.config.k)
         metrics = intervals(scores, self.seed)
+        groups = breakdown([prompt.problem for prompt in self.prompts], rows, scores, self.seed)
         record = {
             "name": name,
             "policy": policy,
@@ -76,11 +78,17 @@ class EngineEvaluator:
             "sampling": {**asdict(self.sampling), "samples": self.config.samples, "seed": self.seed},
             **self.conditions,
             **summary(rows),
+            "groups": groups,
             "seconds": round(seconds, 3),
         }
         write_atomic(self.directory / f"{name}.json", json.dumps(record, indent=1) + "\n")
         self._sampled = None
-        return {key: interval["mean"] for key, interval in metrics.items()}
+        named = metrics | {
+            f"{key}/{source}": interval
+            for source, group in groups.get("source", {}).items()
+            for key, interval in group["metrics"].items()
+        }
+        return {key: interval["mean"] for key, interval in named.items()}
 
     def _sample(self) -> list[Graded]:
         sampler = Sampler(self.rollout, self.rewards, self.decode, self.sampling, self.seed, self.at_once)

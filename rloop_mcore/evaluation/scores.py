@@ -76,16 +76,16 @@ def summary(rows: Sequence[Graded]) -> dict[str, Any]:
 def breakdown(
     problems: Sequence[Problem], rows: Sequence[Graded], scores: Scores, seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """{"level" | "subject": {value: problems, metrics, mean length, share truncated}} by `Problem.meta`.
+    """{"source" | "level" | "subject": {value: problems, metrics, mean length, share truncated}}, the last two by meta.
 
     `scores` are in the order of `problems`. Of a path "Mathematics -> Algebra -> ..." the second part counts; a problem
     with several subjects is in each of them. Where all problems are in one group there are none.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for key in ("level", "subject"):
+    for key in ("source", "level", "subject"):
         members: dict[str, list[int]] = {}
         for place, problem in enumerate(problems):
-            for value in _values(problem.meta.get(key)):
+            for value in _values(problem.source if key == "source" else problem.meta.get(key)):
                 members.setdefault(value, []).append(place)
         if len(members) > 1:
             order = sorted(members, key=_numbers_first)
@@ -108,7 +108,7 @@ def _group(
 
 
 def _values(value: Any) -> list[str]:
-    """The groups that a value of `meta` puts a problem in, once each."""
+    """The groups that a value puts a problem in, once each."""
     if value is None or value == "":
         return []
     values = value if isinstance(value, list) else [value]

@@ -18,9 +18,15 @@ def metrics(average: float) -> dict[str, dict[str, float]]:
 
 
 def write_run(
-    path: Path, averages: dict[str, float], iterations: int = 2, steps: int = 4, experts: tuple[int, ...] = ()
+    path: Path,
+    averages: dict[str, float],
+    iterations: int = 2,
+    steps: int = 4,
+    experts: tuple[int, ...] = (),
+    sources: dict[str, float] | None = None,
 ) -> Path:
-    """A finished run: `averages` are {evaluation name: avg@32}; metrics of step s of iteration i are made of both."""
+    """A finished run: `averages` are {evaluation name: avg@32}, `sources` {source: avg@32} at each of them; metrics of
+    step s of iteration i are made of both."""
     path.mkdir(parents=True)
     lines = []
     for iteration in range(iterations):
@@ -39,7 +45,9 @@ def write_run(
     (path / "config.yaml").write_text("run:\n  seed: 0\ndata:\n  train: <script>alert(1)</script>\n")
     (path / "evaluation").mkdir()
     for name, average in averages.items():
-        record = {"name": name, "policy": f"policies/{name}", "metrics": metrics(average)}
+        record: dict[str, Any] = {"name": name, "policy": f"policies/{name}", "metrics": metrics(average)}
+        if sources is not None:
+            record["groups"] = {"source": {source: {"metrics": metrics(mean)} for source, mean in sources.items()}}
         (path / "evaluation" / f"{name}.json").write_text(json.dumps(record))
     return path
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.analysis import curves
+from rloop_mcore.analysis.figures import sections
 from rloop_mcore.analysis.read_run import read_run
 from rloop_mcore.analysis.report import write_report
 
@@ -35,6 +36,16 @@ def test_validation_starts_each_iteration_at_its_theta(rloop_run: Path) -> None:
     ]
     assert series.low[0] == pytest.approx(0.02)
     assert series.high[0] == pytest.approx(0.11)
+
+
+def test_each_source_of_the_problems_has_a_curve_of_its_own(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    averages, sources = {"base": 0.1, "i0_explore_000004": 0.2}, {"aime24": 0.01, "amc": 0.3}
+    run = read_run(make_run(tmp_path / "run", averages, sources=sources))
+    assert (curves.validation(run, "avg@32").y, curves.validation(run, "avg@32", "amc").y) == ([0.1, 0.2], [0.3, 0.3])
+    titles = [figure.title for section in sections([run]) for figure in section.figures]
+    assert [title for title in titles if title.startswith("Validation")] == ["Validation avg@32"] + [
+        f"Validation pass@{k}" for k in (32, 16, 8)
+    ] + [f"Validation {metric}, {source}" for source in ("aime24", "amc") for metric in ("avg@32", "pass@32")]
 
 
 def test_vanilla_lies_under_the_same_axis(rloop_run: Path, dapo_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,18 @@ def test_runs_of_like_names_have_files_of_their_own(
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert len(written) == count
     assert {"forgetting_a_seed1_rloop.csv", "forgetting_r_1.csv", "forgetting_r_1_2.csv"} <= written
+
+
+def test_a_source_may_be_called_anything(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rloop_mcore.analysis.export.find_spec", lambda name: None)
+    names = ["../amc", "<b>" * 200, "<b>" * 200 + "?"]
+    run = make_run(tmp_path / "run", {"base": 0.1}, sources=dict.fromkeys(names, 0.3))
+    export(read_runs([run]), tmp_path / "out")
+    drawn = {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("validation_pass@32_")}
+    long = f"validation_pass@32_{'b_' * 50}"[:100]
+    assert drawn == {"validation_pass@32_amc.csv", f"{long}.csv", f"{long}_2.csv"}
 
 
 @pytest.mark.skipif(CHROME is None or find_spec("kaleido") is None, reason="no Chromium (apt-get install chromium)")

@@ -83,6 +83,8 @@ def test_a_line_of_metrics_that_is_of_no_step_is_located(line: str, rloop_run: P
         '{"metrics": {"avg@8": {"mean": NaN, "low": 0, "high": 1}}}',
         '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "policy": [1]}',
         '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "problem_digests": null}',
+        '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "groups": {"source": {"a": {}}}}',
+        '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "groups": {"source": {"a": {"metrics": {"b": 1}}}}}',
     ],
     ids=lambda content: content[:40],
 )

@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,26 @@ def test_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
     assert record["reasons"] == {"correct": 10, "wrong": 30}
     assert record["response_length"] == pytest.approx((10 * 2 + 30 * 4) / 40)
     assert record["truncated"] == pytest.approx(30 / 40)
+
+
+def test_problems_of_several_sources_are_measured_by_source_too(tmp_path: Path) -> None:
+    sources = ["aime24", "aime24", "math-ai/amc", "math-ai/amc", ""]
+    named = [replace(p, problem=replace(p.problem, source=s)) for p, s in zip(prompts(5), sources, strict=True)]
+    headline = evaluator(tmp_path, prompts=named).evaluate("base", "policies/base")
+    everyone = evaluator(tmp_path).evaluate("all", "policies/base")
+    assert list(headline)[: len(everyone)] == list(everyone)
+    assert headline == pytest.approx(
+        everyone
+        | {"avg@8/aime24": 1 / 16, "pass@1/aime24": 1 / 16, "pass@2/aime24": 1 / 8, "pass@8/aime24": 1 / 2}
+        | {"avg@8/math-ai/amc": 5 / 16, "pass@1/math-ai/amc": 5 / 16, "pass@8/math-ai/amc": 1.0}
+        | {"pass@2/math-ai/amc": (1 - comb(6, 2) / comb(8, 2) + 1 - comb(5, 2) / comb(8, 2)) / 2}
+    )
+    record = json.loads((tmp_path / "base.json").read_text())
+    assert list(record["metrics"]) == list(everyone)
+    assert {source: group["problems"] for source, group in record["groups"]["source"].items()} == {
+        "aime24": 2,
+        "math-ai/amc": 2,
+    }
 
 
 def test_what_could_not_be_written_is_not_sampled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,14 +44,20 @@ def test_several_right_answers_add_up() -> None:
     assert majorities(rows, ["x", "y", "z", "w"], [4])["maj@4"] == [pytest.approx(0.5)]
 
 
-def test_groups_are_by_level_and_subject() -> None:
+def test_groups_are_by_source_level_and_subject() -> None:
     problems = [
         Problem(
-            "a", "?", "7", meta={"level": 10.0, "subject": ["Mathematics -> Algebra -> Sums", "Mathematics -> Sets"]}
+            "a",
+            "?",
+            "7",
+            "aime24",
+            meta={"level": 10.0, "subject": ["Mathematics -> Algebra -> Sums", "Mathematics -> Sets"]},
         ),
-        Problem("b", "?", "9", meta={"level": 2, "subject": "Mathematics -> Algebra -> Products"}),
+        Problem("b", "?", "9", "math-ai/amc", meta={"level": 2, "subject": "Mathematics -> Algebra -> Products"}),
     ]
     groups = breakdown(problems, ROWS, scores_of(ROWS, 4, [2]), seed=0)
+    assert list(groups["source"]) == ["aime24", "math-ai/amc"]
+    assert groups["source"]["aime24"] == groups["level"]["10"]
     assert list(groups["level"]) == ["2", "10"]
     assert list(groups["subject"]) == ["Algebra", "Sets"]
     assert groups["subject"]["Algebra"]["problems"] == 2
