@@ -15,6 +15,7 @@ from rloop_mcore.evaluation.sampling import Graded
 from rloop_mcore.types import Problem
 
 _GROUP_RESAMPLES = 2_000  # there may be dozens of groups
+_MOST_SOURCES = 20  # where there are more, they say where single problems are from
 
 Scores = dict[str, list[float]]  # metric -> its value for each problem, in one order of problems
 
@@ -79,7 +80,8 @@ def breakdown(
     """{"source" | "level" | "subject": {value: problems, metrics, mean length, share truncated}}, the last two by meta.
 
     `scores` are in the order of `problems`. Of a path "Mathematics -> Algebra -> ..." the second part counts; a problem
-    with several subjects is in each of them. Where all problems are in one group there are none.
+    with several subjects is in each of them. Where all problems are in one group there are none; more than 20
+    sources are none either.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for key in ("source", "level", "subject"):
@@ -87,7 +89,7 @@ def breakdown(
         for place, problem in enumerate(problems):
             for value in _values(problem.source if key == "source" else problem.meta.get(key)):
                 members.setdefault(value, []).append(place)
-        if len(members) > 1:
+        if 1 < len(members) <= (_MOST_SOURCES if key == "source" else math.inf):
             order = sorted(members, key=_numbers_first)
             found[key] = {value: _group(problems, members[value], rows, scores, seed) for value in order}
     return found

@@ -67,6 +67,13 @@ def test_groups_are_by_source_level_and_subject() -> None:
     assert groups["level"]["10"]["truncated"] == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize(("count", "groups"), [(20, 20), (21, 0)])
+def test_sources_of_single_problems_are_no_groups(count: int, groups: int) -> None:
+    problems = [Problem(str(number), "?", "7", f"https://example.org/{number}") for number in range(count)]
+    rows = [row(problem.id, 0, True) for problem in problems]
+    assert len(breakdown(problems, rows, scores_of(rows, 1, []), seed=0).get("source", {})) == groups
+
+
 def test_one_group_is_none() -> None:
     problems = [Problem("a", "?", "7", meta={"level": 1}), Problem("b", "?", "9", meta={"level": 1, "subject": ""})]
     assert breakdown(problems, ROWS, scores_of(ROWS, 4, []), seed=0) == {}
