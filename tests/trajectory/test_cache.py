@@ -279,6 +279,9 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
         for row in step_rows(0, 0, problems=20, group=16)
     ]
     cache = fill(tmp_path / "cache", rows)
+    assert list(cache.rows()) == writer.stored_order(rows)
+    written = pq.read_metadata(tmp_path / "cache" / cache._shards[0].name)
+    assert [written.row_group(n).num_rows for n in range(written.num_row_groups)] == [8, 8, 304]
     read = []
     original = reader.ShardFile._read
     monkeypatch.setattr(
