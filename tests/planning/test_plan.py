@@ -14,7 +14,7 @@ from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, G
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning import layouts
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB, cache_bytes, check_engine, engine_plan, legal_engine_tp
+from rloop_mcore.planning.engines import GIB, EnginePlan, cache_bytes, check_engine, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
@@ -100,6 +100,14 @@ def test_cache_of_an_engine() -> None:
     assert engine.tokens == (int(0.4 * 80 * GIB) - engine.weights) // 57344
     assert engine.shared
     assert engine.sleeps
+
+
+def test_the_embedded_engine_grows_to_whole_sequences() -> None:
+    """On one GPU, which it shares, whatever rollout.tp is; a sequence has up to 1,024 + 2,048 tokens."""
+    config = replace(SMALL, rollout=replace(SMALL.rollout, engine="embedded", tp=4, max_running=10))
+    engine = engine_plan(QWEN_7B, config, 80 * GIB)
+    tokens = 10 * 3072
+    assert engine == EnginePlan(2 * QWEN_7B_WEIGHTS, tokens * 57344, GIB, tokens, shared=True, sleeps=False)
 
 
 def test_an_engine_over_more_gpus_than_key_value_heads_copies_them() -> None:
