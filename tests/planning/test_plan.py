@@ -20,6 +20,7 @@ from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
 from rloop_mcore.planning.time import efficiency
+from rloop_mcore.planning.workload import rows_of_update
 
 H100 = GpuConfig("H100", 79.1, 3350, 989, 450, 50)
 QWEN_7B = Architecture(28, 3584, 28, 4, 128, 18944, 152064, 32768, qkv_bias=True)
@@ -383,6 +384,15 @@ def test_a_round_takes_no_less_than_its_longest_response_alone() -> None:
     assert times is not None
     token_s = (2 * QWEN_7B_WEIGHTS + 768 * 57344) / (0.7 * 3350e9) + 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002
     assert times.rollout_s == pytest.approx(2048 * token_s, rel=1e-2)
+
+
+def test_an_update_has_the_rows_of_the_phase_that_there_is() -> None:
+    config = run_on(1, LayoutConfig())
+    config.algorithm.prompts_per_step, config.algorithm.group_size, config.algorithm.updates_per_step = 5, 3, 2
+    assert rows_of_update(config) == 8
+    for key in ("iterations", "rl_steps", "updates_per_step"):
+        fine_tuned = replace(config, algorithm=replace(config.algorithm, **{key: 0}))
+        assert rows_of_update(fine_tuned) == config.rft.batch_size
 
 
 DENSE = Architecture(2, 128, 4, 2, 32, 256, 1024, 4096)
