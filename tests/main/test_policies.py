@@ -77,6 +77,7 @@ def test_a_runs_checkpoint_has_the_config_of_the_last_theta(run: Path, tmp_path:
     source = find_policy(run, "i0_explore_000004")
     assert digest_of(as_hf_folder(source, tmp_path / "converted", ProgressDisplay())) == digest_of(theta)
     (run / "journal.jsonl").unlink()
+    as_hf_folder(source, tmp_path / "converted", ProgressDisplay())  # once is enough
     with pytest.raises(UserError, match="in no run's checkpoints/"):
         as_hf_folder(source, tmp_path / "again", ProgressDisplay())
 

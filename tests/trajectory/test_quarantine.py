@@ -118,6 +118,11 @@ def test_everything_may_be_lost(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "quarantine").iterdir()} == set(names)
 
 
+def test_a_run_that_has_sealed_nothing_has_nothing_damaged(tmp_path: Path) -> None:
+    assert quarantine(tmp_path / "cache") == []
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_lost_shard_that_the_journal_does_not_name_is_forgotten(tmp_path: Path) -> None:
     """Its step is done again."""
     cache = TrajectoryCache(tmp_path)
