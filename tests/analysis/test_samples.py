@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rloop_mcore.analysis import samples as samples_module
-from rloop_mcore.analysis.hard_set import hard_problems, hard_sets
+from rloop_mcore.analysis.hard_set import HardSet, hard_problems, hard_sets
 from rloop_mcore.analysis.lengths import QUANTILES, length_drift
 from rloop_mcore.analysis.samples import read_rows, read_samples
 from rloop_mcore.errors import UserError
@@ -68,7 +68,9 @@ def cache(rows: list[Trajectory], tmp_path: Path) -> Path:
 
 def test_hard_sets_are_the_problems_rft_learns_from(cache: Path, rows: list[Trajectory], tmp_path: Path) -> None:
     samples, before = read_samples(cache), set()
-    for found in hard_sets(samples, THRESHOLD):
+    with np.errstate(all="raise"):  # a problem that was not asked in an iteration is no warning
+        sets = hard_sets(samples, THRESHOLD)
+    for found in sets:
         verdicts = defaultdict(list)
         for row in rows:
             if row.iteration == found.iteration:
@@ -84,6 +86,10 @@ def test_hard_sets_are_the_problems_rft_learns_from(cache: Path, rows: list[Traj
         selected = TrajectoryCache(cache).write_experts(query, tmp_path / f"i{found.iteration}")
         assert selected["problems"] == found.hard
         before = hard
+
+
+def test_no_hard_problems_have_no_turnover() -> None:
+    assert np.isnan(HardSet(1, sampled=5, never=0, hard=0, others=5, entered=0, stayed=0, left=0).turnover)
 
 
 def test_lengths_by_step(cache: Path, rows: list[Trajectory]) -> None:
