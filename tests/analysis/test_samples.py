@@ -12,6 +12,7 @@ from rloop_mcore.analysis.lengths import QUANTILES, length_drift
 from rloop_mcore.analysis.samples import read_rows, read_samples
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.quarantine import quarantine
 from rloop_mcore.trajectory.schema import SCHEMA
 from rloop_mcore.types import ExpertQuery, Trajectory
 
@@ -114,7 +115,7 @@ def test_single_rows(cache: Path, rows: list[Trajectory], monkeypatch: pytest.Mo
         key = (samples.iteration[row], samples.step[row], samples.problems[samples.problem[row]], samples.sample[row])
         expected = {"prompt_ids": list(by_key[key].prompt_ids), "response_ids": list(by_key[key].response_ids)}
         assert found[samples.row[row]] == expected
-    assert set(read_rows(samples.shards[7], [1])[1]) == set(SCHEMA.names)
+    assert set(read_rows(samples.shards[7], [0])[0]) == set(SCHEMA.names)
 
 
 def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
@@ -124,6 +125,8 @@ def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
     (cache / "shard-000003.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"shard-000003\.parquet is missing or damaged"):
         read_samples(cache)
+    quarantine(cache)
+    assert [path.name for path in read_samples(cache).shards] == [f"shard-{n:06d}.parquet" for n in range(12) if n != 3]
 
 
 def test_a_flipped_bit_is_said_or_changes_nothing(cache: Path) -> None:
