@@ -83,13 +83,15 @@ def test_an_update_has_the_choices_that_routing_replay_keeps(experts: int, bytes
 
 
 def test_a_sync_has_the_memory_that_sglangs_checksums_take() -> None:
-    planned, embedded = (
-        Plan.of(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, engine=engine))).worst.phases["sync"]
-        for engine in ("sglang", "embedded")
-    )
+    def of(model: Architecture, engine: str) -> dict[str, int]:
+        return Plan.of(model, replace(SMALL, rollout=replace(SMALL.rollout, engine=engine))).worst.phases["sync"]
+
+    planned, embedded = (of(QWEN_7B, engine) for engine in ("sglang", "embedded"))
     taken = int(subprocess.run([sys.executable, "-c", _MEASURE_A_CHECKSUM], check=True, capture_output=True).stdout)
     assert planned["weight_sync"] - embedded["weight_sync"] == pytest.approx(taken, rel=0.05)
     assert embedded["weight_sync"] == 2 * 152064 * 3584 * 2  # two buckets, each of the embedding
+    small = of(DENSE, "sglang")["weight_sync"] - of(DENSE, "embedded")["weight_sync"]
+    assert small == 7 * 1024 * 128 * 2  # no more than the largest tensor is hashed at once
 
 
 def test_cache_of_an_engine() -> None:
@@ -245,6 +247,14 @@ def test_only_the_last_stage_has_logits_and_earlier_ones_hold_more_micro_batches
     assert [bool(stage.phases["train"]["logits"]) for stage in stages] == [False, False, False, True]
     kept = [stage.phases["train"]["activations"] for stage in stages]
     assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize(("sp", "share"), [(False, 1), (True, 2)])
+def test_a_stage_without_layers_keeps_its_outputs(sp: bool, share: int) -> None:
+    """Of each of two micro-batches token ids, with a mask where tp > 1, and the embeddings in bf16, which sp shares."""
+    config = run_on(1, LayoutConfig(tp=2, pp=2, sp=sp, stages=[0, 28]))
+    kept = Plan.of(QWEN_7B, config).stages[0].phases["train"]["activations"]
+    assert kept == 2 * 16384 * (8 + 1 + 2 * 3584 // share)
 
 
 def test_no_memory_given_no_verdict() -> None:
