@@ -274,6 +274,8 @@ def test_layers_split_between_nodes_are_a_warning() -> None:
     four = [*NEEDED, "cluster=h100_16", "cluster.nodes=4", "layout.tp=4"]
     assert any("have 7 ranks each" in warning for warning in warnings(load_config([*four, "layout.dp=7"]), 17_000))
     assert not any("ranks" in warning for warning in warnings(load_config([*four, "layout.dp=8"]), 17_000))
+    apart = load_config([*four, "layout.dp=7", "rollout.nodes=2"])
+    assert any("have 14 ranks each" in warning for warning in warnings(apart, 17_000))
 
 
 def test_keys_that_the_embedded_engine_does_not_heed_are_a_warning() -> None:

@@ -48,13 +48,14 @@ def differential_matrix(vanilla: np.ndarray, rloop: np.ndarray) -> np.ndarray:
 
 
 def block_averages(matrix: np.ndarray, iterations: Sequence[int]) -> tuple[float, float]:
-    """(intra, inter): the means of matrix[i, j], i < j, over pairs of one iteration and of two; NaN without any.
+    """(intra, inter): the means of matrix[i, j] over pairs of one iteration and of two; NaN without any.
 
-    `iterations` [checkpoints] says which iteration each checkpoint belongs to.
+    NaN does not count: L, F and D are NaN but for i < j. `iterations` [checkpoints] says which iteration each
+    checkpoint belongs to.
     """
     belongs = np.asarray(iterations)
     same = belongs[:, None] == belongs[None, :]
-    known = np.triu(np.ones(matrix.shape, bool), 1) & ~np.isnan(matrix)
+    known = ~np.isnan(matrix)
     intra, inter = (matrix[known & pairs] for pairs in (same, ~same))
     return (float(intra.mean()) if len(intra) else np.nan, float(inter.mean()) if len(inter) else np.nan)
 

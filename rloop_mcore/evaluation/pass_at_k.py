@@ -26,7 +26,7 @@ def pass_at_k(successes: ArrayLike, samples: ArrayLike, k: int) -> NDArray[np.fl
     c, n = _counts(successes, samples)
     if k < 1:
         raise ValueError(f"pass@k needs k of at least 1, not {k}")
-    if n.size and k > n.min():
+    if k > n.min():
         raise ValueError(f"pass@{k} needs {k} samples a problem, but one has {n.min():.0f}")
     log_failure = np.zeros_like(c)
     with np.errstate(divide="ignore"):  # once every draw must hold a success: log 0, a pass@k of exactly 1

@@ -77,7 +77,7 @@ def discard_unnamed(directory: Path, shards: Sequence[Shard]) -> None:
     """Remove the files that the manifest, which lists `shards`, doesn't name; files of lost shards are set aside."""
     fsync_path(directory)  # a kill may have left a manifest that a power cut takes back: not once files are gone
     lost = {shard.name for shard in shards if shard.lost}
-    named = {NAME, QUARANTINE, TIMES_FOLDER, *(shard.name for shard in shards if not shard.lost)}
+    named = {NAME, QUARANTINE, TIMES_FOLDER, *(shard.name for shard in shards)}
     for name in sorted(os.listdir(directory)):
         if name in lost:
             _set_aside(directory, name)
@@ -88,7 +88,6 @@ def discard_unnamed(directory: Path, shards: Sequence[Shard]) -> None:
         sealed = {name for shard in shards for name in shard.sealed_as}
         for name in set(os.listdir(directory / TIMES_FOLDER)) - sealed:
             (directory / TIMES_FOLDER / name).unlink()
-        fsync_path(directory / TIMES_FOLDER)
 
 
 def _set_aside(directory: Path, name: str) -> None:

@@ -54,11 +54,11 @@ class _Outcomes:
         """Which rows are successes of hard problems that neither their step nor their length rules out [rows]."""
         iterations, wanted = self._numbers("iteration"), np.zeros(len(self._table), bool)
         for iteration in query.iterations:
-            successes, samples = self.counts(iteration)
-            hard = samples > 0
+            mine = iterations == iteration
             if query.hard_threshold is not None:
-                hard &= is_hard(successes, np.maximum(samples, 1), query.hard_threshold)
-            wanted |= (iterations == iteration) & hard[self._problem]
+                successes, samples = self.counts(iteration)
+                mine &= np.take(is_hard(successes, np.maximum(samples, 1), query.hard_threshold), self._problem)
+            wanted |= mine
         wanted &= self._correct
         if query.steps:
             step, (first, last) = self._numbers("step"), query.steps

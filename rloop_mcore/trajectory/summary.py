@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +14,19 @@ from rloop_mcore.trajectory.reader import ShardFile
 from rloop_mcore.trajectory.schema import from_table
 from rloop_mcore.types import Trajectory, Visit
 
-_COLUMNS = ["iteration", "step", "correct", "finish_reason", "reason"]
+_COLUMNS = ["iteration", "step", "correct", "finish_reason"]
 _VISIT = ["iteration", "step", "problem_id"]
 
 
 @dataclass
 class Phase:
-    """The exploration of one iteration. `truncated`: ended by the token limit; `reasons`: the verifier's, counted."""
+    """The exploration of one iteration. `truncated`: ended by the token limit."""
 
     iteration: int
     steps: set[int] = field(default_factory=set)
     trajectories: int = 0
     correct: int = 0
     truncated: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
 
 
 def phases(directory: Path, shards: Sequence[Shard]) -> list[Phase]:
@@ -43,7 +41,6 @@ def phases(directory: Path, shards: Sequence[Shard]) -> list[Phase]:
             phase.trajectories += count
             phase.correct += count * row["correct"]
             phase.truncated += count * (row["finish_reason"] == "length")
-            phase.reasons[row["reason"]] += count
     return [found[iteration] for iteration in sorted(found)]
 
 

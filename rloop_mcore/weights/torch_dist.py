@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, combinations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ class StoredTensor:
             return self.boxes
         return self._by_stack.get(box[0][: self._stacked], [])
 
+    def overlaps(self) -> bool:
+        """Whether two blocks have an element in common."""
+        pairs = chain.from_iterable(combinations(boxes, 2) for boxes in self._by_stack.values())
+        return any(_intersection(*pair) for pair in pairs)
+
 
 class BlockReader:
     """The tensors of a checkpoint, mapped into memory: what is not touched is not read."""
@@ -199,9 +205,11 @@ class BlockReader:
             info = self._stored.get(MetadataIndex(key, torch.Size(offsets)))
             if info is None or not 0 <= info.offset <= info.offset + info.length <= len(self._maps[info.relative_path]):
                 raise UserError(f"{where}: its block at {list(offsets)} is in no file, or the file is cut off.")
-        there = sum(prod(sizes) for _, sizes in set(stored.boxes))
-        if there != prod(stored.shape) or len({offsets for offsets, _ in stored.boxes}) != len(stored.boxes):
+        there = sum(prod(sizes) for _, sizes in stored.boxes)
+        if there != prod(stored.shape):
             raise UserError(f"{where}: its blocks have {there} elements, and it has {prod(stored.shape)}.")
+        if stored.overlaps():
+            raise UserError(f"{where}: two of its blocks overlap, so elements of it are in none.")
 
     def _open(self, name: str) -> mmap.mmap:
         if Path(name).name != name:

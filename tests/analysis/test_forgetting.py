@@ -157,3 +157,5 @@ def test_what_cannot_be_compared_is_not() -> None:
     ):
         assert not list(comparable([first, second], found))
     assert not list(comparable([second, second], [vanilla, rloop]))
+    begun = checkpoints_of([0], {0: "a"})  # a vanilla run that forgets nothing yet: the next one is taken
+    assert [pair[:2] for pair in comparable([first, first, second], [begun, vanilla, rloop])] == [(1, 2)]

@@ -43,3 +43,4 @@ def test_the_checkpoints_beside_it(rloop_run: Path, dapo_run: Path) -> None:
     names = [found.name if (found := role(rloop)) else None for role in (base, last_theta, last_rl_policy)]
     assert names == ["base", "i1_exploit_000000", "i1_explore_000004"]
     assert last_theta(dapo) is None
+    assert base(dapo[1:]) is None

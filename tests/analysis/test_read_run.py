@@ -81,6 +81,8 @@ def test_a_line_of_metrics_that_is_of_no_step_is_located(line: str, rloop_run: P
         *("3", "null", "[" * 100_000, '{"metrics": [1]}', '{"metrics": null}', '{"metrics": {"avg@8": 1}}'),
         '{"metrics": {"avg@x": {"mean": 0, "low": 0, "high": 1}}}',
         '{"metrics": {"avg@8": {"mean": NaN, "low": 0, "high": 1}}}',
+        '{"metrics": {"pass@8": {"mean": 0, "low": 0, "high": 1}}}',
+        '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}, "pass@8": 1}}',
         '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "policy": [1]}',
         '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "problem_digests": null}',
         '{"metrics": {"avg@8": {"mean": 0, "low": 0, "high": 1}}, "groups": {"source": {"a": {}}}}',

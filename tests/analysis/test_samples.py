@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from rloop_mcore.analysis import samples as samples_module
-from rloop_mcore.analysis.hard_set import hard_problems, hard_sets
+from rloop_mcore.analysis.hard_set import HardSet, hard_problems, hard_sets
 from rloop_mcore.analysis.lengths import QUANTILES, length_drift
 from rloop_mcore.analysis.samples import read_rows, read_samples
 from rloop_mcore.errors import UserError
 from rloop_mcore.trajectory.cache import TrajectoryCache
+from rloop_mcore.trajectory.quarantine import quarantine
 from rloop_mcore.trajectory.schema import SCHEMA
 from rloop_mcore.types import ExpertQuery, Trajectory
 
@@ -68,7 +69,9 @@ def cache(rows: list[Trajectory], tmp_path: Path) -> Path:
 
 def test_hard_sets_are_the_problems_rft_learns_from(cache: Path, rows: list[Trajectory], tmp_path: Path) -> None:
     samples, before = read_samples(cache), set()
-    for found in hard_sets(samples, THRESHOLD):
+    with np.errstate(all="raise"):  # a problem that was not asked in an iteration is no warning
+        sets = hard_sets(samples, THRESHOLD)
+    for found in sets:
         verdicts = defaultdict(list)
         for row in rows:
             if row.iteration == found.iteration:
@@ -84,6 +87,10 @@ def test_hard_sets_are_the_problems_rft_learns_from(cache: Path, rows: list[Traj
         selected = TrajectoryCache(cache).write_experts(query, tmp_path / f"i{found.iteration}")
         assert selected["problems"] == found.hard
         before = hard
+
+
+def test_no_hard_problems_have_no_turnover() -> None:
+    assert np.isnan(HardSet(1, sampled=5, never=0, hard=0, others=5, entered=0, stayed=0, left=0).turnover)
 
 
 def test_lengths_by_step(cache: Path, rows: list[Trajectory]) -> None:
@@ -108,7 +115,7 @@ def test_single_rows(cache: Path, rows: list[Trajectory], monkeypatch: pytest.Mo
         key = (samples.iteration[row], samples.step[row], samples.problems[samples.problem[row]], samples.sample[row])
         expected = {"prompt_ids": list(by_key[key].prompt_ids), "response_ids": list(by_key[key].response_ids)}
         assert found[samples.row[row]] == expected
-    assert set(read_rows(samples.shards[7], [1])[1]) == set(SCHEMA.names)
+    assert set(read_rows(samples.shards[7], [0])[0]) == set(SCHEMA.names)
 
 
 def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
@@ -118,6 +125,8 @@ def test_no_cache_and_a_damaged_one(cache: Path, tmp_path: Path) -> None:
     (cache / "shard-000003.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"shard-000003\.parquet is missing or damaged"):
         read_samples(cache)
+    quarantine(cache)
+    assert [path.name for path in read_samples(cache).shards] == [f"shard-{n:06d}.parquet" for n in range(12) if n != 3]
 
 
 def test_a_flipped_bit_is_said_or_changes_nothing(cache: Path) -> None:

@@ -56,6 +56,10 @@ def test_all_pairs_as_the_definition_has_it(checkpoints: list[dict[str, Response
     assert found == pytest.approx(brute_force(checkpoints), abs=1e-6)
 
 
+def test_a_problem_that_was_not_asked_has_no_rows() -> None:
+    assert len(make_answers([("a", [1], True)]).rows_of("b")) == 0
+
+
 def test_rare_and_frequent_bigrams(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as a real response, over a real vocabulary, in both ways of counting."""
     generator = np.random.default_rng(0)

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from rloop_mcore.evaluation import bootstrap
 from rloop_mcore.evaluation.bootstrap import bootstrap_interval, bootstrap_mean_interval
 
 
@@ -32,14 +33,23 @@ def test_the_seed_fixes_it() -> None:
     assert bootstrap_interval(scores, seed=1) != bootstrap_interval(scores, seed=2)
 
 
+@pytest.mark.parametrize("draws", [1, 7, 12])
+def test_blocks_change_nothing(draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [0.0, 0.1, 1.0]
+    at_once = bootstrap_interval(scores, seed=1, resamples=10)
+    monkeypatch.setattr(bootstrap, "_DRAWS_AT_ONCE", draws)
+    assert bootstrap_interval(scores, seed=1, resamples=10) == at_once
+
+
 def test_equal_scores_have_no_width() -> None:
     interval = bootstrap_interval([1.0] * 30, seed=0)
     assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
 
 def test_no_scores_are_refused() -> None:
-    with pytest.raises(ValueError, match="non-empty"):
-        bootstrap_interval([], seed=0)
+    for benchmarks in ([], [[]], [[1.0], []]):
+        with pytest.raises(ValueError, match="non-empty"):
+            bootstrap_mean_interval(benchmarks, seed=0)
 
 
 def test_a_mean_over_benchmarks_resamples_each_among_itself() -> None:

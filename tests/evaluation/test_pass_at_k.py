@@ -17,7 +17,8 @@ def test_equals_the_enumeration_of_all_draws(n: int) -> None:
         for c in range(n + 1):
             outcomes = [1] * c + [0] * (n - c)
             expected.append(np.mean([any(draw) for draw in combinations(outcomes, k)]))
-        np.testing.assert_allclose(pass_at_k(range(n + 1), n, k), expected, rtol=1e-12)
+        with np.errstate(divide="raise"):  # a certain success is no warning
+            np.testing.assert_allclose(pass_at_k(range(n + 1), n, k), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(100_000, 1, 32), (100_000, 3, 50_000), (100_000, 99_990, 8), (64, 64, 64)])
@@ -42,6 +43,11 @@ def test_pass_at_1_is_the_average() -> None:
 def test_impossible_counts_are_refused(c: list[int], n: int, k: int) -> None:
     with pytest.raises(ValueError, match=r"samples|at least"):
         pass_at_k(c, n, k)
+
+
+def test_no_samples_have_no_average() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        average([0], [0])
 
 
 def test_equals_the_estimator_as_published() -> None:

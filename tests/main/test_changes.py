@@ -104,6 +104,8 @@ def test_what_cannot_work_is_not_even_forced(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     with pytest.raises(UserError, match=r"rl_steps=200, not 100: 120 steps .* command, or choose another run\.dir\."):
         take_changes(run, configure(run.path, "algorithm.rl_steps=100"), force=True)
+    with pytest.raises(UserError, match=r"iterations=3, not 0: 1 iterations have begun; .*, or choose another"):
+        take_changes(run, configure(run.path, "algorithm.iterations=0"), force=True)
     with pytest.raises(UserError, match=r"rl_steps=200, not 130: .* or add --force\."):
         take_changes(run, configure(run.path, "algorithm.rl_steps=130"), force=False)
     take_changes(run, configure(run.path, "algorithm.rl_steps=130"), force=True)

@@ -39,7 +39,10 @@ def write_run(path: Path, iterations: int, solved: dict[str, dict[str, int]], sa
     return path
 
 
-def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_problem_by_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     base, step_2 = {"a": 2, "b": 0, "c": 4}, {"a": 4, "b": 1, "c": 4}
     last = {"dapo": {"a": 0, "b": 0, "c": 4}, "rloop": {"a": 1, "b": 1, "c": 4}}
     solved = {"base": base, "i0_explore_000002": step_2}
@@ -58,7 +61,10 @@ def test_differences_problem_by_problem(tmp_path: Path, capsys: pytest.CaptureFi
         {"run": "dapo", "intra": 0.0, "inter": pytest.approx((1 / 3 + 2 / 3) / 2)},
         {"run": "rloop", "intra": 0.0, "inter": 0.0},
     ]
-    assert "forgets 0.0 % of the problems within an iteration, 50.0 % between iterations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "forgets 0.0 % of the problems within an iteration, 50.0 % between iterations" in printed
+    low, high = (100 * found["avg@4"][end] for end in ("low", "high"))
+    assert f"+16.7 [{low:+.1f}, {high:+.1f}] p={found['avg@4']['p_value']:.2g}" in printed
     assert "Differential forgetting: dapo − rloop" in (tmp_path / "out.html").read_text()
 
 

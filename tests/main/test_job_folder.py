@@ -166,7 +166,8 @@ def test_torchrun_says_who_fell_first(tmp_path: Path) -> None:
     assert first_failure(log) is None
     log.write_text("nothing of the kind")
     assert first_failure(log) is None
-    log.write_text(TORCHRUN.replace("rank      : 5", "rank      : 4") + TORCHRUN)  # of two starts, the last
+    earlier = TORCHRUN.replace("rank      : 5", "rank      : 4").replace("-9", "1")
+    log.write_text(earlier + TORCHRUN)  # of two starts, the last
     found = first_failure(log)
     assert found is not None
     assert (found["rank"], found["code"]) == (5, -9)

@@ -112,6 +112,8 @@ def test_a_file_that_the_manifest_lacks_is_not_there(opened: Opened) -> None:
         (kept.folder / "samples" / ".tmp-1-shard-000002.parquet").write_bytes(b"half")
     with opened() as kept:
         assert kept.rows == graded(row("a", 0))
+        left = {path.name for path in (kept.folder / "samples").iterdir()}
+        assert left == {"manifest.json", "shard-000000.parquet", "times"}
         kept.add([row("a", 1)])
     with opened() as kept:
         assert kept.rows == graded(row("a", 0), row("a", 1))

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
 from rloop_mcore.progress import ProgressDisplay
 from rloop_mcore.run_config import to_yaml
 from rloop_mcore.weights import mcore_to_hf
-from rloop_mcore.weights.conversion import Conversion
+from rloop_mcore.weights.conversion import HF_FILES, Conversion
 from rloop_mcore.weights.digest import digest_of
 
 
@@ -58,6 +59,27 @@ def run(tmp_path: Path) -> Path:
 )
 def test_a_runs_policies_by_name(run: Path, step: str | None, found: str) -> None:
     assert find_policy(run, step).path == run / found
+
+
+def test_a_checkpoint_stands_for_a_folder_that_is_gone(run: Path) -> None:
+    (run / "policies" / "i0_explore_000002").rmdir()
+    (run / "checkpoints" / "i0_explore_000002").mkdir()
+    assert find_policy(run, "i0_explore_000002").path == run / "checkpoints" / "i0_explore_000002"
+
+
+def test_a_runs_checkpoint_has_the_config_of_the_last_theta(run: Path, tmp_path: Path) -> None:
+    theta, checkpoint = run / "policies" / "i0_exploit_000000", run / "checkpoints" / "i0_explore_000004"
+    theta.rmdir()
+    checkpoint.rmdir()
+    write_model(theta, seed=0)
+    assert main(["convert", str(theta), str(checkpoint)]) == 0
+    shutil.rmtree(checkpoint / HF_FILES)  # as a run writes it
+    source = find_policy(run, "i0_explore_000004")
+    assert digest_of(as_hf_folder(source, tmp_path / "converted", ProgressDisplay())) == digest_of(theta)
+    (run / "journal.jsonl").unlink()
+    as_hf_folder(source, tmp_path / "converted", ProgressDisplay())  # once is enough
+    with pytest.raises(UserError, match="in no run's checkpoints/"):
+        as_hf_folder(source, tmp_path / "again", ProgressDisplay())
 
 
 def test_what_a_run_lacks_is_told_with_what_it_has(run: Path) -> None:

@@ -21,6 +21,7 @@ def shares(found: Roles) -> list[list[int]]:
 def test_one_node_keeps_its_engines_beside_rank_0() -> None:
     found = of("layout.dp=4", "rollout.engines=3")
     assert (found.trainers, found.ranks, shares(found)) == (1, 4, [[]])
+    assert not found.hosts
 
 
 def test_all_nodes_train_and_generate() -> None:
@@ -35,7 +36,7 @@ def test_the_last_nodes_have_engines_only() -> None:
 
 def test_engines_that_run_already_are_nobodys() -> None:
     endpoints = ("rollout.engine=sglang", "rollout.endpoints=['http://h:1']")
-    assert shares(of("cluster.nodes=2", "layout.dp=2", *endpoints)) == [[], []]
+    assert not of("cluster.nodes=2", "layout.dp=2", *endpoints).hosts
 
 
 def test_one_node_has_the_engines_of_a_node() -> None:

@@ -14,12 +14,13 @@ from rloop_mcore.config import ActorConfig, ClusterConfig, Config, DataConfig, G
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning import layouts
 from rloop_mcore.planning.architecture import Architecture
-from rloop_mcore.planning.engines import GIB, cache_bytes, check_engine, engine_plan, legal_engine_tp
+from rloop_mcore.planning.engines import GIB, EnginePlan, cache_bytes, check_engine, engine_plan, legal_engine_tp
 from rloop_mcore.planning.layouts import broken_rule, processes
 from rloop_mcore.planning.parameters import total_parameters
 from rloop_mcore.planning.plan import Plan
 from rloop_mcore.planning.search import changes, check_fit, legal_layouts, nearest_fit, ranked
 from rloop_mcore.planning.time import efficiency
+from rloop_mcore.planning.workload import rows_of_update
 
 H100 = GpuConfig("H100", 79.1, 3350, 989, 450, 50)
 QWEN_7B = Architecture(28, 3584, 28, 4, 128, 18944, 152064, 32768, qkv_bias=True)
@@ -82,13 +83,15 @@ def test_an_update_has_the_choices_that_routing_replay_keeps(experts: int, bytes
 
 
 def test_a_sync_has_the_memory_that_sglangs_checksums_take() -> None:
-    planned, embedded = (
-        Plan.of(QWEN_7B, replace(SMALL, rollout=replace(SMALL.rollout, engine=engine))).worst.phases["sync"]
-        for engine in ("sglang", "embedded")
-    )
+    def of(model: Architecture, engine: str) -> dict[str, int]:
+        return Plan.of(model, replace(SMALL, rollout=replace(SMALL.rollout, engine=engine))).worst.phases["sync"]
+
+    planned, embedded = (of(QWEN_7B, engine) for engine in ("sglang", "embedded"))
     taken = int(subprocess.run([sys.executable, "-c", _MEASURE_A_CHECKSUM], check=True, capture_output=True).stdout)
     assert planned["weight_sync"] - embedded["weight_sync"] == pytest.approx(taken, rel=0.05)
     assert embedded["weight_sync"] == 2 * 152064 * 3584 * 2  # two buckets, each of the embedding
+    small = of(DENSE, "sglang")["weight_sync"] - of(DENSE, "embedded")["weight_sync"]
+    assert small == 7 * 1024 * 128 * 2  # no more than the largest tensor is hashed at once
 
 
 def test_cache_of_an_engine() -> None:
@@ -100,6 +103,14 @@ def test_cache_of_an_engine() -> None:
     assert engine.tokens == (int(0.4 * 80 * GIB) - engine.weights) // 57344
     assert engine.shared
     assert engine.sleeps
+
+
+def test_the_embedded_engine_grows_to_whole_sequences() -> None:
+    """On one GPU, which it shares, whatever rollout.tp is; a sequence has up to 1,024 + 2,048 tokens."""
+    config = replace(SMALL, rollout=replace(SMALL.rollout, engine="embedded", tp=4, max_running=10))
+    engine = engine_plan(QWEN_7B, config, 80 * GIB)
+    tokens = 10 * 3072
+    assert engine == EnginePlan(2 * QWEN_7B_WEIGHTS, tokens * 57344, GIB, tokens, shared=True, sleeps=False)
 
 
 def test_an_engine_over_more_gpus_than_key_value_heads_copies_them() -> None:
@@ -236,6 +247,14 @@ def test_only_the_last_stage_has_logits_and_earlier_ones_hold_more_micro_batches
     assert [bool(stage.phases["train"]["logits"]) for stage in stages] == [False, False, False, True]
     kept = [stage.phases["train"]["activations"] for stage in stages]
     assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize(("sp", "share"), [(False, 1), (True, 2)])
+def test_a_stage_without_layers_keeps_its_outputs(sp: bool, share: int) -> None:
+    """Of each of two micro-batches token ids, with a mask where tp > 1, and the embeddings in bf16, which sp shares."""
+    config = run_on(1, LayoutConfig(tp=2, pp=2, sp=sp, stages=[0, 28]))
+    kept = Plan.of(QWEN_7B, config).stages[0].phases["train"]["activations"]
+    assert kept == 2 * 16384 * (8 + 1 + 2 * 3584 // share)
 
 
 def test_no_memory_given_no_verdict() -> None:
@@ -375,6 +394,15 @@ def test_a_round_takes_no_less_than_its_longest_response_alone() -> None:
     assert times is not None
     token_s = (2 * QWEN_7B_WEIGHTS + 768 * 57344) / (0.7 * 3350e9) + 2 * QWEN_7B_WEIGHTS / (0.5 * 989e12) + 0.002
     assert times.rollout_s == pytest.approx(2048 * token_s, rel=1e-2)
+
+
+def test_an_update_has_the_rows_of_the_phase_that_there_is() -> None:
+    config = run_on(1, LayoutConfig())
+    config.algorithm.prompts_per_step, config.algorithm.group_size, config.algorithm.updates_per_step = 5, 3, 2
+    assert rows_of_update(config) == 8
+    for key in ("iterations", "rl_steps", "updates_per_step"):
+        fine_tuned = replace(config, algorithm=replace(config.algorithm, **{key: 0}))
+        assert rows_of_update(fine_tuned) == config.rft.batch_size
 
 
 DENSE = Architecture(2, 128, 4, 2, 32, 256, 1024, 4096)

@@ -65,6 +65,12 @@ def test_no_more_micro_batches_than_the_packing_makes(
     assert micro_batches(sum(padded), max(padded), budget, layout) <= made
 
 
+def test_the_interleaved_schedule_takes_multiples_of_the_stages() -> None:
+    assert micro_batches(500, 10, 100, LayoutConfig(pp=4)) == 5
+    assert micro_batches(500, 10, 100, LayoutConfig(pp=4, vpp=2)) == 8
+    assert micro_batches(500, 10, 100, LayoutConfig(pp=4, vpp=2, dp=2)) == 4
+
+
 def test_bubble() -> None:
     assert bubble(8, LayoutConfig()) == 0
     assert bubble(8, LayoutConfig(pp=4)) == 3 / 11

@@ -180,6 +180,14 @@ def test_an_expert_set_is_written_with_its_lineage(tmp_path, monkeypatch):
     assert again["cache"] == lineage["cache"]
 
 
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    (shard,) = fill(tmp_path, step_rows(0, 0))._shards
+    (tmp_path / shard.name).unlink()
+    (tmp_path / shard.name).mkdir()
+    with pytest.raises(UserError, match=r"shard-000000\.parquet cannot be read \(Is a directory\)"):
+        reader.ShardFile(tmp_path, shard)
+
+
 def test_an_expert_set_without_a_manifest_is_not_an_empty_one(tmp_path):
     cache, folder = fill(tmp_path / "cache", phases(seed=5)), tmp_path / "experts"
     cache.write_experts(ExpertQuery((0,), None), folder)
@@ -279,6 +287,9 @@ def test_a_selection_over_many_row_groups_reads_only_those_it_needs(tmp_path, mo
         for row in step_rows(0, 0, problems=20, group=16)
     ]
     cache = fill(tmp_path / "cache", rows)
+    assert list(cache.rows()) == writer.stored_order(rows)
+    written = pq.read_metadata(tmp_path / "cache" / cache._shards[0].name)
+    assert [written.row_group(n).num_rows for n in range(written.num_row_groups)] == [8, 8, 304]
     read = []
     original = reader.ShardFile._read
     monkeypatch.setattr(

@@ -96,6 +96,7 @@ def test_a_damaged_shard_is_not_made_to_look_sound(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_bytes() == manifest
     quarantine(tmp_path)
     assert compact(tmp_path, names) == (4, 3)  # of the second iteration; the lost one parts those of the first
+    assert [shard.name for shard in read_manifest(tmp_path)] == [*names[:3], "shard-000003-000004.parquet"]
     cache = TrajectoryCache(tmp_path)
     cache.keep_only(names)
     assert cache.count() == 64

@@ -16,6 +16,7 @@ from rloop_mcore.compose import load_config
 from rloop_mcore.errors import UserError
 from rloop_mcore.journal import Journal
 from rloop_mcore.main import run_directory
+from rloop_mcore.main.cache_upkeep import steps_lost
 from rloop_mcore.main.cli import main
 from rloop_mcore.run_config import to_yaml
 from rloop_mcore.trajectory.cache import TrajectoryCache
@@ -101,7 +102,9 @@ def test_a_step_that_lost_a_part_says_how_much_is_left(tmp_path: Path) -> None:
         cache.seal()
     (tmp_path / "shard-000001.parquet").unlink()
     quarantine(tmp_path)
-    assert TrajectoryCache(tmp_path).losses() == [Loss(2, 7, lost=11, left=5)]
+    losses = TrajectoryCache(tmp_path).losses()
+    assert losses == [Loss(2, 7, lost=11, left=5)]
+    assert steps_lost(losses) == ["lost of iteration 2, step 7: 11 of 16 trajectories"]
 
 
 def test_everything_may_be_lost(tmp_path: Path) -> None:
@@ -116,6 +119,11 @@ def test_everything_may_be_lost(tmp_path: Path) -> None:
     cache.append(step_rows(0, 1))
     assert cache.seal() == [*names, "shard-000001.parquet"]
     assert {path.name for path in (tmp_path / "quarantine").iterdir()} == set(names)
+
+
+def test_a_run_that_has_sealed_nothing_has_nothing_damaged(tmp_path: Path) -> None:
+    assert quarantine(tmp_path / "cache") == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_lost_shard_that_the_journal_does_not_name_is_forgotten(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import torch
 from conversions import edit_tensors, flip_a_bit, refused
 from safetensors.torch import load_file
 
+from rloop_mcore.errors import UserError
 from rloop_mcore.main.cli import main
 from rloop_mcore.platform.manifest import write_manifest
 from rloop_mcore.weights import hf_folder
 from rloop_mcore.weights.hf_folder import TensorWriter
+from rloop_mcore.weights.torch_dist import BlockFile, BlockReader, finish
 
 
 def edit_config(folder: Path, **values: object) -> None:
@@ -383,3 +385,17 @@ def test_rows_beyond_the_vocabulary_are_dropped_with_a_warning(
     assert main(["convert", str(source), str(tmp_path / "mcore"), "--tp", "2"]) == 0  # padded to 62 rows
     assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     assert "has 62 rows and the config's vocab_size is 61: the rest is dropped" in capsys.readouterr().out
+
+
+def test_blocks_that_overlap_do_not_make_up_a_tensor(tmp_path: Path) -> None:
+    """Of four elements the first two, and the middle ones: as many as there are. The last was whatever memory held."""
+    file = BlockFile(tmp_path / "__0_0.distcp")
+    for first in (0, 1):
+        file.add("w", ((first,), (2,)), torch.ones(2))
+    file.close()
+    finish(tmp_path, [file], {"w": (torch.float32, (4,))})
+    reader = BlockReader(tmp_path)
+    with pytest.raises(UserError, match=r"tensor w: two of its blocks overlap"):
+        reader.check("w")
+    with pytest.raises(UserError, match=r"of tensor w from \[2\] on, \[2\], there are 1 of 2 elements"):
+        reader.read("w", ((2,), (2,)))
