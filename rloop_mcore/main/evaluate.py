@@ -88,7 +88,7 @@ def keys_of(options: argparse.Namespace, source: Source, elsewhere: bool = False
     the programs that keys name needn't be here.
     """
     if source.run is not None:
-        config = on_one_node(load_config_over(source.run.config, options.overrides))
+        config = load_config_over(source.run.config, options.overrides)
         if config.rollout.endpoints and not any(text.startswith("rollout.endpoints=") for text in options.overrides):
             raise UserError(
                 f"{source.run.path} trains with the servers of its rollout.endpoints, which hold other weights: give "
@@ -109,7 +109,7 @@ def keys_of(options: argparse.Namespace, source: Source, elsewhere: bool = False
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
     validate.check_values(config, elsewhere)
-    return config
+    return on_one_node(config)
 
 
 def benchmark_names(options: argparse.Namespace) -> list[str]:
