@@ -218,8 +218,8 @@ class RewardConfig:
     workers: int = 0  # 0: one a core, at most 16
     deadline_s: float = 10.0  # hard limit an answer
     memory_mib: int = 2048  # address space of a worker above what it starts with
-    max_failure_share: float = 0.5  # stop when more answers of a step than this time out or crash
-    max_unparsable_share: float = 1.0  # likewise when an answer is there and can't be read; 1: never
+    max_failure_share: float = 0.5  # stop when more answers of a sampling round than this time out or crash
+    max_unparsable_share: float = 1.0  # of a step: likewise when an answer is there and can't be read; 1: never
 
 
 @dataclass

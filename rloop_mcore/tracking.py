@@ -115,7 +115,7 @@ class Tracker:
             self._begun = self._clock()
         if self._display is not None:
             eta_s = seconds_left(self._clock() - self._begun, done, total - done)
-            self._display.show(f"{self._place} {activity}".strip(), done, total, eta_s, {})
+            self._display.show(activity, done, total, eta_s, {})
 
     def message(self, text: str) -> None:
         """Tell the person who watches."""

@@ -480,6 +480,7 @@ def warnings(config: Config, problems: int) -> list[str]:
         *split_groups(config),
         *_keys_of_sglang(config.rollout),
         *_nucleus(config),
+        *_groups_of_no_use(config),
         *_empty_expert_sets(config, problems),
     ]
 
@@ -499,6 +500,17 @@ def _nucleus(config: Config) -> list[str]:
     return [
         f"rollout.top_p={config.rollout.top_p:g} never samples what is unlikely, and the ratios of the update are of "
         "the whole vocabulary: the gradient is biased. The paper samples with 1."
+    ]
+
+
+def _groups_of_no_use(config: Config) -> list[str]:
+    algorithm = config.algorithm
+    asked, trained = algorithm.sampled_per_step, algorithm.prompts_per_step
+    if config.rft.enabled or algorithm.dynamic_sampling or asked <= trained:
+        return []
+    return [
+        f"algorithm.sampled_per_step={asked}: without dynamic sampling and RFT only algorithm.prompts_per_step="
+        f"{trained} of these groups are trained on; set both alike."
     ]
 
 

@@ -161,9 +161,9 @@ def test_an_activity_has_an_estimate_of_its_own(tmp_path: Path) -> None:
     display = ProgressDisplay(Console(file=text, width=120), clock)
     tracker = Tracker(tmp_path, TrackingConfig(tensorboard=False), display, clock)
     clock.now = 100.0
-    tracker.show("evaluation", 0, 64)
+    tracker.show("evaluation of base", 0, 64)
     clock.now += 30.0
-    tracker.show("evaluation", 16, 64)
+    tracker.show("evaluation of base", 16, 64)
     tracker.close()
     assert "16/64  0:01:30 left" in text.getvalue()
 
@@ -173,10 +173,11 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     display = ProgressDisplay(Console(file=out, force_terminal=True, width=160))
     tracker = Tracker(tmp_path, TrackingConfig(tensorboard=False), display)
     tracker.log(2, "explore", 3, 3, {}, 10)
-    tracker.show("evaluation", 16, 64)
-    tracker.show("evaluation", 64, 64)
+    tracker.show("evaluation of i1_exploit_000000", 16, 64)  # which need not be of the phase that was last at work
+    tracker.show("evaluation of i1_exploit_000000", 64, 64)
     tracker.close()
-    assert "iteration 2 explore evaluation" in out.getvalue()
+    assert "evaluation of i1_exploit_000000" in out.getvalue()
+    assert "explore evaluation" not in out.getvalue()
     assert "64/64" in out.getvalue()
 
 

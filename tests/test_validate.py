@@ -290,6 +290,16 @@ def test_a_nucleus_in_training_is_a_warning() -> None:
     assert "rollout.top_p=0.9" in warning
 
 
+def test_groups_that_nothing_is_learnt_from_are_a_warning() -> None:
+    """An experiment's own sampled_per_step stays where algorithm=grpo is chosen over it."""
+    grpo = [*NEEDED, "algorithm=grpo", "algorithm.prompts_per_step=16"]
+    (warning,) = warnings(load_config([*grpo, "algorithm.sampled_per_step=32"]), 17_000)
+    assert "algorithm.sampled_per_step=32" in warning
+    assert "algorithm.prompts_per_step=16" in warning
+    assert warnings(load_config(grpo), 17_000) == []
+    assert warnings(load_config([*grpo, "algorithm.sampled_per_step=32", "rft.enabled=true"]), 17_000) == []
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [

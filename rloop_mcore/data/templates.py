@@ -12,6 +12,7 @@ Other variables are refused. One newline at the end of the file is not part of t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rloop_mcore.platform.files import read_json
 FOLDER = Path(__file__).parent / "templates"
 
 _TRIAL = "1 + 1 = ?"
+_ANSWER_LINE = re.compile(r"\banswer:\s*\S", re.IGNORECASE)  # not where the response begins, which may be a box
 
 
 def template_names() -> list[str]:
@@ -42,6 +44,13 @@ def template_file(name: str) -> Path:
             "or the path of a .jinja file"
         )
     return path
+
+
+def asks_for(name: str) -> str | None:
+    """The answer format that the words of a template ask for; None where they ask for neither, or for both."""
+    text = template_file(name).read_text(encoding="utf-8", errors="replace")  # `PromptTemplate` refuses what is none
+    box, line = r"\boxed" in text, _ANSWER_LINE.search(text) is not None
+    return None if box == line else "boxed" if box else "answer_line"
 
 
 class PromptTemplate:

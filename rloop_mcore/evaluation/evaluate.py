@@ -37,8 +37,8 @@ class EngineEvaluator:
     """protocols.Evaluator over a fixed list of problems.
 
     Every evaluation uses the same seeds, so that two checkpoints differ by their policies and not by their luck.
-    `at_once` requests are sampled and graded in one go; then `progress` is called with (responses done, responses in
-    all). `conditions` are recorded as they are: see `conditions_of`.
+    `at_once` requests are sampled and graded in one go; then `progress` is called with (name, responses done,
+    responses in all). `conditions` are recorded as they are: see `conditions_of`.
     """
 
     rollout: Rollout
@@ -50,7 +50,7 @@ class EngineEvaluator:
     seed: int
     directory: Path
     at_once: int
-    progress: Callable[[int, int], None]
+    progress: Callable[[str, int, int], None]
     conditions: Mapping[str, Any]
     # Name, samples and seconds of an evaluation that is not written yet: a full disk is no reason to sample again.
     _sampled: tuple[str, list[Graded], float] | None = field(default=None, init=False)
@@ -63,7 +63,7 @@ class EngineEvaluator:
         """
         if self._sampled is None or self._sampled[0] != name:
             started = time.monotonic()
-            self._sampled = name, self._sample(), time.monotonic() - started
+            self._sampled = name, self._sample(name), time.monotonic() - started
         _, rows, seconds = self._sampled
         with atomic_path(self.directory / f"{name}.parquet") as path, open(path, "wb") as file:
             pq.write_table(_samples_table(rows, self.decode), file, compression="zstd", write_page_checksum=True)
@@ -90,14 +90,14 @@ class EngineEvaluator:
         }
         return {key: interval["mean"] for key, interval in named.items()}
 
-    def _sample(self) -> list[Graded]:
+    def _sample(self, name: str) -> list[Graded]:
         sampler = Sampler(self.rollout, self.rewards, self.decode, self.sampling, self.seed, self.at_once)
         wanted = [(prompt, sample) for prompt in self.prompts for sample in range(self.config.samples)]
         rows: list[Graded] = []
-        self.progress(0, len(wanted))
+        self.progress(name, 0, len(wanted))
         for batch in sampler.batches(wanted):
             rows += map(Graded.of, batch)
-            self.progress(len(rows), len(wanted))
+            self.progress(name, len(rows), len(wanted))
         return rows
 
 

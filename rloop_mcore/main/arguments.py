@@ -230,7 +230,7 @@ def _status(commands: Any) -> None:
 def _evaluate(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="Avg@k, pass@k and maj@k of a policy on benchmarks",
+        help="Avg@N, pass@k and maj@k of a policy on benchmarks",
         description="Sample responses of a policy, grade them, print Avg@N, unbiased pass@k and maj@k with 95 % "
         "intervals. The same command again goes on where a killed one stood; more samples add to those there are.",
     )
@@ -245,8 +245,8 @@ def _evaluate(commands: Any) -> None:
     command.add_argument(
         "--benchmark-files", type=Path, metavar="FOLDER", help="where the benchmarks are as files: FOLDER/aime24.jsonl"
     )
-    command.add_argument("--samples", type=int, metavar="N", help="responses a problem (default 32)")
-    command.add_argument("--k", metavar="K,...", help="the k of pass@k (default 1,8,16,32)")
+    command.add_argument("--samples", type=int, metavar="N", help="responses a problem (default: evaluation.samples)")
+    command.add_argument("--k", metavar="K,...", help="the k of pass@k (default: evaluation.k)")
     command.add_argument("--json", type=_new_file, metavar="OUT", help="write the result as JSON too")
     command.add_argument(
         "--against", type=Path, metavar="JSON", help="an earlier result: paired differences with p-values"
@@ -356,7 +356,7 @@ def _grade(commands: Any) -> None:
         "--answer-format",
         choices=("boxed", "answer_line"),
         default="boxed",
-        help=r"where the answer stands: the last \boxed{} (default), or the last line that begins with Answer:",
+        help=r'where the answer stands: in the last \boxed{} (default), or after the last "Answer:"',
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -15,13 +16,13 @@ from rloop_mcore.compose import load_config, load_config_over
 from rloop_mcore.config import Config
 from rloop_mcore.data.benchmarks import check_name, load_benchmark
 from rloop_mcore.data.problems import FILES, load_problems
-from rloop_mcore.data.templates import template_file
 from rloop_mcore.errors import DiskFull, Fault, UserError
 from rloop_mcore.evaluation.bootstrap import bootstrap_mean_interval
 from rloop_mcore.main.against import check_comparable, compare, read_result
 from rloop_mcore.main.evaluation_tables import print_comparison, print_results
 from rloop_mcore.main.policies import Source, as_hf_folder, find_policy
 from rloop_mcore.main.policy_evaluation import PolicyEvaluation
+from rloop_mcore.main.training_problems import template_warnings
 from rloop_mcore.planning.nodes import on_one_node
 from rloop_mcore.platform.files import is_disk_full, write_atomic
 from rloop_mcore.progress import ProgressDisplay
@@ -36,7 +37,8 @@ def evaluate(options: argparse.Namespace) -> int:
     source = find_policy(options.policy, options.step)
     config = keys_of(options, source)
     load_verifier(config.reward.verifier)  # these now: a conversion and an engine's start take minutes
-    template_file(config.data.template)
+    for warning in template_warnings(config):
+        print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
     if not source.is_checkpoint:
         validate.check_model(config, source.path)
     benchmarks = _benchmarks(options)
@@ -88,7 +90,7 @@ def keys_of(options: argparse.Namespace, source: Source, elsewhere: bool = False
     the programs that keys name needn't be here.
     """
     if source.run is not None:
-        config = on_one_node(load_config_over(source.run.config, options.overrides))
+        config = load_config_over(source.run.config, options.overrides)
         if config.rollout.endpoints and not any(text.startswith("rollout.endpoints=") for text in options.overrides):
             raise UserError(
                 f"{source.run.path} trains with the servers of its rollout.endpoints, which hold other weights: give "
@@ -109,7 +111,7 @@ def keys_of(options: argparse.Namespace, source: Source, elsewhere: bool = False
         except ValueError:
             raise UserError(f"--k {options.k}: give whole numbers with commas between them, e.g. 1,8,32.") from None
     validate.check_values(config, elsewhere)
-    return config
+    return on_one_node(config)
 
 
 def benchmark_names(options: argparse.Namespace) -> list[str]:

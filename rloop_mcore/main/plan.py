@@ -135,6 +135,10 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 5e6 else f"{parameters:,}"
 
 
+def _several(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
 def _parts_table(worst: StageMemory, console: Console) -> Table:
     """The fullest GPU in each phase, part by part; a row a part where the console is too narrow for a column each."""
     used = [part for part in PARTS if any(parts[part] for parts in worst.phases.values())]
@@ -187,8 +191,8 @@ def _show_verdict(plan: Plan, console: Console) -> None:
         where = "beside the policy" if engine.shared else "on GPUs of their own"
         room = f"room for {engine.tokens:,} tokens" if plan.memory or engine.tokens else "a cache of unknown size"
         console.print(
-            f"engines {where}: {rollout.engines} over {rollout.tp} GPUs each, weights {engine.weights / GIB:.2f} GiB a "
-            f"GPU, {room}{', asleep while it trains' if engine.sleeps else ''}"
+            f"{_several(rollout.engines, 'engine')} of {_several(rollout.tp, 'GPU')} {where}: weights "
+            f"{engine.weights / GIB:.2f} GiB a GPU, {room}{', asleep while it trains' if engine.sleeps else ''}"
         )
 
 

@@ -98,7 +98,7 @@ def run_algorithm(config: Config, run: RunDirectory, actor: Actor, rollout: Roll
             seed=config.run.seed,
             directory=run.evaluation,
             at_once=2 * config.rollout.max_running,
-            progress=lambda done, total: tracker.show("evaluation", done, total),
+            progress=lambda name, done, total: tracker.show(f"evaluation of {name}", done, total),
             # what was asked under an id: analyses pair two runs' answers by it
             conditions=conditions_of(config) | {"problem_digests": {each.id: content_id(each) for each in validation}},
         )

@@ -33,6 +33,7 @@ from rloop_mcore.main.head import explain, first_rendezvous
 from rloop_mcore.main.job_folder import JobFolder
 from rloop_mcore.main.ranks import SCHEDULERS, Rendezvous, start_ranks
 from rloop_mcore.main.run_directory import RunDirectory, check_not_removed, log_tail
+from rloop_mcore.main.training_problems import template_warnings
 from rloop_mcore.main.watchdog import STALLED, Watchdog, keep_all_stacks, kill_children
 from rloop_mcore.planning.nodes import roles
 from rloop_mcore.planning.plan import Plan
@@ -83,7 +84,7 @@ def train(overrides: Sequence[str], force: bool, job: JobFolder | None = None) -
                 file=sys.stderr,
             )
             return 0
-        for warning in validate.warnings(config, problems):
+        for warning in [*validate.warnings(config, problems), *template_warnings(config)]:
             print(f"rloop: warning: {warning}", file=sys.stderr, flush=True)
         # minutes may pass before the first word of a large model's ranks
         print(

@@ -10,6 +10,7 @@ from pathlib import Path
 from rloop_mcore.config import Config
 from rloop_mcore.data.overlap import contradicting, overlapping
 from rloop_mcore.data.problems import load_problems
+from rloop_mcore.data.templates import asks_for
 from rloop_mcore.errors import UserError
 from rloop_mcore.reward.golds import unverifiable
 from rloop_mcore.types import Problem
@@ -17,6 +18,7 @@ from rloop_mcore.types import Problem
 log = logging.getLogger(__name__)
 
 _SHOWN = 10
+_BY_FORMAT = ("math", "exact", "choice")  # verifiers that heed reward.answer_format
 
 
 def training_problems(config: Config, validation: Sequence[Problem], golds: Path) -> list[Problem]:
@@ -51,6 +53,18 @@ def training_problems(config: Config, validation: Sequence[Problem], golds: Path
     if not problems:
         raise UserError(f"no problem of data.train={config.data.train} is left to train on (see the warnings above)")
     return problems
+
+
+def template_warnings(config: Config) -> list[str]:
+    """Where the prompts ask for the answer in another form than it is looked for in: hardly any would be right.
+
+    Raises UserError for a template that is not there.
+    """
+    template, given = config.data.template, config.reward.answer_format
+    asked = asks_for(template)
+    if config.reward.verifier not in _BY_FORMAT or asked in (None, given):
+        return []
+    return [f"data.template={template} asks for reward.answer_format={asked}; answers are looked for as {given}."]
 
 
 def report_bad_golds(name: str, problems: Sequence[Problem], config: Config, golds: Path) -> int:

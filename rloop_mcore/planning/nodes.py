@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rloop_mcore.config import Config
+from rloop_mcore.config import Config, LayoutConfig
 from rloop_mcore.errors import UserError
 from rloop_mcore.planning.layouts import processes
 
@@ -46,13 +46,19 @@ def roles(config: Config) -> Roles:
 
 
 def on_one_node(config: Config) -> Config:
-    """The configuration with a single node, which has the engines that a node of the job has."""
-    engines = roles(config).engines or config.rollout.engines
-    return replace(
+    """The configuration of who only generates, on a single node with the engines that a node of the job has.
+
+    Raises UserError where these need more GPUs than it has.
+    """
+    engines = max(1, config.rollout.engines // (config.rollout.nodes or config.cluster.nodes))
+    alone = replace(
         config,
+        layout=LayoutConfig(),
         cluster=replace(config.cluster, nodes=1),
         rollout=replace(config.rollout, nodes=0, engines=engines),
     )
+    check_gpus(alone)
+    return alone
 
 
 def check_gpus(config: Config) -> None:

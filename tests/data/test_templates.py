@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rloop_mcore.data.templates import PromptTemplate, template_names
+from rloop_mcore.data.templates import PromptTemplate, asks_for, template_names
 from rloop_mcore.data.tokenizer import TextTokenizer
 from rloop_mcore.errors import UserError
 from tests.data.chat_tokenizer import write_chat_tokenizer
@@ -24,6 +24,25 @@ def tokenizer(tmp_path: Path) -> TextTokenizer:
 
 def test_every_wanted_template_is_shipped() -> None:
     assert set(template_names()) == {"chat", "countdown", "dapo", "gsm8k_fewshot", "qwen25_math_cot", "r1_zero"}
+
+
+def test_a_templates_words_say_which_answer_format_they_ask_for(tmp_path: Path) -> None:
+    boxed, line = dict.fromkeys(("chat", "qwen25_math_cot", "r1_zero"), "boxed"), "answer_line"
+    assert {name: asks_for(name) for name in template_names()} == boxed | {
+        **dict.fromkeys(("dapo", "gsm8k_fewshot"), line),
+        "countdown": None,
+    }
+    mine = tmp_path / "mine.jinja"
+    for text, asked in (
+        ("{{ problem }}\nAnswer:", None),  # a response begins there, with a box perhaps
+        ("Answer, in \\boxed{}: {{ problem }}", "boxed"),
+        ("{{ problem }} End with Answer: \\boxed{...}", None),
+        ("{{ problem }} End with\nanswer: ...", line),
+    ):
+        mine.write_text(text)
+        assert asks_for(str(mine)) == asked, text
+    mine.write_bytes(b"\xff {{ problem }}")
+    assert asks_for(str(mine)) is None
 
 
 @pytest.mark.parametrize("name", template_names())

@@ -71,7 +71,7 @@ def evaluator(directory: Path, engine: ScriptedEngine | None = None, **changes: 
         "seed": 11,
         "directory": directory,
         "at_once": 4096,
-        "progress": lambda done, total: None,
+        "progress": lambda name, done, total: None,
         "conditions": {},
     }
     return EngineEvaluator(**(arguments | changes))
@@ -170,8 +170,8 @@ def test_sampling_follows_the_config_and_every_checkpoint_gets_the_same_seeds(tm
 
 def test_batches_change_nothing_but_the_progress(tmp_path: Path) -> None:
     whole = evaluator(tmp_path / "whole").evaluate("base", "policies/base")
-    seen: list[tuple[int, int]] = []
-    small = evaluator(tmp_path / "pieces", at_once=16, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int]] = []
+    small = evaluator(tmp_path / "pieces", at_once=16, progress=lambda *place: seen.append(place))
     pieces = small.evaluate("base", "policies/base")
     assert pieces == whole
-    assert seen == [(0, 40), (16, 40), (32, 40), (40, 40)]
+    assert seen == [("base", done, 40) for done in (0, 16, 32, 40)]

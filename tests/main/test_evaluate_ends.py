@@ -47,6 +47,23 @@ def test_short_responses_may_be_asked_for_whatever_training_has(tmp_path: Path) 
     assert keys_of(options, Source(tmp_path)).rollout.max_tokens == 64
 
 
+def test_a_model_evaluated_by_a_clusters_experiment_has_the_engines_of_one_node(tmp_path: Path) -> None:
+    """As docs/slurm.md measures the base model, in a job of one node: 32 servers were to share its 8 GPUs."""
+    options = argparse.Namespace(overrides=["experiment=rloop_qwen2.5_math_7b"], samples=None, k=None)
+    config = keys_of(options, Source(tmp_path), elsewhere=True)
+    assert (config.cluster.nodes, config.rollout.engines) == (1, 8)
+
+
+def test_the_layout_of_training_holds_up_no_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(["experiment=rloop_qwen2.5_math_7b", "model.path=x"])))
+    source = Source(tmp_path / "policies" / "theta_1", RunDirectory(tmp_path))
+    options = argparse.Namespace(overrides=["cluster.nodes=1", "rollout.engines=8"], samples=None, k=None)
+    assert keys_of(options, source, elsewhere=True).rollout.engines == 8
+    options.overrides.pop()
+    with pytest.raises(UserError, match=r"rollout\.engines=32 x rollout\.tp=1 is 32 GPUs, and cluster\.nodes has 8"):
+        keys_of(options, source, elsewhere=True)
+
+
 def test_the_servers_of_the_run_hold_other_weights(tmp_path: Path) -> None:
     config = load_config(["experiment=tiny", "rollout.engine=sglang", "rollout.endpoints=[http://127.0.0.1:1]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rloop_mcore.compose import load_config
-from rloop_mcore.main.training_problems import training_problems
+from rloop_mcore.main.training_problems import template_warnings, training_problems
 from rloop_mcore.types import Problem
 
 
@@ -39,3 +39,13 @@ def test_a_problem_with_two_answers_is_told(tmp_path: Path, caplog: pytest.LogCa
     assert [problem.answer for problem in problems] == ["42", "43"]
     assert "1 of 2 training problems have the text of an earlier one and another answer" in caplog.text
     assert f"{problems[1].id} (answer 43, which is 42 in {problems[0].id})" in caplog.text
+
+
+def test_a_template_that_asks_for_another_answer_format_is_a_warning() -> None:
+    """DAPO's prompt with the default format: no response was ever right, and nothing said why."""
+    given = ["run.dir=r", "model.path=m", "data.train=t.jsonl", "data.template=dapo"]
+    assert template_warnings(load_config(given)) == [
+        "data.template=dapo asks for reward.answer_format=answer_line; answers are looked for as boxed."
+    ]
+    assert template_warnings(load_config([*given, "reward.answer_format=answer_line"])) == []
+    assert template_warnings(load_config([*given, "reward.verifier=mine:right"])) == []

@@ -45,6 +45,7 @@ def test_one_node_has_the_engines_of_a_node() -> None:
         job.layout.dp, job.rollout.engines = 4, 8
         alone = on_one_node(job)
         assert (alone.cluster.nodes, alone.rollout.nodes, alone.rollout.engines) == (1, 0, 8 // (apart or 4))
+        assert alone.layout.dp == 1  # nothing is trained there
     assert on_one_node(alone) == alone
 
 
