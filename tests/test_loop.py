@@ -638,7 +638,9 @@ def test_a_start_makes_the_journal_durable_before_it_removes_anything(
 
 def test_a_start_removes_what_a_kill_left_and_nothing_of_somebody_else(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start(run, configure())
+    start(run, configure("checkpoint.keep=3"))
+    checkpoints = [f"checkpoints/{path.name}" for path in (run / "checkpoints").iterdir()]
+    assert len(checkpoints) == 3
     mine = ["policies/mine/model.safetensors", "evaluation/notes.json", "checkpoints/theta_1_hf/x", "experts/i0_old/x"]
     mine += ["evaluation/i0_explore_000002.parquet"]  # the samples of a policy that was measured
     left = ["policies/theta_9/x", "policies/i9_explore_000002/x", "policies/.tmp-7-theta_3/x", "experts/i9/x"]
@@ -649,8 +651,8 @@ def test_a_start_removes_what_a_kill_left_and_nothing_of_somebody_else(tmp_path:
     for name in (*mine, *left):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
-    start(run, configure())
-    assert [name for name in mine if not (run / name).exists()] == []
+    start(run, configure("checkpoint.keep=3"))
+    assert [name for name in (*mine, *checkpoints) if not (run / name).exists()] == []
     assert [name for name in left if (run / name.removesuffix("/x")).exists()] == []
 
 
@@ -763,6 +765,7 @@ def test_policies_of_chosen_steps_are_kept_measured_or_not(tmp_path: Path) -> No
     assert chosen <= folders(tmp_path / "run")
     numbers = {(tmp_path / "run" / "policies" / name / "number").read_text() for name in chosen}
     assert len(numbers) == 4
+    assert not missing(tmp_path / "run")
     assert not any("000001" in name for name in averages(tmp_path / "run"))
 
 
@@ -859,7 +862,7 @@ def test_end_phase_takes_the_bad_step_as_the_last_of_the_phase(tmp_path: Path, m
     ablation = ("algorithm.reset=false", "rft.deduplicate=false", "checkpoint.every=5")
     start(run, configure(*LONG, "guard.policy=end_phase", *ablation), skipped=BAD)
     assert guarded(run) == [(0, "explore", 4, "end_phase")]
-    assert [(record["bad_steps"], record["early"]) for record in events(run, "guard")] == [(2, True)]
+    assert [record["bad_steps"] for record in events(run, "guard")] == [2]
     # curves go on without a gap, the engines' weight versions never go back
     assert rl_steps(run) == [(0, n, n) for n in range(1, 5)] + [(1, n, 4 + n) for n in range(1, 6)]
     assert versions == sorted(versions)
@@ -928,10 +931,12 @@ class BrokenFineTuning(NumberActor):
         return SKIPPED if self.updates > 2 else super().fine_tune(batch, loss)
 
 
-def test_fine_tuning_ends_early_with_the_weights_it_has(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(run, configure(*LONG, "guard.policy=end_phase"), actor=BrokenFineTuning())
+@pytest.mark.parametrize(("updates", "early"), [(5, True), (4, False)])
+def test_fine_tuning_ends_early_with_the_weights_it_has(tmp_path: Path, updates: int, early: bool) -> None:
+    run, length = tmp_path / "run", f"algorithm.rl_steps={updates}"  # an expert each
+    start(run, configure(*LONG, length, "guard.policy=end_phase"), actor=BrokenFineTuning())
     assert guarded(run) == [(0, "exploit", 4, "end_phase"), (1, "exploit", 4, "end_phase")]
+    assert [record["early"] for record in events(run, "guard")] == [early] * 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     bad = [line["bad_steps"] for line in lines if line["phase"] == "exploit"]
     assert bad == [0, 0, 1, 2] * 2
