@@ -79,7 +79,7 @@ class RLoop:
             theta = self.fine_tune(iteration, "exploit", origin, self.config.rft, experts)
             reason = f"fine-tuned on {len(experts)} expert trajectories"
         self.state.record_theta(iteration + 1, theta, reason)
-        self.state.finish(iteration, "exploit", reason=reason)
+        self.state.finish(iteration, "exploit")
 
     def evaluate(self, iteration: int) -> None:
         """theta_{i+1} on the validation problems (the RL endpoint was measured already)."""

@@ -134,7 +134,7 @@ class RLStep:
             weights = self.curriculum.weights(iteration, step - self.config.rollout.max_lag)
         for _ in range(algorithm.sampling_rounds):
             asked = math.ceil(algorithm.sampled_per_step * (1 + self.config.rollout.overprovision))
-            prompts, position = self.prompts.draw(position, max(0, asked - len(self._carried)), weights)
+            prompts, position = self.prompts.draw(position, asked - len(self._carried), weights)
             sampled += self.sample(iteration, step, prompts, visits, watch)
             kept = informative_groups(sampled, algorithm.prompts_per_step, algorithm.dynamic_sampling)
             if len(kept) >= algorithm.prompts_per_step:
@@ -254,7 +254,7 @@ class RLStep:
             metrics[key] = sum(r[key] for r in results) / len(results)
         for key in ("mismatch_mean", "mismatch_max", "mismatch_k3", "ratio_mean", "ratio_max"):
             metrics[key] = results[0][key]
-        for key in ("skipped", "tokens", "seconds_update"):
+        for key in ("skipped", "tokens"):
             metrics[key] = sum(r[key] for r in results)
         norm = max((r["grad_norm"] for r in results), key=lambda norm: math.inf if math.isnan(norm) else norm)
         return metrics | {"updates": float(len(results)), "lr": results[-1]["lr"], "grad_norm_max": norm}

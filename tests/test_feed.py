@@ -55,8 +55,9 @@ def explore(
 
 
 def test_without_lag_every_batch_is_by_the_policy_it_updates() -> None:
-    taken, _ = explore(max_lag=0, partial=False)
+    taken, weights = explore(max_lag=0, partial=False)
     assert taken == [(step, step, step) for step in range(STEPS)]
+    assert weights.waits.count(None) == STEPS  # while it is waited for, the rollout looks after its engines
 
 
 @pytest.mark.parametrize(("collect_s", "train_s"), [(0.0, 0.04), (0.04, 0.0), (0.01, 0.01)])

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rloop_mcore import commits, run_state, space
+from rloop_mcore.algorithm.rft import batch_indices
+from rloop_mcore.algorithm.seeds import derive_seed
 from rloop_mcore.compose import load_config
 from rloop_mcore.config import Config, OptimizerConfig, TrackingConfig
 from rloop_mcore.errors import DiskFull, Fault, Interrupted, UserError
@@ -199,7 +201,8 @@ def start(
     try:
         state.recover()
         step = HashStep(actor, cache, successes, skipped)
-        RLoop(config, state, actor, step).run(Policy(base, "ba5e" * 16), demonstrations)  # type: ignore[arg-type]
+        theta = RLoop(config, state, actor, step).run(Policy(base, "ba5e" * 16), demonstrations)  # type: ignore[arg-type]
+        assert theta == journal.start_policy(config.algorithm.iterations)
     finally:
         tracker.close()
     return actor
@@ -228,8 +231,11 @@ def policies(directory: Path) -> list[str]:
     return [r["path"] for r in Journal(directory / "journal.jsonl").records if r["event"] == "policy"]
 
 
-def test_exploitation_starts_from_the_same_theta_as_exploration(tmp_path: Path) -> None:
-    actor = start(tmp_path / "run", configure(), evaluated=False)
+def test_exploitation_starts_from_the_same_theta_as_exploration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the journal's paths hold wherever the run was started
+    actor = start(Path("run"), configure(), evaluated=False)
     assert actor.begun == ["base", "base", "theta_1", "theta_1"]
     assert policies(tmp_path / "run") == [str(tmp_path / "base"), "policies/theta_1", "policies/theta_2"]
 
@@ -245,10 +251,12 @@ def test_without_rft_the_rl_endpoint_is_the_next_theta(tmp_path: Path) -> None:
     assert policies(tmp_path / "run")[1:] == ["policies/i0_explore_000003", "policies/i1_explore_000003"]
 
 
-def test_an_empty_expert_set_leaves_theta_and_says_so(tmp_path: Path) -> None:
-    start(tmp_path / "run", configure(), successes=0)
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_empty_expert_set_leaves_what_would_be_fine_tuned_and_says_so(tmp_path: Path, reset: bool) -> None:
+    start(tmp_path / "run", configure(f"algorithm.reset={reset}"), successes=0)
     records = [r for r in Journal(tmp_path / "run" / "journal.jsonl").records if r["event"] == "policy"]
-    assert {record["path"] for record in records} == {str(tmp_path / "base")}
+    base, endpoints = str(tmp_path / "base"), [f"policies/i{iteration}_explore_000003" for iteration in (0, 1)]
+    assert [record["path"] for record in records] == [base, *([base] * 2 if reset else endpoints)]
     assert [record["reason"] for record in records[1:]] == ["no expert trajectory: nothing to fine-tune on"] * 2
 
 
@@ -287,6 +295,36 @@ def test_each_policy_is_measured_once_by_its_own_weights(tmp_path: Path) -> None
 DEMONSTRATIONS = [Example((1,), (n,)) for n in range(3)]
 
 
+def test_each_phase_has_its_schedule_its_loss_and_its_order_of_the_examples(tmp_path: Path) -> None:
+    begun, trained = [], []
+
+    class Told(NumberActor):
+        def begin(self, policy: Path, optimizer: OptimizerConfig, total_updates: int) -> None:
+            begun.append((policy.name, optimizer.lr, total_updates))
+            super().begin(policy, optimizer, total_updates)
+
+        def fine_tune(self, batch: Sequence[Example], loss: str) -> dict[str, float]:
+            trained.append((loss, [example.response_ids for example in batch]))
+            return super().fine_tune(batch, loss)
+
+    rates = ["optimizer.lr=1", "sft.optimizer.lr=2", "rft.optimizer.lr=3", "algorithm.updates_per_step=4"]
+    phases = ["sft.batch_size=2", "sft.epochs=2", "rft.loss=reward_weighted", "run.seed=8"]
+    run = tmp_path / "run"
+    start(run, configure(*rates, *phases), evaluated=False, demonstrations=DEMONSTRATIONS, actor=Told())
+    assert begun == [("base", 2.0, 4), *((f"theta_{i}", *what) for i in (0, 1) for what in ((1.0, 12), (3.0, 3)))]
+    expected = []
+    for phase, iteration, loss, size, updates in [
+        ("sft", 0, "token_mean", 2, 4),
+        ("exploit", 0, "reward_weighted", 1, 3),
+        ("exploit", 1, "reward_weighted", 1, 3),
+    ]:
+        found = TrajectoryCache(run / "cache").experts(run / "experts" / f"i{iteration}")
+        examples, seed = (DEMONSTRATIONS if phase == "sft" else found), derive_seed(8, phase, iteration)
+        batches = [batch_indices(update, 3, size, seed) for update in range(updates)]
+        expected += [(loss, [examples[i].response_ids for i in batch]) for batch in batches]
+    assert trained == expected
+
+
 def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,12 +336,24 @@ def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
         synced.append((version, self.number))
         return {}
 
+    def settle(self: Feed[Batch], version: int) -> None:
+        settled.append(version)
+
+    def train(self: HashStep, iteration: int, step: int, batch: Batch, version: int) -> dict[str, float]:
+        assert version == synced[-1][0] == settled[-1], "of the weights that actor and engines hold"
+        return plain_train(self, iteration, step, batch, version)
+
+    settled, plain_train = list[int](), HashStep.train
     monkeypatch.setattr(NumberRollout, "sync", sync)
+    monkeypatch.setattr(HashStep, "train", train)
+    monkeypatch.setattr(Feed, "settle", settle)
     start(tmp_path / "run", configure("sft.batch_size=1"), demonstrations=DEMONSTRATIONS)
+    assert len(settled) == 2 * 3
     assert [version for version, _ in synced] == sorted(version for version, _ in synced)
     # theta_0 and three steps, theta_1 and three steps, theta_2
     versions, policies = ({each[place] for each in synced} for place in (0, 1))
     assert len(set(synced)) == len(versions) == len(policies) == 9
+    assert len(synced) == 9 + 2  # a theta once more where its exploration begins, and none twice on the way
 
     taken, lines = 0, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
@@ -319,7 +369,9 @@ def test_a_version_names_one_policy_and_a_line_the_rl_steps_so_far(
 def test_the_journal_says_what_theta_0_is(tmp_path: Path, demonstrations: list[Example] | None, words: str) -> None:
     start(tmp_path / "run", configure("sft.batch_size=2"), demonstrations=demonstrations)
     lines = map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
-    assert [x["reason"] for x in lines if x["event"] == "policy" and x["iteration"] == 0] == [words]
+    (theta,) = [x for x in lines if x["event"] == "policy" and x["iteration"] == 0]
+    assert theta["reason"] == words
+    assert theta["path"] == (str(tmp_path / "base") if demonstrations is None else "policies/theta_0")
 
 
 @pytest.mark.parametrize("sleep", [True, False])
@@ -335,6 +387,13 @@ def test_trainer_and_engines_make_room_for_each_other_where_they_share_a_gpu(
     told(NumberActor, "make_room", lambda actor: None)
     told(NumberRollout, "sync", NumberRollout.sync)
     told(NumberRollout, "sleep", NumberRollout.sleep)
+    plain = HashStep.train
+
+    def train(*args: Any) -> dict[str, float]:
+        assert [call for call in calls if call in ("sleep", "sync")][-1] == "sync", "samples of engines without weights"
+        return plain(*args)
+
+    monkeypatch.setattr(HashStep, "train", train)
     start(tmp_path / "run", configure(f"rollout.sleep={sleep}", "algorithm.iterations=1"))
     before = {name: {calls[i - 1] for i, call in enumerate(calls) if call == name} for name in ("begin", "sync")}
     if sleep:
@@ -384,11 +443,11 @@ def events(directory: Path, event: str) -> list[dict[str, Any]]:
 
 
 def missing(directory: Path) -> set[str]:
-    """Policies that the journal names, does not call removed, and that are not there whole."""
-    named = {record.get("path") for record in Journal(directory / "journal.jsonl").records}
+    """Policies that the journal names, does not call removed, and that are not there whole: as their digest says."""
+    named = {r["path"]: r["digest"] for r in Journal(directory / "journal.jsonl").records if "digest" in r}
     gone = {path for record in events(directory, "removed") for path in record["paths"]}
-    policies = {path for path in named - gone if str(path).startswith("policies/")}
-    return {path for path in policies if not (directory / path / "number").exists()}
+    numbers = {path: directory / path / "number" for path in named.keys() - gone}
+    return {path for path, file in numbers.items() if not file.exists() or file.read_text() != named[path]}
 
 
 KEEPING = ["checkpoint.keep_best=1", "checkpoint.policy_steps=[1]", "data.validation=v"]
@@ -579,8 +638,11 @@ def test_a_start_makes_the_journal_durable_before_it_removes_anything(
 
 def test_a_start_removes_what_a_kill_left_and_nothing_of_somebody_else(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    start(run, configure())
+    start(run, configure("checkpoint.keep=3"))
+    checkpoints = [f"checkpoints/{path.name}" for path in (run / "checkpoints").iterdir()]
+    assert len(checkpoints) == 3
     mine = ["policies/mine/model.safetensors", "evaluation/notes.json", "checkpoints/theta_1_hf/x", "experts/i0_old/x"]
+    mine += ["evaluation/i0_explore_000002.parquet"]  # the samples of a policy that was measured
     left = ["policies/theta_9/x", "policies/i9_explore_000002/x", "policies/.tmp-7-theta_3/x", "experts/i9/x"]
     left += [
         f"evaluation/{name}" for name in ("i9_exploit_000000.json", "i9_exploit_000000.parquet", ".tmp-7-base.json")
@@ -589,8 +651,8 @@ def test_a_start_removes_what_a_kill_left_and_nothing_of_somebody_else(tmp_path:
     for name in (*mine, *left):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
-    start(run, configure())
-    assert [name for name in mine if not (run / name).exists()] == []
+    start(run, configure("checkpoint.keep=3"))
+    assert [name for name in (*mine, *checkpoints) if not (run / name).exists()] == []
     assert [name for name in left if (run / name.removesuffix("/x")).exists()] == []
 
 
@@ -703,6 +765,7 @@ def test_policies_of_chosen_steps_are_kept_measured_or_not(tmp_path: Path) -> No
     assert chosen <= folders(tmp_path / "run")
     numbers = {(tmp_path / "run" / "policies" / name / "number").read_text() for name in chosen}
     assert len(numbers) == 4
+    assert not missing(tmp_path / "run")
     assert not any("000001" in name for name in averages(tmp_path / "run"))
 
 
@@ -799,6 +862,7 @@ def test_end_phase_takes_the_bad_step_as_the_last_of_the_phase(tmp_path: Path, m
     ablation = ("algorithm.reset=false", "rft.deduplicate=false", "checkpoint.every=5")
     start(run, configure(*LONG, "guard.policy=end_phase", *ablation), skipped=BAD)
     assert guarded(run) == [(0, "explore", 4, "end_phase")]
+    assert [record["bad_steps"] for record in events(run, "guard")] == [2]
     # curves go on without a gap, the engines' weight versions never go back
     assert rl_steps(run) == [(0, n, n) for n in range(1, 5)] + [(1, n, 4 + n) for n in range(1, 6)]
     assert versions == sorted(versions)
@@ -867,10 +931,12 @@ class BrokenFineTuning(NumberActor):
         return SKIPPED if self.updates > 2 else super().fine_tune(batch, loss)
 
 
-def test_fine_tuning_ends_early_with_the_weights_it_has(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    start(run, configure(*LONG, "guard.policy=end_phase"), actor=BrokenFineTuning())
+@pytest.mark.parametrize(("updates", "early"), [(5, True), (4, False)])
+def test_fine_tuning_ends_early_with_the_weights_it_has(tmp_path: Path, updates: int, early: bool) -> None:
+    run, length = tmp_path / "run", f"algorithm.rl_steps={updates}"  # an expert each
+    start(run, configure(*LONG, length, "guard.policy=end_phase"), actor=BrokenFineTuning())
     assert guarded(run) == [(0, "exploit", 4, "end_phase"), (1, "exploit", 4, "end_phase")]
+    assert [record["early"] for record in events(run, "guard")] == [early] * 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     bad = [line["bad_steps"] for line in lines if line["phase"] == "exploit"]
     assert bad == [0, 0, 1, 2] * 2

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 
 import pytest
 
+from rloop_mcore import rl_step
 from rloop_mcore.algorithm.advantage import group_advantages
 from rloop_mcore.algorithm.guard import what_is_wrong
 from rloop_mcore.compose import load_config
@@ -200,28 +203,49 @@ def test_a_norm_that_is_not_finite_is_the_largest(norms: list[float]) -> None:
     assert (metrics["updates"], metrics["skipped"]) == (3, 0)
 
 
-def test_metrics_of_tokens_are_means_over_the_tokens_of_all_updates() -> None:
+def test_metrics_of_tokens_are_means_over_the_tokens_of_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those of the samples against the trainer are the first update's, which alone is held to the gate."""
     step = make(first_only)
     update, told = step.actor.update, iter([(10.0, 0.5, 1.0), (30.0, 0.9, 3.0)])
+    of_an_update = ("loss", "grad_norm", "padding_share", "lr")
+    of_the_first = ("mismatch_mean", "mismatch_max", "mismatch_k3", "ratio_mean", "ratio_max")
 
     def of_tokens(batch: Sequence[Experience]) -> dict[str, float]:
-        tokens, entropy, loss = next(told)
-        return update(batch) | {"tokens": tokens, "entropy": entropy, "loss": loss, "grad_norm": loss}
+        tokens, entropy, number = next(told)
+        figures = {"tokens": tokens, "entropy": entropy} | dict.fromkeys(of_an_update, number)
+        return update(batch) | figures | dict.fromkeys(of_the_first, number - 1)
 
+    beats = list[None]()
+    monkeypatch.setattr(rl_step, "beat", lambda: beats.append(None))
     step.actor.update = of_tokens  # type: ignore[method-assign]
     _, metrics = run(step, 0, 0, 0)
+    assert len(beats) == 2  # an update may be long: each tells the watchdog
     assert metrics["tokens"] == 40
     assert metrics["entropy"] == pytest.approx((10 * 0.5 + 30 * 0.9) / 40)
-    assert (metrics["loss"], metrics["grad_norm"]) == (2.0, 2.0)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["padding_share"]) == (2.0, 2.0, 2.0)
+    assert (metrics["grad_norm_max"], metrics["lr"]) == (3.0, 3.0)
+    assert {metrics[name] for name in of_the_first} == {0.0}
 
 
-def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds() -> None:
-    step = make(first_only, sampled_per_step=9, prompts_per_step=9)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_problem_drawn_twice_in_a_step_gets_new_samples_and_seeds(rounds: int) -> None:
+    step = make(first_only, sampled_per_step=9 // rounds, prompts_per_step=9, sampling_rounds=rounds)
     run(step, 0, 0, 0)
     keys = [(row.problem_id, row.sample) for row in step.cache.rows]
     assert len(set(keys)) == len(keys) == 9 * GROUP
     assert max(row.sample for row in step.cache.rows) == 2 * GROUP - 1
+    assert all(row.group == row.sample // GROUP for row in step.cache.rows)
     assert len({request.seed for request in step.rollout.requests}) == len(keys)
+
+
+def test_every_step_of_every_iteration_and_run_has_seeds_of_its_own() -> None:
+    step = make(first_only, sampling_rounds=1)
+    for run_seed, iteration, number in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
+        step.config.run.seed = run_seed
+        run(step, iteration, number, 0)
+    assert len({request.seed for request in step.rollout.requests}) == 4 * 3 * GROUP
+    places = [(row.trajectory.problem_id, row.trajectory.sample) for batch in step.actor.batches for row in batch]
+    assert len({tuple(places[n : n + 2 * GROUP]) for n in range(0, len(places), 2 * GROUP)}) == 4  # the same two groups
 
 
 def test_advantages_belong_to_their_trajectories() -> None:
@@ -238,6 +262,13 @@ def test_a_mismatch_over_the_gate_stops_with_a_clear_message() -> None:
         run(step, 0, 7, 0)
     step = make(first_only, RecordingActor(mismatch=float("nan")))
     with pytest.raises(MismatchError):
+        run(step, 0, 0, 0)
+
+
+def test_a_mean_mismatch_over_its_gate_stops_too() -> None:
+    step = make(first_only, RecordingActor(mismatch=0.02))
+    step.config.rollout.mismatch_gate, step.config.rollout.mismatch_mean_gate = 0.1, 0.001
+    with pytest.raises(MismatchError, match=r"mean 0\.002\), .*rollout\.mismatch_mean_gate=0\.001"):
         run(step, 0, 0, 0)
 
 
@@ -297,12 +328,21 @@ def test_a_step_reports_shares_and_means_of_all_that_was_sampled() -> None:
     step = make(first_only)
     step.stop, step.config.rollout.top_p, step.config.rollout.temperature = ("</answer>",), 0.9, 0.7
     ends = [("length", 4)] * 3 + [("stop", n) for n in range(1, 10)]
-    sampled = [Completion((1,) * n, (-0.5,) * n, end, ((1, n),), n, 5.0, 7.0) for end, n in ends]
+    sampled = [Completion((1,) * n, (-0.5,) * n, end, ((1, n),), 3, 5.0, 7.0) for end, n in ends]
     step.rollout.answer = lambda requests: sampled  # type: ignore[method-assign]
     reasons = ["truncated"] * 3 + ["correct"] * 2 + ["timeout", "crashed"] + ["unparsable"] * 4 + ["no_answer"]
-    step.rewards.grade = lambda items: [Verdict(r == "correct", r, 11.0) for _, r in zip(items, reasons, strict=True)]
+    graded: list[tuple[Problem, str, bool]] = []
+
+    def grade(items: Iterable[tuple[Problem, str, bool]]) -> list[Verdict]:
+        graded.extend(items)
+        return [Verdict(reason == "correct", reason, 11.0) for reason in reasons]
+
+    step.rewards.grade = grade  # type: ignore[method-assign]
     _, metrics = run(step, 0, 0, 0)
+    assert graded == [(PROBLEMS[i // GROUP], " ".join("1" * n), end == "length") for i, (end, n) in enumerate(ends)]
     assert {row.times for row in step.cache.rows} == {Times(started=5.0, generate_s=7.0, grade_s=11.0)}
+    assert {row.engine for row in step.cache.rows} == {3}
+    assert [row.prompt_ids for row in step.cache.rows] == [(n,) for n in range(3) for _ in range(GROUP)]
     sampling = step.rollout.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (2048, 0.7, 0.9)
     assert sampling.stop == ("</answer>",)
@@ -312,6 +352,30 @@ def test_a_step_reports_shares_and_means_of_all_that_was_sampled() -> None:
     assert {name: metrics[name] * 12 for name in shares} == pytest.approx(shares)
 
 
+@pytest.mark.parametrize(("max_lag", "seconds"), [(0, 8), (1, 6)])
+def test_tokens_a_second_are_over_sampling_and_training_or_the_longer_of_both_where_they_overlap(
+    monkeypatch: pytest.MonkeyPatch, max_lag: int, seconds: int
+) -> None:
+    step = make(lambda problem, n: False, dynamic_sampling="false", sampling_rounds=3, prompts_per_step=9)
+    step.config.rollout.max_lag = max_lag
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)  # each stage takes a second
+    _, metrics = run(step, 0, 0, 0)
+    assert (metrics["seconds_generate"], metrics["seconds_grade"]) == (3, 3)
+    assert (metrics["seconds_logprobs"], metrics["seconds_update"]) == (1, 1)
+    assert metrics["tokens_per_s"] == pytest.approx(9 * GROUP / seconds)
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_engines_on_the_trainers_gpus_sleep_while_it_trains(sleep: bool) -> None:
+    step, order = make(first_only, old_logprobs="trainer", updates_per_step=1), list[str]()
+    step.config.rollout.sleep = sleep
+    for owner, name in ((step.rollout, "sleep"), (step.actor, "logprobs"), (step.actor, "update")):
+        plain = getattr(owner, name, lambda: None)
+        setattr(owner, name, lambda *args, name=name, plain=plain: order.append(name) or plain(*args))
+    run(step, 0, 0, 0)
+    assert order == ["sleep"] * sleep + ["logprobs", "update"]
+
+
 def test_too_many_answers_that_cannot_be_read_stop_the_run_where_that_is_asked() -> None:
     step = make(first_only)
     step.rewards.grade = lambda items: [
@@ -319,7 +383,7 @@ def test_too_many_answers_that_cannot_be_read_stop_the_run_where_that_is_asked()
     ]
     batch = step.collect(0, 3, 0)
     assert step.train(0, 3, batch, version=1)["unparsable"] == pytest.approx(1 / 3)  # off by default
-    step.config.reward.max_unparsable_share = 0.34
+    step.config.reward.max_unparsable_share = 4 / 12  # as many are allowed
     step.train(0, 3, batch, version=1)
     step.config.reward.max_unparsable_share = 0.33
     ends = batch.sampled[0].trajectories[0].response_ids[0]
@@ -413,6 +477,26 @@ def test_the_slowest_groups_go_on_in_the_next_step_from_where_they_were() -> Non
     assert sum(step.rewards.seen.values()) == finished  # each was graded once, and only whole
 
 
+def test_a_phase_begins_with_groups_of_its_own() -> None:
+    """As it does in a run that was killed between the two."""
+    step = make(first_only, sampled_per_step=2, prompts_per_step=1, sampling_rounds=1)
+    step.config.rollout.overprovision = 0.5
+    step.rollout = SlowForP0()
+    position = step.collect(0, 0, 0).position
+    step.feed(1, 0, 1, position)
+    assert step.collect(1, 0, position).position == position + 3
+    assert not any(request.partial for request in step.rollout.requests)
+
+
+def test_a_feed_draws_on_from_batch_to_batch_as_far_ahead_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make(first_only)
+    step.config.rollout.max_lag, step.config.rollout.partial = 3, True
+    monkeypatch.setattr(rl_step, "Feed", lambda *args: args)
+    collect, rollout, *what = step.feed(0, 2, 9, 4)
+    assert (rollout, what) == (step.rollout, [2, 9, 3, True])
+    assert [collect(number).position for number in (2, 3)] == [7, 10]
+
+
 def test_a_problem_that_is_drawn_twice_in_a_row_is_two_groups() -> None:
     class One(FixedPrompts):
         def draw(self, position: int, count: int, weights: Sequence[float] | None = None) -> tuple[list[Prompt], int]:
@@ -459,8 +543,8 @@ LEFT[3] = Completion((5, 6, 1), (-0.5,) * 3, "abort", ((1, 2), (2, 1)))
         ((), 4, LEFT[3]),  # the last one may be the end token, or that of max_tokens
         ((), 3, LEFT[2]),
         (("\n\n",), 4, LEFT[2]),  # a whole stop string
-        (("\n\n",), 3, LEFT[1]),  # perhaps the beginning of one
-        (("</answer>",), 4, None),
+        (("é",), 3, LEFT[1]),  # perhaps the beginning of one, a token a byte
+        (("stop",), 4, None),
     ],
 )
 def test_a_response_goes_on_from_before_what_may_have_ended_it(
@@ -579,7 +663,7 @@ def test_samples_of_older_weights_are_told_and_not_held_to_the_gate() -> None:
 
 def test_a_trajectory_lags_by_its_oldest_token() -> None:
     step = make(first_only)
-    versions = [((1, 1), (3, 1)), ((2, 2),), ((3, 2),), ((3, 2),)] * 3
+    versions = [((1, 1), (3, 1)), ((2, 2),), ((3, 2),), ((3, 2),)] * 2 + [((0, 2),)] * 4  # the last group is surplus
     sampled = [Completion((1, 2), (-0.5, -0.5), "stop", runs) for runs in versions]
     step.rollout.answer = lambda requests: sampled  # type: ignore[method-assign]
     metrics = step.train(0, 0, step.collect(0, 0, 0), version=3)

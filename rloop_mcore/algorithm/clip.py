@@ -13,7 +13,7 @@ def policy_loss(
     advantages: torch.Tensor,
     clip_low: float,
     clip_high: float,
-    dual_clip: float = 0.0,
+    dual_clip: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token loss (to be minimised) and the mask of the tokens whose gradient the clipping removes.
 

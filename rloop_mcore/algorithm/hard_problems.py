@@ -22,9 +22,9 @@ def is_hard(successes: int | np.ndarray, samples: int | np.ndarray, threshold: f
 def samples_needed(threshold: float) -> int:
     """The least number of samples at which one success still leaves a problem hard: 11 for 0.1.
 
-    With fewer samples a phase, no hard problem has a success and the expert set is empty. `threshold` > 0.
+    With fewer samples a phase, no hard problem has a success and the expert set is empty. 0 < `threshold` <= 1.
     """
-    samples = max(int(1.0 / threshold), 1)
+    samples = int(1.0 / threshold)
     while not is_hard(1, samples, threshold):
         samples += 1
     return samples

@@ -38,7 +38,7 @@ class TemplatePrompts:
         self.prompts = [prompt for prompt in rendered if len(prompt.ids) <= max_prompt_tokens]
         self.too_long = len(rendered) - len(self.prompts)
         if not self.prompts:
-            shortest = min(len(prompt.ids) for prompt in rendered) if rendered else 0
+            shortest = min(len(prompt.ids) for prompt in rendered)
             raise UserError(
                 f"all {len(rendered)} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; "
                 f"the shortest has {shortest} tokens"

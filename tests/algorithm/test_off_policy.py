@@ -51,7 +51,7 @@ def test_a_mask_without_room_keeps_what_is_exactly_equal():
 def test_a_weight_scales_the_gradient_of_its_token_and_nothing_else():
     engine, trainer = torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.0])
     logprobs = trainer.clone().requires_grad_()
-    loss, _ = policy_loss(logprobs, trainer, torch.ones(2), 0.2, 0.28)
+    loss, _ = policy_loss(logprobs, trainer, torch.ones(2), 0.2, 0.28, 0.0)
     weighted = loss * importance_weights(trainer, engine, "truncate", 2.0)
     (gradient,) = torch.autograd.grad(weighted.sum(), logprobs)
     assert gradient.tolist() == pytest.approx([-math.exp(0.5), -1.0])

@@ -179,7 +179,7 @@ def test_a_sampler_that_is_not_there(name: str, message: str) -> None:
     [
         ([(16, 16)], 17 / 33),
         ([(16, 0)], None),
-        ([(16, 3), (16, 16)], None),
+        ([(16, 3), (8, 8)], None),  # as many as the last time
         ([(4, 0), (8, 8), (8, 8), (8, 8), (8, 8)], 33 / 41),  # the oldest is too old
     ],
 )

@@ -80,6 +80,8 @@ def test_first_places_are_spread_over_the_problems(tokenizer: TextTokenizer) -> 
 
 def test_long_prompts_are_counted_and_left_out(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
+        assert make(tokenizer).too_long == 0
+        assert caplog.text == ""
         prompts = make(tokenizer, limit=5)  # problem n has n + 1 numbers and a comma
     assert [prompt.problem.id for prompt in prompts.prompts] == ["p0", "p1", "p2", "p3"]
     assert prompts.too_long == 6

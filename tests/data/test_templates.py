@@ -72,6 +72,7 @@ def test_a_users_file(tmp_path: Path, tokenizer: TextTokenizer) -> None:
         ("{{ problem.__class__.__mro__ }}", "unsafe"),
         ('{% set stop = "END" %}{{ problem }}', "stop must be a list of non-empty strings"),
         ('{% set stop = ["END", ""] %}{{ problem }}', "stop must be a list of non-empty strings"),
+        ("{% set stop = [7] %}{{ problem }}", "stop must be a list of non-empty strings"),
         ("{% include 'x' %}", "no loader"),
         ("Solve it.", "does not use problem"),
         ("{{ 1 / 0 }}{{ problem }}", "division by zero"),

@@ -120,21 +120,26 @@ def update_reference(model: PreTrainedModel, options: dict[str, Any]) -> dict[st
         for name, values in (of_row | {"off_policy_kept": torch.full((length,), float(kept))}).items():
             sums[name] += values.sum().item() / sum(lengths)
     loss.backward()
-    return sums | maxima | {"loss": loss.item()}
+    return sums | maxima | {"loss": loss.item(), "tokens": sum(lengths)}
 
 
-def adam_reference(model: PreTrainedModel) -> list[float]:
-    """Three updates by torch's AdamW, of which norms and biases do not decay; returns the gradient norms."""
+def adam_reference(model: PreTrainedModel) -> tuple[list[float], list[float]]:
+    """Three updates by torch's AdamW, of which norms and biases do not decay, over half a cosine.
+
+    Returns gradient norms and learning rates.
+    """
     decays = {True: ADAM["weight_decay"], False: 0.0}
     groups = [{"params": [p], "weight_decay": decays[p.dim() > 1]} for p in model.parameters()]
     adam = torch.optim.AdamW(groups, ADAM["lr"], (ADAM["beta1"], ADAM["beta2"]), ADAM["eps"])
-    norms = []
-    for seed in range(3):
+    norms, rates = [], [ADAM["lr"] * share for share in (1.0, 0.75, 0.25)]
+    for seed, rate in enumerate(rates):
+        for group in adam.param_groups:
+            group["lr"] = rate
         adam.zero_grad()
         reference_update(model, experiences(seed))
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAM["clip_grad"])))
         adam.step()
-    return norms
+    return norms, rates
 
 
 def fine_tuning_reference(model: PreTrainedModel, kind: str) -> float:

@@ -59,6 +59,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "EP2 ETP2 DP4": (MOE, {"dp": 4, "ep": 2, "etp": 2}, {}),
     "TP2 EP2 ETP2 SP": (MOE, {"tp": 2, "ep": 2, "etp": 2, "dp": 2, "sp": True}, {}),
     "TP2 CP2 SP": (BOTH, {"tp": 2, "cp": 2, "sp": True}, {}),
+    "PP2 CP2": (DENSE, {"pp": 2, "cp": 2, "stages": [3, 1]}, {}),
     "PP2 VPP2 DP2, full": (BOTH, {"pp": 2, "vpp": 2, "dp": 2, "stages": [1, 1, 1, 1]}, {"recompute": "full"}),
 }
 REFERENCE = "TP1 PP1"

@@ -39,7 +39,7 @@ from tests.layouts import leave_layout  # noqa: E402
 
 FROZEN = OptimizerConfig(lr=0.0, weight_decay=0.0, clip_grad=0.0)
 LEARNING = OptimizerConfig(lr=1e-2, clip_grad=0.5)
-DECAYING = OptimizerConfig(**ADAM)
+DECAYING = OptimizerConfig(**ADAM, schedule="cosine")
 
 
 def update(actor: MegatronActor, folder: Path) -> dict[str, Any]:
@@ -62,8 +62,9 @@ def fine_tune(actor: MegatronActor, folder: Path) -> dict[str, Any]:
 def decay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
     """Three updates of weights that decay fast."""
     actor.begin(folder, DECAYING, 3)
-    norms = [actor.update(experiences(seed))["grad_norm"] for seed in range(3)]
-    return {"weights": whole(actor), "norms": norms}
+    updates = [actor.update(experiences(seed)) for seed in range(3)]
+    norms, rates = ([metrics[name] for metrics in updates] for name in ("grad_norm", "lr"))
+    return {"weights": whole(actor), "norms": norms, "rates": rates}
 
 
 def phases(actor: MegatronActor, folder: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def replay(actor: MegatronActor, folder: Path) -> dict[str, Any]:
             if isinstance(module, TopKRouter):
                 module.weight.neg_()
                 module.register_forward_hook(note)
-    actor.update(batch[:0:-1])
+    actor.update(batch[-2::-1])
     gradients = whole_gradients(actor)
     result = {"recorded": recorded, "gradients": gradients, "held": max(held, default=0), "kept": kept}
     return result | {"free": actor.logprobs([row.trajectory for row in batch], False)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rloop_mcore import platform
 
@@ -16,6 +16,7 @@ from megatron.core import parallel_state  # noqa: E402
 from rloop_mcore.actor import logprobs, parallel  # noqa: E402
 from rloop_mcore.actor.conduct import Conducted, collective  # noqa: E402
 from rloop_mcore.config import LayoutConfig  # noqa: E402
+from rloop_mcore.errors import DiskFull  # noqa: E402
 
 TOKENS, HIDDEN, VOCABULARY, PADDED, TEMPERATURE = 10, 3, 9, 10, 0.7
 
@@ -40,12 +41,25 @@ class Adder(Conducted):
             self.seen += 1
             yield float(summed)
 
+    @collective
+    def save(self) -> None:
+        self.seen += 1
+        raise DiskFull("no space")
+
+
+def said(call: Callable[[], object]) -> str:
+    try:
+        return f"no mistake: {call()}"
+    except (TypeError, DiskFull) as error:
+        return str(error)
+
 
 def conducted() -> dict[str, object]:
     adder = Adder(timeout_s=60.0)
     results: dict[str, object] = {}
     if dist.get_rank() == 0:
-        results = {"total": adder.total(2.5), "stream": list(adder.stream(3))}
+        results = {"said": [said(lambda: adder.total(value=1.0)), said(adder.save)]}
+        results |= {"total": adder.total(2.5), "stream": list(adder.stream(3))}
         adder.close()
     else:
         adder.follow()
@@ -54,21 +68,21 @@ def conducted() -> dict[str, object]:
     return results | {"seen": seen}
 
 
-def policy_logprobs(kept: int, of_entropy: float) -> dict[str, torch.Tensor]:
-    """Rank r holds rows [5r, 5r + 5) of the padded output layer; the last row is padding.
+def policy_logprobs(kept: int, of_entropy: float, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Rank r holds rows [5r, 5r + 5) of the padded output layer; those from `vocabulary` on are padding.
 
     `kept`: so many logits are computed once and kept; of more, four tokens a chunk: two whole ones and a rest.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     whole = torch.randn(PADDED, HIDDEN, generator=generator) * 5
-    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    targets = torch.randint(vocabulary, (TOKENS,), generator=generator)
     weights = torch.randn(2, TOKENS, generator=generator) * torch.tensor([[1.0], [of_entropy]])
     group = parallel_state.get_tensor_model_parallel_group()
     shard = whole.chunk(2)[dist.get_rank()].clone().requires_grad_()
     mine = hidden.clone().requires_grad_()
     logprobs.KEPT_LOGITS, logprobs.CHUNK_LOGITS["cpu"] = kept, 4 * len(shard)
-    values, entropy = logprobs.token_logprobs(mine, shard, targets, VOCABULARY, TEMPERATURE, group)
+    values, entropy = logprobs.token_logprobs(mine, shard, targets, vocabulary, TEMPERATURE, group)
     loss = (values * weights[0]).sum()
     (loss + (entropy * weights[1]).sum() if of_entropy else loss).backward()
     of_weight = [torch.empty_like(shard) for _ in range(2)]
@@ -88,7 +102,7 @@ def policy_logprobs(kept: int, of_entropy: float) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parallel.initialize(LayoutConfig(tp=2), seed=0, timeout_s=60.0)
-    ways = [(kept, of_entropy) for kept in (0, 1000) for of_entropy in (0.0, 1.0)]
+    ways = [(kept, of_entropy, VOCABULARY) for kept in (0, 1000) for of_entropy in (0.0, 1.0)] + [(0, 1.0, 4)]
     result = {"logprobs": [policy_logprobs(*way) for way in ways], "conducted": conducted()}
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[1])
