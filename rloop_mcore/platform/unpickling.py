@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from enum import Enum
 from typing import IO, Any
 
 import torch
@@ -23,3 +24,11 @@ class ListedUnpickler(pickle.Unpickler):
         if (module, name) not in self._listed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which nothing of this kind needs")
         return self._listed[module, name]
+
+
+def member_of(kind: Any, name: str) -> Enum:
+    """Stands for getattr: Python 3.11.0 to 3.11.3 pickle a member of an enumeration as that. Raises UnpicklingError for
+    anything else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which is no member of an enumeration")
+    return kind[name]

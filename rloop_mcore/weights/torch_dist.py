@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 from rloop_mcore.errors import UserError
 from rloop_mcore.platform.files import read_json
 from rloop_mcore.platform.manifest import check_manifest, write_manifest
-from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler
+from rloop_mcore.platform.unpickling import TORCH_DTYPES, ListedUnpickler, member_of
 from rloop_mcore.weights.hf_folder import DTYPES, bytes_of
 
 _METADATA, _COMMON, _BACKEND = ".metadata", "common.pt", "metadata.json"
@@ -324,6 +324,7 @@ class _Window(io.RawIOBase):
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _OF_METADATA: dict[tuple[str, str], Any] = TORCH_DTYPES | {
+    ("builtins", "getattr"): member_of,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conversions import edit_tensors, refused
 from safetensors.torch import load_file, save_file
 from tiny_models import make_folder
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from rloop_mcore.main.cli import main
 from rloop_mcore.weights import hf_to_mcore, mcore_to_hf
@@ -127,6 +130,22 @@ def test_a_checkpoint_has_the_keys_that_megatron_looks_for(name: str, tmp_path: 
     metadata = pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes())
     assert metadata.state_dict_metadata.keys() == keys
     assert {index.fqn for index in metadata.storage_data} == keys
+
+
+def test_checkpoints_of_early_python_3_11_are_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian 12 has 3.11.2, which pickles the members of an enumeration by getattr."""
+
+    def as_then(member: Any, protocol: int) -> tuple:
+        return getattr, (type(member), member.name)
+
+    for kind in (_MEM_FORMAT_ENCODING, WriteItemType):
+        monkeypatch.setattr(kind, "__reduce_ex__", as_then)
+    assert main(["convert", str(source), str(tmp_path / "mcore")]) == 0
+    assert b"getattr" in (tmp_path / "mcore" / ".metadata").read_bytes()
+    assert main(["convert", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert digest_of(tmp_path / "back") == digest_of(source)
 
 
 def test_a_dtype_can_be_asked_for(source: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conversions import edit_tensors, flip_a_bit, refused
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import filesystem
 
 from rloop_mcore.errors import UserError
 from rloop_mcore.main.cli import main
@@ -242,6 +243,18 @@ def by_a_detour(folder: Path) -> None:
     write_manifest(folder, crc32={})  # whoever sends a checkpoint can send a manifest with it
 
 
+class Attribute:
+    """As a member of an enumeration was pickled, of a class that is none."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (filesystem._StorageInfo, "__init__")
+
+
+def attribute_of_a_class(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    write_manifest(folder, crc32={})
+
+
 def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
@@ -327,6 +340,7 @@ MALFORMED_CHECKPOINTS = {
     "somebody else's": (drop("manifest.json"), [], "has no manifest.json: rloop did not write it"),
     "somebody else's, which runs code": (evil_metadata, ["--trust"], "it asks for posix.system"),
     "classes by a detour": (by_a_detour, [], "it asks for torch.distributed.checkpoint.filesystem._StorageInfo."),
+    "an attribute of a class": (attribute_of_a_class, [], "it asks for '__init__' of <class 'torch"),
     "no storage": (without_storage, [], "cannot be read: TypeError"),
     "a block missing": (without_a_block, [], "its blocks have 3840 elements, and it has 5120"),
     "tied by the config": (
