@@ -186,7 +186,7 @@ def test_the_defaults_are_legal() -> None:
         "checkpoint.policy_steps=[1,5] rft.steps=[4,4] checkpoint.keep_best=1 data.validation=v run.seed=2147483647 "
         "actor.optimizer_offload=1 rft.share=1 optimizer.beta1=0",
         "algorithm.dual_clip=1.01 rft.steps=[0,0] run.seed=0 algorithm.iterations=0 sft.demonstrations=s "
-        f"rollout.engine=sglang rollout.python={sys.executable} rollout.tp=2 rollout.engines=2 rollout.dp=2 "
+        "rollout.engine=sglang rollout.python=/bin/sh rollout.tp=2 rollout.engines=2 rollout.dp=2 "
         "rollout.memory_fraction=0.99 rollout.gpus=[0,1,2,3]",
     ],
 )

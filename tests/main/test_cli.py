@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_a_reader_of_a_table_that_has_seen_enough_is_no_fault() -> None:
 
 @pytest.mark.parametrize(("closed", "code"), [(">&-", 0), (">&- 2>&-", 0), ("2>&-", 0)])
 def test_a_command_that_is_started_without_its_streams(closed: str, code: int) -> None:
-    shell = f"exec {sys.executable} -m rloop_mcore.main.cli plan experiment=tiny {closed}"
+    shell = f"exec {shlex.quote(sys.executable)} -m rloop_mcore.main.cli plan experiment=tiny {closed}"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, "")
 

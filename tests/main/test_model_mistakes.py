@@ -161,8 +161,16 @@ def test_a_job_is_not_submitted_with_such_a_model(tmp_path: Path, capsys: pytest
     assert "rope scaling {'rope_type': 'yarn', " in err
 
 
-def test_a_job_in_an_image_needs_an_interpreter_with_sglang_too(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["launch", "experiment=tiny", "run.dir=r", "cluster.slurm.container=pyxis", "cluster.slurm.image=x"]
+def test_a_job_in_an_image_needs_an_interpreter_with_sglang_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "launch",
+        "experiment=tiny",
+        f"run.dir={tmp_path}/r",
+        "cluster.slurm.container=pyxis",
+        "cluster.slurm.image=x",
+    ]
     command += ["rollout.engine=sglang", "--dry-run"]
     assert main(command) == 2
     assert "rollout.engine=sglang needs rollout.python=" in capsys.readouterr().err

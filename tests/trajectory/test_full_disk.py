@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def test_a_full_disk_is_an_error_and_then_it_goes_on(tmp_path: Path, work: str) 
     script.write_text(FILL + work)
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = f"{MOUNT.format(folder=folder)} && exec {sys.executable} {script} {folder} {Path(__file__).parent}"
+    python = shlex.join([sys.executable, str(script), str(folder), str(Path(__file__).parent)])
+    command = f"{MOUNT.format(folder=folder)} && exec {python}"
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
