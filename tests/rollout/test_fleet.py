@@ -258,6 +258,22 @@ def test_an_update_from_disk_repairs_a_broken_engine(
     assert answer["meta_info"]["weight_version"] == "9"
 
 
+def test_a_channel_that_fails_to_close_leaves_no_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, closed = make_fleet([], None), []
+
+    async def fail() -> None:
+        raise RuntimeError("the group is broken")
+
+    async def close() -> None:
+        closed.append("connections")
+
+    monkeypatch.setattr(fleet._sync, "close", fail)
+    monkeypatch.setattr(fleet._controller, "close", close)
+    with pytest.raises(RuntimeError, match="the group is broken"):
+        fleet.close()
+    assert closed == ["connections"]
+
+
 def test_checksums_tell_policies_apart(
     fleet: Fleet, servers: list[EmbeddedServer], reference: PreTrainedModel, other_model: PreTrainedModel
 ) -> None:
