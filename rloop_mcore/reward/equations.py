@@ -11,14 +11,14 @@ from rloop_mcore.reward.forms import THOUSANDS, entries, is_tuple
 
 # What an answer may be said to be the value of: a name, a function of one, or letters added, multiplied or divided.
 _NAMED = re.compile(
-    r"""(?: \\(?:angle|triangle|overline|widehat|hat|vec|d?dot|math(?:bf|cal|bb|rm)|operatorname|text)(?![A-Za-z])
+    r"""(?>(?: \\(?:angle|triangle|overline|widehat|hat|vec|d?dot|math(?:bf|cal|bb|rm)|operatorname|text)(?![A-Za-z])
     | \\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon)(?![A-Za-z])
     | \\(?:Pr|det|max|min|lim|arg|deg|dim|circ|sin|cos|tan|cot|sec|csc)(?![A-Za-z]) | \\frac\{[A-Za-z]+\}\{[A-Za-z]+\}
     | (?<=[A-Za-z])\^\{-1\}(?=\() | \\[,;:!\ ] | \\\| | \\[lr]?Vert(?![A-Za-z])
     | (?<=[A-Za-z0-9})])\ ?(?:[+/:-]|\\(?:cdot|cap|cup)(?![A-Za-z]))\ ?(?=[A-Za-z]|\\vec)
     | _(?:[A-Za-z0-9]+|\{(?:[^{}=]|\{[^{}=]*\})*\})
     | (?:(?<=[fghPENSTV])|(?<=\\Pr)|(?<=\\mathbb\{[EP]\}))(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])
-    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )++
+    | \([A-Za-z0-9\ ]+\) | (?<=[A-Za-z}])\([A-Za-z0-9,\ ]+\) | [A-Za-z|\[\]{}\ ] )+)
     | (?:10+\ ?[a-z]\ ?\+\ ?)+[a-z]""",
     re.VERBOSE,
 )

@@ -13,7 +13,8 @@ from rloop_mcore.errors import UserError
 # A box that opens, one without braces around the number that ends its formula, backslashes in pairs (a long run is read
 # once), an escaped character (its brace is text), a brace.
 _BRACES = re.compile(
-    r"\\+boxed(?:\s*(?P<box>\{)|[ ]+(?P<number>-?[0-9]++(?:[.,/][0-9]++)*+)(?=[ ]*(?:\$|\\[)\]])))|(?:\\\\)+|\\.|[{}]",
+    r"\\+boxed(?:\s*(?P<box>\{)|[ ]+(?P<number>-?[0-9]++(?>(?:[.,/][0-9]++)*))(?=[ ]*(?:\$|\\[)\]])))"
+    r"|(?:\\\\)+|\\.|[{}]",
     re.DOTALL,
 )
 # What stands between the boxes of one answer: \boxed{2} or \boxed{3}, $x = \boxed{2}$ and $x = \boxed{3}$; and

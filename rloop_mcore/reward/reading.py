@@ -34,7 +34,7 @@ _DEGREES = re.compile(
     r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z])\s*\}?)?"
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_FILLER = r"(?:\\(?:text|mathrm)(?![A-Za-z])|\\[,;:! ]|[\s~(){}])*+"
+_FILLER = r"(?>(?:\\(?:text|mathrm)(?![A-Za-z])|\\[,;:! ]|[\s~(){}])*)"
 _BASE = re.compile(
     rf"\(?((?:\\(?:text|mathrm|overline)\s*\{{[0-9A-Fa-f.]+\}}|[0-9A-Fa-f.])+)\)?(?:_|{_FILLER}(?:in )?(?=base))"
     rf"{_FILLER}(?:base\b{_FILLER})?(-?[0-9]{{1,2}}|[a-z]{{3,}}){_FILLER}"

@@ -21,7 +21,7 @@ _TOKEN = re.compile(
 _LOOKS = {"left", "right", "displaystyle", "text", "mathrm", "quad", "qquad", "cdot", "times", "frac", "/", "*"}
 _RELATION = re.compile(r"[=<>,]|\\(?:[lg](?:e|eq|t|eqslant)|neq?|in|cup)(?![A-Za-z])")
 _WORKED_OUT = re.compile(
-    r"\s*+[-+]?(?:\\[dt]?frac(?![A-Za-z])|[0-9./{}()\[\]\s])*+"
+    r"\s*+[-+]?(?>(?:\\[dt]?frac(?![A-Za-z])|[0-9./{}()\[\]\s])*)"
     r"(?:\\(?:pi|infty|theta|alpha|beta|lambda|phi|omega)(?![A-Za-z])|[A-Za-z]*+)[0-9{}()\[\]\s]*+"
 )
 

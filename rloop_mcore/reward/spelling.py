@@ -31,7 +31,7 @@ _SPACE = re.compile(  # a tie or "\ "; before a unit's sign it stays, which it t
 )
 _BRACES = re.compile(r"\\.|[{}]")
 _EDGES = re.compile(
-    r"^(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s|=)++|(?:\\[,;:\\]|\\q?quad|\\text\s*\{\s*[.,]\s*\}|[\s,;])++\\?$|\\$"
+    r"^(?>(?:\\[,;:]|\\q?quad(?![A-Za-z])|\s|=)+)|(?>(?:\\[,;:\\]|\\q?quad|\\text\s*\{\s*[.,]\s*\}|[\s,;])+)\\?$|\\$"
 )
 _NOISE = re.compile(
     r"\\(?:displaystyle|textstyle|limits|!|(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?"

@@ -53,19 +53,19 @@ _FOREIGN = re.compile("[Ѐ-ӿ一-鿿]")  # of these words only known ones are un
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _TEXT = r"\\(?:text(?:bf|it|rm|normal|up)?|mathrm|mathit|mbox|operatorname)\s*"
 _POWER = r"(?:\s*\^\s*(?:[0-9]|\{-?[0-9]\}))?"
-_WORDS = rf"{_TEXT}\{{(?:[^{{}}]|\{{-?[0-9]\}})*+\}}{_POWER}"
-_BETWEEN = r"(?:[/\s~]|\\[,;:! ]|\\cdot(?![A-Za-z]))*+"
+_WORDS = rf"{_TEXT}\{{(?>(?:[^{{}}]|\{{-?[0-9]\}})*)\}}{_POWER}"
+_BETWEEN = r"(?>(?:[/\s~]|\\[,;:! ]|\\cdot(?![A-Za-z]))*)"
 _IN_TEXT = re.compile(
-    rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*+)$"
+    rf"(?:(?<=[0-9.}})])|(?<=\\pi)){_SPACE}({_WORDS}{_BETWEEN}(?>(?:(?:{_WORDS}|[A-Za-z]\b{_POWER}){_BETWEEN})*))$"
 )
 _TEXT_BEFORE = re.compile(rf"{_TEXT}\{{[^{{}}]*\}}$")  # a product of letters in text
-_BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?:[{_LETTERS}]++\.?{_POWER}[/\s]*+)++)$")
+_BARE = re.compile(rf"(?:(?<=[0-9.}})])|(?<=\\pi))({_SPACE})((?>(?:[{_LETTERS}]++\.?{_POWER}[/\s]*+)+))$")
 _PRODUCT = re.compile(r"[A-Za-z](?:\s+[A-Za-z])+\s*")  # 2 m g
 _WORD = re.compile(rf"([{_LETTERS}]+)(?:\s*\^\s*\{{?(-?[0-9])\}}?)?|/")
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\.?")
 _COMPOUND = re.compile(rf"(?:{_QUANTITY.pattern}[\s,]*){{2,}}")  # 5 feet 6 inches
 _SQUARED = re.compile(r"([A-Za-z]+) (squared|cubed)\b")  # feet squared
-_UNWRAP = re.compile(rf"{_TEXT}\{{((?:[^{{}}]|\{{-?[0-9]\}})*+)\}}|\\cdot|\\[,;:! ]")
+_UNWRAP = re.compile(rf"{_TEXT}\{{((?>(?:[^{{}}]|\{{-?[0-9]\}})*))\}}|\\cdot|\\[,;:! ]")
 # Units that are written with commands, as words.
 _ANGSTROM = re.compile(r"\\AA(?![A-Za-z])|Å|\\mathring\s*\{\s*(?:\\(?:text|mathrm)\s*\{\s*A\s*\}|A)\s*\}")
 _OHM = re.compile(rf"((?:~|\\[,;: ])\s*)(?:{_TEXT}\{{\s*([kM]?)\s*\}}|([kM]))?\s*\\Omega$")

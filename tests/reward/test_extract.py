@@ -1,11 +1,14 @@
 """Where the answer of a response is, by answer format."""
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rloop_mcore.reward
 from rloop_mcore.errors import UserError
 from rloop_mcore.reward.extract import extract_answer
 
@@ -130,6 +133,14 @@ def test_last_answer_line(response: str, answer: str) -> None:
 def test_no_answer_line(response: str) -> None:
     assert extract_answer(response, False, "answer_line") == ("", "no_answer")
     assert extract_answer(response, True, "answer_line") == ("", "truncated")
+
+
+def test_no_group_is_repeated_possessively() -> None:
+    """Python before 3.11.5, Debian 12's among it, gives back nothing of a repetition that fails half way (gh-106052):
+    (?:a|bc)*+ takes the b of "abd". (?>(?:a|bc)*) is the same, and right there."""
+    package = Path(rloop_mcore.reward.__file__).parents[1]
+    found = [path.name for path in package.rglob("*.py") if re.search(r"[^\\[]\)[*+?]\+", path.read_text())]
+    assert found == []
 
 
 def test_a_line_that_the_cut_may_have_shortened_is_no_answer() -> None:
