@@ -99,9 +99,11 @@ def _generalisation(runs: Sequence[Run]) -> list[Figure]:
         runs,
         [("success_rate", "Training success", "All samples, before groups are dropped.", "share correct", PERCENT)],
     )
-    figures += [_validation(runs, metric) for metric in validation_metrics(runs)]
+    metrics = validation_metrics(runs)
+    figures += [_validation(runs, metric) for metric in metrics]
+    headlines = metrics[: len(average_keys(dict.fromkeys(metrics))) + 1]  # Avg@n and the pass@k of the largest k
     sources = dict.fromkeys(source for run in runs for evaluation in run.evaluations for source in evaluation.sources)
-    figures += [_validation(runs, metric, source) for source in sources for metric in _headlines(runs)]
+    figures += [_validation(runs, metric, source) for source in sources for metric in headlines]
     gaps = [curves.overfitting_gap(run) for run in runs]
     caption = "Training success since the checkpoint before, minus validation Avg@N: growing is overfitting."
     figures.append(lines("Overfitting gap", caption, runs, gaps, "difference", {"tickformat": ".2~%"}))
@@ -117,12 +119,6 @@ def _validation(runs: Sequence[Run], metric: str, source: str | None = None) -> 
         "share of problems" if metric.startswith("pass") else "share of samples correct",
         PERCENT,
     )
-
-
-def _headlines(runs: Sequence[Run]) -> list[str]:
-    """Avg@n and the pass@k of the largest k."""
-    metrics = validation_metrics(runs)
-    return metrics[: len(average_keys(dict.fromkeys(metrics))) + 1]
 
 
 def _by_iteration(runs: Sequence[Run]) -> list[Figure]:

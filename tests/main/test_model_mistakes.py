@@ -164,14 +164,8 @@ def test_a_job_is_not_submitted_with_such_a_model(tmp_path: Path, capsys: pytest
 def test_a_job_in_an_image_needs_an_interpreter_with_sglang_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        "launch",
-        "experiment=tiny",
-        f"run.dir={tmp_path}/r",
-        "cluster.slurm.container=pyxis",
-        "cluster.slurm.image=x",
-    ]
-    command += ["rollout.engine=sglang", "--dry-run"]
+    command = ["launch", "experiment=tiny", f"run.dir={tmp_path}/r", "rollout.engine=sglang", "--dry-run"]
+    command += ["cluster.slurm.container=pyxis", "cluster.slurm.image=x"]
     assert main(command) == 2
     assert "rollout.engine=sglang needs rollout.python=" in capsys.readouterr().err
     assert main([*command, "rollout.python=/only/in/the/image"]) == 0
